@@ -1,0 +1,34 @@
+# Everything starts here; each target does its own set-up. Nothing is installed outside .venv.
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test check docs lock clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt scripts/install.sh
+	@echo "setting up $(VENV) (a minute or two the first time)"
+	@scripts/install.sh $(VENV) dev
+	@touch $@
+
+demo: setup  ## train two adapters, publish, serve, ask them; EXIT=1 ends by itself
+	@$(VENV)/bin/adapterhub demo $(if $(EXIT),--exit)
+
+test: setup  ## what CI runs
+	@scripts/browser.sh
+	@$(VENV)/bin/pytest
+
+check: setup  ## style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+docs: setup  ## regenerate docs/cli.md from the command itself
+	$(VENV)/bin/python scripts/cli_page.py > docs/cli.md
+
+lock: setup  ## write down the versions in use
+	@{ sed -n 1p constraints.txt; $(VENV)/bin/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) .demo .cache
