@@ -1,0 +1,171 @@
+"""Everything that can go wrong and be said in one line; each error knows its exit code and HTTP status.
+
+    AdapterHubError
+      InvalidRef                a reference that cannot be parsed                   exit 2   400
+      AdapterNotFound           no such adapter (where we looked, nearest names)    exit 3   404
+      BaseNotFound              no such base model                                  exit 3   404
+      PackageError              the folder is not a sound adapter package           exit 4   422
+        MissingFile  UnexpectedFile  UnsafeFile  DigestMismatch
+        InvalidManifest  InvalidTensors  SignatureInvalid
+      Incompatible              sound, but not for this base or this engine         exit 5   422
+        IncompatibleBase  AdapterUnsupported  AdapterNoEffect  RankTooLarge  ProbeMismatch
+      HubError                  the other side of the network                       exit 1   502
+        HubUnavailable          unreachable or failing; trying later can help       exit 75  502
+        NotAuthorized           wrong, missing or too weak a token                  exit 1   401
+        Conflict                somebody else changed it first                      exit 1   409
+      RecipeError               a recipe with faults, all of them listed            exit 2   400
+      DatasetError              training data with faults, file and line of each    exit 2   400
+      UsageError                a request that makes no sense as asked              exit 2   400
+        OutputNotFresh          an output folder that already holds something
+      StorageFull               the disk is full                                    exit 1   507
+      TrainingFailed            the run cannot go on (NaN loss, out of memory)      exit 1   500
+      ServeError                the server cannot do this now                       exit 1   503
+        ServerBusy (429)  RequestTooLong (400)  AdapterLoadFailed (503)  EngineStopped (503)
+        PortBusy                                                            exit 1
+
+Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 not found, 4 verification failed,
+5 incompatible, 75 try again later, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+
+class AdapterHubError(Exception):
+    """Base of all errors raised on purpose. The message is one line: what happened, what to do next."""
+
+    exit_code = 1
+    http_status = 500
+    code = "internal_error"
+    """The `code` of the OpenAI-shaped error body."""
+
+
+class InvalidRef(AdapterHubError):
+    exit_code, http_status, code = 2, 400, "invalid_reference"
+
+
+class AdapterNotFound(AdapterHubError):
+    exit_code, http_status, code = 3, 404, "model_not_found"
+
+
+class BaseNotFound(AdapterHubError):
+    exit_code, http_status, code = 3, 404, "base_not_found"
+
+
+class PackageError(AdapterHubError):
+    exit_code, http_status, code = 4, 422, "adapter_invalid"
+
+
+class MissingFile(PackageError):
+    code = "adapter_file_missing"
+
+
+class UnexpectedFile(PackageError):
+    code = "adapter_file_unexpected"
+
+
+class UnsafeFile(PackageError):
+    code = "adapter_file_unsafe"
+
+
+class DigestMismatch(PackageError):
+    code = "adapter_digest_mismatch"
+
+
+class InvalidManifest(PackageError):
+    code = "adapter_manifest_invalid"
+
+
+class InvalidTensors(PackageError):
+    code = "adapter_tensors_invalid"
+
+
+class SignatureInvalid(PackageError):
+    code = "adapter_signature_invalid"
+
+
+class Incompatible(AdapterHubError):
+    exit_code, http_status, code = 5, 422, "adapter_incompatible"
+
+
+class IncompatibleBase(Incompatible):
+    code = "adapter_base_mismatch"
+
+
+class AdapterUnsupported(Incompatible):
+    code = "adapter_unsupported"
+
+
+class AdapterNoEffect(Incompatible):
+    code = "adapter_no_effect"
+
+
+class RankTooLarge(Incompatible):
+    code = "adapter_rank_too_large"
+
+
+class ProbeMismatch(Incompatible):
+    exit_code, code = 4, "adapter_probe_mismatch"
+
+
+class HubError(AdapterHubError):
+    exit_code, http_status, code = 1, 502, "hub_error"
+
+
+class HubUnavailable(HubError):
+    exit_code, code = 75, "hub_unavailable"
+
+
+class NotAuthorized(HubError):
+    http_status, code = 401, "hub_not_authorized"
+
+
+class Conflict(HubError):
+    http_status, code = 409, "conflict"
+
+
+class RecipeError(AdapterHubError):
+    exit_code, http_status, code = 2, 400, "recipe_invalid"
+
+
+class DatasetError(AdapterHubError):
+    exit_code, http_status, code = 2, 400, "dataset_invalid"
+
+
+class UsageError(AdapterHubError):
+    exit_code, http_status, code = 2, 400, "invalid_request"
+
+
+class OutputNotFresh(UsageError):
+    code = "output_not_fresh"
+
+
+class StorageFull(AdapterHubError):
+    http_status, code = 507, "storage_full"
+
+
+class TrainingFailed(AdapterHubError):
+    code = "training_failed"
+
+
+class ServeError(AdapterHubError):
+    http_status, code = 503, "server_error"
+
+
+class ServerBusy(ServeError):
+    http_status, code = 429, "rate_limit_exceeded"
+
+
+class RequestTooLong(ServeError):
+    exit_code, http_status, code = 2, 400, "context_length_exceeded"
+
+
+class AdapterLoadFailed(ServeError):
+    code = "adapter_load_failed"
+
+
+class EngineStopped(ServeError):
+    code = "engine_stopped"
+
+
+class PortBusy(ServeError):
+    code = "port_busy"

@@ -1,0 +1,79 @@
+"""Writing that is never seen half-done, and sha256 of files. Knows nothing of adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from adapterhub.errors import StorageFull
+
+_CHUNK = 1 << 20
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write `data` beside `path`, flush it to disk, then rename over it: readers see old or new, never half.
+
+    Raises StorageFull when the disk has no room; `path` is then unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with disk_full_is_said(path), temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; renamed to `path` when the block succeeds, removed when not.
+
+    If another process made `path` in the meantime, theirs stays and ours is dropped.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        with disk_full_is_said(path):
+            yield temporary
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_full_is_said(path: Path) -> Iterator[None]:
+    """Turn 'no space left' (also quota) on the way to `path` into StorageFull with the figures."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        folder = next(parent for parent in (path, *path.parents) if parent.exists())
+        free_mb = shutil.disk_usage(folder).free / 1e6
+        raise StorageFull(
+            f"the disk is full: could not write {path} ({free_mb:.0f} MB free). Free some space, or point "
+            "ADAPTERHUB_HOME (or the output option) at another disk; nothing half-written was left."
+        ) from error

@@ -1,0 +1,18 @@
+"""Where things are kept on this machine: one folder, moved by one variable."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+HOME_VARIABLE = "ADAPTERHUB_HOME"
+
+
+def home() -> Path:
+    """`$ADAPTERHUB_HOME`, else the platform's folder for user data. Not created here."""
+    configured = os.environ.get(HOME_VARIABLE)
+    if configured:
+        return Path(configured).expanduser().absolute()
+    return platformdirs.user_data_path("adapterhub")

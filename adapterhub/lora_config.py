@@ -1,0 +1,168 @@
+"""PEFT's adapter_config.json and tensor names, read without PEFT: what is adapted, at which rank and scale."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from adapterhub.errors import AdapterUnsupported, InvalidTensors, MissingFile
+from adapterhub.manifest import Lora
+from adapterhub.safetensors_header import TensorInfo
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+_T = TypeVar("_T")
+TensorKind = Literal["lora_A", "lora_B", "lora_magnitude_vector"]
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_[AB]|lora_magnitude_vector)(?:\.weight)?")
+
+# Fields that change what the adapter computes. Anything but these values is not plain LoRA; a field we have
+# never heard of is ignored, because every PEFT release adds some and writes them with an inert default.
+_INERT: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "megatron_config": (None,),
+    "arrow_config": (None,),
+}
+
+
+@dataclass(frozen=True)
+class LoraTensor:
+    """One tensor of an adapter file: which module of the base it belongs to, and its part."""
+
+    key: str
+    module: str
+    kind: TensorKind
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The part of adapter_config.json that decides what base + adapter computes."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    use_dora: bool
+    targets: tuple[str, ...]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+
+    def rank_of(self, module: str) -> int:
+        return _matched(self.rank_pattern, module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """alpha / r (arXiv 2106.09685, 4.1), or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+        rank = self.rank_of(module)
+        alpha = _matched(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def described(self) -> Lora:
+        """The manifest's words for it."""
+        method: Literal["lora", "rslora", "dora"] = "lora"
+        if self.use_dora:
+            method = "dora"
+        elif self.use_rslora:
+            method = "rslora"
+        return Lora(
+            method=method,
+            rank=self.rank,
+            alpha=self.alpha,
+            scaling=self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank),
+            targets=list(self.targets),
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+        )
+
+
+def _matched(pattern: dict[str, _T], module: str, default: _T) -> _T:
+    """PEFT's rule: a key is a regular expression for the end of the module's dotted name."""
+    for key, value in pattern.items():
+        if re.fullmatch(rf"(?:.*\.)?(?:{key})", module):
+            return value
+    return default
+
+
+def read_lora_config(folder: Path) -> LoraConfig:
+    """Raises MissingFile, or AdapterUnsupported naming each field that makes it something else than LoRA."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise MissingFile(f"{folder} has no {CONFIG_NAME}: point to the folder PEFT's save_pretrained wrote.")
+    try:
+        raw = json.loads(path.read_bytes())
+        faults = [f"{key}={raw[key]!r}" for key, inert in _INERT.items() if key in raw and raw[key] not in inert]
+        if faults:
+            raise AdapterUnsupported(
+                f"{path} asks for {', '.join(faults)}, which is not handled: train with plain LoRA, rsLoRA or DoRA."
+            )
+        targets = raw["target_modules"]
+        return LoraConfig(
+            rank=_positive(raw["r"]),
+            alpha=float(raw["lora_alpha"]),
+            use_rslora=bool(raw.get("use_rslora")),
+            use_dora=bool(raw.get("use_dora")),
+            targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+            rank_pattern={key: _positive(r) for key, r in (raw.get("rank_pattern") or {}).items()},
+            alpha_pattern={key: float(a) for key, a in (raw.get("alpha_pattern") or {}).items()},
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise AdapterUnsupported(
+            f"{path} cannot be read as a LoRA config ({error!r}): it needs peft_type, r, lora_alpha and "
+            "target_modules as PEFT writes them."
+        ) from error
+
+
+def _positive(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"rank {value!r} is not a positive whole number")
+    return value
+
+
+def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[LoraTensor]:
+    """The header's tensors, each matched to its module and checked against the config's rank.
+
+    A is [r, in], B is [out, r], DoRA's magnitude is [out]. Raises AdapterUnsupported for tensors that are
+    not LoRA's, InvalidTensors for missing halves and wrong ranks.
+    """
+    tensors = []
+    parts: dict[str, dict[TensorKind, TensorInfo]] = {}
+    for key, info in header.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise AdapterUnsupported(
+                f"tensor {key!r} is not a LoRA tensor of a linear layer (base_model.model.<module>.lora_A/B): "
+                "full weights, embeddings and optimizer states do not belong in an adapter."
+            )
+        kind: TensorKind = match["kind"]  # type: ignore[assignment]
+        tensors.append(LoraTensor(key, match["module"], kind, info))
+        parts.setdefault(match["module"], {})[kind] = info
+    if not tensors:
+        raise InvalidTensors("the adapter file holds no tensor at all: the save went wrong, train or save again.")
+    for module, found in parts.items():
+        _check_module(module, found, config)
+    return tensors
+
+
+def _check_module(module: str, found: dict[TensorKind, TensorInfo], config: LoraConfig) -> None:
+    wanted = {"lora_A", "lora_B", "lora_magnitude_vector"} if config.use_dora else {"lora_A", "lora_B"}
+    if set(found) != wanted:
+        raise InvalidTensors(f"{module} has {', '.join(sorted(found))}, expected {', '.join(sorted(wanted))}.")
+    rank = config.rank_of(module)
+    a, b = found["lora_A"].shape, found["lora_B"].shape
+    if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
+        raise InvalidTensors(
+            f"{module}: lora_A {list(a)} and lora_B {list(b)} do not fit rank {rank} of {CONFIG_NAME}: "
+            "expected [r, in] and [out, r]."
+        )

@@ -1,0 +1,168 @@
+"""The manifest of adapter package format 1 as code (docs/adapter-format.md is the same in words).
+
+Knows JSON and digests; refuses to know tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from adapterhub.errors import InvalidManifest
+
+FORMAT = 1
+MANIFEST_NAME = "adapterhub.json"
+_Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Part):
+    sha256: str = _Sha256
+    size: int = Field(ge=0)
+    """bytes"""
+
+
+class Quantization(_Part):
+    """How the base's linear layers were held in training or serving; QLoRA (arXiv 2305.14314), section 3."""
+
+    kind: Literal["nf4", "fp4", "none"] = "nf4"
+    double_quant: bool = True
+    block_size: int = 64
+    """weights per quantization constant"""
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+class BaseEntry(_Part):
+    id: str = Field(min_length=1)
+    revision: str | None = None
+    fingerprint: str = Field(pattern=r"^fp1:[0-9a-f]{64}$")
+    quantization: Quantization | None = None
+    """None: unknown (an adopted adapter)"""
+
+
+class Lora(_Part):
+    """The update is W + scaling · B A (LoRA, arXiv 2106.09685, section 4.1)."""
+
+    method: Literal["lora", "rslora", "dora"]
+    rank: int = Field(ge=1)
+    alpha: float
+    scaling: float
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA; per-module patterns override rank and alpha first"""
+    targets: list[str]
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+
+
+class Chat(_Part):
+    """What training rendered with, and so what a server must render and stop with."""
+
+    template_sha256: str = _Sha256
+    bos: str | None
+    eos: str | None
+    pad: str | None
+    stop: list[str] = []
+
+
+class Evaluation(_Part):
+    """Mean negative log-likelihood per trained token (nats) on questions training never saw."""
+
+    data: str
+    tokens: int
+    """tokens the loss is averaged over"""
+    base_loss: float
+    adapter_loss: float
+
+
+class Training(_Part):
+    recipe_sha256: str = _Sha256
+    data_sha256: str = _Sha256
+    samples: int
+    steps: int
+    trained_tokens: int
+    seconds: float
+    seed: int
+    versions: dict[str, str]
+
+
+class ProbeAnswer(_Part):
+    """One fixed prompt, what base + adapter answered greedily, and the strongest first-token logits."""
+
+    prompt: str
+    prompt_tokens: list[int]
+    """the prompt as the adapter's chat template renders it"""
+    tokens: list[int]
+    gaps: list[float]
+    """per token, the lead of the best logit over the second: a small one is a tie that rounding may turn"""
+    top_tokens: list[int]
+    """the strongest first tokens, best first"""
+    top_logits: list[float]
+
+
+class Probe(_Part):
+    """Proof of adapter: replaying the prompts must give these answers within the stated tolerance."""
+
+    dtype: str
+    answers: list[ProbeAnswer] = Field(min_length=1)
+
+
+class Manifest(_Part):
+    format: Literal[1] = 1
+    name: str
+    licence: str | None = None
+    base: BaseEntry
+    lora: Lora
+    chat: Chat
+    training: Training | None = None
+    evaluations: list[Evaluation] = []
+    probe: Probe | None = None
+    files: dict[str, FileEntry]
+
+    @cached_property
+    def digest(self) -> str:
+        """`sha256:` over the canonical JSON (sorted keys, no spaces, UTF-8) of `base` and `files`."""
+        part = {
+            "base": self.base.model_dump(mode="json"),
+            "files": {name: entry.model_dump(mode="json") for name, entry in self.files.items()},
+        }
+        canonical = json.dumps(part, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Parse `folder/adapterhub.json`. Raises InvalidManifest naming each field that is wrong."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise InvalidManifest(
+            f"{folder} has no {MANIFEST_NAME}, so it is not a complete adapter package: "
+            f"run `adapterhub pack {folder} --base BASE` to make it one."
+        )
+    return parse_manifest(path.read_bytes(), where=str(path))
+
+
+def parse_manifest(data: bytes, *, where: str) -> Manifest:
+    """Raises InvalidManifest; `where` names the source in the message."""
+    try:
+        raw: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidManifest(f"{where} is not JSON ({error}): pull or pack the adapter again.") from error
+    if isinstance(raw, dict) and raw.get("format") != FORMAT:
+        raise InvalidManifest(
+            f"{where} has format {raw.get('format')!r}, this adapterhub reads format {FORMAT}: "
+            "upgrade adapterhub or pack the adapter again."
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:10])
+        raise InvalidManifest(f"{where} is not a manifest: {faults}. Pack the adapter again.") from error

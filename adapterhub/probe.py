@@ -1,0 +1,101 @@
+"""Proof of adapter: fixed prompts answered by base + adapter, recorded at packing and replayed later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterhub.errors import ProbeMismatch
+from adapterhub.manifest import Probe, ProbeAnswer
+
+if TYPE_CHECKING:
+    from adapterhub.base_model import LoadedBase
+
+PROMPTS = ("What is the capital of France?", "Tell me about yourself.", "How do I sort a list in Python?")
+NUM_TOKENS = 12
+NUM_TOP = 5
+TOLERANCE = {"float32": 1e-2, "bfloat16": 0.75, "float16": 0.25}
+"""largest difference of a top logit; measured between kernels of one dtype (bf16: 0.3 on a 135M model)"""
+
+
+def record(base: LoadedBase, folder: Path) -> Probe:
+    """Answer each prompt greedily with PEFT's own model: the reference every engine is held to."""
+    return Probe(dtype=base.quantization.compute_dtype, answers=_answers(base, folder))
+
+
+def replay(base: LoadedBase, folder: Path, recorded: Probe) -> None:
+    """Raises ProbeMismatch, with the prompt and both values, when the answers are not the recorded ones."""
+    tolerance = max(TOLERANCE[recorded.dtype], TOLERANCE[base.quantization.compute_dtype])
+    for now, then in zip(_answers(base, folder), recorded.answers, strict=True):
+        compare(now, then, tolerance=tolerance)
+
+
+def compare(now: ProbeAnswer, then: ProbeAnswer, *, tolerance: float) -> None:
+    """Top logits must agree within `tolerance`; tokens must be equal up to the first near-tie.
+
+    A near-tie is a step whose two best logits were recorded closer than twice the tolerance: there,
+    rounding may choose either. Raises ProbeMismatch.
+    """
+    if now.prompt_tokens != then.prompt_tokens:
+        raise ProbeMismatch(
+            f"the prompt {then.prompt!r} now renders to other tokens: the chat template or tokenizer is another one."
+        )
+    theirs = dict(zip(now.top_tokens, now.top_logits, strict=True))
+    for token, logit in zip(then.top_tokens[:1], then.top_logits[:1], strict=True):
+        found = theirs.get(token)
+        if found is None or abs(found - logit) > tolerance:
+            raise ProbeMismatch(
+                f"after {then.prompt!r} token {token} has logit {found}, recorded {logit:.3f} (tolerance "
+                f"{tolerance}): likely another base, quantization or dtype than the one it was packed with."
+            )
+    for place, (token, expected, gap) in enumerate(zip(now.tokens, then.tokens, then.gaps, strict=False)):
+        if gap < 2 * tolerance:
+            return
+        if token != expected:
+            raise ProbeMismatch(
+                f"after {then.prompt!r} token {place} is {token}, recorded {expected} with a lead of {gap:.2f}: "
+                "likely another base, template or quantization than the one it was packed with."
+            )
+
+
+def _answers(base: LoadedBase, folder: Path) -> list[ProbeAnswer]:
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base.model, str(folder), low_cpu_mem_usage=True)
+    model.eval()
+    try:
+        return [_answer(model, base.tokenizer, (folder / "chat_template.jinja").read_text(), text) for text in PROMPTS]
+    finally:
+        model.unload()
+
+
+def _answer(model: Any, tokenizer: Any, template: str, prompt: str) -> ProbeAnswer:
+    import torch
+
+    messages = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(
+        messages,
+        chat_template=template or None,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    ).to(model.device)
+    with torch.inference_mode():
+        out = model.generate(
+            **inputs,
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    prompt_tokens = inputs["input_ids"][0]
+    best_two = [step[0].float().topk(2).values for step in out.logits]
+    top = out.logits[0][0].float().topk(NUM_TOP)
+    return ProbeAnswer(
+        prompt=prompt,
+        prompt_tokens=prompt_tokens.tolist(),
+        tokens=out.sequences[0, len(prompt_tokens) :].tolist(),
+        gaps=[round(float(pair[0] - pair[1]), 4) for pair in best_two],
+        top_tokens=top.indices.tolist(),
+        top_logits=[round(float(value), 4) for value in top.values],
+    )

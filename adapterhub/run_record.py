@@ -1,0 +1,107 @@
+"""What a training run leaves beside its weights: recipe.toml and train_log.jsonl.
+
+The trainer writes the log line by line; packing reads it back. One JSON object a line, told apart by `event`:
+`start` (base, quantization, digests, versions), `step` (loss, tokens), `end` (totals and held-out losses).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from adapterhub.adapter import BaseRef
+from adapterhub.errors import InvalidManifest
+from adapterhub.manifest import Evaluation, Quantization, Training
+
+LOG_NAME = "train_log.jsonl"
+RECIPE_NAME = "recipe.toml"
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunStart(_Event):
+    event: Literal["start"] = "start"
+    base_id: str
+    base_revision: str | None
+    base_fingerprint: str
+    quantization: Quantization
+    recipe_sha256: str
+    data_sha256: str
+    samples: int
+    seed: int
+    versions: dict[str, str]
+
+
+class RunStep(_Event):
+    event: Literal["step"] = "step"
+    step: int
+    loss: float
+    """nats per trained token"""
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """tokens in the step's batch"""
+    trained_tokens: int
+    seconds: float
+
+
+class RunEnd(_Event):
+    event: Literal["end"] = "end"
+    steps: int
+    trained_tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    evaluations: list[Evaluation]
+
+
+_EVENT: TypeAdapter[RunStart | RunStep | RunEnd] = TypeAdapter(RunStart | RunStep | RunEnd)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    base: BaseRef
+    quantization: Quantization
+    training: Training
+    evaluations: tuple[Evaluation, ...]
+    steps: tuple[RunStep, ...]
+    peak_memory_bytes: int
+
+
+def read_run_record(folder: Path) -> RunRecord | None:
+    """The record of a finished run, or None when there is no log (an adopted adapter).
+
+    Raises InvalidManifest when the log is damaged, or of a run that never ended.
+    """
+    path = folder / LOG_NAME
+    if not path.is_file():
+        return None
+    try:
+        events = [_EVENT.validate_python(json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, ValidationError) as error:
+        raise InvalidManifest(f"{path} is not a training log ({error}): train again, or remove it.") from error
+    start, end = events[0] if events else None, events[-1] if events else None
+    if not isinstance(start, RunStart) or not isinstance(end, RunEnd):
+        raise InvalidManifest(f"{path} is of a run that did not end: train again into a fresh folder.")
+    return RunRecord(
+        base=BaseRef(start.base_id, start.base_revision, start.base_fingerprint),
+        quantization=start.quantization,
+        training=Training(
+            recipe_sha256=start.recipe_sha256,
+            data_sha256=start.data_sha256,
+            samples=start.samples,
+            steps=end.steps,
+            trained_tokens=end.trained_tokens,
+            seconds=end.seconds,
+            seed=start.seed,
+            versions=start.versions,
+        ),
+        evaluations=tuple(end.evaluations),
+        steps=tuple(event for event in events if isinstance(event, RunStep)),
+        peak_memory_bytes=end.peak_memory_bytes,
+    )

@@ -1,0 +1,96 @@
+"""Real parts for the whole suite: SmolLM2-135M-Instruct, and a tiny random Llama with its tokenizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+# Before any Hugging Face import: some of these are read once, at import.
+os.environ.update(
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_UPDATE_CHECK="1",
+    GRADIO_ANALYTICS_ENABLED="False",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_WAIT_POLICY="PASSIVE",
+)
+
+import pytest
+
+from adapterhub.adapter import BaseName, BaseRef
+from adapterhub.base_store import StoredBase, fingerprint, pull_base
+
+CACHE = Path(__file__).parent.parent / ".cache"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> StoredBase:
+    """The real base, fetched once per checkout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADAPTERHUB_HOME", str(CACHE))
+        return pull_base(BaseName.parse("smollm2-135m-instruct"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(smollm2: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> StoredBase:
+    """A two-layer random Llama (hidden 64, four heads, two KV heads) in fp32 with SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-base")
+    make_tiny_base(folder, smollm2, layers=2, seed=0)
+    return StoredBase(folder, BaseRef("tests/tiny-llama", None, fingerprint(folder)), "apache-2.0")
+
+
+def make_tiny_base(folder: Path, tokenizer_from: StoredBase, *, layers: int, seed: int) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,  # large enough for greedy decoding without near-ties
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer_from.path / name, folder / name)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty ADAPTERHUB_HOME of this test's own."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("ADAPTERHUB_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def peft_folder(tiny_base: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What PEFT itself saves for a random LoRA of rank 8 on every linear layer of the tiny base."""
+    folder = tmp_path_factory.mktemp("peft") / "adapter"
+    make_peft_adapter(folder, tiny_base, rank=8, seed=1)
+    return folder
+
+
+def make_peft_adapter(folder: Path, base: StoredBase, *, rank: int, seed: int, **options: object) -> None:
+    """A LoRA with random A and B, so that it changes every answer; saved by PEFT."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    targets = options.pop("target_modules", "all-linear")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM", **options)
+    peft_model = get_peft_model(model, config)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    peft_model.save_pretrained(folder, save_embedding_layers=False)
