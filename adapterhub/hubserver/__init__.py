@@ -1,0 +1,1 @@
+"""Our own Hub-compatible server, for air-gapped teams and for every test."""

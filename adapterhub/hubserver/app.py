@@ -1,0 +1,100 @@
+"""The hub as one application: what the routes are given, how refusals travel, which path is routed.
+
+Starts no server.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from adapterhub import __version__
+from adapterhub.errors import AdapterHubError
+from adapterhub.hubserver import routes_files, routes_repos, routes_uploads
+from adapterhub.hubserver.access import READ, Hub
+from adapterhub.hubserver.auth import Tokens, UploadSigner, kept_secret
+from adapterhub.hubserver.catalog import Catalog
+from adapterhub.hubserver.refusals import Refusal
+from adapterhub.hubserver.store import HubStore
+
+MAX_JSON_BYTES = 8 << 20
+"""of a request without files"""
+
+
+def create_hub_app(root: Path, tokens: Tokens, *, public_url: str | None = None) -> FastAPI:
+    """A Hub-compatible server over the folder `root`, which is made when missing.
+
+    `public_url`: the address clients use, when it differs from the one requests name (a proxy).
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    store = HubStore(root)
+    app = FastAPI(
+        title="adapterhub hub",
+        openapi_url=None,
+        redirect_slashes=False,
+        max_body_size=MAX_JSON_BYTES,
+        exception_handlers={
+            AdapterHubError: _say_error,
+            RequestValidationError: _say_bad_request,
+            ClientDisconnect: _say_nothing,
+        },
+    )
+    app.state.hub = Hub(
+        store=store,
+        catalog=Catalog(store),
+        tokens=tokens,
+        signer=UploadSigner(kept_secret(root / "upload.secret")),
+        public_url=public_url,
+    )
+    app.add_middleware(_RawPathRouting)
+    app.add_api_route("/", _identity, methods=READ)
+    app.add_api_route("/health", _health, methods=READ)
+    for routes in (routes_repos, routes_uploads, routes_files):
+        app.include_router(routes.router)
+    return app
+
+
+def _identity() -> dict[str, str]:
+    return {"server": "adapterhub", "version": __version__, "speaks": "Hugging Face Hub API, models only"}
+
+
+def _health() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+class _RawPathRouting:
+    """Routes on the path as it was sent: decoded, a branch named `a/b` could not be told from two parts."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = {**scope, "path": scope["raw_path"].decode("ascii")}
+        await self._app(scope, receive, send)
+
+
+def _error_reply(status: int, message: str, *, headers: dict[str, str]) -> JSONResponse:
+    # A header carries one line of plain ASCII.
+    said = message.encode("unicode_escape").decode("ascii")
+    return JSONResponse({"error": message}, status_code=status, headers={"X-Error-Message": said, **headers})
+
+
+async def _say_error(request: Request, error: AdapterHubError) -> JSONResponse:
+    headers = error.headers if isinstance(error, Refusal) else {}
+    return _error_reply(error.http_status, str(error), headers=headers)
+
+
+async def _say_bad_request(request: Request, error: RequestValidationError) -> JSONResponse:
+    faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+    return _error_reply(400, f"the request is not understood: {faults}", headers={})
+
+
+async def _say_nothing(request: Request, error: ClientDisconnect) -> Response:
+    """Whoever hung up in the middle of an upload hears no answer, and the log needs no traceback for it."""
+    return Response(status_code=400)
