@@ -1,0 +1,207 @@
+"""Push and pull through the Hub's own client, against the public Hub or any endpoint.
+
+The only door to huggingface_hub: its exceptions end here, as HubError kinds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterhub.adapter import Adapter
+from adapterhub.errors import (
+    AdapterHubError,
+    AdapterNotFound,
+    Conflict,
+    HubError,
+    HubUnavailable,
+    NotAuthorized,
+    UsageError,
+)
+from adapterhub.files import new_folder
+from adapterhub.manifest import MANIFEST_NAME
+from adapterhub.package import check_names, open_adapter
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+PUBLIC_ENDPOINT = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An adapter as a Hub lists it."""
+
+    name: str
+    revision: str
+    base: str | None
+
+
+@dataclass(frozen=True)
+class Hub:
+    """One endpoint and the token used there (None: anonymous)."""
+
+    endpoint: str = PUBLIC_ENDPOINT
+    token: str | None = None
+
+    @classmethod
+    def from_environment(cls, endpoint: str | None = None) -> Hub:
+        """`HF_ENDPOINT` and the token every Hugging Face tool uses: `HF_TOKEN`, `HF_TOKEN_PATH`, `hf auth login`.
+
+        The stored login is for the public Hub; another endpoint is sent a token only when HF_TOKEN says so.
+        """
+        chosen = (endpoint or os.environ.get("HF_ENDPOINT") or PUBLIC_ENDPOINT).rstrip("/")
+        token = os.environ.get("HF_TOKEN") or None
+        if token is None and chosen == PUBLIC_ENDPOINT:
+            from huggingface_hub import get_token
+
+            token = get_token()
+        return cls(chosen, token)
+
+    @cached_property
+    def _api(self) -> HfApi:
+        # Said before the import: the client would otherwise draw a bar per file on our own lines.
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils.logging import set_verbosity_error
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
+        set_verbosity_error()  # it warns that open files are not sent by Xet, which is what we want
+        return HfApi(endpoint=self.endpoint, token=self.token or False, library_name="adapterhub")
+
+    def commit_of(self, repo: str, revision: str | None = None) -> str:
+        """The exact commit a branch, tag or commit names now (default: main). Raises HubError kinds."""
+        with self._mapped(f"find {repo}{f'@{revision}' if revision else ''}", repo):
+            return str(self._api.model_info(repo, revision=revision, timeout=10).sha)
+
+    def download(self, repo: str, commit: str, folder: Path, *, patterns: Sequence[str]) -> None:
+        """Fetch the top-level files that match into `folder`; the client checks sizes and resumes in-call."""
+        with self._mapped(f"download {repo}", repo):
+            names = self._api.list_repo_files(repo, revision=commit)
+            for name in (n for n in names if "/" not in n and any(fnmatch(n, p) for p in patterns)):
+                self._api.hf_hub_download(repo, name, revision=commit, local_dir=folder)
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's book-keeping, not content
+
+    def push(self, adapter: Adapter, repo: str, *, private: bool = False, message: str | None = None) -> str:
+        """Publish a package as one commit on main, compare-and-swap on what main was. Returns the commit.
+
+        Raises UsageError for a base that is only a local path, Conflict when somebody pushed in between.
+        """
+        if Path(adapter.manifest.base.id).is_absolute():
+            raise UsageError(
+                f"{adapter.manifest.name} names a local folder as its base ({adapter.manifest.base.id}), which "
+                "nobody else can load: pull the base by its Hub id and pack the adapter on that."
+            )
+        from huggingface_hub import CommitOperationAdd
+
+        # Sorted so that the manifest is added with the rest: a commit is atomic, readers see all or nothing.
+        files = sorted(path for path in adapter.path.iterdir() if path.is_file())
+        check_names(path.name for path in files)
+        with self._mapped(f"push to {repo}", repo), ExitStack() as opened:
+            self._api.create_repo(repo, private=private, exist_ok=True)
+            parent = self._api.model_info(repo).sha
+            # Given as open files: with paths the client insists on Xet, which not every Hub speaks.
+            operations = [CommitOperationAdd(f.name, opened.enter_context(f.open("rb"))) for f in files]
+            commit = self._api.create_commit(
+                repo,
+                operations,
+                commit_message=message or f"{adapter.manifest.name} {adapter.digest}",
+                parent_commit=parent,
+            )
+        return str(commit.oid)
+
+    def pull(self, repo: str, folder: Path, *, revision: str | None = None) -> tuple[Adapter, str]:
+        """Fetch one exact revision into `folder`, which appears only when everything is there and verified.
+
+        File names are checked before a byte is fetched. Returns the adapter and its commit. Raises
+        AdapterNotFound, PackageError kinds and HubError kinds.
+        """
+        commit = self.commit_of(repo, revision)
+        with self._mapped(f"pull {repo}", repo):
+            names = self._api.list_repo_files(repo, revision=commit)
+        if MANIFEST_NAME not in names:
+            raise AdapterNotFound(
+                f"{repo}@{commit[:12]} at {self.endpoint} has no {MANIFEST_NAME}, so it is not an adapterhub package: "
+                "download the folder and adopt it with `adapterhub pack FOLDER --base BASE`."
+            )
+        check_names(names)
+        with new_folder(folder) as temporary:
+            self.download(repo, commit, temporary, patterns=names)
+            open_adapter(temporary)
+        return open_adapter(folder), commit
+
+    def search(self, *, base: str | None = None, limit: int = 100) -> list[Listed]:
+        """Adapters on this Hub, newest first, of one base when given (its Hub id)."""
+        filters = ["adapterhub"] + ([f"base_model:adapter:{base}"] if base else [])
+        with self._mapped("list adapters"):
+            found = list(self._api.list_models(filter=filters, limit=limit, sort="last_modified", full=True))
+        return [Listed(model.id, str(model.sha), _base_tag(model.tags or [])) for model in found]
+
+    @contextmanager
+    def _mapped(self, act: str, repo: str | None = None) -> Iterator[None]:
+        try:
+            yield
+        except AdapterHubError:
+            raise
+        except Exception as error:
+            mapped = self._map(error, act, repo)
+            if mapped is None:
+                raise
+            raise mapped from error
+
+    def _map(self, error: Exception, act: str, repo: str | None) -> AdapterHubError | None:
+        """The one table from the client's exceptions to ours; None for what is not the Hub's doing."""
+        from huggingface_hub import errors as hf
+
+        who = "with the token given (HF_TOKEN)" if self.token else "without a token"
+        if isinstance(error, hf.GatedRepoError):
+            return NotAuthorized(f"cannot {act}: access is gated; ask for it at {self.endpoint}/{repo}.")
+        if isinstance(error, hf.RevisionNotFoundError):
+            return AdapterNotFound(f"cannot {act}: {repo} exists at {self.endpoint}, that revision does not.")
+        status = _status(error)
+        if status == 401 and self.token and "credentials" in str(error).lower():
+            return NotAuthorized(
+                f"cannot {act}: {self.endpoint} does not know the token in HF_TOKEN; get a valid one there."
+            )
+        if isinstance(error, hf.RepositoryNotFoundError):
+            return AdapterNotFound(
+                f"cannot {act}: {self.endpoint} shows no {repo} {who}; it may be private or misspelt. "
+                "Check the name, or set HF_TOKEN."
+            )
+        if status in (401, 403):
+            return NotAuthorized(f"cannot {act} at {self.endpoint} {who}: set HF_TOKEN to one that may do this.")
+        if status in (409, 412):
+            return Conflict(f"cannot {act}: the repository changed meanwhile; pull, look, and push again.")
+        if isinstance(error, hf.HFValidationError):
+            return UsageError(f"cannot {act}: {error}")
+        if status is not None and 400 <= status < 500 and status != 429:
+            return HubError(f"cannot {act}: {self.endpoint} answered {status} ({_first_line(error)}).")
+        if status is not None or isinstance(error, (hf.HTTPError, hf.FileMetadataError, hf.LocalEntryNotFoundError)):  # type: ignore[attr-defined]
+            why = f"status {status}" if status else f"{type(error).__name__}: {_first_line(error)}"
+            return HubUnavailable(
+                f"cannot {act}: {self.endpoint} is not answering ({why}). Try again later, or use a Hub you can "
+                "reach (--hub URL or HF_ENDPOINT)."
+            )
+        return None
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _base_tag(tags: list[str]) -> str | None:
+    prefix = "base_model:adapter:"
+    return next((tag.removeprefix(prefix) for tag in tags if tag.startswith(prefix)), None)
