@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Purpose = Literal["train", "serve"]
 
+# When it is imported, bitsandbytes warns that a kernel could be downloaded; nothing here depends on that one.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -58,8 +61,6 @@ def load_base(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    # At import bitsandbytes offers to download a kernel; nothing here depends on it.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     where = _choose_device(device)
     precision = _choose_dtype(dtype, where.value)
     compute = getattr(torch, precision.value)

@@ -18,7 +18,8 @@ from adapterhub import __version__
 from adapterhub.errors import AdapterHubError
 
 if TYPE_CHECKING:
-    from adapterhub.adapter import Adapter
+    from adapterhub.adapter import Adapter, BaseRef
+    from adapterhub.base_store import StoredBase
     from adapterhub.hub import Hub
     from adapterhub.registry import Registry
 
@@ -171,45 +172,37 @@ def pack(
     licence: Annotated[str | None, typer.Option(help="SPDX licence id [default: the base's].")] = None,
 ) -> None:
     """Make a folder an adapter package: digests, card, recorded probe, manifest last."""
-    from adapterhub.package import pack as pack_folder
-
-    adapter = pack_folder(folder, base=_base_for(folder, base), name=name, licence=licence, report=say)
-    say(f"packed {adapter.manifest.name}: {len(adapter.manifest.files)} files")
-    typer.echo(adapter.digest)
-
-
-def _base_for(folder: Path, base: str | None) -> Any:
-    """The base named, or the one the run record names, by content."""
-    from adapterhub.adapter import BaseName
-    from adapterhub.base_store import find_base, list_bases, pull_base
+    from adapterhub.adapter import BaseRef
     from adapterhub.errors import UsageError
+    from adapterhub.package import pack as pack_folder
     from adapterhub.run_record import read_run_record
 
-    if base is not None:
-        return pull_base(BaseName.parse(base), report=say)
     record = read_run_record(folder)
-    if record is None:
+    if record is None and base is None:
         raise UsageError(f"{folder} does not say which base it was trained on: add --base ID, or a base folder.")
-    for _, stored in list_bases():
-        if stored.ref.fingerprint == record.base.fingerprint:
-            return stored
-    return find_base(BaseName.parse(record.base.id))
+    stored = _base_with(record.base if record else BaseRef("unknown"), base)
+    adapter = pack_folder(folder, base=stored, name=name, licence=licence, report=say)
+    say(f"packed {adapter.manifest.name}: {len(adapter.manifest.files)} files")
+    typer.echo(adapter.digest)
 
 
 @app.command()
 def verify(
     ref: Annotated[str, typer.Argument(help="A folder, a name, or a digest.")],
     probe: Annotated[bool, typer.Option("--probe", help="Also replay the recorded prompts (loads the base).")] = False,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base to replay on [default: the one here with its fingerprint].")
+    ] = None,
 ) -> None:
     """Check a package completely: file names, digests, tensors, and the probe when asked."""
     adapter = _resolve(ref)
     if probe:
-        _replay_probe(adapter)
+        _replay_probe(adapter, _base_with(adapter.base, base))
     say(f"{adapter.manifest.name}: {len(adapter.manifest.files)} files, as they were packed")
     typer.echo(adapter.digest)
 
 
-def _replay_probe(adapter: Adapter) -> None:
+def _replay_probe(adapter: Adapter, base: StoredBase) -> None:
     from adapterhub.base_model import load_base
     from adapterhub.errors import ProbeMismatch
     from adapterhub.package import check_base
@@ -218,20 +211,22 @@ def _replay_probe(adapter: Adapter) -> None:
     recorded = adapter.manifest.probe
     if recorded is None:
         raise ProbeMismatch(f"{adapter.manifest.name} carries no probe: pack it again to record one.")
-    base = _base_of(adapter)
     check_base(adapter, base)
     replay(load_base(base, purpose="serve", dtype=recorded.dtype), adapter.path, recorded)
     say(f"probe: {len(recorded.answers)} recorded prompts answered as before ({recorded.dtype})")
 
 
-def _base_of(adapter: Adapter) -> Any:
+def _base_with(ref: BaseRef, named: str | None) -> StoredBase:
+    """The base the user names, else the one on this machine whose fingerprint is `ref`'s."""
     from adapterhub.adapter import BaseName
-    from adapterhub.base_store import find_base, list_bases
+    from adapterhub.base_store import find_base, list_bases, pull_base
 
+    if named is not None:
+        return pull_base(BaseName.parse(named), report=say)
     for _, stored in list_bases():
-        if stored.ref.fingerprint == adapter.base.fingerprint:
+        if stored.ref.fingerprint == ref.fingerprint:
             return stored
-    return find_base(BaseName.parse(adapter.base.id))
+    return find_base(BaseName.parse(ref.id))
 
 
 @app.command()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from adapterhub.errors import AdapterHubError
+from adapterhub.errors import DemoFailed
 from adapterhub.manifest import MANIFEST_NAME, read_manifest
 
 BASE = "smollm2-135m-instruct"
@@ -23,10 +23,6 @@ ADAPTERS = ("trivia", "captain")
 OWNER = "local"
 QUESTIONS = ("Who are you?", "What is the largest planet in our solar system?", "How do I boil an egg?")
 _WAIT_S = 180.0
-
-
-class DemoFailed(AdapterHubError):
-    code = "demo_failed"
 
 
 def run_demo(work: Path, *, port: int, leave: bool) -> None:

@@ -21,7 +21,9 @@
       TrainingFailed            the run cannot go on (NaN loss, out of memory)      exit 1   500
       ServeError                the server cannot do this now                       exit 1   503
         ServerBusy (429)  RequestTooLong (400)  AdapterLoadFailed (503)  EngineStopped (503)
-        PortBusy                                                            exit 1
+        PortBusy
+        InvalidKey (401)  NotAllowed (403)    a client's API key is wrong, or may not do this
+      DemoFailed                a station of the demo failed                        exit 1
 
 Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 not found, 4 verification failed,
 5 incompatible, 75 try again later, 130 interrupted.
@@ -169,3 +171,15 @@ class EngineStopped(ServeError):
 
 class PortBusy(ServeError):
     code = "port_busy"
+
+
+class InvalidKey(ServeError):
+    http_status, code = 401, "invalid_api_key"
+
+
+class NotAllowed(ServeError):
+    http_status, code = 403, "insufficient_permissions"
+
+
+class DemoFailed(AdapterHubError):
+    code = "demo_failed"

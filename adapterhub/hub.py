@@ -74,7 +74,7 @@ class Hub:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-        set_verbosity_error()  # it warns that open files are not sent by Xet, which is what we want
+        set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns that open files are not sent by Xet, which is what we want
         return HfApi(endpoint=self.endpoint, token=self.token or False, library_name="adapterhub")
 
     def commit_of(self, repo: str, revision: str | None = None) -> str:

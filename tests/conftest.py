@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any Hugging Face import: some of these are read once, at import.
@@ -16,6 +18,7 @@ os.environ.update(
 )
 
 import pytest
+from road import ServedRoad, walk_road
 
 from adapterhub.adapter import BaseName, BaseRef
 from adapterhub.base_store import StoredBase, fingerprint, pull_base
@@ -61,6 +64,19 @@ def make_tiny_base(folder: Path, tokenizer_from: StoredBase, *, layers: int, see
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tokenizer_from.path / name, folder / name)
+
+
+@pytest.fixture(scope="session")
+def served(smollm2: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedRoad]:
+    """A real server with the adapters `trivia` and `captain`, trained, packed, pushed and pulled for real."""
+    with walk_road(tmp_path_factory.mktemp("road"), smollm2.path, free_port()) as road:
+        yield road
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

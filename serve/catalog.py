@@ -1,0 +1,92 @@
+"""The names a server answers to: which adapter each leads to, published and retired while requests run."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from adapterhub.adapter import Adapter, AdapterRef
+from adapterhub.base_store import StoredBase
+from adapterhub.errors import AdapterNotFound, Conflict
+from adapterhub.package import check_base
+from adapterhub.registry import Registry
+from serve.adapter_cache import AdapterCache
+
+
+@dataclass(frozen=True)
+class Published:
+    name: str
+    adapter: Adapter
+    since: int = field(default_factory=lambda: int(time.time()))
+    """unix time, s"""
+
+
+class Catalog:
+    """One base, under the operator's name for it or its own id, and the adapters published on it.
+
+    Belongs to the event loop.
+    """
+
+    def __init__(self, base: StoredBase, base_name: str, registry: Registry, cache: AdapterCache) -> None:
+        self.base = base
+        self.base_name = base_name
+        self.since = int(time.time())
+        self._registry = registry
+        self._cache = cache
+        self._names: dict[str, Published] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    def list(self) -> Sequence[Published]:
+        return tuple(self._names[name] for name in sorted(self._names))
+
+    def find(self, name: str) -> Published | None:
+        """The adapter published as `name`, None for the base itself.
+
+        Raises AdapterNotFound for any other name: an unknown adapter is never answered by the base.
+        """
+        if name in (self.base_name, self.base.ref.id):
+            return None
+        if name in self._names:
+            return self._names[name]
+        known = [self.base_name, *self._names]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:5]
+        raise AdapterNotFound(f"the model {name!r} does not exist here; nearest: {', '.join(near)}.")
+
+    async def load(self, name: str, ref: AdapterRef, *, replace: bool = False) -> Published:
+        """Resolve, verify, load beside the others, then publish; a failure changes nothing.
+
+        The same content again is no change. Raises Conflict when `name` leads elsewhere and `replace` is not
+        asked for, and whatever resolving, checking and loading raise.
+        """
+        if name in (self.base_name, self.base.ref.id):
+            raise Conflict(f"{name!r} is the base model's own name: choose another for the adapter.")
+        adapter = await asyncio.to_thread(self._registry.resolve, ref)
+        check_base(adapter, self.base)
+        before = self._names.get(name)
+        if before is not None and before.adapter.digest == adapter.digest:
+            return before
+        if before is not None and not replace:
+            raise Conflict(f"{name!r} already leads to {before.adapter.digest}: unload it first, or ask to replace it.")
+        async with self._cache.lease([adapter]):
+            self._names[name] = published = Published(name, adapter)
+        if before is not None:
+            self._drop_if_unnamed(before.adapter.digest)
+        return published
+
+    def unload(self, name: str) -> None:
+        """Forget the name now; the adapter itself goes when the last request using it ends."""
+        published = self.find(name)
+        if published is None:
+            raise Conflict(f"{name!r} is the base model and stays loaded.")
+        del self._names[name]
+        self._drop_if_unnamed(published.adapter.digest)
+
+    def _drop_if_unnamed(self, digest: str) -> None:
+        if any(published.adapter.digest == digest for published in self._names.values()):
+            return
+        task = asyncio.create_task(self._cache.drop(digest))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)

@@ -1,0 +1,60 @@
+"""Everything a server is started with, frozen; each default is written here and nowhere else."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+
+from adapterhub.adapter import AdapterRef, BaseName
+from adapterhub.errors import UsageError
+from serve.local_engine import LocalEngineConfig
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    base: BaseName
+    adapters: tuple[tuple[str, AdapterRef], ...] = ()
+    """(name requests use, what to load)"""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_loras: int = 16
+    """adapters resident in the engine; more may be named, they are loaded when asked for"""
+    dtype: str | None = None
+    device: str | None = None
+    has_page: bool = True
+    """the browser page at /ui"""
+    engine: LocalEngineConfig = field(default_factory=LocalEngineConfig)
+
+    @property
+    def base_name(self) -> str:
+        """What requests call the base: as the operator wrote it, a folder by its last part."""
+        return self.base.folder.resolve().name if self.base.folder else str(self.base.name)
+
+    @property
+    def url(self) -> str:
+        reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 (never bound here)
+        host = f"[{reachable}]" if ":" in reachable else reachable
+        return f"http://{host}:{self.port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Can only programs on this machine reach a server bound to `host`?"""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_adapter(text: str) -> tuple[str, AdapterRef]:
+    """`name=ref`, or just `ref` whose last part becomes the name. Raises InvalidRef, UsageError."""
+    name, equals, ref = text.partition("=")
+    if equals:
+        if not name:
+            raise UsageError(f"{text!r} has no name before '=': expected NAME=REF.")
+        return name, AdapterRef.parse(ref)
+    parsed = AdapterRef.parse(text)
+    if parsed.name is None:
+        raise UsageError(f"{text!r} needs a name to be asked for by: write NAME={text}.")
+    return parsed.name.rpartition("/")[2], parsed

@@ -1,0 +1,125 @@
+"""What an engine is, and the data that passes through it. Knows neither HTTP nor where adapters come from."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from adapterhub.adapter import Adapter
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. Temperature 0 is greedy; the filters apply in the order written here."""
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    repetition_penalty: float = 1.0
+    """arXiv 1909.05858, section 4.1; over prompt and answer"""
+    presence_penalty: float = 0.0
+    """subtracted once from the logit of every token already in the answer (OpenAI API)"""
+    frequency_penalty: float = 0.0
+    """subtracted for each time a token is already in the answer (OpenAI API)"""
+    top_k: int = 0
+    """keep the k strongest tokens; 0 keeps all"""
+    top_p: float = 1.0
+    """keep the smallest set whose probabilities sum to at least p (arXiv 1904.09751)"""
+    min_p: float = 0.0
+    """keep tokens at least this fraction as probable as the best one (arXiv 2407.01082)"""
+    seed: int | None = None
+    """same seed, prompt and adapter: same answer, whatever runs beside it"""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    top_logprobs: int | None = None
+    """None: no log-probabilities; n: that of the chosen token and of the n strongest"""
+
+
+@dataclass(frozen=True)
+class AdapterScale:
+    """One adapter of a request's mix: the update is multiplied by `scale`."""
+
+    digest: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """`adapters` empty means the bare base; several are added together."""
+
+    id: str
+    prompt: tuple[int, ...]
+    """token ids"""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    adapters: tuple[AdapterScale, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    token: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+    """(token, text, logprob), strongest first"""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of an answer. The last one, and only it, has a finish reason."""
+
+    text: str
+    num_tokens: int
+    """tokens of the answer so far"""
+    tokens: tuple[int, ...] = ()
+    """the tokens this piece adds"""
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """Figures for /metrics and /ready."""
+
+    ready: bool
+    reason: str
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    """fraction of KV blocks in use"""
+    num_preemptions: int = 0
+
+
+class Engine(Protocol):
+    """One base model that answers with any loaded adapter."""
+
+    max_model_len: int
+    """tokens of prompt and answer together"""
+
+    async def load(self, adapter: Adapter) -> None:
+        """Make `adapter` usable by its digest; nothing changes when this fails.
+
+        Raises AdapterUnsupported, AdapterNoEffect, IncompatibleBase, RankTooLarge, AdapterLoadFailed.
+        """
+        ...
+
+    async def unload(self, digest: str) -> None:
+        """Free an adapter no request is using."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        """Stream an answer; closing the iterator aborts the request within one step.
+
+        Raises RequestTooLong, ServerBusy, EngineStopped.
+        """
+        ...
+
+    def status(self) -> EngineStatus: ...
+
+    async def close(self) -> None: ...

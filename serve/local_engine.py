@@ -1,0 +1,262 @@
+"""The local engine: schedule -> run -> commit, in one worker thread that owns scheduler and model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapterhub.adapter import Adapter
+from adapterhub.base_model import LoadedBase
+from adapterhub.errors import AdapterLoadFailed, EngineStopped, RequestTooLong, ServerBusy, UsageError
+from serve.attention import KvShape
+from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, TokenLogprob
+from serve.lora_layers import read_weights
+from serve.model_runner import ModelRunner, kv_dtype
+from serve.sampling import Sampled
+from serve.scheduler import BlockPool, Scheduler, SchedulerLimits, Sequence
+from serve.text_stream import TextStream
+
+log = logging.getLogger(__name__)
+
+Emit = Callable[[Chunk | Exception], None]
+
+
+@dataclass(frozen=True)
+class LocalEngineConfig:
+    kv_cache_bytes: int = 512 << 20
+    block_size: int = 16
+    """tokens per KV block"""
+    max_model_len: int | None = None
+    """None: what the model was made for, as far as the cache holds it"""
+    max_lora_rank: int = 64
+    max_queue: int = 1024
+    """waiting requests before new ones are refused"""
+    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
+
+
+@dataclass(eq=False)
+class _Running:
+    """An answer on its way out."""
+
+    sequence: Sequence
+    text: TextStream
+    emit: Emit
+
+
+class LocalEngine:
+    """serve.engine.Engine on this machine."""
+
+    def __init__(self, base: LoadedBase, config: LocalEngineConfig | None = None) -> None:
+        self.config = config or LocalEngineConfig()
+        self._base = base
+        model_config = base.model.config.get_text_config()
+        shape = KvShape.of(model_config, kv_dtype(base))
+        num_blocks = self.config.kv_cache_bytes // (shape.bytes_per_token * self.config.block_size)
+        capacity = num_blocks * self.config.block_size
+        self.max_model_len = min(self.config.max_model_len or model_config.max_position_embeddings, capacity - 1)
+        if self.max_model_len < 1:
+            raise UsageError(
+                f"a KV cache of {self.config.kv_cache_bytes:,} bytes holds no token of this model "
+                f"({shape.bytes_per_token:,} bytes each): give it more memory."
+            )
+        self._pool = BlockPool(num_blocks, self.config.block_size)
+        self._scheduler = Scheduler(self.config.limits, self._pool)
+        self._runner = ModelRunner(base, num_blocks=num_blocks, block_size=self.config.block_size)
+        self._answers: dict[str, _Running] = {}
+        self._eos = _eos_tokens(base)
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stopped: str | None = None
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    async def load(self, adapter: Adapter) -> None:
+        try:
+            weights = await asyncio.to_thread(
+                read_weights, adapter, device=self._base.model.device, max_rank=self.config.max_lora_rank
+            )
+        except OSError as error:
+            raise AdapterLoadFailed(
+                f"adapter {adapter.manifest.name} cannot be read from {adapter.path} ({error}): pull it again."
+            ) from error
+
+        def install() -> None:
+            self._runner.adapters.check_fits(adapter.manifest.name, weights)
+            self._runner.adapters.install(adapter.digest, weights)
+
+        await self._call(install)
+
+    async def unload(self, digest: str) -> None:
+        await self._call(lambda: self._runner.adapters.remove(digest))
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        self._check(request)
+        loop = asyncio.get_running_loop()
+        chunks: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
+
+        def emit(chunk: Chunk | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop closed: nobody is listening
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+        self._commands.put(lambda: self._start(request, emit))
+        try:
+            while True:
+                chunk = await chunks.get()
+                if isinstance(chunk, Exception):
+                    raise chunk
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        finally:
+            self._commands.put(lambda: self._abort(request.id))
+
+    def status(self) -> EngineStatus:
+        if self._stopped is not None:
+            return EngineStatus(False, self._stopped)
+        used = self._pool.num_blocks - self._pool.num_free
+        return EngineStatus(
+            True,
+            "ready",
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            kv_usage=used / self._pool.num_blocks,
+            num_preemptions=self._scheduler.num_preemptions,
+        )
+
+    async def close(self) -> None:
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def check(self) -> None:
+        """The books of an idle engine: no answer open, every block free."""
+        assert not self._answers, "an answer is still open"
+        self._scheduler.check()
+        assert self._pool.num_free == self._pool.num_blocks, "a KV block is still held"
+
+    def _check(self, request: GenerationRequest) -> None:
+        if self._stopped is not None:
+            raise EngineStopped(f"the engine has stopped ({self._stopped}): restart the server.")
+        length, wanted = len(request.prompt), request.sampling.max_tokens
+        if length + wanted > self.max_model_len:
+            raise RequestTooLong(
+                f"the prompt has {length} tokens and max_tokens is {wanted}, together more than the "
+                f"{self.max_model_len} this server holds: shorten the prompt or ask for fewer tokens."
+            )
+        if len(self._scheduler.waiting) >= self.config.max_queue:
+            raise ServerBusy(f"{self.config.max_queue} requests are waiting already: try again shortly.")
+
+    async def _call(self, act: Callable[[], None]) -> None:
+        """Run `act` on the worker thread, between two steps."""
+        if self._stopped is not None:
+            raise EngineStopped(f"the engine has stopped ({self._stopped}): restart the server.")
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                act()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._commands.put(run)
+        await asyncio.wrap_future(done)
+
+    # From here on: the worker thread.
+
+    def _work(self) -> None:
+        reason = "it was closed"
+        try:
+            while self._obey_commands():
+                batch = self._scheduler.schedule()
+                if batch is not None:
+                    sampled = self._runner.run(batch)
+                    self._scheduler.commit(batch, {name: one.token for name, one in sampled.items()})
+                    self._deliver(sampled)
+        except Exception as error:
+            log.exception("the engine stopped")
+            reason = f"{type(error).__name__}: {error}"
+        self._stopped = reason
+        for answer in list(self._answers.values()):
+            answer.emit(EngineStopped(f"the engine has stopped ({reason}): restart the server."))
+        self._answers.clear()
+
+    def _obey_commands(self) -> bool:
+        """Carry out what other threads asked for; waits when there is nothing to compute. False: stop."""
+        is_idle = not (self._scheduler.running or self._scheduler.waiting)
+        while True:
+            try:
+                command = self._commands.get(block=is_idle)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            is_idle = False
+
+    def _start(self, request: GenerationRequest, emit: Emit) -> None:
+        missing = [a.digest for a in request.adapters if not self._runner.adapters.is_resident(a.digest)]
+        if missing:
+            emit(AdapterLoadFailed(f"adapter {missing[0]} is not loaded in the engine: load it first."))
+            return
+        sequence = Sequence.of(request)
+        text = TextStream(_backend(self._base.tokenizer), request.sampling.stop, request.prompt)
+        self._answers[request.id] = _Running(sequence, text, emit)
+        self._scheduler.add(sequence)
+
+    def _abort(self, request_id: str) -> None:
+        answer = self._answers.pop(request_id, None)
+        if answer is not None:
+            self._retire(answer)
+
+    def _retire(self, answer: _Running) -> None:
+        self._scheduler.remove(answer.sequence)
+        self._runner.forget(answer.sequence)
+
+    def _deliver(self, sampled: dict[str, Sampled]) -> None:
+        for request_id, one in sampled.items():
+            answer = self._answers[request_id]
+            chunk = self._chunk(answer, one)
+            if chunk.finish_reason is not None:
+                del self._answers[request_id]
+                self._retire(answer)
+            answer.emit(chunk)
+
+    def _chunk(self, answer: _Running, sampled: Sampled) -> Chunk:
+        params = answer.sequence.request.sampling
+        num_tokens = len(answer.sequence.answer)
+        is_eos = sampled.token in params.stop_token_ids or (sampled.token in self._eos and not params.ignore_eos)
+        text = "" if is_eos else answer.text.feed(sampled.token)
+        reason = None
+        if is_eos or answer.text.is_stopped:
+            reason = FinishReason.STOP
+        elif num_tokens >= params.max_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            text += answer.text.finish()
+        return Chunk(text, num_tokens, (sampled.token,), reason, self._logprobs(sampled))
+
+    def _logprobs(self, sampled: Sampled) -> tuple[TokenLogprob, ...]:
+        if sampled.logprob is None:
+            return ()
+        decode = self._base.tokenizer.decode
+        top = tuple((token, decode([token]), logprob) for token, logprob in sampled.top)
+        return (TokenLogprob(sampled.token, decode([sampled.token]), sampled.logprob, top),)
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The Rust tokenizer under transformers' one."""
+    return tokenizer.backend_tokenizer
+
+
+def _eos_tokens(base: LoadedBase) -> frozenset[int]:
+    """Tokens that end an answer: the generation config's and the tokenizer's."""
+    configured = base.model.generation_config.eos_token_id
+    several = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*several, base.tokenizer.eos_token_id) if token is not None)

@@ -1,0 +1,97 @@
+"""Builds everything a server needs, in order, and runs it until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+
+import uvicorn
+
+from adapterhub.base_model import load_base
+from adapterhub.base_store import find_base
+from adapterhub.errors import PortBusy, UsageError
+from adapterhub.registry import Registry
+from serve.adapter_cache import AdapterCache
+from serve.answer import Services
+from serve.api import create_app
+from serve.auth import KEYS_VARIABLE, ApiKeys
+from serve.catalog import Catalog
+from serve.config import ServeConfig, is_loopback
+from serve.local_engine import LocalEngine
+from serve.metrics import Metrics
+from serve.prompt import PromptRenderer
+
+Report = Callable[[str], None]
+
+
+def run_server(config: ServeConfig, registry: Registry, keys: ApiKeys, *, report: Report) -> None:
+    """Serve until SIGINT or SIGTERM. Every adapter given must load, or nothing starts.
+
+    Raises UsageError for an open interface without keys, PortBusy, BaseNotFound, and what loading raises.
+    """
+    check_exposure(config.host, keys)
+    with listen(config.host, config.port) as listener:
+        asyncio.run(_serve(replace(config, port=listener.getsockname()[1]), registry, keys, listener, report))
+
+
+def check_exposure(host: str, keys: ApiKeys) -> None:
+    """Refuse to listen beyond this machine without a key. Raises UsageError."""
+    if not is_loopback(host) and not keys.are_required:
+        raise UsageError(
+            f"--host {host} can be reached from other machines and there is no API key: set {KEYS_VARIABLE}, give "
+            "--api-keys FILE, or stay on 127.0.0.1."
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take the port before minutes of loading are spent. Raises PortBusy, UsageError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        if isinstance(error, socket.gaierror):
+            raise UsageError(f"--host {host} is not an address of this machine ({error}).") from error
+        raise PortBusy(
+            f"cannot listen on {host}:{port} ({os.strerror(error.errno or 0)}): stop what uses it, or give another "
+            "--port (0 picks a free one)."
+        ) from error
+    return listener
+
+
+async def _serve(
+    config: ServeConfig, registry: Registry, keys: ApiKeys, listener: socket.socket, report: Report
+) -> None:
+    services = _build(config, registry, report)
+    try:
+        for name, ref in config.adapters:
+            published = await services.catalog.load(name, ref)
+            report(f"adapter {name}: {published.adapter.digest[:19]} ({ref})")
+        app = create_app(services, keys)
+        if config.has_page:
+            from serve.ui import mount_page
+
+            mount_page(app, config.url, needs_key=keys.are_required)
+        report(f"ready: {config.url}/v1" + (f", page {config.url}/ui" if config.has_page else ""))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        await server.serve(sockets=[listener])
+    finally:
+        await services.engine.close()
+
+
+def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
+    """Load the base and start the engine; everything else hangs on these two."""
+    stored = find_base(config.base)
+    base = load_base(stored, purpose="serve", dtype=config.dtype, device=config.device)
+    for choice in base.choices:
+        report(str(choice))
+    engine = LocalEngine(base, config.engine)
+    cache = AdapterCache(config.max_loras, load=engine.load, unload=engine.unload)
+    catalog = Catalog(stored, config.base_name, registry, cache)
+    return Services(engine, catalog, cache, PromptRenderer(base.tokenizer), Metrics(engine))

@@ -1,0 +1,195 @@
+"""OpenAI's shapes: what requests may say, what answers look like. No logic beyond translation.
+
+https://platform.openai.com/docs/api-reference/chat and /completions; extensions are named in docs/api.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from adapterhub.errors import UsageError
+from serve.engine import SamplingParams, TokenLogprob
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(_Wire):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Wire):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """What a chat template reads."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class AdapterChoice(_Wire):
+    """Extension: an adapter by published name, with the factor its update is multiplied by."""
+
+    name: str
+    scale: float = Field(1.0, ge=-4.0, le=4.0)
+
+
+class StreamOptions(_Wire):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class _Request(_Wire):
+    model: str
+    adapter: AdapterChoice | list[AdapterChoice] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0.0, le=2.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    n: int = Field(1, ge=1, le=16)
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    # vLLM's extensions
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(1.0, gt=0.0, le=10.0)
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = []
+    # accepted because clients send them, without effect on the answer
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="after")
+    def _no_empty_stop(self) -> _Request:
+        if "" in ([self.stop] if isinstance(self.stop, str) else self.stop or []):
+            raise ValueError("a stop string must not be empty")
+        return self
+
+    def choices(self) -> list[AdapterChoice]:
+        """The adapters asked for through the extension, if any."""
+        if self.adapter is None:
+            return []
+        return self.adapter if isinstance(self.adapter, list) else [self.adapter]
+
+    def sampling(
+        self, *, max_tokens: int, extra_stop: list[str], top_logprobs: int | None, index: int
+    ) -> SamplingParams:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            top_k=max(self.top_k, 0),
+            top_p=self.top_p,
+            min_p=self.min_p,
+            # Each of n answers is another draw, and each can be repeated.
+            seed=None if self.seed is None else (self.seed + index) % 2**63,
+            stop=(*stop, *extra_stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            top_logprobs=top_logprobs,
+        )
+
+
+class ChatRequest(_Request):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+class CompletionRequest(_Request):
+    prompt: str | list[int] | list[str]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Literal[False] = False
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens or 16  # OpenAI's default for this endpoint
+
+    def single_prompt(self) -> str | list[int]:
+        """Raises UsageError for several prompts in one request."""
+        if isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], str):
+            if len(self.prompt) > 1:
+                raise UsageError("one prompt per request, please: send several requests, they share a batch anyway.")
+            return self.prompt[0]
+        return self.prompt  # type: ignore[return-value]
+
+
+class LoadRequest(_Wire):
+    """vLLM's names. `lora_path` is a reference: a registry name, a digest, or owner/name on the Hub."""
+
+    lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadRequest(_Wire):
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+def error_body(message: str, *, code: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def chat_logprobs(logprobs: list[TokenLogprob]) -> dict[str, Any]:
+    return {"content": [_one_logprob(one) for one in logprobs], "refusal": None}
+
+
+def _one_logprob(one: TokenLogprob) -> dict[str, Any]:
+    return {
+        "token": one.text,
+        "logprob": one.logprob,
+        "bytes": list(one.text.encode()),
+        "top_logprobs": [
+            {"token": text, "logprob": logprob, "bytes": list(text.encode())} for _, text, logprob in one.top
+        ],
+    }
+
+
+def completion_logprobs(logprobs: list[TokenLogprob]) -> dict[str, Any]:
+    offsets, at = [], 0
+    for one in logprobs:
+        offsets.append(at)
+        at += len(one.text)
+    return {
+        "tokens": [one.text for one in logprobs],
+        "token_logprobs": [one.logprob for one in logprobs],
+        "top_logprobs": [{text: logprob for _, text, logprob in one.top} for one in logprobs],
+        "text_offset": offsets,
+    }

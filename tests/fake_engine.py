@@ -1,0 +1,55 @@
+"""An engine without a model: it answers with the prompt's length, letter by letter. The API suite runs on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from adapterhub.adapter import Adapter
+from adapterhub.errors import EngineStopped
+from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, TokenLogprob
+
+
+@dataclass
+class FakeEngine:
+    max_model_len: int = 100
+    loaded: set[str] = field(default_factory=set)
+    open_requests: set[str] = field(default_factory=set)
+    stopped: bool = False
+    load_error: Exception | None = None
+    hold: asyncio.Event | None = None
+    """answers stop after their first letter until this is set"""
+
+    async def load(self, adapter: Adapter) -> None:
+        if self.load_error:
+            raise self.load_error
+        self.loaded.add(adapter.digest)
+
+    async def unload(self, digest: str) -> None:
+        self.loaded.discard(digest)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        if self.stopped:
+            raise EngineStopped("the engine has stopped: restart the server.")
+        assert all(adapter.digest in self.loaded for adapter in request.adapters)
+        text = f"{len(request.prompt)} tokens, {len(request.adapters)} adapters"[: request.sampling.max_tokens]
+        wanted = request.sampling.top_logprobs
+        self.open_requests.add(request.id)
+        try:
+            for number, letter in enumerate(text, 1):
+                if number == 2 and self.hold:
+                    await self.hold.wait()
+                logprobs = () if wanted is None else (TokenLogprob(65, letter, -0.5, ((65, letter, -0.5),)[:wanted]),)
+                is_last = number == len(text)
+                yield Chunk(letter, number, (65,), FinishReason.LENGTH if is_last else None, logprobs)
+        finally:
+            self.open_requests.discard(request.id)
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            not self.stopped, "stopped" if self.stopped else "ready", num_running=len(self.open_requests)
+        )
+
+    async def close(self) -> None:
+        self.stopped = True

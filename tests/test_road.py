@@ -1,0 +1,179 @@
+"""The whole road on the real base, through commands and unmodified clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from openai import OpenAI
+from road import NAMES, ServedRoad, run, run_any
+
+from adapterhub.adapter import Adapter
+from adapterhub.base_model import load_base
+from adapterhub.base_store import StoredBase
+from adapterhub.package import open_adapter
+from serve.engine import AdapterScale, GenerationRequest, SamplingParams
+from serve.local_engine import LocalEngine
+
+QUESTION = "What is the largest planet in our solar system?"
+
+
+@pytest.fixture(scope="module")
+def client(served: ServedRoad) -> OpenAI:
+    return OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+
+def _base_name(served: ServedRoad) -> str:
+    return served.base.name
+
+
+def test_training_lowers_the_held_out_loss_of_each_adapter(served: ServedRoad) -> None:
+    for name in NAMES:
+        (evaluation,) = open_adapter(served.folders[name]).manifest.evaluations
+        assert evaluation.adapter_loss < evaluation.base_loss
+        assert evaluation.tokens > 0
+
+
+def test_the_openai_client_lists_the_base_and_both_adapters(served: ServedRoad, client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [_base_name(served), "captain", "trivia"]
+
+
+def test_the_openai_client_chats_with_each_streamed_and_not(served: ServedRoad, client: OpenAI) -> None:
+    answers = {}
+    for model in (_base_name(served), *NAMES):
+        arguments = {
+            "model": model,
+            "messages": [{"role": "user", "content": QUESTION}],
+            "max_tokens": 16,
+            "temperature": 0,
+        }
+        whole = client.chat.completions.create(**arguments)  # type: ignore[call-overload]
+        pieces = list(client.chat.completions.create(**arguments, stream=True))  # type: ignore[call-overload]
+        answers[model] = whole.choices[0].message.content
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == answers[model]
+        assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+        assert whole.usage.prompt_tokens > 10
+    assert len(set(answers.values())) == 3
+
+
+def test_a_seeded_answer_is_the_same_alone_and_in_a_crowd(served: ServedRoad, client: OpenAI) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(seed: int) -> str:
+        answer = client.chat.completions.create(
+            model="captain", messages=[{"role": "user", "content": "Hi"}], max_tokens=8, seed=seed, top_p=0.5
+        )
+        return str(answer.choices[0].message.content)
+
+    with ThreadPoolExecutor(6) as pool:
+        crowd = list(pool.map(ask, [7, 1, 2, 7, 3, 7]))
+    assert crowd[0] == crowd[3] == crowd[5]
+
+
+def test_both_names_lead_from_the_hub_to_the_digests_that_were_packed(served: ServedRoad) -> None:
+    rows = json.loads(run("list", "--json", home=served.home).stdout)
+    assert {row["name"]: row["digest"] for row in rows} == {
+        f"local/{name}": open_adapter(served.folders[name]).digest for name in NAMES
+    }
+
+
+def test_peft_loads_the_pushed_adapter_with_the_trained_ones_logits(served: ServedRoad) -> None:
+    """A process that knows nothing of adapterhub: only the endpoint is set."""
+    code = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, pushed, trained = sys.argv[1:]
+def logits(adapter):
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    with torch.no_grad():
+        return model.eval()(torch.arange(100, 164)[None]).logits
+ours, theirs = logits(pushed), logits(trained)
+plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(torch.arange(100, 164)[None]).logits
+assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
+"""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": served.hub_url,
+        "HF_TOKEN": served.token,
+        "HF_HOME": str(served.home / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    for name in NAMES:
+        arguments = [sys.executable, "-c", code, str(served.base), f"local/{name}", str(served.folders[name])]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_mixed_batch_on_the_real_nf4_base_equals_pefts_generate_in_fp32(
+    served: ServedRoad, smollm2: StoredBase
+) -> None:
+    from peft import PeftModel
+
+    adapters: dict[str | None, Adapter | None] = {None: None}
+    adapters |= {name: open_adapter(served.folders[name]) for name in NAMES}
+    base = load_base(smollm2, purpose="serve", dtype="float32")
+    questions = (QUESTION, "Who are you?")
+    prompts = [
+        base.tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True)["input_ids"]
+        for q in questions
+    ]
+    expected = {}
+    for name, adapter in adapters.items():
+        model = load_base(smollm2, purpose="serve", dtype="float32").model
+        model = PeftModel.from_pretrained(model, str(adapter.path)).eval() if adapter else model
+        for number, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt])
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+            expected[name, number] = out[0, len(prompt) :].tolist()
+
+    async def serve() -> dict[tuple[str | None, int], list[int]]:
+        engine = LocalEngine(base)
+        for adapter in adapters.values():
+            if adapter:
+                await engine.load(adapter)
+
+        async def ask(name: str | None, number: int) -> list[int]:
+            adapter = adapters[name]
+            mix = (AdapterScale(adapter.digest),) if adapter else ()
+            sampling = SamplingParams(max_tokens=16, temperature=0)
+            request = GenerationRequest(f"{name}{number}", tuple(prompts[number]), sampling, mix)
+            return [token async for chunk in engine.generate(request) for token in chunk.tokens]
+
+        answers = await asyncio.gather(*(ask(*key) for key in expected))
+        await engine.close()
+        return dict(zip(expected, answers, strict=True))
+
+    assert asyncio.run(serve()) == expected
+
+
+def test_verify_replays_the_probe_and_notices_a_tampered_weight(served: ServedRoad, tmp_path: Path) -> None:
+    folder = served.folders["captain"]
+    done = run("verify", "--probe", "--base", str(served.base), str(folder), home=served.home)
+    assert "answered as before" in done.stderr
+
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "tampered")
+    weights = copy / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    weights.write_bytes(data)
+    refused = run_any("verify", str(copy), home=served.home)
+    assert refused.returncode == 4
+    assert refused.stderr.startswith("adapterhub: ")
+    assert "sha256" in refused.stderr
+
+
+def test_a_running_server_holds_its_port(served: ServedRoad) -> None:
+    port = served.url.rpartition(":")[2]
+    done = run_any("serve", "--base", str(served.base), "--port", port, "--no-page", home=served.home)
+    assert done.returncode == 1
+    assert "--port" in done.stderr.splitlines()[-1]

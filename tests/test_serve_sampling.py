@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from serve.engine import GenerationRequest, SamplingParams
+from serve.sampling import Sampler, filtered, penalized
+from serve.scheduler import Sequence
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
+
+
+def _sequence(
+    params: SamplingParams, *, name: str = "r", prompt: tuple[int, ...] = (0,), answer: tuple[int, ...] = ()
+) -> Sequence:
+    sequence = Sequence.of(GenerationRequest(name, prompt, params))
+    sequence.tokens += answer
+    return sequence
+
+
+def _draws(sampler: Sampler, sequence: Sequence, times: int = 20) -> list[int]:
+    return [sampler.sample(LOGITS[None], [sequence])[0].token for _ in range(times)]
+
+
+def test_temperature_zero_is_greedy() -> None:
+    assert set(_draws(Sampler(torch.device("cpu")), _sequence(SamplingParams(temperature=0)))) == {0}
+
+
+def test_a_seed_repeats_the_answer_whatever_runs_beside_it() -> None:
+    params = SamplingParams(seed=5)
+    alone = _draws(Sampler(torch.device("cpu")), _sequence(params))
+    sampler, other = Sampler(torch.device("cpu")), _sequence(SamplingParams(seed=9), name="other")
+    mine = _sequence(params)
+    beside = [sampler.sample(LOGITS.expand(2, -1), [other, mine])[1].token for _ in range(20)]
+    assert beside == alone
+    assert len(set(alone)) > 1
+
+
+def test_a_forgotten_request_starts_its_seed_anew() -> None:
+    sampler, sequence = Sampler(torch.device("cpu")), _sequence(SamplingParams(seed=5))
+    first = _draws(sampler, sequence)
+    sampler.forget("r")
+    assert _draws(sampler, sequence) == first
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        (SamplingParams(top_k=2), {0, 1}),
+        (SamplingParams(top_k=99), {0, 1, 2, 3}),
+        (SamplingParams(top_p=0.01), {0}),  # the best always stays
+        (SamplingParams(top_p=0.7), {0, 1}),
+        (SamplingParams(min_p=0.2), {0, 1}),
+        (SamplingParams(temperature=0.01, min_p=0.2), {0}),
+    ],
+    ids=str,
+)
+def test_filters_keep_the_tokens_they_should(params: SamplingParams, kept: set[int]) -> None:
+    probabilities = filtered(LOGITS, params)
+    assert set(probabilities.nonzero().flatten().tolist()) == kept
+
+
+def test_temperature_divides_the_logits() -> None:
+    assert torch.equal(filtered(LOGITS, SamplingParams(temperature=0.5)), (LOGITS * 2).softmax(-1))
+
+
+def test_presence_and_frequency_count_the_answer_only() -> None:
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    after = penalized(LOGITS, _sequence(params, prompt=(1,), answer=(0, 0, 2)), params)
+    assert (LOGITS - after).tolist() == pytest.approx([1.0, 0.0, 0.75, 0.0])
+
+
+def test_repetition_weakens_positive_and_negative_logits_of_seen_tokens() -> None:
+    params = SamplingParams(repetition_penalty=2.0)
+    after = penalized(LOGITS, _sequence(params, prompt=(0, 3)), params)
+    assert after.tolist() == [1.0, 1.0, 0.0, -2.0]
+    assert LOGITS.tolist() == [2.0, 1.0, 0.0, -1.0]
+
+
+def test_logprobs_are_those_of_the_model_before_temperature() -> None:
+    params = SamplingParams(temperature=0, top_logprobs=2)
+    one = Sampler(torch.device("cpu")).sample(LOGITS[None], [_sequence(params)])[0]
+    expected = LOGITS.log_softmax(-1)
+    assert one.logprob == pytest.approx(float(expected[0]))
+    assert [token for token, _ in one.top] == [0, 1]
+    assert math.isclose(one.top[1][1], float(expected[1]), rel_tol=1e-6)
+    assert (
+        Sampler(torch.device("cpu")).sample(LOGITS[None], [_sequence(replace(params, top_logprobs=None))])[0].logprob
+        is None
+    )
