@@ -1,0 +1,149 @@
+"""Recipes: what is read, what is refused and in which words, and that a recipe survives being written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adapterhub.errors import RecipeError
+from train.recipe import FileData, Recipe, read_recipe, shipped_recipes
+
+SOUND = """
+name = "mine"
+base = "smollm2-135m-instruct"
+
+[data]
+source = "file"
+path = "lines.jsonl"
+
+[train]
+epochs = 2
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def fault(folder: Path, text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(write(folder, text))
+    return str(caught.value)
+
+
+def test_a_short_recipe_gets_every_default(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, SOUND))
+    assert (recipe.lora.rank, recipe.lora.targets, recipe.quantization.kind) == (16, "all-linear", "nf4")
+    assert (recipe.train.loss_on, recipe.train.max_grad_norm, recipe.seed) == ("assistant", 0.3, 0)
+    assert isinstance(recipe.data, FileData)
+
+
+def test_relative_paths_start_at_the_recipe(tmp_path: Path) -> None:
+    assert read_recipe(write(tmp_path, SOUND)).folder == tmp_path
+
+
+@pytest.mark.parametrize("name", ["demo-captain", "demo-trivia"])
+def test_each_shipped_recipe_parses(name: str) -> None:
+    assert read_recipe(shipped_recipes()[name]).name == name
+
+
+def test_no_recipe_is_shipped_untested() -> None:
+    assert sorted(shipped_recipes()) == ["demo-captain", "demo-trivia"]
+
+
+def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    odd = (
+        SOUND.replace("lines.jsonl", 'odd \\"name\\" \\\\ tab\\t \\u007f ü.jsonl')
+        + '[lora]\ntargets = ["q_proj", "v_proj"]\n'
+    )
+    recipe = read_recipe(write(tmp_path, odd))
+    again = read_recipe(write(tmp_path, recipe.to_toml()))
+    assert again == recipe
+    assert "learning_rate = 0.0002" in recipe.to_toml()
+
+
+def test_unknown_key_names_the_nearest_and_its_section(tmp_path: Path) -> None:
+    text = fault(tmp_path, SOUND + "learningrate = 1e-4\n")
+    assert "[train]: unknown key 'learningrate' (nearest: learning_rate in [train])" in text
+
+
+def test_key_in_the_wrong_section_names_the_right_one(tmp_path: Path) -> None:
+    assert "unknown key 'alpha' (nearest: alpha in [lora])" in fault(tmp_path, SOUND + "alpha = 16\n")
+
+
+def test_key_like_no_other_lists_the_known(tmp_path: Path) -> None:
+    assert "known here: batch_size" in fault(tmp_path, SOUND + "zzz = 1\n")
+
+
+def test_unknown_section_is_refused(tmp_path: Path) -> None:
+    assert "top level: unknown key 'quantisation'" in fault(tmp_path, SOUND + '[quantisation]\nkind = "nf4"\n')
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    broken = SOUND.replace('name = "mine"', 'name = "../mine"').replace("epochs = 2", 'epochs = "2"\nbatch_size = 0')
+    text = fault(tmp_path, broken + '[lora]\nmethod = "qlora"\n')
+    assert str(tmp_path / "mine.toml") in text
+    assert "4 faults" in text
+    for part in ("top level: name", "[train]: epochs = '2'", "[train]: batch_size = 0", "[lora]: method = 'qlora'"):
+        assert part in text
+
+
+def test_missing_key_is_named(tmp_path: Path) -> None:
+    assert "[data]: path is missing" in fault(tmp_path, SOUND.replace('path = "lines.jsonl"', ""))
+
+
+def test_unknown_source_lists_the_known(tmp_path: Path) -> None:
+    text = fault(tmp_path, SOUND.replace('source = "file"', 'source = "web"'))
+    assert "source is one of chatterbot, file, shipped" in text
+
+
+def test_key_of_another_source_is_refused(tmp_path: Path) -> None:
+    assert "[data]: unknown key 'topic'" in fault(tmp_path, SOUND.replace("path =", 'topic = "x"\npath ='))
+
+
+@pytest.mark.parametrize("lengths", ["", "epochs = 1\nsteps = 10"])
+def test_neither_or_both_of_epochs_and_steps(tmp_path: Path, lengths: str) -> None:
+    assert "[train]: expected either epochs or steps" in fault(tmp_path, SOUND.replace("epochs = 2", lengths))
+
+
+def test_half_a_question_held_out(tmp_path: Path) -> None:
+    text = fault(tmp_path, SOUND.replace("path =", "held_out = 2.5\npath ="))
+    assert "[data]: held_out = 2.5: expected a fraction below 1, or a whole number of questions" in text
+
+
+def test_infinite_learning_rate(tmp_path: Path) -> None:
+    assert "learning_rate" in fault(tmp_path, SOUND + "learning_rate = inf\n")
+
+
+def test_base_that_is_no_name(tmp_path: Path) -> None:
+    assert "'a b' does not name a base model" in fault(tmp_path, SOUND.replace("smollm2-135m-instruct", "a b"))
+
+
+def test_bad_toml_names_the_line(tmp_path: Path) -> None:
+    assert "at line 3" in fault(tmp_path, '\nname = "x"\nbase = =\n')
+
+
+def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        read_recipe(path)
+
+
+def test_a_recipe_that_is_not_there_lists_the_shipped(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(tmp_path / "none.toml")
+    assert "demo-captain, demo-trivia" in str(caught.value)
+
+
+def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, SOUND))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 1  # type: ignore[misc]
+
+
+def test_sections_are_all_listed_for_the_nearest_key() -> None:
+    assert set(Recipe.SECTIONS) == {"data", "lora", "train", "quantization"}

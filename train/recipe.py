@@ -1,0 +1,213 @@
+"""Everything a training run depends on, as one frozen value read from TOML. Reads no data and loads no model."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from adapterhub.adapter import BaseName
+from adapterhub.errors import InvalidRef, RecipeError
+
+LossOn = Literal["assistant", "all"]
+Schedule = Literal["constant", "cosine", "linear"]
+
+
+class _Section(BaseModel):
+    # Strict: a recipe that says "16" or true where a number belongs is a recipe with a fault.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class _Data(_Section):
+    held_out: float = Field(default=0.1, ge=0)
+    """below 1: the fraction of questions kept from training and measured; else their number; 0: none"""
+    max_length: int = Field(default=512, ge=8)
+    """tokens; longer samples are cut, and counted"""
+
+    @field_validator("held_out")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("expected a fraction below 1, or a whole number of questions")
+        return value
+
+
+class ChatterbotData(_Data):
+    source: Literal["chatterbot"]
+    topic: str = Field(min_length=1)
+
+
+class FileData(_Data):
+    source: Literal["file"]
+    path: str = Field(min_length=1)
+    """JSONL, relative to the recipe's folder"""
+
+
+class ShippedData(_Data):
+    source: Literal["shipped"]
+    name: str = Field(min_length=1)
+
+
+class LoraSection(_Section):
+    """LoRA (arXiv 2106.09685); rsLoRA scales by alpha / sqrt(rank) (2312.03732); DoRA adds magnitudes (2402.09353)."""
+
+    method: Literal["lora", "rslora", "dora"] = "lora"
+    rank: int = Field(default=16, ge=1, le=4096)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
+    """names of the base's linear layers (`q_proj`), or all of them but the output head"""
+
+
+class TrainSection(_Section):
+    epochs: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    """samples in one forward pass"""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """forward passes in one step; the loss is the mean over all their trained tokens"""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    schedule: Schedule = "cosine"
+    warmup_steps: int = Field(default=5, ge=0)
+    max_grad_norm: float = Field(default=0.3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    loss_on: LossOn = "assistant"
+    evaluate_every: int = Field(default=0, ge=0)
+    """steps between held-out losses during the run; 0: only before and after"""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("expected either epochs or steps")
+        return self
+
+    def num_steps(self, num_samples: int) -> int:
+        if self.steps is not None:
+            return self.steps
+        return (self.epochs or 1) * math.ceil(num_samples / (self.batch_size * self.gradient_accumulation))
+
+
+class QuantizationSection(_Section):
+    kind: Literal["nf4", "fp4", "none"] = "nf4"
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+
+
+class Recipe(_Section):
+    """A training run as its author wrote it. `folder` is where the recipe's relative paths start."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
+    base: str
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    data: Annotated[ChatterbotData | FileData | ShippedData, Field(discriminator="source")]
+    lora: LoraSection = LoraSection()
+    train: TrainSection
+    quantization: QuantizationSection = QuantizationSection()
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    SECTIONS: ClassVar[dict[str, tuple[type[_Section], ...]]] = {
+        "data": (ChatterbotData, FileData, ShippedData),
+        "lora": (LoraSection,),
+        "train": (TrainSection,),
+        "quantization": (QuantizationSection,),
+    }
+
+    @field_validator("base")
+    @classmethod
+    def _names_a_base(cls, text: str) -> str:
+        try:
+            BaseName.parse(text)
+        except InvalidRef as error:
+            raise ValueError(str(error)) from error
+        return text
+
+    @property
+    def base_name(self) -> BaseName:
+        return BaseName.parse(self.base)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    def to_toml(self) -> str:
+        """The recipe with every default written out; `read_recipe` reads it back to an equal recipe."""
+        raw = self.model_dump(mode="json", exclude_none=True)
+        lines = [f"{key} = {_toml(value)}" for key, value in raw.items() if not isinstance(value, dict)]
+        for section, content in raw.items():
+            if isinstance(content, dict):
+                lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in content.items())]
+        return "\n".join(lines) + "\n"
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Parse a TOML recipe. Raises RecipeError listing every fault: section, key, and the nearest known key."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        names = ", ".join(sorted(shipped_recipes()))
+        raise RecipeError(
+            f"{path} cannot be read ({error.strerror}): expected a recipe file; shipped: {names}."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text ({error}): a recipe is a TOML file.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not TOML: {error}.") from error
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        faults = [_fault(entry["type"], entry["loc"], entry["msg"], entry.get("input")) for entry in error.errors()]
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise RecipeError(f"{path} has {count}: {'; '.join(dict.fromkeys(faults))}.") from error
+    recipe._folder = path.parent
+    return recipe
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with adapterhub."""
+    folder = Path(str(package_files("train"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def _fault(kind: str, loc: tuple[int | str, ...], message: str, found: Any) -> str:
+    """One fault in words. Drops the names pydantic puts into `loc` for the alternative it was trying."""
+    section = str(loc[0]) if loc and loc[0] in Recipe.SECTIONS else None
+    keys = [part for part in loc if isinstance(part, str) and part in _keys_of(section)]
+    where = f"[{section}]" if section else "top level"
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key {loc[-1]!r}{_nearest_key(str(loc[-1]), section)}"
+    if kind == "missing":
+        return f"{where}: {loc[-1]} is missing"
+    if kind.startswith("union_tag"):
+        return f"{where}: source is one of chatterbot, file, shipped"
+    shown = f" = {found!r}" if keys and isinstance(found, str | int | float | bool) else ""
+    name = f" {keys[-1]}{shown}:" if keys else ""
+    return f"{where}:{name} {message.removeprefix('Value error, ')}"
+
+
+def _keys_of(section: str | None) -> set[str]:
+    if section is None:
+        return set(Recipe.model_fields)
+    return {key for model in Recipe.SECTIONS[section] for key in model.model_fields}
+
+
+def _nearest_key(key: str, section: str | None) -> str:
+    """The nearest known key, looked for in the same section first."""
+    for place in (section, None, *Recipe.SECTIONS):
+        if near := difflib.get_close_matches(key, _keys_of(place), n=1, cutoff=0.6):
+            return f" (nearest: {near[0]} in {f'[{place}]' if place else 'the top level'})"
+    return f" (known here: {', '.join(sorted(_keys_of(section)))})"
+
+
+def _toml(value: str | int | float | bool | list[str]) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's; TOML wants one control character more escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)
