@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -53,6 +54,8 @@ def main() -> None:
     # Read when torch loads: idle compute threads sleep instead of spinning, so that two processes can share a machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    # `kill` cleans up as Ctrl-C does: temporary folders go, servers that handle it themselves override this.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(prog_name="adapterhub")
     except AdapterHubError as error:

@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from serve.cpu_kernels import CpuKernels
 from serve.scheduler import Batch
 
 ATTENTION_NAME = "adapterhub_paged"
@@ -74,7 +75,8 @@ class _Prefill:
 class PagedStep:
     """Where each row of the flattened batch lies in the cache, worked out once per step for all layers."""
 
-    def __init__(self, cache: KvCache, batch: Batch) -> None:
+    def __init__(self, cache: KvCache, batch: Batch, kernels: CpuKernels | None = None) -> None:
+        self.kernels = kernels
         device = cache.layers.device
         self.cache = cache
         block_size = cache.block_size
@@ -94,17 +96,19 @@ class PagedStep:
             slots += known[piece.start :]
         self.slots = torch.tensor(slots, device=device)
         self.decode_rows = torch.tensor(decode_rows, device=device)
-        self._lengths = [len(known) for known in decode_slots]
-        longest = max(self._lengths, default=0)
+        lengths = [len(known) for known in decode_slots]
+        self.lengths = torch.tensor(lengths, device=device)
+        longest = max(lengths, default=0)
         padded = [known + [0] * (longest - len(known)) for known in decode_slots]
-        self.decode_slots = torch.tensor(padded, device=device).flatten()
+        self.decode_slots = torch.tensor(padded, device=device)
+        """[rows, longest]"""
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def decode_mask(self, window: int | None) -> torch.Tensor:
         """[rows, 1, longest] added to the scores: 0 where a row may look, -inf elsewhere."""
         if window not in self._masks:
-            length = torch.tensor(self._lengths, device=self.slots.device)[:, None]
-            at = torch.arange(max(self._lengths), device=self.slots.device)[None, :]
+            length = self.lengths[:, None]
+            at = torch.arange(self.decode_slots.shape[1], device=self.slots.device)[None, :]
             visible = at < length
             if window is not None:
                 visible &= at >= length - window
@@ -130,15 +134,21 @@ def paged_attention(
     keys.index_copy_(1, paged.slots, key[0].to(keys.dtype))
     values.index_copy_(1, paged.slots, value[0].to(values.dtype))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    heads = query[0].to(keys.dtype)
-    out = torch.empty(heads.shape[1], heads.shape[0], values.shape[-1], dtype=keys.dtype, device=query.device)
+    heads = query[0]
+    out = torch.empty(heads.shape[1], heads.shape[0], values.shape[-1], dtype=query.dtype, device=query.device)
     for prefill in paged.prefills:
         past = (keys.index_select(1, prefill.slots), values.index_select(1, prefill.slots))
         mask = prefill.mask(sliding_window)
-        out[prefill.rows] = _prefill(heads[:, prefill.rows], *past, mask, scale, softcap).transpose(0, 1)
-    if len(paged.decode_rows):
-        out[paged.decode_rows] = _decode(heads, keys, values, paged, scale, sliding_window, softcap)
-    return out[None].to(query.dtype), None
+        mine = heads[:, prefill.rows].to(keys.dtype)
+        out[prefill.rows] = _prefill(mine, *past, mask, scale, softcap).transpose(0, 1).to(out.dtype)
+    if len(paged.decode_rows) and paged.kernels is not None:
+        paged.kernels.decode_attention(
+            heads, paged.decode_rows, keys, values, paged.decode_slots, paged.lengths, out,
+            scale=scale, window=sliding_window or 0, softcap=softcap or 0.0,
+        )  # fmt: skip
+    elif len(paged.decode_rows):
+        out[paged.decode_rows] = _decode(heads, keys, values, paged, scale, sliding_window, softcap).to(out.dtype)
+    return out[None], None
 
 
 def _prefill(
@@ -180,10 +190,11 @@ def _decode(
     """
     rows = len(paged.decode_rows)
     kv_heads, _, dim = keys.shape
-    query = heads.index_select(1, paged.decode_rows)  # [heads, rows, d]
+    query = heads.index_select(1, paged.decode_rows).to(keys.dtype)  # [heads, rows, d]
     query = query.view(kv_heads, -1, rows, dim).transpose(1, 2)  # [kv_heads, rows, group, d]
-    past_keys = keys.index_select(1, paged.decode_slots).view(kv_heads, rows, -1, dim)
-    past_values = values.index_select(1, paged.decode_slots).view(kv_heads, rows, -1, dim)
+    slots = paged.decode_slots.flatten()
+    past_keys = keys.index_select(1, slots).view(kv_heads, rows, -1, dim)
+    past_values = values.index_select(1, slots).view(kv_heads, rows, -1, dim)
     scores = _capped(query @ past_keys.transpose(2, 3) * scale, softcap)
     weights = (scores + paged.decode_mask(window)).softmax(-1)
     out = weights @ past_values  # [kv_heads, rows, group, d]

@@ -16,6 +16,7 @@ from adapterhub.adapter import Adapter
 from adapterhub.base_model import LoadedBase
 from adapterhub.errors import AdapterLoadFailed, EngineStopped, RequestTooLong, ServerBusy, UsageError
 from serve.attention import KvShape
+from serve.cpu_kernels import MAX_RANK
 from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, TokenLogprob
 from serve.lora_layers import read_weights
 from serve.model_runner import ModelRunner, kv_dtype
@@ -60,6 +61,10 @@ class LocalEngine:
         shape = KvShape.of(model_config, kv_dtype(base))
         num_blocks = self.config.kv_cache_bytes // (shape.bytes_per_token * self.config.block_size)
         capacity = num_blocks * self.config.block_size
+        if self.config.max_lora_rank > MAX_RANK:
+            raise UsageError(
+                f"--max-lora-rank {self.config.max_lora_rank} is more than the {MAX_RANK} this engine takes."
+            )
         self.max_model_len = min(self.config.max_model_len or model_config.max_position_embeddings, capacity - 1)
         if self.max_model_len < 1:
             raise UsageError(
@@ -69,6 +74,7 @@ class LocalEngine:
         self._pool = BlockPool(num_blocks, self.config.block_size)
         self._scheduler = Scheduler(self.config.limits, self._pool)
         self._runner = ModelRunner(base, num_blocks=num_blocks, block_size=self.config.block_size)
+        self.choices = self._runner.choices
         self._answers: dict[str, _Running] = {}
         self._eos = _eos_tokens(base)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -79,7 +85,11 @@ class LocalEngine:
     async def load(self, adapter: Adapter) -> None:
         try:
             weights = await asyncio.to_thread(
-                read_weights, adapter, device=self._base.model.device, max_rank=self.config.max_lora_rank
+                read_weights,
+                adapter,
+                device=self._runner.adapters.device,
+                dtype=self._runner.adapters.dtype,
+                max_rank=self.config.max_lora_rank,
             )
         except OSError as error:
             raise AdapterLoadFailed(

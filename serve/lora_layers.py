@@ -7,6 +7,8 @@ Rows arrive ordered by adapter (scheduler), so each adapter's rows are one slice
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,19 +17,27 @@ from safetensors import safe_open
 from torch import nn
 
 from adapterhub.adapter import Adapter
+from adapterhub.base_model import PackedNf4
 from adapterhub.errors import AdapterNoEffect, AdapterUnsupported, IncompatibleBase, InvalidTensors, RankTooLarge
 from adapterhub.lora_config import WEIGHTS_NAME, LoraConfig, lora_tensors, read_lora_config
 from adapterhub.safetensors_header import read_header
+from serve.cpu_kernels import CpuKernels, Update
 from serve.scheduler import AdapterMix, Batch
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """One adapter on one linear layer: A [r, in], B [out, r] with the adapter's scaling folded in."""
+    """One adapter on one linear layer: A [r, in] and B transposed [r, out], the adapter's scaling folded into B."""
 
     a: torch.Tensor
-    b: torch.Tensor
+    bt: torch.Tensor
 
+
+MAX_KERNEL_ROWS = 16
+"""longer segments (prefill) are faster as torch's matmuls"""
+
+_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""what Llama and its relatives call layers that read the same rows; asked with others, a group just computes again"""
 
 Weights = dict[str, LowRank]
 """module name -> its low-rank update"""
@@ -56,11 +66,8 @@ def segments_of(batch: Batch) -> list[Segment]:
     return segments
 
 
-def read_weights(adapter: Adapter, *, device: torch.device, max_rank: int) -> Weights:
-    """Read and fold an adapter's tensors. Raises RankTooLarge, AdapterUnsupported, InvalidTensors.
-
-    A and B are fp32 on CPU: one-row bf16 products are slower there than fp32 ones.
-    """
+def read_weights(adapter: Adapter, *, device: torch.device, dtype: torch.dtype, max_rank: int) -> Weights:
+    """Read and fold an adapter's tensors. Raises RankTooLarge, AdapterUnsupported, InvalidTensors."""
     config = read_lora_config(adapter.path)
     if config.use_dora:
         raise AdapterUnsupported(f"adapter {adapter.manifest.name} uses DoRA, which this engine does not serve yet.")
@@ -73,72 +80,162 @@ def read_weights(adapter: Adapter, *, device: torch.device, max_rank: int) -> We
             f"--max-lora-rank {largest}."
         )
     with safe_open(path, framework="pt", device="cpu") as file:
-        return {module: _read_module(file, module, config, device) for module in modules}
+        return {module: _read_module(file, module, config, device, dtype) for module in modules}
 
 
-def _read_module(file: Any, module: str, config: LoraConfig, device: torch.device) -> LowRank:
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+def _read_module(file: Any, module: str, config: LoraConfig, device: torch.device, dtype: torch.dtype) -> LowRank:
     a = file.get_tensor(f"base_model.model.{module}.lora_A.weight").float()
     b = file.get_tensor(f"base_model.model.{module}.lora_B.weight").float() * config.scaling_of(module)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise InvalidTensors(f"{module} holds NaN or infinity: the training run diverged; train again.")
-    return LowRank(a.to(device, dtype).contiguous(), b.to(device, dtype).contiguous())
+    return LowRank(a.to(device, dtype).contiguous(), b.T.to(device, dtype).contiguous())
 
 
 @dataclass
 class _Step:
-    """The current batch's segments, shared by all layers."""
+    """The current batch's segments, shared by all layers; the version counts changes of them or of the residents."""
 
     segments: list[Segment] = field(default_factory=list)
+    version: int = 0
+
+
+class LinearGroup:
+    """Linear layers of the base that share their input, computed together, with the resident adapters beside them."""
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Linear],
+        matmul: Callable[[torch.Tensor], torch.Tensor],
+        step: _Step,
+        kernels: CpuKernels | None,
+        weights_dtype: torch.dtype,
+    ) -> None:
+        self._weights_dtype = weights_dtype
+        self.layers = layers
+        self._matmul = matmul
+        self._step = step
+        self._kernels = kernels
+        self._widths = [layer.out_features for layer in layers]
+        self._resident: dict[str, list[tuple[int, LowRank]]] = {}
+        """digest -> (first column of the layer's output, update)"""
+        self._version = -1
+        self._updates: ctypes.Array[Update] | None = None
+        self._by_torch: list[Segment] = []
+        self._input: torch.Tensor | None = None
+        self._outputs: tuple[torch.Tensor, ...] = ()
+
+    def install(self, digest: str, place: int, update: LowRank) -> None:
+        self._resident.setdefault(digest, []).append((sum(self._widths[:place]), update))
+
+    def remove(self, digest: str) -> None:
+        self._resident.pop(digest, None)
+
+    def has(self, digest: str) -> bool:
+        return digest in self._resident
+
+    def output(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        """What the layer at `place` gives for x [1, N, in]; the first one asked computes all of them."""
+        if self._input is not x or place == 0:
+            self._outputs = torch.split(self._compute(x), self._widths, dim=-1)
+            self._input = x
+        found = self._outputs[place]
+        if place == len(self._widths) - 1:
+            self._input, self._outputs = None, ()
+        return found
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._matmul(x)
+        if self._version != self._step.version:
+            self._plan()
+        if self._updates is not None:
+            assert self._kernels is not None
+            self._kernels.low_rank_updates(x[0], y[0], self._updates, self._weights_dtype)
+        for segment in self._by_torch:
+            self._update_by_torch(segment, x[0, segment.start : segment.end], y[0, segment.start : segment.end])
+        return y
+
+    def _update_by_torch(self, segment: Segment, x: torch.Tensor, y: torch.Tensor) -> None:
+        for adapter in segment.mix:
+            for offset, update in self._resident.get(adapter.digest, ()):
+                # fp32 on CPU, where bf16 would also round the hidden values
+                dtype = torch.float32 if x.device.type == "cpu" else update.a.dtype
+                hidden = x.to(dtype) @ update.a.to(dtype).T * adapter.scale
+                y[:, offset : offset + update.bt.shape[1]] += hidden @ update.bt.to(dtype)
+
+    def _plan(self) -> None:
+        """Which segments the kernel takes, as its structs; kept while decoding goes on with the same rows."""
+        self._by_torch = []
+        updates: list[Update] = []
+        for segment in self._step.segments:
+            if self._kernels is None or segment.end - segment.start > MAX_KERNEL_ROWS:
+                self._by_torch.append(segment)
+            else:
+                updates += self._chains(segment)
+        self._updates = (Update * len(updates))(*updates) if updates else None
+        self._version = self._step.version
+
+    def _chains(self, segment: Segment) -> list[Update]:
+        """The segment's updates; several adapters on the same columns follow each other in one chain."""
+        by_column: dict[int, list[tuple[LowRank, float]]] = {}
+        for adapter in segment.mix:
+            for offset, update in self._resident.get(adapter.digest, ()):
+                by_column.setdefault(offset, []).append((update, adapter.scale))
+        return [
+            _kernel_update(segment, offset, update, scale, chain=0 if number else len(chain))
+            for offset, chain in by_column.items()
+            for number, (update, scale) in enumerate(chain)
+        ]
+
+
+def _kernel_update(segment: Segment, offset: int, update: LowRank, scale: float, *, chain: int) -> Update:
+    rank, out = update.bt.shape
+    return Update(
+        segment.start, segment.end, rank, out, offset, chain, scale, update.a.data_ptr(), update.bt.data_ptr()
+    )
 
 
 class LoraLinear(nn.Module):
-    """A linear layer of the base with the resident adapters beside it."""
+    """Stands where a linear layer of the base was; its group does the work."""
 
-    base: nn.Linear
-
-    def __init__(self, base: nn.Linear, step: _Step) -> None:
+    def __init__(self, group: LinearGroup, place: int) -> None:
         super().__init__()
-        self.base = base
-        self._step = step
-        self.resident: dict[str, LowRank] = {}
+        self._group = group
+        self._place = place
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [1, N, in] -> [1, N, out]."""
-        y: torch.Tensor = self.base(x)
-        for segment in self._step.segments:
-            rows = slice(segment.start, segment.end)
-            for adapter in segment.mix:
-                update = self.resident.get(adapter.digest)
-                if update is None:  # this adapter leaves this layer alone
-                    continue
-                hidden = x[0, rows].to(update.a.dtype) @ update.a.T
-                if adapter.scale != 1.0:
-                    hidden = hidden * adapter.scale
-                y[0, rows] += hidden @ update.b.T
-        return y
+        return self._group.output(self._place, x)
 
 
 class AdapterBank:
     """Every linear layer of a model, wrapped, and the adapters resident in them. Owned by the worker thread."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kernels: CpuKernels | None = None) -> None:
+        self.device = next(model.parameters()).device
+        self.dtype = _weights_dtype(model, kernels)
         self._step = _Step()
-        self._layers: dict[str, LoraLinear] = {}
+        self._places: dict[str, tuple[LinearGroup, int]] = {}
         head = model.get_output_embeddings()  # type: ignore[operator]
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and module is not head:
-                parent_name, _, child = name.rpartition(".")
-                self._layers[name] = LoraLinear(module, self._step)
-                setattr(model.get_submodule(parent_name), child, self._layers[name])
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+        for names in _groups(linears):
+            layers = [linears[name] for name in names]
+            matmul = PackedNf4(layers) if PackedNf4.fits(layers) else layers[0]
+            group = LinearGroup(layers, matmul, self._step, kernels, self.dtype)
+            for place, name in enumerate(names):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, LoraLinear(group, place))
+                self._places[name] = (group, place)
 
     def begin(self, batch: Batch) -> None:
         """Announce the rows of the forward that follows."""
-        self._step.segments = segments_of(batch)
+        segments = segments_of(batch)
+        if segments != self._step.segments:
+            self._step.segments = segments
+            self._step.version += 1
 
     def check_fits(self, name: str, weights: Weights) -> None:
         """Every tensor must land on a layer of the right shape. Raises AdapterNoEffect, IncompatibleBase."""
-        strangers = [module for module in weights if module not in self._layers]
+        strangers = [module for module in weights if module not in self._places]
         if len(strangers) == len(weights):
             raise AdapterNoEffect(
                 f"no tensor of adapter {name} belongs to a linear layer of this base (first: {strangers[0]}): it was "
@@ -150,9 +247,9 @@ class AdapterBank:
                 f"{strangers[0]}): it was made for a deeper or different model."
             )
         for module, update in weights.items():
-            base = self._layers[module].base
-            found = (base.in_features, base.out_features)
-            wanted = (update.a.shape[1], update.b.shape[0])
+            group, place = self._places[module]
+            found = (group.layers[place].in_features, group.layers[place].out_features)
+            wanted = (update.a.shape[1], update.bt.shape[1])
             if found != wanted:
                 raise IncompatibleBase(
                     f"adapter {name} expects {module} to be {wanted[0]} -> {wanted[1]}, this base has "
@@ -160,12 +257,37 @@ class AdapterBank:
                 )
 
     def install(self, digest: str, weights: Weights) -> None:
+        self._step.version += 1
         for module, update in weights.items():
-            self._layers[module].resident[digest] = update
+            group, place = self._places[module]
+            group.install(digest, place, update)
 
     def remove(self, digest: str) -> None:
-        for layer in self._layers.values():
-            layer.resident.pop(digest, None)
+        self._step.version += 1
+        for group, _ in self._places.values():
+            group.remove(digest)
 
     def is_resident(self, digest: str) -> bool:
-        return any(digest in layer.resident for layer in self._layers.values())
+        return any(group.has(digest) for group, _ in self._places.values())
+
+
+def _weights_dtype(model: nn.Module, kernels: CpuKernels | None) -> torch.dtype:
+    """What A and B are kept in: bf16 halves what a decode step reads, but only our kernel is fast with it on a CPU."""
+    is_bf16 = model.dtype == torch.bfloat16
+    is_gpu = next(model.parameters()).device.type != "cpu"
+    return torch.bfloat16 if is_gpu or (is_bf16 and kernels is not None) else torch.float32
+
+
+def _groups(linears: dict[str, nn.Linear]) -> list[list[str]]:
+    """Names of layers to compute together: those known to share their input, where the kernel can join them."""
+    groups = []
+    left = dict(linears)
+    for name in linears:
+        parent, _, child = name.rpartition(".")
+        siblings = next((names for names in _SHARED_INPUT if names[0] == child), ())
+        names = [f"{parent}.{sibling}" for sibling in siblings]
+        if name in left and names and all(n in left for n in names) and PackedNf4.fits([left[n] for n in names]):
+            groups.append(names)
+            for taken in names:
+                del left[taken]
+    return groups + [[name] for name in left]

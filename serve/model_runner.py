@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from adapterhub.base_model import LoadedBase
+from adapterhub.base_model import Choice, LoadedBase
 from serve.attention import KvCache, KvShape, PagedStep, use_paged_attention
+from serve.cpu_kernels import CpuKernels, load_kernels
 from serve.lora_layers import AdapterBank
+from serve.norms import use_fast_norms
 from serve.sampling import Sampled, Sampler
 from serve.scheduler import Batch, Sequence
 
@@ -25,8 +27,15 @@ class ModelRunner:
         shape = KvShape.of(base.model.config.get_text_config(), kv_dtype(base))
         self._cache = KvCache(shape, num_blocks, block_size, self._device)
         self._sampler = Sampler(self._device)
-        self.adapters = AdapterBank(self._model)
+        self._kernels: CpuKernels | None = None
+        self.choices: tuple[Choice, ...] = ()
+        if self._device.type == "cpu":
+            self._kernels, choice = load_kernels()
+            self.choices = (choice,)
+        self.adapters = AdapterBank(self._model, self._kernels)
         use_paged_attention(self._model)
+        if self._kernels is not None:
+            use_fast_norms(self._model, self._kernels)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[str, Sampled]:
@@ -48,7 +57,7 @@ class ModelRunner:
             position_ids=torch.tensor([positions], device=self._device),
             use_cache=False,
             logits_to_keep=torch.tensor(last_rows, dtype=torch.long, device=self._device),
-            paged=PagedStep(self._cache, batch),
+            paged=PagedStep(self._cache, batch, self._kernels),
         ).logits[0]
         sampled = self._sampler.sample(logits.float(), sampling)
         return {sequence.request.id: one for sequence, one in zip(sampling, sampled, strict=True)}

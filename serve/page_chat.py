@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import gradio as gr
 
-from adapterhub.errors import AdapterHubError
 from serve.page_client import Answer, PageClient, Sampling, to_send
-from serve.page_lines import Line, answered, answering, failed, read_lines, stopped, text_of, turns_of
+from serve.page_lines import Line, answered, answering, failed, read_lines, settled, stopped, text_of, turns_of
 from serve.page_models import Models, model_picker
 
 REDRAW_S = 0.05
@@ -22,6 +22,8 @@ CONCURRENT_ANSWERS = 64
 
 _HINT = "**Enter** sends, **Shift+Enter** starts a line, **Esc** stops, **Ctrl+K** goes to the adapters."
 
+Given = dict[Any, Any]
+"""the values of the widgets"""
 Messages = list[dict[str, Any]]
 Updates = dict[Any, Any]
 
@@ -44,10 +46,6 @@ class _Widgets:
     def outputs(self) -> list[Any]:
         return [self.chat, self.box, self.send, self.stop]
 
-    @property
-    def settings(self) -> list[Any]:
-        return [self.picker, self.system, self.temperature, self.top_p, self.max_tokens]
-
 
 def chat_tab(blocks: Any, client: PageClient, key: Any) -> None:
     """Draw the tab inside the current `gr.Tab` and connect it. `key` is the page's box for the API key."""
@@ -57,7 +55,7 @@ def chat_tab(blocks: Any, client: PageClient, key: Any) -> None:
         with gr.Column(scale=4, min_width=300, elem_classes="chat-main"):
             widgets = _Widgets(*side, *_draw_talk())
     _connect_models(blocks, widgets, Models(client), key)
-    _connect_talk(widgets, _Talk(client, widgets), key)
+    _connect_talk(widgets, _Talk(client, widgets, key), key)
 
 
 def _draw_side() -> list[Any]:
@@ -101,7 +99,7 @@ def _draw_talk() -> list[Any]:
 
 
 def _connect_models(blocks: Any, on: _Widgets, models: Models, key: Any) -> None:
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     blocks.load(models.opened, [key, on.picker], [on.picker, on.card], **quiet)
     blocks.load(None, None, [on.about], js=_OPEN_IF_WIDE, api_visibility="private")
     gr.on([key.submit, key.blur], models.opened, [key, on.picker], [on.picker, on.card], **quiet)
@@ -120,85 +118,118 @@ _KEEP_IN_ADDRESS = """(name) => {
 
 
 def _connect_talk(on: _Widgets, talk: _Talk, key: Any) -> None:
-    asking = {
-        "outputs": on.outputs,
-        "show_progress": "hidden",
-        "concurrency_limit": CONCURRENT_ANSWERS,
-        "api_visibility": "private",
-    }
-    asked = gr.on([on.box.submit, on.send.click], talk.send, [on.box, on.chat, key, *on.settings], **asking)
-    edited = on.chat.edit(talk.edit, [on.chat, key, *on.settings], cancels=[asked], **asking)
-    retried = on.chat.retry(talk.retry, [on.chat, key, *on.settings], cancels=[asked, edited], **asking)
-    running = [asked, edited, retried]
-    ending = {"outputs": on.outputs, "cancels": running, "show_progress": "hidden", "api_visibility": "private"}
-    on.chat.undo(talk.undo, [on.chat], **ending)
-    on.chat.clear(talk.clear, **ending)
-    on.stop.click(talk.stop, [on.chat], **ending)
+    quiet = {"outputs": on.outputs, "show_progress": "hidden", "api_visibility": "private"}
+    # Gradio loses an event that joins its queue in the moment in which the one before leaves it. So only answers queue,
+    # and asking again is always possible.
+    at_once = quiet | {"queue": False}
+    asking = quiet | {"concurrency_limit": CONCURRENT_ANSWERS, "trigger_mode": "multiple"}
+    # As a set, the inputs reach the handler in one dictionary.
+    given = {on.chat, on.box, key, on.picker, on.system, on.temperature, on.top_p, on.max_tokens}
+    gr.on([on.box.submit, on.send.click], talk.send, given, **asking)
+    on.chat.retry(talk.retry, given, **asking)
+    on.chat.edit(talk.edit, given, **asking)
+    on.chat.undo(talk.undo, {on.chat}, **at_once)
+    on.chat.clear(talk.clear, set(), **at_once)
+    on.stop.click(talk.stop, {on.chat}, **at_once)
+
+
+class _Ending(Enum):
+    """What becomes of an answer that is ended from outside."""
+
+    STOPPED = "stopped"
+    CLEARED = "cleared"
+    REPLACED = "replaced"
+
+
+@dataclass
+class _Run:
+    """An answer under way in one visitor's page."""
+
+    task: asyncio.Task[None]
+    ending: _Ending | None = None
+
+    def end(self, ending: _Ending) -> None:
+        self.ending = ending
+        self.task.cancel()
 
 
 class _Talk:
-    """The handlers. Each gets the conversation from the browser and gives back what to draw."""
+    """The handlers. Each gets the conversation from the browser and gives back what to draw.
 
-    def __init__(self, client: PageClient, on: _Widgets) -> None:
+    An answer is drawn by the handler that asked for it and by no other, so that no late drawing undoes a stop.
+    """
+
+    def __init__(self, client: PageClient, on: _Widgets, key: Any) -> None:
         self._client = client
         self._on = on
+        self._key = key
+        self._runs: dict[str | None, _Run] = {}
+        """by the session of the page"""
 
-    async def send(self, text: str, shown: Messages, key: str | None, *settings: Any) -> AsyncGenerator[Updates, None]:
+    async def send(self, given: Given, request: gr.Request) -> AsyncGenerator[Updates, None]:
+        text = given[self._on.box]
         if not text.strip():
-            yield {self._on.box: ""}
             return
-        lines = [*stopped(read_lines(shown)), Line("user", text)]
-        async with aclosing(self._answer(lines, key, *settings)) as updates:
-            is_first = True
-            async for update in updates:
-                yield update | {self._on.box: ""} if is_first else update
-                is_first = False
-
-    async def retry(
-        self, shown: Messages, key: str | None, picker: Any, system: Any, t: Any, p: Any, n: Any, event: gr.RetryData
-    ) -> AsyncGenerator[Updates, None]:
-        lines = read_lines(shown)[: event.index + 1]
-        async with aclosing(self._answer(lines, key, picker, system, t, p, n)) as updates:
+        yield {self._on.box: ""}
+        lines = [*settled(read_lines(given[self._on.chat])), Line("user", text)]
+        async with aclosing(self._answer(lines, given, request)) as updates:
             async for update in updates:
                 yield update
 
-    async def edit(
-        self, shown: Messages, key: str | None, picker: Any, system: Any, t: Any, p: Any, n: Any, event: gr.EditData
-    ) -> AsyncGenerator[Updates, None]:
-        lines = [*read_lines(shown)[: event.index], Line("user", text_of(event.value))]
-        async with aclosing(self._answer(lines, key, picker, system, t, p, n)) as updates:
+    async def retry(self, given: Given, request: gr.Request, event: gr.RetryData) -> AsyncGenerator[Updates, None]:
+        lines = read_lines(given[self._on.chat])[: event.index + 1]
+        async with aclosing(self._answer(lines, given, request)) as updates:
             async for update in updates:
                 yield update
 
-    def undo(self, shown: Messages, event: gr.UndoData) -> Updates:
-        return self._draw(read_lines(shown)[: event.index]) | {self._on.box: text_of(event.value)}
+    async def edit(self, given: Given, request: gr.Request, event: gr.EditData) -> AsyncGenerator[Updates, None]:
+        lines = [*read_lines(given[self._on.chat])[: event.index], Line("user", text_of(event.value))]
+        async with aclosing(self._answer(lines, given, request)) as updates:
+            async for update in updates:
+                yield update
 
-    def clear(self) -> Updates:
-        return self._draw([])
+    def undo(self, given: Given, event: gr.UndoData) -> Updates:
+        return self._draw(read_lines(given[self._on.chat])[: event.index]) | {self._on.box: text_of(event.value)}
 
-    def stop(self, shown: Messages) -> Updates:
-        return self._draw(stopped(read_lines(shown)))
+    def clear(self, given: Given, request: gr.Request) -> Updates:
+        self._end(request, _Ending.CLEARED)
+        return {}  # the browser has cleared it already
 
-    async def _answer(
-        self, lines: list[Line], key: str | None, model: str | None, system: str, t: float, p: float, n: float
-    ) -> AsyncGenerator[Updates, None]:
-        """Ask, draw the answer as it grows, then its figures. No failure leaves: one would lock the page."""
-        answer = Answer(model or "")
-        yield self._draw([*lines, *answering(answer)], is_running=True)
+    def stop(self, given: Given, request: gr.Request) -> Updates:
+        if self._end(request, _Ending.STOPPED):
+            return {}  # the run draws its own end
+        return self._draw(settled(read_lines(given[self._on.chat])))  # the server was restarted meanwhile
+
+    def _end(self, request: gr.Request, ending: _Ending) -> bool:
+        run = self._runs.get(request.session_hash)
+        if run is not None:
+            run.end(ending)
+        return run is not None
+
+    async def _answer(self, lines: list[Line], given: Given, request: gr.Request) -> AsyncGenerator[Updates, None]:
+        """Ask, draw the answer as it grows, then how it ended. No failure leaves: Gradio would lock the page."""
+        on, session = self._on, request.session_hash
+        self._end(request, _Ending.REPLACED)
+        answer = Answer(given[on.picker] or "")
+        messages = to_send(given[on.system], turns_of(lines))
+        sampling = Sampling(given[on.temperature], int(given[on.max_tokens]), given[on.top_p])
+        run = _Run(asyncio.create_task(self._client.fill(answer, messages, sampling, key=given[self._key])))
+        self._runs[session] = run
         try:
-            if not model:
-                raise AdapterHubError("no adapter is picked: pick one.")
-            async with aclosing(
-                self._client.ask(key, model, to_send(system, turns_of(lines)), Sampling(t, int(n), p))
-            ) as growing:
-                drawn_at = 0.0
-                async for answer in growing:
-                    if time.monotonic() - drawn_at >= REDRAW_S:
-                        yield {self._on.chat: _messages([*lines, *answering(answer)])}
-                        drawn_at = time.monotonic()
-            yield self._draw([*lines, *answered(answer)])
-        except AdapterHubError as error:
-            yield self._draw([*lines, *failed(answer, str(error))])
+            yield self._draw([*lines, *answering(answer)], is_running=True)
+            drawn = ""
+            while not run.task.done():
+                await asyncio.wait({run.task}, timeout=REDRAW_S)
+                if answer.text != drawn and not run.task.done():
+                    drawn = answer.text
+                    yield {on.chat: _messages([*lines, *answering(answer)])}
+            if run.ending is not _Ending.REPLACED:
+                yield self._draw(_ended(lines, answer, run))
+        finally:
+            run.task.cancel()
+            await asyncio.gather(run.task, return_exceptions=True)
+            if self._runs.get(session) is run:
+                del self._runs[session]
 
     def _draw(self, lines: list[Line], *, is_running: bool = False) -> Updates:
         return {
@@ -206,6 +237,15 @@ class _Talk:
             self._on.send: gr.update(visible=not is_running),
             self._on.stop: gr.update(visible=is_running),
         }
+
+
+def _ended(lines: list[Line], answer: Answer, run: _Run) -> list[Line]:
+    if run.ending is _Ending.CLEARED:
+        return []
+    if run.ending is _Ending.STOPPED:
+        return [*lines, *stopped(answer)]
+    error = run.task.exception()
+    return [*lines, *(failed(answer, str(error)) if error else answered(answer))]
 
 
 def _messages(lines: list[Line]) -> Messages:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -194,17 +193,15 @@ class PageClient:
         except Exception as error:
             raise said_in_one_line(error, self.url) from error
 
-    async def ask(
-        self, key: str | None, model: str, messages: list[dict[str, str]], sampling: Sampling
-    ) -> AsyncGenerator[Answer, None]:
-        """The same Answer again and again as it grows. Closing cancels the request. Raises AdapterHubError."""
-        answer = Answer(model)
+    async def fill(
+        self, answer: Answer, messages: list[dict[str, str]], sampling: Sampling, *, key: str | None
+    ) -> None:
+        """Ask, and let `answer` grow until it is complete. Cancelling cancels the request. Raises AdapterHubError."""
         try:
-            stream = await self._for(key).chat.completions.create(**request_body(model, messages, sampling))
+            stream = await self._for(key).chat.completions.create(**request_body(answer.model, messages, sampling))
             async with stream:
                 async for chunk in stream:
                     answer.saw(chunk)
-                    yield answer
         except Exception as error:
             raise said_in_one_line(error, self.url, has_begun=bool(answer.text)) from error
         check_complete(answer, self.url)

@@ -12,9 +12,10 @@ from serve.page_client import Answer, Turn
 Status = Literal["pending", "done"] | None
 """How a note is drawn: with a spinner, folded, or open"""
 
-
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]()#+!|<>~$&:@-]")
-"""what formats; a colon or an at sign makes a link of an address"""
+"""what formats; a colon or an at sign makes an address a link"""
+
+_ANSWERING = " is answering"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def turns_of(lines: Iterable[Line]) -> list[Turn]:
 
 def answering(answer: Answer) -> list[Line]:
     """An answer under way: what has come, and who is at it."""
-    return [*_said(answer), Line("assistant", "", f"{escape(answer.model)} is answering", "pending")]
+    return [*_said(answer), Line("assistant", "", escape(answer.model) + _ANSWERING, "pending")]
 
 
 def answered(answer: Answer) -> list[Line]:
@@ -71,15 +72,26 @@ def answered(answer: Answer) -> list[Line]:
 
 def failed(answer: Answer, message: str) -> list[Line]:
     """What had come before it went wrong, and what went wrong, open to read."""
-    return [*_said(answer), Line("assistant", escape(message), f"⚠ {escape(answer.model)} could not answer")]
+    return [
+        *_said(answer),
+        Line("assistant", escape(message), f"⚠ {escape(answer.model) or 'the server'} could not answer"),
+    ]
 
 
-def stopped(lines: list[Line]) -> list[Line]:
-    """A conversation whose answer under way was stopped: what came stays."""
+def stopped(answer: Answer) -> list[Line]:
+    """What had come when the reader stopped it."""
+    return [*_said(answer), _stopped_note(escape(answer.model))]
+
+
+def settled(lines: list[Line]) -> list[Line]:
+    """The same conversation with nobody answering any more, whatever became of the answer that was under way."""
     if not lines or lines[-1].status != "pending":
         return lines
-    model = (lines[-1].title or "").removesuffix(" is answering")
-    return [*lines[:-1], Line("assistant", "Stopped before its end; what came is kept.", f"{model} · stopped", "done")]
+    return [*lines[:-1], _stopped_note((lines[-1].title or "").removesuffix(_ANSWERING))]
+
+
+def _stopped_note(model: str) -> Line:
+    return Line("assistant", "Stopped before its end; what came is kept.", f"{model} · stopped", "done")
 
 
 def _said(answer: Answer) -> list[Line]:

@@ -76,6 +76,9 @@ CSS = """
 #chat .message-buttons .icon-button-wrapper { border: none; box-shadow: none; background: transparent; }
 #chat .thought-group { border: none; background: transparent; padding: 0; margin: 0; }
 #chat .thought-group .title { padding: 0; opacity: 1; }
+#chat .prose, #chat .prose * { opacity: 1; }
+body:not(.dark) #chat .token.punctuation { color: #5b6675; }
+body:not(.dark) #chat .token.string { color: #3f6212; }
 #chat .thought-group .title .prose * { font-size: 0.8125rem; color: var(--body-text-color-subdued); opacity: 1; }
 #chat .thought-group .content .prose * { font-size: 0.875rem; color: var(--body-text-color); opacity: 1; }
 
@@ -94,7 +97,7 @@ CSS = """
 @media (max-width: 700px) {
     .gradio-container > .fillable { padding: 8px 12px !important; }
     .chat-side { gap: 8px !important; }
-    #chat { height: calc(100dvh - 390px) !important; min-height: 240px; }
+    #chat { height: calc(100dvh - 396px) !important; min-height: 240px; }
 }
 """
 

@@ -92,6 +92,8 @@ def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
     for choice in base.choices:
         report(str(choice))
     engine = LocalEngine(base, config.engine)
+    for choice in engine.choices:
+        report(str(choice))
     cache = AdapterCache(config.max_loras, load=engine.load, unload=engine.unload)
     catalog = Catalog(stored, config.base_name, registry, cache)
     return Services(engine, catalog, cache, PromptRenderer(base.tokenizer), Metrics(engine))

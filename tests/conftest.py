@@ -10,6 +10,9 @@ from pathlib import Path
 
 # Before any Hugging Face import: some of these are read once, at import.
 os.environ.update(
+    ADAPTERHUB_HOME=str(
+        Path(__file__).parent.parent / ".cache"
+    ),  # the base and the compiled kernels, kept between runs; never the user's own
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_UPDATE_CHECK="1",
     GRADIO_ANALYTICS_ENABLED="False",
@@ -23,15 +26,11 @@ from road import ServedRoad, walk_road
 from adapterhub.adapter import BaseName, BaseRef
 from adapterhub.base_store import StoredBase, fingerprint, pull_base
 
-CACHE = Path(__file__).parent.parent / ".cache"
-
 
 @pytest.fixture(scope="session")
 def smollm2() -> StoredBase:
     """The real base, fetched once per checkout."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ADAPTERHUB_HOME", str(CACHE))
-        return pull_base(BaseName.parse("smollm2-135m-instruct"))
+    return pull_base(BaseName.parse("smollm2-135m-instruct"))
 
 
 @pytest.fixture(scope="session")

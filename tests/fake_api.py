@@ -1,7 +1,7 @@
 """A small API that answers as it is told to, with the page before it: for the ways a server can fail a chat.
 
-The last question decides: "404", "500 once", "drop", "error event", "slow" (without end) or anything else, which is
-repeated after the model's name, word by word. As a program it serves two: one open, one that wants the key `KEY`.
+The last question decides: "404", "500", "500 once", "drop", "error event", "slow" (without end) or anything else, which
+is repeated after the model's name, word by word. As a program it serves two: one open, one that wants the key `KEY`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 KEY = "open sesame"
+FIRST_TOKEN_S = 0.1
+"""seconds before an answer or a refusal: a page that never shows its waiting state is no test of it"""
 TOKEN_S = 0.02
 """seconds between two words of an answer"""
 
@@ -102,9 +104,10 @@ def create_fake(key: str | None) -> FastAPI:
         asked_before = any(entry["body"]["messages"][-1]["content"] == question for entry in seen)
         entry = {"body": body, "sent": 0, "is_cancelled": False}
         seen.append(entry)
+        await asyncio.sleep(FIRST_TOKEN_S)
         if question == "404":
             return _no_model(body["model"])
-        if question == "500 once" and not asked_before:
+        if question == "500" or (question == "500 once" and not asked_before):
             return _error(500, "internal_error", "the server failed unexpectedly; its log says more.")
         return StreamingResponse(_answer(entry, body["model"], question), media_type="text/event-stream")
 

@@ -17,6 +17,7 @@ from road import NAMES, ServedRoad, run, run_any
 from adapterhub.adapter import Adapter
 from adapterhub.base_model import load_base
 from adapterhub.base_store import StoredBase
+from adapterhub.manifest import ProbeAnswer
 from adapterhub.package import open_adapter
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from serve.local_engine import LocalEngine
@@ -152,6 +153,39 @@ def test_a_mixed_batch_on_the_real_nf4_base_equals_pefts_generate_in_fp32(
         return dict(zip(expected, answers, strict=True))
 
     assert asyncio.run(serve()) == expected
+
+
+def test_the_server_answers_as_the_recorded_proof_of_each_adapter_says(served: ServedRoad, client: OpenAI) -> None:
+    """bf16, packed NF4, our kernels and a mixed batch, against what PEFT answered at packing."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from adapterhub.probe import TOLERANCE
+
+    def replay(name: str, then: ProbeAnswer) -> None:
+        answer = client.completions.create(
+            model=name, prompt=then.prompt_tokens, max_tokens=len(then.tokens), temperature=0, logprobs=5,
+            extra_body={"ignore_eos": True},
+        ).choices[0]  # fmt: skip
+        assert answer.logprobs is not None
+        ours = answer.logprobs.top_logprobs[0]  # type: ignore[index]
+        theirs = torch.tensor(then.top_logits).log_softmax(0)
+        tokens = [tokenizer.decode([token]) for token in then.top_tokens]
+        shared = [place for place, text in enumerate(tokens) if text in ours]
+        assert 0 in shared
+        mine = torch.tensor([ours[tokens[place]] for place in shared]).log_softmax(0)
+        assert torch.allclose(mine, theirs[shared].log_softmax(0), atol=TOLERANCE["bfloat16"])
+        place = next((n for n, gap in enumerate(then.gaps) if gap < 2 * TOLERANCE["bfloat16"]), len(then.tokens))
+        assert answer.text.startswith(tokenizer.decode(then.tokens[:place], skip_special_tokens=True))
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(served.base)
+    probes = {name: open_adapter(served.folders[name]).manifest.probe for name in NAMES}
+    with ThreadPoolExecutor(6) as pool:
+        pending = [pool.submit(replay, name, then) for name, probe in probes.items() if probe for then in probe.answers]
+        assert len(pending) == 6
+        for one in pending:
+            one.result()
 
 
 def test_verify_replays_the_probe_and_notices_a_tampered_weight(served: ServedRoad, tmp_path: Path) -> None:

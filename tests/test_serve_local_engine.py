@@ -17,7 +17,7 @@ from conftest import make_peft_adapter, make_tiny_base
 from packages import FINGERPRINT
 
 from adapterhub.adapter import Adapter, BaseRef
-from adapterhub.base_model import LoadedBase, load_base
+from adapterhub.base_model import Choice, LoadedBase, load_base
 from adapterhub.base_store import StoredBase, fingerprint
 from adapterhub.errors import (
     AdapterLoadFailed,
@@ -30,6 +30,7 @@ from adapterhub.errors import (
     ServerBusy,
 )
 from adapterhub.manifest import BaseEntry, Chat, Lora, Manifest
+from serve import model_runner
 from serve.engine import AdapterScale, Chunk, FinishReason, GenerationRequest, SamplingParams
 from serve.local_engine import LocalEngine, LocalEngineConfig
 from serve.scheduler import SchedulerLimits
@@ -150,12 +151,18 @@ def test_the_references_differ_between_adapters(expected: dict[tuple[str | None,
     ],
     ids=["default", "small chunks", "preempting"],
 )
+@pytest.mark.parametrize("kernels", ["own", "torch"])
 def test_every_request_of_random_mixes_equals_peft_alone(
     tiny_base: StoredBase,
     adapters: dict[str, Adapter],
     expected: dict[tuple[str | None, int], list[int]],
     config: LocalEngineConfig,
+    kernels: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if kernels == "torch":
+        monkeypatch.setattr(model_runner, "load_kernels", lambda: (None, Choice("cpu kernels", "torch", "a test")))
+
     async def test() -> None:
         dice = random.Random(0)
         async with running(load_tiny(tiny_base), config) as engine:
