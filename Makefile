@@ -24,7 +24,7 @@ check: setup  ## style and types
 	$(VENV)/bin/mypy
 
 docs: setup  ## regenerate docs/cli.md from the command itself
-	$(VENV)/bin/python scripts/cli_page.py > docs/cli.md
+	$(VENV)/bin/typer adapterhub.cli utils docs --name adapterhub --title "The command adapterhub" --output docs/cli.md
 
 lock: setup  ## write down the versions in use
 	@{ sed -n 1p constraints.txt; $(VENV)/bin/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new
