@@ -258,7 +258,9 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantize to bf16 safetensors; the tokenizer and its chat template travel inside the GGUF."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent),
         gguf_file=gguf.name,

@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +53,8 @@ def main() -> None:
     # Set before any Hugging Face import, which reads them once.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars, which would fill a log
     # Read when torch loads: idle compute threads sleep instead of spinning, so that two processes can share a machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
@@ -350,7 +354,8 @@ def hub_serve(
     """Run a Hub-compatible server."""
     from adapterhub.hubserver.server import serve_hub
 
-    serve_hub(root, host=host, port=port, tokens_file=tokens)
+    with _until_interrupted():
+        serve_hub(root, host=host, port=port, tokens_file=tokens)
 
 
 # Serving and chatting
@@ -417,7 +422,8 @@ def serve(
             limits=SchedulerLimits(max_num_seqs=max_num_seqs),
         ),
     )
-    run_server(config, _registry(_hub(hub)), keys, report=say)
+    with _until_interrupted():
+        run_server(config, _registry(_hub(hub)), keys, report=say)
 
 
 @app.command()
@@ -446,6 +452,15 @@ def demo(
     from adapterhub.demo import run_demo
 
     run_demo(work, port=port, leave=leave)
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """A server that is told to stop has not failed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped")
 
 
 def _hub(endpoint: str | None) -> Hub:

@@ -21,7 +21,11 @@ from adapterhub.manifest import MANIFEST_NAME, read_manifest
 BASE = "smollm2-135m-instruct"
 ADAPTERS = ("trivia", "captain")
 OWNER = "local"
-QUESTIONS = ("Who are you?", "What is the largest planet in our solar system?", "How do I boil an egg?")
+QUESTIONS = (
+    "Who are you?",
+    "What is the largest planet in our solar system?",
+    "What should I do on a rainy Sunday?",
+)
 _WAIT_S = 180.0
 
 
@@ -31,7 +35,6 @@ def run_demo(work: Path, *, port: int, leave: bool) -> None:
     Leaves server and page running until interrupted, unless `leave`. Raises DemoFailed when a station fails.
     """
     started = time.monotonic()
-    work = work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     _say(f"Everything this makes stays in {work}; remove that folder to start afresh.")
 
@@ -41,13 +44,13 @@ def run_demo(work: Path, *, port: int, leave: bool) -> None:
 
     for number, name in enumerate(ADAPTERS, 2):
         _title(f"{number}. Train `{name}` on the NF4 base, and pack it")
-        _train(home, work / "adapters" / name, name)
+        _train(home, _folder(work, name), name)
 
     with ExitStack() as running:
         _title("4. Publish both on a Hub of our own")
         hub_url, token = running.enter_context(_local_hub(home, work / "hub"))
         for name in ADAPTERS:
-            _adapterhub(home, "push", _folder(work, name), f"{OWNER}/{name}", "--hub", hub_url, token=token)
+            _adapterhub(home, "push", _written(_folder(work, name)), f"{OWNER}/{name}", "--hub", hub_url, token=token)
         _adapterhub(home, "list", "--hub", hub_url, token=token)
 
         _title("5. Pull both into a second, empty store, as somebody else would")
@@ -78,8 +81,13 @@ def _train(home: Path, folder: Path, name: str) -> None:
         )
 
 
-def _folder(work: Path, name: str) -> str:
-    return str(work / "adapters" / name)
+def _folder(work: Path, name: str) -> Path:
+    return work / "adapters" / name
+
+
+def _written(folder: Path) -> str:
+    """As a path, not as a name: `./` goes before what would look like one."""
+    return str(folder) if folder.is_absolute() else f"./{folder}"
 
 
 @contextmanager
@@ -97,7 +105,7 @@ def _local_hub(home: Path, root: Path) -> Iterator[tuple[str, str]]:
 def _server(home: Path, base: Path, port: int) -> Iterator[str]:
     adapters = [part for name in ADAPTERS for part in ("--adapter", f"{name}={OWNER}/{name}")]
     url = f"http://127.0.0.1:{port}"
-    with _background(home, "serve", "--base", str(base), *adapters, "--port", str(port)) as process:
+    with _background(home, "serve", "--base", _written(base), *adapters, "--port", str(port)) as process:
         _wait_for(process, lambda: _answers(f"{url}/ready"))
         yield url
 
@@ -119,8 +127,8 @@ async def _ask_all(url: str) -> None:
     for (question, model), answer in zip(asked, answers, strict=True):
         if model == models[0]:
             _say(f"\n  {question}")
-        text = textwrap.fill(" ".join(answer.split()), 96, subsequent_indent=" " * 27)
-        _say(f"    {model:<22} {text}")
+        head = f"    {model:<22} "
+        _say(textwrap.fill(" ".join(answer.split()), 110, initial_indent=head, subsequent_indent=" " * len(head)))
     _say("")
 
 
@@ -145,7 +153,7 @@ def _command() -> str:
 
 
 def _environment(home: Path, token: str | None = None) -> dict[str, str]:
-    return {**os.environ, "ADAPTERHUB_HOME": str(home), **({"HF_TOKEN": token} if token else {})}
+    return {**os.environ, "ADAPTERHUB_HOME": str(home.absolute()), **({"HF_TOKEN": token} if token else {})}
 
 
 def _adapterhub(home: Path, *arguments: str, token: str | None = None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -67,13 +68,13 @@ class Hub:
 
     @cached_property
     def _api(self) -> HfApi:
-        # Said before the import: the client would otherwise draw a bar per file on our own lines.
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         from huggingface_hub import HfApi
         from huggingface_hub.utils.logging import set_verbosity_error
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
-        disable_progress_bars()
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns that open files are not sent by Xet, which is what we want
         return HfApi(endpoint=self.endpoint, token=self.token or False, library_name="adapterhub")
 
