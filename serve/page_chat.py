@@ -167,10 +167,10 @@ class _Talk:
         """by the session of the page"""
 
     async def send(self, given: Given, request: gr.Request) -> AsyncGenerator[Updates, None]:
+        yield {self._on.box: ""}  # in any case: Gradio takes an end without a drawing for a drawing of nothing
         text = given[self._on.box] or ""
         if not text.strip():
             return
-        yield {self._on.box: ""}
         lines = [*settled(read_lines(given[self._on.chat])), Line("user", text)]
         async with aclosing(self._answer(lines, given, request)) as updates:
             async for update in updates:
@@ -212,8 +212,8 @@ class _Talk:
         self._end(request, _Ending.REPLACED)
         answer = Answer(given[on.picker] or "")
         messages = to_send(given[on.system], turns_of(lines))
-        filling = self._client.fill(answer, messages, self._sampling(given), key=given[self._key])
-        run = _Run(asyncio.create_task(filling))
+        sampling = Sampling(given[on.temperature], int(given[on.max_tokens]), given[on.top_p])
+        run = _Run(asyncio.create_task(self._client.fill(answer, messages, sampling, key=given[self._key])))
         self._runs[session] = run
         try:
             yield self._draw([*lines, *answering(answer)], is_running=True)
@@ -230,14 +230,6 @@ class _Talk:
             await asyncio.gather(run.task, return_exceptions=True)
             if self._runs.get(session) is run:
                 del self._runs[session]
-
-    def _sampling(self, given: Given) -> Sampling:
-        """What the sliders say; where a number was deleted, what the page began with."""
-        sliders = (self._on.temperature, self._on.max_tokens, self._on.top_p)
-        temperature, max_tokens, top_p = (
-            slider.value if given[slider] is None else given[slider] for slider in sliders
-        )
-        return Sampling(temperature, int(max_tokens), top_p)
 
     def _draw(self, lines: list[Line], *, is_running: bool = False) -> Updates:
         return {
