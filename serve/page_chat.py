@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from serve.page_client import Answer, PageClient, Sampling, to_send
+from serve.chat_client import Answer, PageClient, Sampling, to_send
 from serve.page_lines import Line, answered, answering, failed, read_lines, settled, stopped, text_of, turns_of
 from serve.page_models import Models, model_picker
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from serve.page_client import Answer, Turn
+from serve.chat_client import Answer, Turn
 
 Status = Literal["pending", "done"] | None
 """How a note is drawn: with a spinner, folded, or open"""

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from adapterhub.errors import AdapterHubError
-from serve.page_client import Loss, PageClient, ServedModel
+from serve.chat_client import Loss, PageClient, ServedModel
 from serve.page_lines import escape
 
 _DIGEST_SHOWN = len("sha256:") + 12

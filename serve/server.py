@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import uvicorn
+from fastapi.responses import RedirectResponse
 
 from adapterhub.base_model import load_base
 from adapterhub.base_store import find_base
@@ -78,6 +79,7 @@ async def _serve(
             from serve.ui import mount_page
 
             mount_page(app, config.url, needs_key=keys.are_required)
+            app.get("/", include_in_schema=False)(lambda: RedirectResponse("/ui"))
         report(f"ready: {config.url}/v1" + (f", page {config.url}/ui" if config.has_page else ""))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         await server.serve(sockets=[listener])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from adapterhub.errors import AdapterHubError, NotAuthorized, ServeError, UsageError
 from adapterhub.files import write_atomic
 from adapterhub.home import home
-from serve.page_client import (
+from serve.chat_client import (
     ANSWER_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
     NO_KEY,

@@ -16,8 +16,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.chat_client import PageClient
 from serve.page_chat import chat_tab
-from serve.page_client import PageClient
 from serve.page_style import CONTENT_POLICY, CSS, HEAD, ICON, theme
 
 PAGE_PATH = "/ui"
