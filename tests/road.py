@@ -29,8 +29,8 @@ max_length = 128
 rank = 8
 alpha = 16
 [train]
-steps = 12
-batch_size = 6
+steps = 8
+batch_size = 4
 learning_rate = 2e-3
 warmup_steps = 1
 max_grad_norm = 1.0
