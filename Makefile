@@ -2,7 +2,7 @@
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check docs lock clean
+.PHONY: setup demo test check bench docs lock clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,9 @@ check: setup  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+bench: setup  ## decode speed against PEFT and transformers, about five minutes
+	@$(VENV)/bin/python benchmarks/decode.py
 
 docs: setup  ## regenerate docs/cli.md from the command itself
 	$(VENV)/bin/typer adapterhub.cli utils docs --name adapterhub --title "The command adapterhub" --output docs/cli.md

@@ -10,14 +10,13 @@ from pathlib import Path
 
 # Before any Hugging Face import: some of these are read once, at import.
 os.environ.update(
-    ADAPTERHUB_HOME=str(
-        Path(__file__).parent.parent / ".cache"
-    ),  # the base and the compiled kernels, kept between runs; never the user's own
+    # The base and the compiled kernels, kept between runs; never the user's own folder.
+    ADAPTERHUB_HOME=str(Path(__file__).parent.parent / ".cache"),
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_UPDATE_CHECK="1",
     GRADIO_ANALYTICS_ENABLED="False",
     TOKENIZERS_PARALLELISM="false",
-    OMP_WAIT_POLICY="PASSIVE",
+    GOMP_SPINCOUNT="20000",  # as the command sets it
 )
 
 import pytest
