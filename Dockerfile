@@ -1,6 +1,8 @@
 # docker build --target cpu -t adapterhub .       docker build --target cuda -t adapterhub:cuda .
 # The install step is the one `make setup` uses.
 FROM python:3.11-slim AS source
+# The engine compiles its CPU kernels at the first start; without a compiler it runs, several times slower.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/adapterhub
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY scripts scripts

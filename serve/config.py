@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 
 from adapterhub.adapter import AdapterRef, BaseName
@@ -29,22 +28,6 @@ class ServeConfig:
     def base_name(self) -> str:
         """What requests call the base: as the operator wrote it, a folder by its last part."""
         return self.base.folder.resolve().name if self.base.folder else str(self.base.name)
-
-    @property
-    def url(self) -> str:
-        reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 (never bound here)
-        host = f"[{reachable}]" if ":" in reachable else reachable
-        return f"http://{host}:{self.port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Can only programs on this machine reach a server bound to `host`?"""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def parse_adapter(text: str) -> tuple[str, AdapterRef]:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections.abc import Callable
-from dataclasses import replace
 
 import uvicorn
 from fastapi.responses import RedirectResponse
 
 from adapterhub.base_model import load_base
 from adapterhub.base_store import find_base
-from adapterhub.errors import PortBusy, UsageError
+from adapterhub.errors import UsageError
+from adapterhub.listening import is_loopback, listen, url_of
 from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
 from serve.answer import Services
 from serve.api import create_app
 from serve.auth import KEYS_VARIABLE, ApiKeys
 from serve.catalog import Catalog
-from serve.config import ServeConfig, is_loopback
+from serve.config import ServeConfig
 from serve.local_engine import LocalEngine
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
@@ -35,7 +34,7 @@ def run_server(config: ServeConfig, registry: Registry, keys: ApiKeys, *, report
     """
     check_exposure(config.host, keys)
     with listen(config.host, config.port) as listener:
-        asyncio.run(_serve(replace(config, port=listener.getsockname()[1]), registry, keys, listener, report))
+        asyncio.run(_serve(config, registry, keys, listener, report))
 
 
 def check_exposure(host: str, keys: ApiKeys) -> None:
@@ -47,25 +46,6 @@ def check_exposure(host: str, keys: ApiKeys) -> None:
         )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Take the port before minutes of loading are spent. Raises PortBusy, UsageError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        if isinstance(error, socket.gaierror):
-            raise UsageError(f"--host {host} is not an address of this machine ({error}).") from error
-        raise PortBusy(
-            f"cannot listen on {host}:{port} ({os.strerror(error.errno or 0)}): stop what uses it, or give another "
-            "--port (0 picks a free one)."
-        ) from error
-    return listener
-
-
 async def _serve(
     config: ServeConfig, registry: Registry, keys: ApiKeys, listener: socket.socket, report: Report
 ) -> None:
@@ -74,13 +54,13 @@ async def _serve(
         for name, ref in config.adapters:
             published = await services.catalog.load(name, ref)
             report(f"adapter {name}: {published.adapter.digest[:19]} ({ref})")
-        app = create_app(services, keys)
+        app, url = create_app(services, keys), url_of(listener)
         if config.has_page:
             from serve.ui import mount_page
 
-            mount_page(app, config.url, needs_key=keys.are_required)
+            mount_page(app, url, needs_key=keys.are_required)
             app.get("/", include_in_schema=False)(lambda: RedirectResponse("/ui"))
-        report(f"ready: {config.url}/v1" + (f", page {config.url}/ui" if config.has_page else ""))
+        report(f"ready: {url}/v1" + (f", page {url}/ui" if config.has_page else ""))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         await server.serve(sockets=[listener])
     finally:

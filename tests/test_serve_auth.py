@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from adapterhub.errors import InvalidKey, NotAllowed, PortBusy, UsageError
+from adapterhub.listening import is_loopback, listen, url_of
 from serve.auth import ApiKeys
-from serve.config import ServeConfig, is_loopback, parse_adapter
-from serve.server import check_exposure, listen
+from serve.config import parse_adapter
+from serve.server import check_exposure
 
 
 def test_keys_are_read_one_a_line_with_comments(tmp_path: Path) -> None:
@@ -75,9 +76,7 @@ def test_adapters_are_named_by_hand_or_by_their_last_part() -> None:
             parse_adapter(bad)
 
 
-def test_the_url_of_a_server_on_every_interface_can_be_opened() -> None:
-    from adapterhub.adapter import BaseName
-
-    config = ServeConfig(BaseName.parse("x"), host="0.0.0.0", port=1)
-    assert config.url == "http://127.0.0.1:1"
-    assert ServeConfig(BaseName.parse("./some/base"), host="::1").url == "http://[::1]:8000"
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "[::1]")])
+def test_the_url_of_a_server_can_be_opened(host: str, shown: str) -> None:
+    with listen(host, 0) as listener:
+        assert url_of(listener) == f"http://{shown}:{listener.getsockname()[1]}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import ipaddress
 import shlex
 import socket
 import sys
@@ -11,11 +9,12 @@ from pathlib import Path
 
 import uvicorn
 
-from adapterhub.errors import PortBusy, UsageError
+from adapterhub.errors import UsageError
 from adapterhub.files import write_atomic
 from adapterhub.hubserver.app import create_hub_app
 from adapterhub.hubserver.auth import ANY_NAMESPACE, UPLOAD_LIFETIME_S, Account, Tokens, kept_secret
 from adapterhub.hubserver.objects import ObjectStore
+from adapterhub.listening import is_loopback, listen, url_of
 
 DEFAULT_PORT = 8089
 LOCAL_USER = "local"
@@ -31,7 +30,7 @@ def serve_hub(
     `tokens_file` (loopback only) there is one user, "local", whose token is kept in `root/token`.
     Raises PortBusy; UsageError for an address beyond this machine without tokens, or an unusable tokens file.
     """
-    if tokens_file is None and not _is_loopback(host):
+    if tokens_file is None and not is_loopback(host):
         raise UsageError(
             f"listening on {host} lets other machines in, and there are no tokens to tell who is who: "
             "give a tokens file, or listen on 127.0.0.1."
@@ -39,14 +38,14 @@ def serve_hub(
     root = root.resolve()
     root.mkdir(parents=True, exist_ok=True)
     tokens = _local_tokens(root / "token") if tokens_file is None else Tokens.load(tokens_file)
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         app = create_hub_app(root, tokens)
         ObjectStore(root).sweep_uploads(older_than_s=UPLOAD_LIFETIME_S)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_S, lifespan="off"
         )
-        ready = _ready_lines(_url(listener), root, token_file=root / "token" if tokens_file is None else None)
-        server = _AnnouncingServer(config, url=_url(listener), root=root, ready=ready)
+        ready = _ready_lines(url_of(listener), root, token_file=root / "token" if tokens_file is None else None)
+        server = _AnnouncingServer(config, url=url_of(listener), root=root, ready=ready)
         server.run(sockets=[listener])
 
 
@@ -72,36 +71,3 @@ def _ready_lines(url: str, root: Path, *, token_file: Path | None) -> str:
 
 def _local_tokens(token_file: Path) -> Tokens:
     return Tokens.of({kept_secret(token_file): Account(LOCAL_USER, "write", (ANY_NAMESPACE,))})
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UsageError(f"cannot listen on {host}: {error.strerror}.") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise PortBusy(
-                f"port {port} on {host} is in use: stop the program that has it, or choose another port "
-                "(0 takes a free one)."
-            ) from None
-        raise UsageError(f"cannot listen on {host} port {port}: {error.strerror}.") from None
-    return listener
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
