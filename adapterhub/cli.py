@@ -389,12 +389,13 @@ def serve(
     """Serve one base and many adapters through an OpenAI-compatible API."""
     from adapterhub.adapter import BaseName
     from adapterhub.base_store import pull_base
-    from serve.auth import ApiKeys
-    from serve.config import ServeConfig, parse_adapter
-    from serve.server import check_exposure
+    from serve.auth import ApiKeys, check_exposure
 
     keys = ApiKeys.read(api_keys)
-    check_exposure(host, keys)
+    check_exposure(host, keys)  # before seconds go into imports and minutes into a download
+
+    from serve.config import ServeConfig, parse_adapter
+
     name = BaseName.parse(base)
     adapters = tuple(parse_adapter(text) for text in adapter or ())
     pull_base(name, report=say)

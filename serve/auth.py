@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterhub.errors import InvalidKey, NotAllowed, UsageError
+from adapterhub.listening import is_loopback
 
 KEYS_VARIABLE = "ADAPTERHUB_API_KEY"
 
@@ -60,6 +61,15 @@ class ApiKeys:
             raise InvalidKey("the API key is missing or wrong: send Authorization: Bearer KEY.")
         if needs_admin and not is_admin:
             raise NotAllowed("this API key may ask, but not load or unload adapters: use an admin key.")
+
+
+def check_exposure(host: str, keys: ApiKeys) -> None:
+    """Refuse to listen beyond this machine without a key. Raises UsageError."""
+    if not is_loopback(host) and not keys.are_required:
+        raise UsageError(
+            f"--host {host} can be reached from other machines and there is no API key: set {KEYS_VARIABLE}, give "
+            "--api-keys FILE, or stay on 127.0.0.1."
+        )
 
 
 def _is_among(key: str, keys: tuple[str, ...]) -> bool:

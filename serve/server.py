@@ -11,13 +11,12 @@ from fastapi.responses import RedirectResponse
 
 from adapterhub.base_model import load_base
 from adapterhub.base_store import find_base
-from adapterhub.errors import UsageError
-from adapterhub.listening import is_loopback, listen, url_of
+from adapterhub.listening import listen, url_of
 from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
 from serve.answer import Services
 from serve.api import create_app
-from serve.auth import KEYS_VARIABLE, ApiKeys
+from serve.auth import ApiKeys, check_exposure
 from serve.catalog import Catalog
 from serve.config import ServeConfig
 from serve.local_engine import LocalEngine
@@ -35,15 +34,6 @@ def run_server(config: ServeConfig, registry: Registry, keys: ApiKeys, *, report
     check_exposure(config.host, keys)
     with listen(config.host, config.port) as listener:
         asyncio.run(_serve(config, registry, keys, listener, report))
-
-
-def check_exposure(host: str, keys: ApiKeys) -> None:
-    """Refuse to listen beyond this machine without a key. Raises UsageError."""
-    if not is_loopback(host) and not keys.are_required:
-        raise UsageError(
-            f"--host {host} can be reached from other machines and there is no API key: set {KEYS_VARIABLE}, give "
-            "--api-keys FILE, or stay on 127.0.0.1."
-        )
 
 
 async def _serve(

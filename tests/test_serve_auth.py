@@ -6,9 +6,8 @@ import pytest
 
 from adapterhub.errors import InvalidKey, NotAllowed, PortBusy, UsageError
 from adapterhub.listening import is_loopback, listen, url_of
-from serve.auth import ApiKeys
+from serve.auth import ApiKeys, check_exposure
 from serve.config import parse_adapter
-from serve.server import check_exposure
 
 
 def test_keys_are_read_one_a_line_with_comments(tmp_path: Path) -> None:
