@@ -36,7 +36,7 @@ def _imports(path: Path) -> Iterator[str]:
 def test_packages_import_each_other_in_one_direction_only(path: Path) -> None:
     name = path.relative_to(ROOT).as_posix()
     forbidden = {"adapterhub": {"train", "serve"}, "train": {"serve"}, "serve": {"train"}}[name.split("/")[0]]
-    if name != "adapterhub/cli.py":
+    if not name.startswith("adapterhub/cli/"):
         assert not forbidden & set(_imports(path))
 
 

@@ -1,0 +1,112 @@
+"""Verbs that answer: serve, chat, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapterhub.cli.app import app
+from adapterhub.cli.shared import (
+    BaseText,
+    HubUrl,
+    hub_at,
+    registry,
+    say,
+    until_interrupted,
+)
+
+
+@app.command()
+def serve(
+    base: BaseText,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", metavar="NAME=REF", help="Load an adapter; may be repeated.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Interface to listen on; beyond loopback an API key is needed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
+    api_keys: Annotated[
+        Path | None, typer.Option("--api-keys", help="File of API keys, one a line [default: $ADAPTERHUB_API_KEY].")
+    ] = None,
+    max_loras: Annotated[int, typer.Option(help="Adapters resident at once.", min=1)] = 16,
+    max_lora_rank: Annotated[int, typer.Option(help="Largest rank taken.", min=1)] = 64,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests computed together.", min=1)] = 32,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer.", min=2)] = None,
+    kv_cache_mb: Annotated[int, typer.Option(help="Memory for keys and values, MiB.", min=1)] = 512,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32 [default: chosen].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: chosen].")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads to compute with [default: torch's].", min=1)] = None,
+    hub: HubUrl = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="The browser page at /ui.")] = True,
+) -> None:
+    """Serve one base and many adapters through an OpenAI-compatible API."""
+    from adapterhub.adapter import BaseName
+    from adapterhub.base_store import pull_base
+    from serve.auth import ApiKeys, check_exposure
+
+    keys = ApiKeys.read(api_keys)
+    check_exposure(host, keys)  # before seconds go into imports and minutes into a download
+
+    from serve.config import ServeConfig, parse_adapter
+
+    name = BaseName.parse(base)
+    adapters = tuple(parse_adapter(text) for text in adapter or ())
+    pull_base(name, report=say)
+
+    import torch
+
+    from serve.local_engine import LocalEngineConfig
+    from serve.scheduler import SchedulerLimits
+    from serve.server import run_server
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    config = ServeConfig(
+        base=name,
+        adapters=adapters,
+        host=host,
+        port=port,
+        max_loras=max_loras,
+        dtype=dtype,
+        device=device,
+        has_page=page,
+        engine=LocalEngineConfig(
+            kv_cache_bytes=kv_cache_mb << 20,
+            max_model_len=max_model_len,
+            max_lora_rank=max_lora_rank,
+            limits=SchedulerLimits(max_num_seqs=max_num_seqs),
+        ),
+    )
+    with until_interrupted():
+        run_server(config, registry(hub_at(hub)), keys, report=say)
+
+
+@app.command()
+def chat(
+    model: Annotated[str | None, typer.Argument(help="Adapter to talk to [default: the base].")] = None,
+    url: Annotated[str, typer.Option(help="The server's API.")] = "http://127.0.0.1:8000/v1",
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask once and print the answer.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0, max=2.0)] = 0.7,
+) -> None:
+    """Talk to a served adapter in the terminal."""
+    from serve.terminal_chat import ChatOptions, run_chat
+
+    options = ChatOptions(url=url, model=model, system=system, max_tokens=max_tokens, temperature=temperature)
+    run_chat(options, prompt=prompt)
+
+
+@app.command()
+def demo(
+    work: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(".demo"),
+    port: Annotated[int, typer.Option(help="Port of the server it leaves running.")] = 8000,
+    leave: Annotated[bool, typer.Option("--exit", help="End by itself instead of leaving the server running.")] = False,
+) -> None:
+    """Walk the whole road: train two adapters, pack, push, pull, serve, and ask them both."""
+    from adapterhub.demo import run_demo
+
+    run_demo(work, port=port, leave=leave)
