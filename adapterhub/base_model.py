@@ -96,6 +96,78 @@ def quantized_layers(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
+@dataclass(frozen=True)
+class Nf4Weights:
+    """NF4 weights by rows, as bitsandbytes quantized them: code book value times the constant of its block."""
+
+    codes: torch.Tensor
+    """uint8 [out * in / 2], two codes a byte, the first in the upper half"""
+    absmax: torch.Tensor
+    """fp32 [out * in / block_size]: the constants, themselves dequantized"""
+    book: torch.Tensor
+    """fp32 [16]"""
+    block_size: int
+    shape: tuple[int, int]
+    """(out, in)"""
+
+    @classmethod
+    def fits(cls, layers: Sequence[Any]) -> bool:
+        """Can these layers be joined by rows? NF4 on the CPU, one input width of whole blocks, one block size."""
+        from bitsandbytes.nn import Linear4bit
+
+        return all(
+            isinstance(layer, Linear4bit)
+            and not layer.support_avx512bf16_for_cpu
+            and layer.weight.quant_type == "nf4"
+            and layer.weight.device.type == "cpu"
+            and layer.in_features == layers[0].in_features
+            and layer.in_features % layer.weight.blocksize == 0
+            and layer.weight.blocksize == layers[0].weight.blocksize
+            for layer in layers
+        )
+
+    @classmethod
+    def join(cls, layers: Sequence[Any]) -> Nf4Weights:
+        """The layers' rows one below the other; the layers keep working, as views of the joined codes."""
+        import torch
+        from bitsandbytes.functional import dequantize_blockwise
+
+        states = [layer.weight.quant_state for layer in layers]
+        constants = [
+            dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+            for state in states
+        ]
+        codes = torch.cat([layer.weight.data.flatten() for layer in layers])
+        start = 0
+        for layer in layers:
+            size = layer.weight.data.numel()
+            layer.weight.data = codes[start : start + size].view(layer.weight.data.shape)
+            start += size
+        return cls(
+            codes,
+            torch.cat([one.flatten().float() for one in constants]),
+            states[0].code.float().contiguous(),
+            states[0].blocksize,
+            (sum(layer.out_features for layer in layers), layers[0].in_features),
+        )
+
+
+def dense_weight(layer: Any) -> torch.Tensor:
+    """fp32 [out, in] of a linear layer, however it is held: its own answer to the unit vectors."""
+    import torch
+
+    with torch.inference_mode():
+        units = torch.eye(layer.in_features, dtype=layer_dtype(layer), device=layer.weight.device)
+        found = layer(units).float()
+        without_bias: torch.Tensor = found if layer.bias is None else found - layer.bias.float()
+        return without_bias.T.contiguous()
+
+
+def layer_dtype(layer: Any) -> torch.dtype:
+    """What a linear layer computes in."""
+    return getattr(layer, "compute_dtype", None) or layer.weight.dtype  # type: ignore[no-any-return]
+
+
 class PackedNf4:
     """Packed NF4 layers that share their input, as one call of bitsandbytes' CPU kernel.
 

@@ -24,7 +24,7 @@ from adapterhub.adapter import BaseName
 from adapterhub.base_model import load_base
 from adapterhub.base_store import StoredBase, pull_base
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
-from serve.lora_layers import LowRank
+from serve.lora_weights import LowRank
 from serve.model_runner import ModelRunner
 from serve.scheduler import BlockPool, Scheduler, SchedulerLimits, Sequence
 
@@ -44,10 +44,11 @@ class Ours:
         for number in range(num_adapters):
             torch.manual_seed(number)
             weights = {}
-            for name, (group, place) in bank._places.items():
+            for name, (group, place) in bank.places.items():
                 layer = group.layers[place]
-                a, bt = torch.randn(rank, layer.in_features), torch.randn(rank, layer.out_features)
-                weights[name] = LowRank((a * 0.02).to(bank.dtype), (bt * 0.02).to(bank.dtype))
+                if name != "lm_head":
+                    a, bt = torch.randn(rank, layer.in_features), torch.randn(rank, layer.out_features)
+                    weights[name] = LowRank(a * 0.02, bt * 0.02, scaling=1.0)
             bank.install(f"{number:04}", weights)
 
     def decode(self, rows: int, num_adapters: int, tokens: int) -> float:

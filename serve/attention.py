@@ -1,4 +1,4 @@
-"""Paged attention in plain torch: keys and values in fixed blocks, prefill chunks and decode rows in one call.
+"""Paged attention: keys and values in fixed blocks, prefill chunks and decode rows in one call.
 
 Registered with transformers under ATTENTION_NAME, so that any model with standard attention uses it; the step's
 layout travels through the model's forward as the keyword `paged`.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from serve.cpu_kernels import CpuKernels
-from serve.scheduler import Batch
+from serve.cpu_kernels import LANES, MAX_HEAD_DIM, CpuKernels, Tiles
+from serve.scheduler import Batch, Piece
 
 ATTENTION_NAME = "adapterhub_paged"
 
@@ -44,6 +45,7 @@ class KvCache:
 
     def __init__(self, shape: KvShape, num_blocks: int, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
+        self.shape = shape
         size = (shape.num_layers, 2, shape.num_heads, num_blocks * block_size, shape.head_dim)
         # Zeros, not empty: masked slots are multiplied by a zero weight, and NaN * 0 is NaN.
         self.layers = torch.zeros(size, dtype=shape.dtype, device=device)
@@ -76,39 +78,65 @@ class PagedStep:
     """Where each row of the flattened batch lies in the cache, worked out once per step for all layers."""
 
     def __init__(self, cache: KvCache, batch: Batch, kernels: CpuKernels | None = None) -> None:
-        self.kernels = kernels
-        device = cache.layers.device
         self.cache = cache
-        block_size = cache.block_size
-        slots: list[int] = []
-        self.prefills: list[_Prefill] = []
-        decode_rows, decode_slots = [], []
-        for piece in batch.pieces:
-            end = piece.start + piece.num_tokens
-            blocks = piece.sequence.blocks
-            known = [blocks[at // block_size] * block_size + at % block_size for at in range(end)]
-            if piece.num_tokens == 1 and piece.start > 0:
-                decode_rows.append(len(slots))
-                decode_slots.append(known)
-            else:
-                rows = slice(len(slots), len(slots) + piece.num_tokens)
-                self.prefills.append(_Prefill(rows, torch.tensor(known, device=device), piece.start))
-            slots += known[piece.start :]
-        self.slots = torch.tensor(slots, device=device)
-        self.decode_rows = torch.tensor(decode_rows, device=device)
-        lengths = [len(known) for known in decode_slots]
-        self.lengths = torch.tensor(lengths, device=device)
-        longest = max(lengths, default=0)
-        padded = [known + [0] * (longest - len(known)) for known in decode_slots]
-        self.decode_slots = torch.tensor(padded, device=device)
-        """[rows, longest]"""
+        self.kernels = kernels if cache.shape.head_dim % LANES == 0 and cache.shape.head_dim <= MAX_HEAD_DIM else None
+        self._pieces = batch.pieces
         self._masks: dict[int | None, torch.Tensor] = {}
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """The rows for the kernels."""
+        return Tiles([(piece.start, piece.num_tokens, piece.sequence.blocks) for piece in self._pieces])
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """[N]: where each row's keys and values go."""
+        written = [slot for piece in self._pieces for slot in self._slots_of(piece)[piece.start :]]
+        return torch.tensor(written, device=self.cache.layers.device)
+
+    @cached_property
+    def prefills(self) -> list[_Prefill]:
+        """What torch computes one by one: pieces of several rows, or of a sequence's first."""
+        found, row = [], 0
+        for piece in self._pieces:
+            if not _is_decode(piece):
+                rows = slice(row, row + piece.num_tokens)
+                slots = torch.tensor(self._slots_of(piece), device=self.cache.layers.device)
+                found.append(_Prefill(rows, slots, piece.start))
+            row += piece.num_tokens
+        return found
+
+    @cached_property
+    def decode_rows(self) -> torch.Tensor:
+        found, row = [], 0
+        for piece in self._pieces:
+            found += [row] if _is_decode(piece) else []
+            row += piece.num_tokens
+        return torch.tensor(found, device=self.cache.layers.device)
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """[decode rows] tokens each may look at."""
+        found = [piece.start + 1 for piece in self._pieces if _is_decode(piece)]
+        return torch.tensor(found, device=self.cache.layers.device)
+
+    @cached_property
+    def decode_slots(self) -> torch.Tensor:
+        """[decode rows, longest]"""
+        known = [self._slots_of(piece) for piece in self._pieces if _is_decode(piece)]
+        longest = max(map(len, known), default=0)
+        padded = [slots + [0] * (longest - len(slots)) for slots in known]
+        return torch.tensor(padded, device=self.cache.layers.device)
+
+    def _slots_of(self, piece: Piece) -> list[int]:
+        size, blocks = self.cache.block_size, piece.sequence.blocks
+        return [blocks[at // size] * size + at % size for at in range(piece.start + piece.num_tokens)]
 
     def decode_mask(self, window: int | None) -> torch.Tensor:
         """[rows, 1, longest] added to the scores: 0 where a row may look, -inf elsewhere."""
         if window not in self._masks:
             length = self.lengths[:, None]
-            at = torch.arange(self.decode_slots.shape[1], device=self.slots.device)[None, :]
+            at = torch.arange(self.decode_slots.shape[1], device=length.device)[None, :]
             visible = at < length
             if window is not None:
                 visible &= at >= length - window
@@ -135,20 +163,25 @@ def paged_attention(
     values.index_copy_(1, paged.slots, value[0].to(values.dtype))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     heads = query[0]
+    if paged.kernels is not None:
+        found = paged.kernels.attention(
+            heads.float(), keys, values, paged.tiles,
+            block_size=paged.cache.block_size, scale=scale, window=sliding_window or 0, softcap=softcap or 0.0,
+        )  # fmt: skip
+        return found[None].to(query.dtype), None
     out = torch.empty(heads.shape[1], heads.shape[0], values.shape[-1], dtype=query.dtype, device=query.device)
     for prefill in paged.prefills:
         past = (keys.index_select(1, prefill.slots), values.index_select(1, prefill.slots))
         mask = prefill.mask(sliding_window)
         mine = heads[:, prefill.rows].to(keys.dtype)
         out[prefill.rows] = _prefill(mine, *past, mask, scale, softcap).transpose(0, 1).to(out.dtype)
-    if len(paged.decode_rows) and paged.kernels is not None:
-        paged.kernels.decode_attention(
-            heads, paged.decode_rows, keys, values, paged.decode_slots, paged.lengths, out,
-            scale=scale, window=sliding_window or 0, softcap=softcap or 0.0,
-        )  # fmt: skip
-    elif len(paged.decode_rows):
+    if len(paged.decode_rows):
         out[paged.decode_rows] = _decode(heads, keys, values, paged, scale, sliding_window, softcap).to(out.dtype)
     return out[None], None
+
+
+def _is_decode(piece: Piece) -> bool:
+    return piece.num_tokens == 1 and piece.start > 0
 
 
 def _prefill(

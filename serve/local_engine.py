@@ -18,7 +18,7 @@ from adapterhub.errors import AdapterLoadFailed, EngineStopped, RequestTooLong, 
 from serve.attention import KvShape
 from serve.cpu_kernels import MAX_RANK
 from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, TokenLogprob
-from serve.lora_layers import read_weights
+from serve.lora_weights import Weights, read_weights
 from serve.model_runner import ModelRunner, kv_dtype
 from serve.sampling import Sampled
 from serve.scheduler import BlockPool, Scheduler, SchedulerLimits, Sequence
@@ -84,23 +84,18 @@ class LocalEngine:
 
     async def load(self, adapter: Adapter) -> None:
         try:
-            weights = await asyncio.to_thread(
-                read_weights,
-                adapter,
-                device=self._runner.adapters.device,
-                dtype=self._runner.adapters.dtype,
-                max_rank=self.config.max_lora_rank,
-            )
+            weights = await asyncio.to_thread(self._read, adapter)
         except OSError as error:
             raise AdapterLoadFailed(
                 f"adapter {adapter.manifest.name} cannot be read from {adapter.path} ({error}): pull it again."
             ) from error
 
-        def install() -> None:
-            self._runner.adapters.check_fits(adapter.manifest.name, weights)
-            self._runner.adapters.install(adapter.digest, weights)
+        await self._call(lambda: self._runner.adapters.install(adapter.digest, weights))
 
-        await self._call(install)
+    def _read(self, adapter: Adapter) -> Weights:
+        bank = self._runner.adapters
+        weights = read_weights(adapter, device=bank.device, dtype_of=bank.dtype_of, max_rank=self.config.max_lora_rank)
+        return bank.prepare(adapter.manifest.name, weights)
 
     async def unload(self, digest: str) -> None:
         await self._call(lambda: self._runner.adapters.remove(digest))

@@ -1,6 +1,6 @@
 """One base matmul for the whole batch, and a low-rank product per run of rows that share an adapter.
 
-    y = W x + scale · B (A x)        LoRA, arXiv 2106.09685, section 4.1; alpha/r is folded into B at load
+    y = W x + scale · s · B A x        LoRA, arXiv 2106.09685, section 4.1; s = alpha / r
 
 Rows arrive ordered by adapter (scheduler), so each adapter's rows are one slice in every layer.
 """
@@ -9,43 +9,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from adapterhub.adapter import Adapter
-from adapterhub.base_model import PackedNf4
-from adapterhub.errors import AdapterNoEffect, AdapterUnsupported, IncompatibleBase, InvalidTensors, RankTooLarge
-from adapterhub.lora_config import WEIGHTS_NAME, LoraConfig, lora_tensors, read_lora_config
-from adapterhub.safetensors_header import read_header
-from serve.cpu_kernels import CpuKernels, Update
+from adapterhub.base_model import Nf4Weights, PackedNf4, dense_weight, layer_dtype
+from adapterhub.errors import AdapterNoEffect, IncompatibleBase
+from serve import cpu_kernels
+from serve.cpu_kernels import LANES, CpuKernels, Part, Parts, WeightMatrix
+from serve.lora_weights import LowRank, Weights
 from serve.scheduler import AdapterMix, Batch
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """One adapter on one linear layer: A [r, in] and B transposed [r, out], the adapter's scaling folded into B."""
-
-    a: torch.Tensor
-    bt: torch.Tensor
-
-
-MAX_KERNEL_ROWS = 16
-"""Longer segments go to torch, whose threads share one; the kernel gives a segment to one thread.
-
-With one thread the kernel was no slower at any length tried (576 -> 1536, rank 16, bf16; microseconds, kernel / torch):
-16 rows 38 / 80, 64 rows 127-139 / 119-185, 256 rows 450 / 1,780. So this bound is open to be raised once more threads
-are measured.
-"""
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """what Llama and its relatives call layers that read the same rows; asked with others, a group just computes again"""
-
-Weights = dict[str, LowRank]
-"""module name -> its low-rank update"""
 
 
 @dataclass(frozen=True)
@@ -57,146 +34,112 @@ class Segment:
     mix: AdapterMix
 
 
-def segments_of(batch: Batch) -> list[Segment]:
-    """The runs of rows with the same adapters; rows of the bare base have none."""
+def segments_of(rows: Sequence[tuple[int, AdapterMix]]) -> list[Segment]:
+    """The runs of rows with the same adapters, from (number of rows, mix); rows of the bare base have none."""
     segments: list[Segment] = []
     row = 0
-    for piece in batch.pieces:
-        mix, end = piece.sequence.request.adapters, row + piece.num_tokens
+    for count, mix in rows:
         if mix and segments and segments[-1].mix == mix and segments[-1].end == row:
-            segments[-1] = Segment(segments[-1].start, end, mix)
-        elif mix:
-            segments.append(Segment(row, end, mix))
-        row = end
+            segments[-1] = Segment(segments[-1].start, row + count, mix)
+        elif mix and count:
+            segments.append(Segment(row, row + count, mix))
+        row += count
     return segments
 
 
-def read_weights(adapter: Adapter, *, device: torch.device, dtype: torch.dtype, max_rank: int) -> Weights:
-    """Read and fold an adapter's tensors. Raises RankTooLarge, AdapterUnsupported, InvalidTensors."""
-    config = read_lora_config(adapter.path)
-    if config.use_dora:
-        raise AdapterUnsupported(f"adapter {adapter.manifest.name} uses DoRA, which this engine does not serve yet.")
-    path = adapter.path / WEIGHTS_NAME
-    modules = sorted({tensor.module for tensor in lora_tensors(read_header(path), config)})
-    largest = max(config.rank_of(module) for module in modules)
-    if largest > max_rank:
-        raise RankTooLarge(
-            f"adapter {adapter.manifest.name} has rank {largest}, this server takes at most {max_rank}: serve with "
-            f"--max-lora-rank {largest}."
-        )
-    with safe_open(path, framework="pt", device="cpu") as file:
-        return {module: _read_module(file, module, config, device, dtype) for module in modules}
+class Segments:
+    """The current batch's segments for one kind of layer, also as the kernel's structs."""
 
+    def __init__(self) -> None:
+        self.python: list[Segment] = []
+        self.kernel = (cpu_kernels.Segment * 0)()
 
-def _read_module(file: Any, module: str, config: LoraConfig, device: torch.device, dtype: torch.dtype) -> LowRank:
-    a = file.get_tensor(f"base_model.model.{module}.lora_A.weight").float()
-    b = file.get_tensor(f"base_model.model.{module}.lora_B.weight").float() * config.scaling_of(module)
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise InvalidTensors(f"{module} holds NaN or infinity: the training run diverged; train again.")
-    return LowRank(a.to(device, dtype).contiguous(), b.T.to(device, dtype).contiguous())
-
-
-@dataclass
-class _Step:
-    """The current batch's segments, shared by all layers; the version counts changes of them or of the residents."""
-
-    segments: list[Segment] = field(default_factory=list)
-    version: int = 0
+    def set(self, found: list[Segment], residents: dict[str, _Resident]) -> None:
+        self.python = found
+        structs = [
+            cpu_kernels.Segment(
+                residents[adapter.digest].address, adapter.scale, one.start, one.end, 0 if number else len(one.mix)
+            )
+            for one in found
+            for number, adapter in enumerate(one.mix)
+        ]
+        self.kernel = (cpu_kernels.Segment * len(structs))(*structs)
 
 
 class LinearGroup:
     """Linear layers of the base that share their input, computed together, with the resident adapters beside them."""
 
-    def __init__(
-        self,
-        layers: Sequence[nn.Linear],
-        matmul: Callable[[torch.Tensor], torch.Tensor],
-        step: _Step,
-        kernels: CpuKernels | None,
-        weights_dtype: torch.dtype,
-    ) -> None:
-        self._weights_dtype = weights_dtype
+    def __init__(self, index: int, layers: Sequence[nn.Linear], segments: Segments, kernels: CpuKernels | None) -> None:
+        self.index = index
         self.layers = layers
-        self._matmul = matmul
-        self._step = step
+        self.widths = [layer.out_features for layer in layers]
+        self.matrix = _matrix_of(layers) if kernels is not None else None
+        self._matmul = self._choose_matmul(kernels)
         self._kernels = kernels
-        self._widths = [layer.out_features for layer in layers]
+        self._segments = segments
+        self._bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
         self._resident: dict[str, list[tuple[int, LowRank]]] = {}
         """digest -> (first column of the layer's output, update)"""
-        self._version = -1
-        self._updates: ctypes.Array[Update] | None = None
-        self._by_torch: list[Segment] = []
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     def install(self, digest: str, place: int, update: LowRank) -> None:
-        self._resident.setdefault(digest, []).append((sum(self._widths[:place]), update))
+        self._resident.setdefault(digest, []).append((sum(self.widths[:place]), update))
 
     def remove(self, digest: str) -> None:
         self._resident.pop(digest, None)
 
-    def has(self, digest: str) -> bool:
-        return digest in self._resident
+    def parts(self, digest: str) -> list[Part]:
+        """The adapter's updates of this group, as the kernel's structs."""
+        return [
+            Part(
+                update.a.data_ptr(), update.bt.data_ptr(),
+                None if update.magnitude is None else update.magnitude.data_ptr(), update.scaling,
+                *update.bt.shape, offset, int(update.a.dtype == torch.bfloat16),
+            )
+            for offset, update in self._resident.get(digest, ())
+        ]  # fmt: skip
 
     def output(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """What the layer at `place` gives for x [1, N, in]; the first one asked computes all of them."""
         if self._input is not x or place == 0:
-            self._outputs = torch.split(self._compute(x), self._widths, dim=-1)
+            self._outputs = torch.split(self._compute(x), self.widths, dim=-1)
             self._input = x
         found = self._outputs[place]
-        if place == len(self._widths) - 1:
+        if place == len(self.widths) - 1:
             self._input, self._outputs = None, ()
         return found
 
+    def _choose_matmul(self, kernels: CpuKernels | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        if self.matrix is not None and kernels is not None:
+            matrix = self.matrix
+            return lambda x: kernels.matmul(matrix, x.contiguous())
+        return PackedNf4(self.layers) if PackedNf4.fits(self.layers) else self.layers[0]
+
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         y = self._matmul(x)
-        if self._version != self._step.version:
-            self._plan()
-        if self._updates is not None:
-            assert self._kernels is not None
-            self._kernels.low_rank_updates(x[0], y[0], self._updates, self._weights_dtype)
-        for segment in self._by_torch:
-            self._update_by_torch(segment, x[0, segment.start : segment.end], y[0, segment.start : segment.end])
+        if self._kernels is not None and x.shape[-1] % LANES == 0:
+            if self._segments.kernel:
+                self._kernels.low_rank_updates(
+                    self._segments.kernel, self.index, x[0].contiguous(), y[0], bias=self._bias
+                )
+            return y
+        for segment in self._segments.python:
+            rows = slice(segment.start, segment.end)
+            self._update_by_torch(segment, x[0, rows], y[0, rows])
         return y
 
     def _update_by_torch(self, segment: Segment, x: torch.Tensor, y: torch.Tensor) -> None:
+        before = y.clone() if self._bias is None else y - self._bias
         for adapter in segment.mix:
             for offset, update in self._resident.get(adapter.digest, ()):
+                columns = slice(offset, offset + update.bt.shape[1])
                 # fp32 on CPU, where bf16 would also round the hidden values
                 dtype = torch.float32 if x.device.type == "cpu" else update.a.dtype
-                hidden = x.to(dtype) @ update.a.to(dtype).T * adapter.scale
-                y[:, offset : offset + update.bt.shape[1]] += hidden @ update.bt.to(dtype)
-
-    def _plan(self) -> None:
-        """Which segments the kernel takes, as its structs; kept while decoding goes on with the same rows."""
-        self._by_torch = []
-        updates: list[Update] = []
-        for segment in self._step.segments:
-            if self._kernels is None or segment.end - segment.start > MAX_KERNEL_ROWS:
-                self._by_torch.append(segment)
-            else:
-                updates += self._chains(segment)
-        self._updates = (Update * len(updates))(*updates) if updates else None
-        self._version = self._step.version
-
-    def _chains(self, segment: Segment) -> list[Update]:
-        """The segment's updates; several adapters on the same columns follow each other in one chain."""
-        by_column: dict[int, list[tuple[LowRank, float]]] = {}
-        for adapter in segment.mix:
-            for offset, update in self._resident.get(adapter.digest, ()):
-                by_column.setdefault(offset, []).append((update, adapter.scale))
-        return [
-            _kernel_update(segment, offset, update, scale, chain=0 if number else len(chain))
-            for offset, chain in by_column.items()
-            for number, (update, scale) in enumerate(chain)
-        ]
-
-
-def _kernel_update(segment: Segment, offset: int, update: LowRank, scale: float, *, chain: int) -> Update:
-    rank, out = update.bt.shape
-    return Update(
-        segment.start, segment.end, rank, out, offset, chain, scale, update.a.data_ptr(), update.bt.data_ptr()
-    )
+                found = update.scaling * (x.to(dtype) @ update.a.to(dtype).T) @ update.bt.to(dtype)
+                if update.magnitude is not None:
+                    found = update.magnitude * found + (update.magnitude - 1) * before[:, columns]
+                y[:, columns] += (adapter.scale * found).to(y.dtype)
 
 
 class LoraLinear(nn.Module):
@@ -204,12 +147,32 @@ class LoraLinear(nn.Module):
 
     def __init__(self, group: LinearGroup, place: int) -> None:
         super().__init__()
-        self._group = group
-        self._place = place
+        self.group = group
+        self.place = place
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [1, N, in] -> [1, N, out]."""
-        return self._group.output(self._place, x)
+        return self.group.output(self.place, x)
+
+
+@dataclass(frozen=True)
+class _Resident:
+    """An adapter's updates of every group, as the table the kernels walk."""
+
+    weights: Weights
+    parts: tuple[ctypes.Array[Part], ...]
+    table: ctypes.Array[Parts]
+
+    @classmethod
+    def of(cls, digest: str, weights: Weights, groups: Sequence[LinearGroup]) -> _Resident:
+        lists = [group.parts(digest) for group in groups]
+        parts = tuple((Part * len(found))(*found) for found in lists)
+        table = (Parts * len(parts))(*(Parts(ctypes.addressof(found), len(found)) for found in parts))
+        return cls(weights, parts, table)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.table)
 
 
 class AdapterBank:
@@ -217,30 +180,68 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module, kernels: CpuKernels | None = None) -> None:
         self.device = next(model.parameters()).device
-        self.dtype = _weights_dtype(model, kernels)
-        self._step = _Step()
-        self._places: dict[str, tuple[LinearGroup, int]] = {}
+        self.rows = Segments()
+        """of the layers, which see every row"""
+        self._head_rows = Segments()
+        """of the head, which sees the rows that sample"""
+        self.groups: list[LinearGroup] = []
+        self.places: dict[str, tuple[LinearGroup, int]] = {}
+        self._residents: dict[str, _Resident] = {}
         head = model.get_output_embeddings()  # type: ignore[operator]
-        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-        for names in _groups(linears):
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        for names in _groups(linears, has_kernels=kernels is not None):
             layers = [linears[name] for name in names]
-            matmul = PackedNf4(layers) if PackedNf4.fits(layers) else layers[0]
-            group = LinearGroup(layers, matmul, self._step, kernels, self.dtype)
+            segments = self._head_rows if layers[0] is head else self.rows
+            group = LinearGroup(len(self.groups), layers, segments, kernels)
+            self.groups.append(group)
             for place, name in enumerate(names):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, LoraLinear(group, place))
-                self._places[name] = (group, place)
+                self.places[name] = (group, place)
+
+        _keep_dtype(model.get_input_embeddings())  # type: ignore[operator]
 
     def begin(self, batch: Batch) -> None:
         """Announce the rows of the forward that follows."""
-        segments = segments_of(batch)
-        if segments != self._step.segments:
-            self._step.segments = segments
-            self._step.version += 1
+        mixes = [(piece, piece.sequence.request.adapters) for piece in batch.pieces]
+        self.rows.set(segments_of([(piece.num_tokens, mix) for piece, mix in mixes]), self._residents)
+        self._head_rows.set(segments_of([(int(piece.samples), mix) for piece, mix in mixes]), self._residents)
 
-    def check_fits(self, name: str, weights: Weights) -> None:
-        """Every tensor must land on a layer of the right shape. Raises AdapterNoEffect, IncompatibleBase."""
-        strangers = [module for module in weights if module not in self._places]
+    def dtype_of(self, stored: torch.dtype) -> torch.dtype:
+        """What to keep a tensor of a file in: bf16 as it is, which halves what a step reads; fp32 on a CPU else."""
+        if self.device.type != "cpu":
+            return layer_dtype(self.groups[0].layers[0])
+        return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
+
+    def prepare(self, name: str, weights: Weights) -> Weights:
+        """Check that every tensor lands on a layer of the right shape, and work out DoRA's norms.
+
+        May run beside the worker thread. Raises AdapterNoEffect, IncompatibleBase.
+        """
+        self._check_fits(name, weights)
+        return {module: self._divided(module, update) for module, update in weights.items()}
+
+    def install(self, digest: str, weights: Weights) -> None:
+        """`weights` as `prepare` returned them."""
+        for module, update in weights.items():
+            group, place = self.places[module]
+            group.install(digest, place, update)
+        self._residents[digest] = _Resident.of(digest, weights, self.groups)
+
+    def remove(self, digest: str) -> None:
+        for group in self.groups:
+            group.remove(digest)
+        self._residents.pop(digest, None)
+
+    def is_resident(self, digest: str) -> bool:
+        return digest in self._residents
+
+    def _divided(self, module: str, update: LowRank) -> LowRank:
+        group, place = self.places[module]
+        return update if update.magnitude is None else update.divided(dense_weight(group.layers[place]))
+
+    def _check_fits(self, name: str, weights: Weights) -> None:
+        strangers = [module for module in weights if module not in self.places]
         if len(strangers) == len(weights):
             raise AdapterNoEffect(
                 f"no tensor of adapter {name} belongs to a linear layer of this base (first: {strangers[0]}): it was "
@@ -252,7 +253,7 @@ class AdapterBank:
                 f"{strangers[0]}): it was made for a deeper or different model."
             )
         for module, update in weights.items():
-            group, place = self._places[module]
+            group, place = self.places[module]
             found = (group.layers[place].in_features, group.layers[place].out_features)
             wanted = (update.a.shape[1], update.bt.shape[1])
             if found != wanted:
@@ -261,38 +262,64 @@ class AdapterBank:
                     f"{found[0]} -> {found[1]}."
                 )
 
-    def install(self, digest: str, weights: Weights) -> None:
-        self._step.version += 1
-        for module, update in weights.items():
-            group, place = self._places[module]
-            group.install(digest, place, update)
 
-    def remove(self, digest: str) -> None:
-        self._step.version += 1
-        for group, _ in self._places.values():
-            group.remove(digest)
-
-    def is_resident(self, digest: str) -> bool:
-        return any(group.has(digest) for group, _ in self._places.values())
+def _matrix_of(layers: Sequence[nn.Linear]) -> WeightMatrix | None:
+    """The layers' weights as one matrix of the kernels, or None where those do not read them."""
+    bias = None if layers[0].bias is None else torch.cat([layer.bias.detach().float() for layer in layers])
+    if Nf4Weights.fits(layers):
+        return WeightMatrix(Nf4Weights.join(layers), bias)
+    return WeightMatrix(_joined(layers), bias) if _are_dense(layers) else None
 
 
-def _weights_dtype(model: nn.Module, kernels: CpuKernels | None) -> torch.dtype:
-    """What A and B are kept in: bf16 halves what a decode step reads, but only our kernel is fast with it on a CPU."""
-    is_bf16 = model.dtype == torch.bfloat16
-    is_gpu = next(model.parameters()).device.type != "cpu"
-    return torch.bfloat16 if is_gpu or (is_bf16 and kernels is not None) else torch.float32
+def _joined(layers: Sequence[nn.Linear]) -> torch.Tensor:
+    """Dense weights one below the other, in bf16 where that loses nothing; the layers become views of them."""
+    weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
+    half = weight.bfloat16()
+    if torch.equal(half.float(), weight):
+        weight = half
+    start = 0
+    for layer in layers:
+        layer.weight.data = weight[start : start + layer.out_features]
+        start += layer.out_features
+    return weight.contiguous()
 
 
-def _groups(linears: dict[str, nn.Linear]) -> list[list[str]]:
-    """Names of layers to compute together: those known to share their input, where the kernel can join them."""
+def _keep_dtype(embedding: nn.Module) -> None:
+    """An embedding tied to a head that is now held in bf16 still gives fp32."""
+    if embedding.weight.dtype != torch.bfloat16:
+        return
+    if type(embedding) is nn.Embedding:
+        embedding.register_forward_hook(lambda module, given, found: found.float())
+    else:  # it computes with its weights (Gemma's scale), and would round
+        embedding.weight.data = embedding.weight.data.float()
+
+
+def _are_dense(layers: Sequence[nn.Linear]) -> bool:
+    return all(
+        type(layer) is nn.Linear
+        and layer.weight.dtype == torch.float32
+        and layer.weight.device.type == "cpu"
+        and layer.in_features % LANES == 0
+        for layer in layers
+    )
+
+
+def _can_join(layers: Sequence[nn.Linear], has_kernels: bool) -> bool:
+    same_bias = all((layer.bias is None) == (layers[0].bias is None) for layer in layers)
+    return PackedNf4.fits(layers) or (has_kernels and same_bias and (Nf4Weights.fits(layers) or _are_dense(layers)))
+
+
+def _groups(linears: dict[str, nn.Linear], *, has_kernels: bool) -> list[list[str]]:
+    """Names of layers to compute together: those known to share their input, where a kernel can join them."""
     groups = []
     left = dict(linears)
     for name in linears:
         parent, _, child = name.rpartition(".")
         siblings = next((names for names in _SHARED_INPUT if names[0] == child), ())
         names = [f"{parent}.{sibling}" for sibling in siblings]
-        if name in left and names and all(n in left for n in names) and PackedNf4.fits([left[n] for n in names]):
-            groups.append(names)
-            for taken in names:
-                del left[taken]
+        if not names or any(n not in left for n in names) or not _can_join([left[n] for n in names], has_kernels):
+            continue
+        groups.append(names)
+        for taken in names:
+            del left[taken]
     return groups + [[name] for name in left]

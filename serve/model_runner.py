@@ -7,6 +7,7 @@ import torch
 from adapterhub.base_model import Choice, LoadedBase
 from serve.attention import KvCache, KvShape, PagedStep, use_paged_attention
 from serve.cpu_kernels import CpuKernels, load_kernels
+from serve.fused_decoder import fuse_decoder
 from serve.lora_layers import AdapterBank
 from serve.norms import use_fast_norms
 from serve.sampling import Sampled, Sampler
@@ -36,6 +37,7 @@ class ModelRunner:
         use_paged_attention(self._model)
         if self._kernels is not None:
             use_fast_norms(self._model, self._kernels)
+            self.choices += (fuse_decoder(self._model, self.adapters, self._cache, self._kernels),)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[str, Sampled]:

@@ -14,12 +14,12 @@ class FastRmsNorm(nn.Module):
     def __init__(self, weight: torch.Tensor, eps: float, kernels: CpuKernels) -> None:
         super().__init__()
         self.weight = weight
-        self._eps = eps
+        self.variance_epsilon = eps
         self._kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Over the last dimension of x, any shape."""
-        return self._kernels.rms_norm(x.contiguous(), self.weight, self._eps)
+        return self._kernels.rms_norm(x.contiguous(), self.weight, self.variance_epsilon)
 
 
 def use_fast_norms(model: nn.Module, kernels: CpuKernels) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 
+import torch
 import uvicorn
 from fastapi.responses import RedirectResponse
 
@@ -19,6 +20,7 @@ from serve.api import create_app
 from serve.auth import ApiKeys, check_exposure
 from serve.catalog import Catalog
 from serve.config import ServeConfig
+from serve.cpu_kernels import load_kernels
 from serve.local_engine import LocalEngine
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
@@ -60,7 +62,8 @@ async def _serve(
 def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
     """Load the base and start the engine; everything else hangs on these two."""
     stored = find_base(config.base)
-    base = load_base(stored, purpose="serve", dtype=config.dtype, device=config.device)
+    dtype = config.dtype or _kernels_dtype(config.device)
+    base = load_base(stored, purpose="serve", dtype=dtype, device=config.device)
     for choice in base.choices:
         report(str(choice))
     engine = LocalEngine(base, config.engine)
@@ -69,3 +72,9 @@ def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
     cache = AdapterCache(config.max_loras, load=engine.load, unload=engine.unload)
     catalog = Catalog(stored, config.base_name, registry, cache)
     return Services(engine, catalog, cache, PromptRenderer(base.tokenizer), Metrics(engine))
+
+
+def _kernels_dtype(device: str | None) -> str | None:
+    """fp32 where our CPU kernels, which compute in it, will run; None where the base is to choose."""
+    is_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    return "float32" if is_cpu and load_kernels()[0] is not None else None

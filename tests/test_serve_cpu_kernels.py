@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from adapterhub.base_model import PackedNf4
+from adapterhub.base_model import Nf4Weights, PackedNf4
 from serve import cpu_kernels
-from serve.cpu_kernels import CpuKernels, Update, load_kernels
+from serve.cpu_kernels import CpuKernels, Part, Parts, Segment, Tiles, WeightMatrix, load_kernels
+from serve.lora_weights import LowRank
 from serve.norms import FastRmsNorm, use_fast_norms
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -26,72 +28,142 @@ def kernels() -> CpuKernels:
     return found
 
 
-def _struct(rows: tuple[int, int], offset: int, scale: float, chain: int, a: torch.Tensor, bt: torch.Tensor) -> Update:
-    return Update(*rows, bt.shape[0], bt.shape[1], offset, chain, scale, a.data_ptr(), bt.data_ptr())
+def _segments(
+    plan: list[tuple[int, int, int, float, LowRank]], chains: list[int]
+) -> tuple[ctypes.Array[Segment], list[object]]:
+    """The structs of (start, end, first column, scale, update), and what must stay alive beside them."""
+    kept: list[object] = []
+    structs = []
+    for (start, end, offset, scale, low), chain in zip(plan, chains, strict=True):
+        magnitude = None if low.magnitude is None else low.magnitude.data_ptr()
+        is_bf16 = int(low.a.dtype == torch.bfloat16)
+        part = Part(low.a.data_ptr(), low.bt.data_ptr(), magnitude, low.scaling, *low.bt.shape, offset, is_bf16)
+        table = Parts(ctypes.addressof(part), 1)
+        kept += [part, table]
+        structs.append(Segment(ctypes.addressof(table), scale, start, end, chain))
+    return (Segment * len(structs))(*structs), kept
 
 
+def _low_rank(rank: int, dtype: torch.dtype, *, is_dora: bool) -> LowRank:
+    a, bt = torch.randn(rank, 40).to(dtype) / 6, torch.randn(rank, 30).to(dtype)
+    return LowRank(a, bt, 0.7, torch.rand(30) + 0.5 if is_dora else None)
+
+
+def _updated(x: torch.Tensor, before: torch.Tensor, low: LowRank, scale: float) -> torch.Tensor:
+    """What one update adds to W x, by the formula."""
+    found = low.scaling * (x.float() @ low.a.float().T) @ low.bt.float()
+    if low.magnitude is not None:
+        found = low.magnitude * found + (low.magnitude - 1) * before
+    return scale * found
+
+
+@pytest.mark.parametrize("is_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rank", [1, 3, 4, 8, 17])
 def test_low_rank_updates_are_the_formula_and_touch_nothing_else(
-    kernels: CpuKernels, dtype: torch.dtype, rank: int
+    kernels: CpuKernels, dtype: torch.dtype, rank: int, is_dora: bool
 ) -> None:
     torch.manual_seed(rank)
-    x = torch.randn(9, 40).to(dtype)
-    y = torch.randn(9, 50).to(dtype)
-    parts = [(torch.randn(rank, 40).to(dtype) / 6, torch.randn(rank, 30).to(dtype)) for _ in range(3)]
-    # rows 2-4: one adapter; rows 5-6: two adapters on the same columns, chained; the rest is the bare base
-    plan = [((2, 5), 0, 0.5, 1, 0), ((5, 7), 20, 1.0, 2, 1), ((5, 7), 20, -0.25, 0, 2)]
-    expected = y.float().clone()
-    for (start, end), offset, scale, _, which in plan:
-        a, bt = (part.float() for part in parts[which])
-        expected[start:end, offset : offset + 30] += scale * (x[start:end].float() @ a.T) @ bt
-    structs = [_struct(rows, offset, scale, chain, *parts[which]) for rows, offset, scale, chain, which in plan]
-    before = y.clone()
-    kernels.low_rank_updates(x, y, (Update * 3)(*structs), dtype)
-    torch.testing.assert_close(y.float(), expected, rtol=1e-5, atol=1e-4 if dtype == torch.float32 else 5e-2)
-    for untouched in (slice(0, 2), slice(7, 9)):
-        assert torch.equal(y[untouched], before[untouched])
-    assert torch.equal(y[2:5, 30:], before[2:5, 30:])
-    assert torch.equal(y[5:7, :20], before[5:7, :20])
+    x, y, bias = torch.randn(20, 40).to(dtype), torch.randn(20, 50).to(dtype), torch.randn(50)
+    lows = [_low_rank(rank, dtype, is_dora=is_dora) for _ in range(3)]
+    # rows 2-4: one adapter; 5-14: two adapters on the same columns, chained; the rest is the bare base
+    plan = [(2, 5, 0, 0.5, lows[0]), (5, 15, 20, 1.0, lows[1]), (5, 15, 20, -0.25, lows[2])]
+    expected, before = y.float().clone(), y.float() - bias
+    for start, end, offset, scale, low in plan:
+        columns = slice(offset, offset + 30)
+        expected[start:end, columns] += _updated(x[start:end], before[start:end, columns], low, scale)
+    original = y.clone()
+    structs, kept = _segments(plan, [1, 2, 0])
+    kernels.low_rank_updates(structs, 0, x, y, bias=bias)
+    assert kept
+    torch.testing.assert_close(y.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    for rows, columns in ((slice(0, 2), slice(50)), (slice(15, 20), slice(50)), (slice(2, 5), slice(30, 50))):
+        assert torch.equal(y[rows, columns], original[rows, columns])
+    assert torch.equal(y[5:15, :20], original[5:15, :20])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "bf16", "fp32"])
+@pytest.mark.parametrize("out_features", [64, 70])
+def test_a_matrix_product_is_torchs_and_the_same_bits_in_any_company(
+    kernels: CpuKernels, kind: str, out_features: int
+) -> None:
+    torch.manual_seed(0)
+    x, bias = torch.randn(101, 832), torch.randn(out_features)
+    if kind == "nf4":
+        layer = _nf4(832, out_features, compute=torch.float32)
+        dense = layer(torch.eye(832)).T.contiguous()
+        matrix = WeightMatrix(Nf4Weights.join([layer]), bias)
+    else:
+        weight = torch.randn(out_features, 832).to(torch.bfloat16 if kind == "bf16" else torch.float32)
+        dense, matrix = weight.float(), WeightMatrix(weight, bias)
+    found = kernels.matmul(matrix, x)
+    torch.testing.assert_close(found, x @ dense.T + bias, rtol=1e-4, atol=1e-4)
+    for rows in (slice(0, 1), slice(7, 9), slice(40, 43), slice(50, 101)):
+        assert torch.equal(kernels.matmul(matrix, x[rows].contiguous()), found[rows])
+
+
+def test_nf4_weights_are_bitsandbytes_to_the_bit(kernels: CpuKernels) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    layers = [_nf4(128, width, compute=torch.float32) for width in (64, 96)]
+    theirs = torch.cat([dequantize_4bit(layer.weight.data, layer.weight.quant_state) for layer in layers]).float()
+    joined = WeightMatrix(Nf4Weights.join(layers))
+    assert torch.equal(kernels.matmul(joined, torch.eye(128)).T, theirs)
+    rows = torch.randn(3, 128)
+    torch.testing.assert_close(torch.cat([layer(rows) for layer in layers], -1), rows @ theirs.T)  # they work alone
+
+
+def _attended(
+    kernels: CpuKernels,
+    query: torch.Tensor,
+    past: torch.Tensor,
+    pieces: list[tuple[int, int, list[int]]],
+    **options: Any,
+) -> torch.Tensor:
+    return kernels.attention(query, *past, Tiles(pieces), block_size=4, scale=0.3, **options)
+
+
 @pytest.mark.parametrize("dim", [16, 64, 80, 128])
 @pytest.mark.parametrize("window", [0, 5])
-def test_decode_attention_is_torchs(kernels: CpuKernels, dtype: torch.dtype, dim: int, window: int) -> None:
+def test_attention_of_mixed_pieces_is_torchs(kernels: CpuKernels, dim: int, window: int) -> None:
     torch.manual_seed(0)
-    heads, kv_heads, num_slots, lengths = 6, 2, 64, [1, 7, 33]
-    query = torch.randn(1, 5, heads, dim).to(dtype).transpose(1, 2)[0]  # strided, as a model gives it
-    keys, values = torch.randn(2, kv_heads, num_slots, dim)
-    slots = torch.stack([torch.randperm(num_slots)[:33] for _ in lengths])
-    rows = torch.tensor([4, 0, 2])
-    out = torch.full((5, heads, dim), 7.0, dtype=dtype)
-    kernels.decode_attention(
-        query, rows, keys, values, slots, torch.tensor(lengths), out, scale=0.3, window=window, softcap=0.0
-    )
-    for row, length, mine in zip(rows, lengths, slots, strict=True):
-        seen = mine[:length][-window:] if window else mine[:length]
+    heads, kv_heads = 6, 2
+    past = torch.randn(2, kv_heads, 4 * 60, dim)
+    blocks = torch.randperm(60).tolist()
+    # a prompt's first chunk, a later chunk over more than one run of 64 keys, two decoding rows
+    pieces = [(0, 7, blocks[:2]), (90, 11, blocks[2:28]), (0, 1, blocks[28:29]), (70, 1, blocks[30:48])]
+    rows = sum(count for _, count, _ in pieces)
+    query = torch.randn(1, rows, heads, dim).transpose(1, 2)[0]  # strided, as a model gives it
+    found = _attended(kernels, query, past, pieces, window=window)
+    row = 0
+    for start, count, mine in pieces:
+        slots = torch.tensor([mine[t // 4] * 4 + t % 4 for t in range(start + count)])
+        at, to = torch.arange(start, start + count)[:, None], torch.arange(start + count)[None]
+        mask = (to <= at) & (to > at - window if window else to >= 0)
+        keys, values = past[:, None, :, slots]
         expected = scaled_dot_product_attention(
-            query[None, :, row : row + 1].float(),
-            keys[None, :, seen],
-            values[None, :, seen],
-            scale=0.3,
-            enable_gqa=True,
-        )[0, :, 0]
-        torch.testing.assert_close(out[row].float(), expected, rtol=1e-5, atol=2e-6 if dtype == torch.float32 else 1e-2)
-    assert bool((out[[1, 3]] == 7).all())
+            query[None, :, row : row + count], keys, values, attn_mask=mask, scale=0.3, enable_gqa=True
+        )
+        torch.testing.assert_close(found[row : row + count].transpose(0, 1), expected[0], rtol=1e-4, atol=1e-5)
+        row += count
 
 
-def test_decode_attention_survives_large_and_equal_scores(kernels: CpuKernels) -> None:
+def test_attention_is_the_same_bits_in_one_chunk_and_in_many(kernels: CpuKernels) -> None:
+    torch.manual_seed(0)
+    past, blocks = torch.randn(2, 3, 4 * 40, 64), torch.randperm(40).tolist()
+    query = torch.randn(9, 130, 64)
+    whole = _attended(kernels, query, past, [(0, 130, blocks)], window=0)
+    for start, end in ((0, 1), (1, 64), (64, 65), (65, 130)):
+        chunk = _attended(kernels, query[:, start:end].contiguous(), past, [(start, end - start, blocks)])
+        assert torch.equal(chunk, whole[start:end])
+
+
+def test_attention_survives_large_and_equal_scores(kernels: CpuKernels) -> None:
     keys, values = torch.full((1, 4, 16), 100.0), torch.arange(4.0)[None, :, None].expand(1, 4, 16).contiguous()
-    out = torch.empty(1, 1, 16)
-    rows, slots = torch.tensor([0]), torch.arange(4)[None]
     query = torch.full((1, 1, 16), 100.0)
     for length, mean in ((1, 0.0), (2, 0.5), (4, 1.5)):
-        kernels.decode_attention(
-            query, rows, keys, values, slots, torch.tensor([length]), out, scale=1.0, window=0, softcap=0.0
-        )
-        torch.testing.assert_close(out, torch.full_like(out, mean))
+        found = _attended(kernels, query, torch.stack([keys, values]), [(length - 1, 1, [0])])
+        torch.testing.assert_close(found, torch.full_like(found, mean))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,12 +194,15 @@ def test_a_norm_with_other_numbers_stays(kernels: CpuKernels) -> None:
     assert isinstance(model[0], Shifted)
 
 
-def _nf4(in_features: int, out_features: int, *, bias: bool = False) -> Any:
+def _nf4(in_features: int, out_features: int, *, bias: bool = False, compute: torch.dtype = torch.bfloat16) -> Any:
     from bitsandbytes.nn import Linear4bit
 
-    layer = Linear4bit(in_features, out_features, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4")
+    layer = Linear4bit(in_features, out_features, bias=bias, compute_dtype=compute, quant_type="nf4")
     layer.load_state_dict(nn.Linear(in_features, out_features, bias=bias).state_dict())
-    return layer.to(torch.bfloat16).to("cpu").eval().requires_grad_(False)
+    layer = layer.to(compute).to("cpu").eval().requires_grad_(False)
+    if compute != torch.bfloat16:
+        layer.support_avx512bf16_for_cpu = False  # that kernel computes in bf16
+    return layer
 
 
 @pytest.mark.parametrize("bias", [False, True])

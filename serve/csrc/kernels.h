@@ -1,0 +1,181 @@
+/* What the kernels share: vectors of eight floats, bf16, and the structs that serve/cpu_kernels.py fills in.
+ *
+ * Everything is computed in fp32. Every sum belongs to one row and has one order, whatever else is in the batch: a
+ * row's numbers are the same bits alone, beside others, in one chunk or in many.
+ */
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+enum { LANES = 8 };
+
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+typedef int32_t ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+typedef uint16_t bf16;
+
+/* a * b + c, rounded once where the processor can. Written out, because a compiler left to contract by itself does so
+ * in one copy of a loop and not in another. */
+#if defined(__AVX2__) && defined(__FMA__)
+static inline vec fma_eight(vec a, vec b, vec c) {
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+#else
+static inline vec fma_eight(vec a, vec b, vec c) {
+    return a * b + c;
+}
+#endif
+#ifdef __FP_FAST_FMAF
+#define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define FMA(a, b, c) ((a) * (b) + (c))
+#endif
+
+static inline vec all_lanes(float value) {
+    return (vec){value, value, value, value, value, value, value, value};
+}
+
+static inline float from_bf16(bf16 value) {
+    union { uint32_t bits; float number; } u = {(uint32_t)value << 16};
+    return u.number;
+}
+
+/* Rounds to nearest even, as torch does. */
+static inline bf16 to_bf16(float value) {
+    union { float number; uint32_t bits; } u = {value};
+    return (bf16)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
+}
+
+static inline void widen(float *restrict to, const bf16 *restrict from, int n) {
+    for (int i = 0; i < n; i++) to[i] = from_bf16(from[i]);
+}
+
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+
+/* The sums of four vectors' lanes, by pairs. */
+static inline void sum_four(const vec *v, float *to) {
+    vec first = PICK(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13) +
+                PICK(v[0], v[1], 2, 10, 3, 11, 6, 14, 7, 15);
+    vec second = PICK(v[2], v[3], 0, 8, 1, 9, 4, 12, 5, 13) +
+                 PICK(v[2], v[3], 2, 10, 3, 11, 6, 14, 7, 15);
+    vec all = PICK(first, second, 0, 1, 8, 9, 4, 5, 12, 13) +
+              PICK(first, second, 2, 3, 10, 11, 6, 7, 14, 15);
+    for (int i = 0; i < 4; i++) to[i] = all[i] + all[i + 4];
+}
+
+static inline float sum_lanes(vec v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+/* exp for x <= 0, to about 2e-7, and 0 far below: 2^n by the exponent bits, the rest by a polynomial. */
+static inline float exp_negative(float x) {
+    float clamped = x < -87.0f ? -87.0f : x;
+    float n = __builtin_rintf(clamped * 1.44269504f);
+    float r = FMA(n, -0.693359375f, clamped);
+    r = FMA(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = FMA(p, r, 1.3981999507e-3f);
+    p = FMA(p, r, 8.3334519073e-3f);
+    p = FMA(p, r, 4.1665795894e-2f);
+    p = FMA(p, r, 1.6666665459e-1f);
+    p = FMA(p, r, 5.0000001201e-1f);
+    union { int32_t bits; float number; } power = {((int32_t)n + 127) << 23};
+    return x < -87.0f ? 0.0f : (FMA(p * r, r, r) + 1.0f) * power.number;
+}
+
+enum { TILE_ROWS = 3, TILE_OUTPUTS = 4 };
+
+/* sums[r][o] += the products of x[r] and w[o], lane by lane; 3 x 4 sums are what 16 vector registers hold. */
+static inline __attribute__((always_inline)) void multiply_tile(const float *const *w, const float *const *x, int n,
+                                                                vec (*sums)[TILE_OUTPUTS], const int rows) {
+    vec s[TILE_ROWS][TILE_OUTPUTS];
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < TILE_OUTPUTS; o++) s[r][o] = sums[r][o];
+    for (int k = 0; k < n; k += LANES) {
+        vec rows_of_x[TILE_ROWS];
+        for (int r = 0; r < rows; r++) rows_of_x[r] = *(const vec *)(x[r] + k);
+        for (int o = 0; o < TILE_OUTPUTS; o++) {
+            vec weights = *(const vec *)(w[o] + k);
+            for (int r = 0; r < rows; r++) s[r][o] = fma_eight(rows_of_x[r], weights, s[r][o]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < TILE_OUTPUTS; o++) sums[r][o] = s[r][o];
+}
+
+static inline void multiply_rows(const float *const *w, const float *const *x, int n, vec (*sums)[TILE_OUTPUTS],
+                                 int rows) {
+    if (rows == 3)
+        multiply_tile(w, x, n, sums, 3);
+    else if (rows == 2)
+        multiply_tile(w, x, n, sums, 2);
+    else
+        multiply_tile(w, x, n, sums, 1);
+}
+
+/* A weight matrix, [out, in] by rows. */
+typedef struct {
+    int32_t kind; /* MATRIX_... */
+    int32_t in, out;
+    int32_t block;       /* NF4: weights that share a constant */
+    const void *weights; /* NF4: two 4-bit codes a byte, the first in the upper half */
+    const float *absmax; /* NF4: [out * in / block] */
+    const float *book;   /* NF4: the 16 values of the codes */
+    const float *bias;   /* [out] or NULL */
+} Matrix;
+
+enum { MATRIX_FP32, MATRIX_BF16, MATRIX_NF4 };
+
+/* One adapter's update of some columns of a group of layers: A [rank, in], B transposed [rank, out], both fp32 or both
+ * bf16; `magnitude` [out] is DoRA's m / |W + s B A|, or NULL. */
+typedef struct {
+    const void *a, *bt;
+    const float *magnitude;
+    float scaling;
+    int32_t rank, out, offset, is_bf16;
+} Part;
+
+typedef struct {
+    const Part *parts;
+    int32_t count;
+} Parts;
+
+/* Rows start..end of the batch use the adapter whose parts of every group are `groups`. Several adapters on the same
+ * rows are a chain: the first carries their number, the others 0. */
+typedef struct {
+    const Parts *groups;
+    float scale;
+    int32_t start, end, chain;
+} Segment;
+
+/* Rows row..row+rows of the batch: tokens start, start+1, ... of the sequence whose block numbers begin at `blocks`. */
+typedef struct {
+    const int32_t *blocks;
+    int32_t row, rows, start;
+} Tile;
+
+/* The keys and values of one layer, fp32 [kv_heads, slots, dim]; token t lies in slot blocks[t / size] * size + t % size. */
+typedef struct {
+    float *keys, *values;
+    int64_t slots;
+    int32_t block_size;
+} Cache;
+
+typedef struct {
+    int32_t heads, kv_heads, dim, window; /* window 0: none */
+    float scale, softcap;                 /* softcap 0: none */
+} Heads;
+
+void matmul(const Matrix *matrix, const float *x, int64_t x_stride, float *y, int64_t y_stride, int rows);
+void low_rank_updates(const Segment *segments, int count, int group, const void *x, int64_t x_stride, void *y,
+                      int64_t y_stride, int is_bf16, int in, int out, const float *bias);
+void attention(const Heads *shape, const Cache *cache, const Tile *tiles, int count, const float *query,
+               int64_t head_stride, int64_t row_stride, float *out);
+void rms_norm(const void *x, const void *weight, void *y, int is_bf16, int rows, int width, float eps);

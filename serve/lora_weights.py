@@ -1,0 +1,76 @@
+"""An adapter's tensors as the engine computes with them, read from its folder. Knows no layer of any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from safetensors import safe_open
+
+from adapterhub.adapter import Adapter
+from adapterhub.errors import InvalidTensors, RankTooLarge
+from adapterhub.lora_config import WEIGHTS_NAME, LoraConfig, lora_tensors, read_lora_config
+from adapterhub.safetensors_header import read_header
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One adapter on one linear layer: y += scaling · B A x, A [r, in] and B transposed [r, out]."""
+
+    a: torch.Tensor
+    bt: torch.Tensor
+    scaling: float
+    magnitude: torch.Tensor | None = None
+    """DoRA's m / ‖W + scaling · B A‖, fp32 [out] (arXiv 2402.09353, equation 5); until `divided`, m alone"""
+
+    def divided(self, weight: torch.Tensor) -> LowRank:
+        """With the magnitude divided by the norms of the adapted rows of `weight` [out, in], once for all steps."""
+        if self.magnitude is None:
+            return self
+        update = self.scaling * (self.bt.float().T @ self.a.float())
+        norms = torch.linalg.vector_norm(weight.to(update.device) + update, dim=1)
+        return replace(self, magnitude=self.magnitude / norms)
+
+
+Weights = dict[str, LowRank]
+"""module name -> its low-rank update"""
+
+
+def read_weights(
+    adapter: Adapter, *, device: torch.device, dtype_of: Callable[[torch.dtype], torch.dtype], max_rank: int
+) -> Weights:
+    """Read an adapter's tensors; `dtype_of` says what to keep a file's dtype in.
+
+    Raises RankTooLarge, AdapterUnsupported, InvalidTensors.
+    """
+    config = read_lora_config(adapter.path)
+    path = adapter.path / WEIGHTS_NAME
+    modules = sorted({tensor.module for tensor in lora_tensors(read_header(path), config)})
+    largest = max(config.rank_of(module) for module in modules)
+    if largest > max_rank:
+        raise RankTooLarge(
+            f"adapter {adapter.manifest.name} has rank {largest}, this server takes at most {max_rank}: serve with "
+            f"--max-lora-rank {largest}."
+        )
+    with safe_open(path, framework="pt", device="cpu") as file:
+        keys = set(file.keys())
+
+        def read(key: str) -> torch.Tensor:
+            tensor = file.get_tensor(key)
+            if not tensor.isfinite().all():
+                raise InvalidTensors(f"{key} holds NaN or infinity: the training run diverged; train again.")
+            return tensor.to(device, dtype_of(tensor.dtype))  # type: ignore[no-any-return]
+
+        return {module: _low_rank(read, keys, module, config) for module in modules}
+
+
+def _low_rank(read: Callable[[str], torch.Tensor], keys: set[str], module: str, config: LoraConfig) -> LowRank:
+    prefix = f"base_model.model.{module}"
+    magnitude = next((k for k in keys if k.removesuffix(".weight") == f"{prefix}.lora_magnitude_vector"), None)
+    return LowRank(
+        a=read(f"{prefix}.lora_A.weight").contiguous(),
+        bt=read(f"{prefix}.lora_B.weight").T.contiguous(),
+        scaling=config.scaling_of(module),
+        magnitude=None if magnitude is None else read(magnitude).float().flatten(),
+    )
