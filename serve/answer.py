@@ -168,6 +168,7 @@ async def _merged(engine: Engine, requests: tuple[GenerationRequest, ...]) -> As
 class _Choice:
     text: str = ""
     num_tokens: int = 0
+    num_shared: int = 0
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
@@ -180,13 +181,18 @@ async def whole_body(services: Services, question: Question) -> dict[str, Any]:
             choice = choices[index]
             choice.text += chunk.text
             choice.num_tokens = chunk.num_tokens
+            choice.num_shared = chunk.num_shared
             choice.finish_reason = chunk.finish_reason
             choice.logprobs += chunk.logprobs
     kind = "chat.completion" if question.is_chat else "text_completion"
     return {
         **_head(question, kind),
         "choices": [_whole_choice(question, index, choice) for index, choice in enumerate(choices)],
-        "usage": wire.usage(len(question.prompt), sum(choice.num_tokens for choice in choices)),
+        "usage": wire.usage(
+            len(question.prompt),
+            sum(choice.num_tokens for choice in choices),
+            cached_tokens=choices[0].num_shared,
+        ),
     }
 
 
@@ -195,15 +201,19 @@ async def event_stream(services: Services, question: Question, *, include_usage:
     kind = "chat.completion.chunk" if question.is_chat else "text_completion"
     head = _head(question, kind)
     counts = [0] * len(question.requests)
+    shared = 0
     try:
         async with aclosing(answer(services, question)) as chunks:
             async for index, chunk in chunks:
                 is_first = counts[index] == 0
                 counts[index] = chunk.num_tokens
+                shared = max(shared, chunk.num_shared)
                 if chunk.text or chunk.logprobs or chunk.finish_reason or is_first:
                     yield _event({**head, "choices": [_piece(question, index, chunk, is_first=is_first)]})
         if include_usage:
-            yield _event({**head, "choices": [], "usage": wire.usage(len(question.prompt), sum(counts))})
+            yield _event(
+                {**head, "choices": [], "usage": wire.usage(len(question.prompt), sum(counts), cached_tokens=shared)}
+            )
     except AdapterHubError as error:
         if not any(counts):
             raise  # nothing was sent yet: the caller can still answer with a status

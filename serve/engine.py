@@ -59,6 +59,8 @@ class GenerationRequest:
     """token ids"""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapters: tuple[AdapterScale, ...] = ()
+    weight: float = 1.0
+    """its share beside other adapters' requests: 2 is served twice as much as 1 when both wait"""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Chunk:
     """the tokens this piece adds"""
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_shared: int = 0
+    """prompt tokens whose keys and values an earlier request had left in the cache"""
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class LocalEngine:
             True,
             "ready",
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=self._scheduler.num_waiting,
             kv_usage=used / self._pool.num_blocks,
             num_preemptions=self._scheduler.num_preemptions,
         )
@@ -153,7 +153,7 @@ class LocalEngine:
                 f"the prompt has {length} tokens and max_tokens is {wanted}, together more than the "
                 f"{self.max_model_len} this server holds: shorten the prompt or ask for fewer tokens."
             )
-        if len(self._scheduler.waiting) >= self.config.max_queue:
+        if self._scheduler.num_waiting >= self.config.max_queue:
             raise ServerBusy(f"{self.config.max_queue} requests are waiting already: try again shortly.")
 
     async def _call(self, act: Callable[[], None]) -> None:
@@ -194,7 +194,7 @@ class LocalEngine:
 
     def _obey_commands(self) -> bool:
         """Carry out what other threads asked for; waits when there is nothing to compute. False: stop."""
-        is_idle = not (self._scheduler.running or self._scheduler.waiting)
+        is_idle = not (self._scheduler.running or self._scheduler.num_waiting)
         while True:
             try:
                 command = self._commands.get(block=is_idle)
@@ -245,7 +245,8 @@ class LocalEngine:
             reason = FinishReason.LENGTH
         if reason is not None:
             text += answer.text.finish()
-        return Chunk(text, num_tokens, (sampled.token,), reason, self._logprobs(sampled))
+        shared = answer.sequence.num_shared
+        return Chunk(text, num_tokens, (sampled.token,), reason, self._logprobs(sampled), shared)
 
     def _logprobs(self, sampled: Sampled) -> tuple[TokenLogprob, ...]:
         if sampled.logprob is None:

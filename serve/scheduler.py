@@ -1,67 +1,20 @@
-"""Which tokens are computed next: admission, chunked prefill, preemption, order by adapter. No tensors.
+"""Which tokens are computed next: fair admission, chunked prefill, preemption, order by adapter. No tensors.
 
 Counts and names only, so policy is tested in milliseconds. One thread owns a Scheduler.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from dataclasses import dataclass
 
-from serve.engine import AdapterScale, GenerationRequest
+from serve.engine import AdapterScale
+from serve.fairness import FairShare, Group, group_of
+from serve.kv_blocks import BlockPool, Sequence
+
+__all__ = ["AdapterMix", "Batch", "BlockPool", "Piece", "Scheduler", "SchedulerLimits", "Sequence"]
 
 AdapterMix = tuple[AdapterScale, ...]
-
-
-class BlockPool:
-    """Numbered KV blocks of `block_size` tokens; who holds which is known to the sequences."""
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self._free = list(reversed(range(num_blocks)))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
-    def can_grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Is there room for `sequence` to hold `num_tokens` in all?"""
-        return self.blocks_for(num_tokens) - len(sequence.blocks) <= len(self._free)
-
-    def grow(self, sequence: Sequence, num_tokens: int) -> None:
-        while len(sequence.blocks) < self.blocks_for(num_tokens):
-            sequence.blocks.append(self._free.pop())
-
-    def release(self, sequence: Sequence) -> None:
-        self._free.extend(reversed(sequence.blocks))
-        sequence.blocks.clear()
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request on its way: its tokens so far, and how many of them have keys and values in the cache."""
-
-    request: GenerationRequest
-    tokens: list[int]
-    num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, request: GenerationRequest) -> Sequence:
-        return cls(request, list(request.prompt))
-
-    @property
-    def num_pending(self) -> int:
-        """Tokens not computed yet: 1 while decoding, more while prefilling."""
-        return len(self.tokens) - self.num_computed
-
-    @property
-    def answer(self) -> list[int]:
-        return self.tokens[len(self.request.prompt) :]
 
 
 @dataclass(frozen=True)
@@ -94,34 +47,60 @@ class SchedulerLimits:
     """tokens computed in one step"""
     max_prefill_chunk: int = 256
     """prompt tokens of all sequences in a step, so that decoding never waits longer than this"""
+    max_wait_steps: int = 16
+    """steps after which a group of which nothing runs takes the place of a better served one"""
 
 
 class Scheduler:
-    """First come, first served, with running requests before waiting ones.
+    """Fair between groups (one per adapter mix, and the bare base), first come first served within one.
 
-    When KV blocks run out the newest running sequence gives its blocks back and is computed again later.
+    The group that was served least comes first, for a free place and for the prompt tokens of a step. A group of which
+    nothing runs gets a place within `max_wait_steps`, as long as there are no more groups than places; with more they
+    take turns. When KV blocks run out, the newest sequence of the best served group gives its blocks back and is
+    computed again later.
     """
 
     def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
         self.limits = limits
         self.pool = pool
-        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._share = FairShare()
+        self._queues: dict[Group, deque[Sequence]] = {}
+        self._waits_since: dict[Group, int] = {}
+        """step at which a group began to have requests but nothing running"""
+        self._step = 0
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        return [sequence for queue in self._queues.values() for sequence in queue]
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(map(len, self._queues.values()))
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        group = group_of(sequence.request)
+        active = {*self._queues, *self._running_groups()}
+        if group not in active:
+            self._share.join(group, active)
+        self._enqueue(sequence, group)
 
     def remove(self, sequence: Sequence) -> None:
         """Finished or aborted: its blocks are free at once."""
+        group = group_of(sequence.request)
         if sequence in self.running:
             self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+            self._note_waiting(group)
+        elif sequence in self._queues.get(group, ()):
+            self._queues[group].remove(sequence)
+            self._forget_if_empty(group)
         self.pool.release(sequence)
 
     def schedule(self) -> Batch | None:
         """The next step's work, or None when there is nothing to do."""
+        self._step += 1
+        self._seat_overdue()
         pieces = self._decode_pieces()
         room = self.limits.max_batch_tokens - len(pieces)
         pieces += self._prefill_pieces(min(room, self.limits.max_prefill_chunk))
@@ -136,14 +115,66 @@ class Scheduler:
             if not sequence.blocks:
                 continue  # removed while the step ran
             sequence.num_computed = piece.start + piece.num_tokens
+            self.pool.keep(sequence)
             if piece.samples:
                 sequence.tokens.append(sampled[sequence.request.id])
 
     def check(self) -> None:
-        """The books: every block is free or held once."""
-        held = [block for sequence in (*self.running, *self.waiting) for block in sequence.blocks]
-        assert len(held) == len(set(held)), "a KV block is held twice"
-        assert self.pool.num_free + len(held) == self.pool.num_blocks, "a KV block is lost"
+        """The books: blocks, places, and who waits since when."""
+        waiting = self.waiting
+        self.pool.check([*self.running, *waiting])
+        assert not any(sequence.blocks for sequence in waiting), "a waiting sequence holds KV blocks"
+        assert len(self.running) <= self.limits.max_num_seqs, "more sequences run than allowed"
+        assert self._waits_since.keys() == self._queues.keys() - self._running_groups().keys(), "a group is forgotten"
+
+    def _running_groups(self) -> Counter[Group]:
+        return Counter(group_of(sequence.request) for sequence in self.running)
+
+    def _enqueue(self, sequence: Sequence, group: Group, *, first: bool = False) -> None:
+        queue = self._queues.setdefault(group, deque())
+        if first:
+            queue.appendleft(sequence)
+        else:
+            queue.append(sequence)
+        self._note_waiting(group)
+
+    def _note_waiting(self, group: Group) -> None:
+        if group in self._queues and group not in self._running_groups():
+            self._waits_since.setdefault(group, self._step)
+
+    def _forget_if_empty(self, group: Group) -> None:
+        if not self._queues[group]:
+            del self._queues[group]
+            self._waits_since.pop(group, None)
+
+    def _seat_overdue(self) -> None:
+        """Give a place to each group that has waited too long, at the cost of those that were served more."""
+        limit = self._step - self.limits.max_wait_steps
+        overdue = sorted((since, group) for group, since in self._waits_since.items() if since <= limit)
+        seated: list[Sequence] = []
+        for _, group in overdue:
+            sequence = self._queues[group][0]
+            while not self._admit(sequence):
+                others = [s for s in self.running if s not in seated and group_of(s.request) != group]
+                victim = self._best_served(others)
+                if victim is None or self._served(victim) < self._share.served(group):
+                    return
+                self._preempt(victim)
+            seated.append(sequence)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Move the first of its group's queue to the running ones, if there is a place and room for it."""
+        if len(self.running) >= self.limits.max_num_seqs or not self.pool.can_admit(sequence):
+            return False
+        group = group_of(sequence.request)
+        self._queues[group].popleft()
+        self._waits_since.pop(group, None)
+        self._forget_if_empty(group)
+        self.pool.admit(sequence)
+        if not sequence.num_charged:
+            sequence.num_shared = sequence.num_charged = sequence.num_computed
+        self.running.append(sequence)
+        return True
 
     def _decode_pieces(self) -> list[Piece]:
         pieces = []
@@ -156,42 +187,55 @@ class Scheduler:
         return [piece for piece in pieces if piece.sequence in self.running]
 
     def _prefill_pieces(self, budget: int) -> list[Piece]:
-        pieces = []
-        for sequence in [s for s in self.running if s.num_pending > 1]:
-            if budget > 0:
-                pieces.append(self._chunk(sequence, budget))
-                budget -= pieces[-1].num_tokens
-        while budget > 0 and self.waiting and len(self.running) < self.limits.max_num_seqs:
-            sequence = self.waiting[0]
-            # Room for one more token than known, so that a fresh admission is not preempted at once.
-            if not self.pool.can_grow(sequence, len(sequence.tokens) + 1):
+        pieces: list[Piece] = []
+        done = {id(sequence) for sequence in self.running if sequence.num_pending == 1}
+        may_admit = True
+        while budget > 0:
+            begun = [s for s in self.running if id(s) not in done]
+            heads = [queue[0] for queue in self._queues.values()] if may_admit else []
+            if not begun and not heads:
                 break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            self.pool.grow(sequence, len(sequence.tokens) + 1)
+            sequence = min([*begun, *heads], key=self._served)
+            if sequence not in self.running and not self._admit(sequence):
+                may_admit = False  # nobody overtakes it: what becomes free is for the least served
+                continue
             pieces.append(self._chunk(sequence, budget))
+            done.add(id(sequence))
             budget -= pieces[-1].num_tokens
         return pieces
 
     def _chunk(self, sequence: Sequence, budget: int) -> Piece:
         num_tokens = min(sequence.num_pending, budget)
-        return Piece(sequence, sequence.num_computed, num_tokens, num_tokens == sequence.num_pending)
+        end = sequence.num_computed + num_tokens
+        samples = end == len(sequence.tokens)
+        new = max(0, end - sequence.num_charged)
+        is_input = end <= len(sequence.request.prompt)
+        self._share.charge(sequence.request, num_input=new if is_input else 0, num_output=int(samples))
+        sequence.num_charged += new
+        return Piece(sequence, sequence.num_computed, num_tokens, samples)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give `sequence` blocks for `num_tokens`, preempting the newest; False if it had to go itself."""
+        """Give `sequence` blocks for `num_tokens`, preempting others; False if it had to go itself."""
         while not self.pool.can_grow(sequence, num_tokens):
-            newest = self.running[-1]
-            self._preempt(newest)
-            if newest is sequence:
+            victim = self._best_served(self.running)
+            assert victim is not None
+            self._preempt(victim)
+            if victim is sequence:
                 return False
         self.pool.grow(sequence, num_tokens)
         return True
 
+    def _served(self, sequence: Sequence) -> float:
+        return self._share.served(group_of(sequence.request))
+
+    def _best_served(self, sequences: list[Sequence]) -> Sequence | None:
+        """The newest sequence of the group that was served most."""
+        return max(reversed(sequences), key=self._served, default=None)
+
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.pool.release(sequence)
-        sequence.num_computed = 0
-        self.waiting.appendleft(sequence)
+        self._enqueue(sequence, group_of(sequence.request), first=True)
         self.num_preemptions += 1
 
 

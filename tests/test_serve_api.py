@@ -148,7 +148,12 @@ def test_a_stream_has_openais_events_in_order(tmp_path: Path) -> None:
         assert "".join(e["choices"][0]["delta"]["content"] for e in events[:-1]) == "2 tokens"
         assert [e["choices"][0]["finish_reason"] for e in events[:-1]] == [None] * 7 + ["length"]
         assert events[-1]["choices"] == []
-        assert events[-1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 8, "total_tokens": 10}
+        assert events[-1]["usage"] == {
+            "prompt_tokens": 2,
+            "completion_tokens": 8,
+            "total_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
 
     run(tmp_path, test)
 

