@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from adapterhub.adapter import Adapter
 
@@ -16,11 +16,22 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """What an answer must fit from its first character to its last."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    text: str
+    """the schema as JSON, the expression, or a Lark grammar"""
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen. Temperature 0 is greedy; the filters apply in the order written here."""
 
     max_tokens: int = 128
     temperature: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, added to its logit)"""
     repetition_penalty: float = 1.0
     """arXiv 1909.05858, section 4.1; over prompt and answer"""
     presence_penalty: float = 0.0
@@ -35,6 +46,8 @@ class SamplingParams:
     """keep tokens at least this fraction as probable as the best one (arXiv 2407.01082)"""
     seed: int | None = None
     """same seed, prompt and adapter: same answer, whatever runs beside it"""
+    constraint: Constraint | None = None
+    """applied last: what it forbids is never chosen"""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False

@@ -102,6 +102,8 @@ class LocalEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         self._check(request)
+        if request.sampling.constraint is not None:
+            await asyncio.to_thread(self._runner.constraints.check, request.sampling.constraint)
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
 
@@ -153,6 +155,10 @@ class LocalEngine:
                 f"the prompt has {length} tokens and max_tokens is {wanted}, together more than the "
                 f"{self.max_model_len} this server holds: shorten the prompt or ask for fewer tokens."
             )
+        size = self._base.model.config.get_text_config().vocab_size
+        strange = [token for token, _ in request.sampling.logit_bias if not 0 <= token < size]
+        if strange:
+            raise UsageError(f"logit_bias names token {strange[0]}, the vocabulary has {size} tokens.")
         if self._scheduler.num_waiting >= self.config.max_queue:
             raise ServerBusy(f"{self.config.max_queue} requests are waiting already: try again shortly.")
 

@@ -6,6 +6,7 @@ import torch
 
 from adapterhub.base_model import Choice, LoadedBase
 from serve.attention import KvCache, KvShape, PagedStep, use_paged_attention
+from serve.constrained import Constraints
 from serve.cpu_kernels import CpuKernels, load_kernels
 from serve.fused_decoder import fuse_decoder
 from serve.lora_layers import AdapterBank
@@ -27,7 +28,8 @@ class ModelRunner:
         self._device = base.model.device
         shape = KvShape.of(base.model.config.get_text_config(), kv_dtype(base))
         self._cache = KvCache(shape, num_blocks, block_size, self._device)
-        self._sampler = Sampler(self._device)
+        self.constraints = Constraints(base.tokenizer)
+        self._sampler = Sampler(self._device, self.constraints)
         self._kernels: CpuKernels | None = None
         self.choices: tuple[Choice, ...] = ()
         if self._device.type == "cpu":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from serve.constrained import Constraints, Matcher
 from serve.engine import SamplingParams
 from serve.scheduler import Sequence
 
@@ -19,11 +20,13 @@ class Sampled:
 
 
 class Sampler:
-    """Holds the random state of each seeded request, so that neighbours do not disturb it."""
+    """Holds the random state and the constraint of each request, so that neighbours do not disturb it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, constraints: Constraints) -> None:
         self._device = device
+        self._constraints = constraints
         self._generators: dict[str, torch.Generator] = {}
+        self._matchers: dict[str, Matcher] = {}
 
     def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
         """logits [n, vocabulary] fp32, one row per sequence."""
@@ -35,20 +38,33 @@ class Sampler:
 
     def forget(self, request_id: str) -> None:
         self._generators.pop(request_id, None)
+        self._matchers.pop(request_id, None)
 
     def _sample_one(self, logits: torch.Tensor, sequence: Sequence, greedy: int) -> Sampled:
         params = sequence.request.sampling
-        if has_penalties(params):
-            logits = penalized(logits, sequence, params)
-            greedy = int(logits.argmax())
-        token = greedy if params.temperature == 0 else self._draw(logits, sequence)
+        matcher = self._matcher(sequence)
+        altered = _altered(logits, sequence, params)
+        if matcher is not None:
+            altered = matcher.restrict(altered)
+        if params.temperature > 0:
+            token = self._draw(altered, sequence)
+        else:
+            token = greedy if altered is logits else int(altered.argmax())
+        if matcher is not None:
+            matcher.accept(token)
         if params.top_logprobs is None:
             return Sampled(token)
-        # Of the model's own distribution, before temperature and filters, as OpenAI reports them.
+        # Of the model's own distribution, before anything the request changes about it, as OpenAI reports them.
         logprobs = logits.log_softmax(-1)
         top = logprobs.topk(params.top_logprobs) if params.top_logprobs else None
         pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
         return Sampled(token, float(logprobs[token]), pairs)
+
+    def _matcher(self, sequence: Sequence) -> Matcher | None:
+        constraint, name = sequence.request.sampling.constraint, sequence.request.id
+        if constraint is not None and name not in self._matchers:
+            self._matchers[name] = self._constraints.matcher(constraint)
+        return self._matchers.get(name)
 
     def _draw(self, logits: torch.Tensor, sequence: Sequence) -> int:
         probabilities = filtered(logits, sequence.request.sampling)
@@ -61,6 +77,15 @@ class Sampler:
         if sequence.request.id not in self._generators:
             self._generators[sequence.request.id] = torch.Generator(self._device).manual_seed(seed)
         return self._generators[sequence.request.id]
+
+
+def _altered(logits: torch.Tensor, sequence: Sequence, params: SamplingParams) -> torch.Tensor:
+    """[vocabulary] with bias and penalties; the same tensor when there are none."""
+    if params.logit_bias:
+        logits = logits.clone()
+        for token, bias in params.logit_bias:
+            logits[token] += bias
+    return penalized(logits, sequence, params) if has_penalties(params) else logits
 
 
 def has_penalties(params: SamplingParams) -> bool:

@@ -5,12 +5,14 @@ https://platform.openai.com/docs/api-reference/chat and /completions; extensions
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adapterhub.errors import UsageError
-from serve.engine import SamplingParams, TokenLogprob
+from serve.engine import Constraint, SamplingParams, TokenLogprob
 
 
 class _Wire(BaseModel):
@@ -41,6 +43,56 @@ class AdapterChoice(_Wire):
     scale: float = Field(1.0, ge=-4.0, le=4.0)
 
 
+class JsonSchema(_Wire):
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Wire):
+    """OpenAI's: free text, any JSON object, or JSON that fits a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type 'json_schema', and only with it")
+        return self
+
+    def constraint(self) -> Constraint | None:
+        if self.type == "text":
+            return None
+        schema = self.json_schema.schema_ if self.json_schema else None
+        return Constraint("json_schema", json.dumps(schema if schema is not None else {"type": "object"}))
+
+
+class StructuredOutputs(_Wire):
+    """vLLM's extension: exactly one of them."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        if sum(one is not None for one in (self.json_, self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("exactly one of json, regex, choice and grammar must be given")
+        return self
+
+    def constraint(self) -> Constraint:
+        if self.json_ is not None:
+            return Constraint("json_schema", self.json_ if isinstance(self.json_, str) else json.dumps(self.json_))
+        if self.regex is not None:
+            return Constraint("regex", self.regex)
+        if self.choice is not None:
+            return Constraint("regex", "|".join(f"(?:{re.escape(one)})" for one in self.choice))
+        return Constraint("grammar", str(self.grammar))
+
+
 class StreamOptions(_Wire):
     include_usage: bool = False
     include_obfuscation: bool | None = None
@@ -59,12 +111,15 @@ class _Request(_Wire):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)] | None = None
+    response_format: ResponseFormat | None = None
     # vLLM's extensions
     top_k: int = Field(0, ge=-1)
     min_p: float = Field(0.0, ge=0.0, le=1.0)
     repetition_penalty: float = Field(1.0, gt=0.0, le=10.0)
     ignore_eos: bool = False
     stop_token_ids: list[int] = []
+    structured_outputs: StructuredOutputs | None = None
     # accepted because clients send them, without effect on the answer
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -77,6 +132,12 @@ class _Request(_Wire):
     def _no_empty_stop(self) -> _Request:
         if "" in ([self.stop] if isinstance(self.stop, str) else self.stop or []):
             raise ValueError("a stop string must not be empty")
+        return self
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> _Request:
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("response_format and structured_outputs both say what the answer must fit: send one")
         return self
 
     def choices(self) -> list[AdapterChoice]:
@@ -92,6 +153,8 @@ class _Request(_Wire):
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
+            logit_bias=tuple((self.logit_bias or {}).items()),
+            constraint=self._constraint(),
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
@@ -105,6 +168,11 @@ class _Request(_Wire):
             ignore_eos=self.ignore_eos,
             top_logprobs=top_logprobs,
         )
+
+    def _constraint(self) -> Constraint | None:
+        if self.structured_outputs is not None:
+            return self.structured_outputs.constraint()
+        return self.response_format.constraint() if self.response_format else None
 
 
 class ChatRequest(_Request):

@@ -6,11 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from serve.constrained import Constraints
 from serve.engine import GenerationRequest, SamplingParams
 from serve.sampling import Sampler, filtered, penalized
 from serve.scheduler import Sequence
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
+
+
+def _sampler() -> Sampler:
+    return Sampler(torch.device("cpu"), Constraints(None))
 
 
 def _sequence(
@@ -26,13 +31,13 @@ def _draws(sampler: Sampler, sequence: Sequence, times: int = 20) -> list[int]:
 
 
 def test_temperature_zero_is_greedy() -> None:
-    assert set(_draws(Sampler(torch.device("cpu")), _sequence(SamplingParams(temperature=0)))) == {0}
+    assert set(_draws(_sampler(), _sequence(SamplingParams(temperature=0)))) == {0}
 
 
 def test_a_seed_repeats_the_answer_whatever_runs_beside_it() -> None:
     params = SamplingParams(seed=5)
-    alone = _draws(Sampler(torch.device("cpu")), _sequence(params))
-    sampler, other = Sampler(torch.device("cpu")), _sequence(SamplingParams(seed=9), name="other")
+    alone = _draws(_sampler(), _sequence(params))
+    sampler, other = _sampler(), _sequence(SamplingParams(seed=9), name="other")
     mine = _sequence(params)
     beside = [sampler.sample(LOGITS.expand(2, -1), [other, mine])[1].token for _ in range(20)]
     assert beside == alone
@@ -40,7 +45,7 @@ def test_a_seed_repeats_the_answer_whatever_runs_beside_it() -> None:
 
 
 def test_a_forgotten_request_starts_its_seed_anew() -> None:
-    sampler, sequence = Sampler(torch.device("cpu")), _sequence(SamplingParams(seed=5))
+    sampler, sequence = _sampler(), _sequence(SamplingParams(seed=5))
     first = _draws(sampler, sequence)
     sampler.forget("r")
     assert _draws(sampler, sequence) == first
@@ -82,12 +87,17 @@ def test_repetition_weakens_positive_and_negative_logits_of_seen_tokens() -> Non
 
 def test_logprobs_are_those_of_the_model_before_temperature() -> None:
     params = SamplingParams(temperature=0, top_logprobs=2)
-    one = Sampler(torch.device("cpu")).sample(LOGITS[None], [_sequence(params)])[0]
+    one = _sampler().sample(LOGITS[None], [_sequence(params)])[0]
     expected = LOGITS.log_softmax(-1)
     assert one.logprob == pytest.approx(float(expected[0]))
     assert [token for token, _ in one.top] == [0, 1]
     assert math.isclose(one.top[1][1], float(expected[1]), rel_tol=1e-6)
-    assert (
-        Sampler(torch.device("cpu")).sample(LOGITS[None], [_sequence(replace(params, top_logprobs=None))])[0].logprob
-        is None
-    )
+    assert _sampler().sample(LOGITS[None], [_sequence(replace(params, top_logprobs=None))])[0].logprob is None
+
+
+def test_a_bias_moves_the_choice_and_not_the_reported_probabilities() -> None:
+    params = SamplingParams(temperature=0, logit_bias=((2, 5.0), (0, -1.0)), top_logprobs=1)
+    found = _sampler().sample(LOGITS[None].clone(), [_sequence(params)])[0]
+    assert found.token == 2
+    assert found.logprob == pytest.approx(float(LOGITS.log_softmax(0)[2]))
+    assert found.top == ((0, pytest.approx(float(LOGITS.log_softmax(0)[0]))),)

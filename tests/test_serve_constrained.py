@@ -1,0 +1,131 @@
+"""Answers that must fit: a random model, which would never write JSON by itself, with SmolLM2's tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+
+import pytest
+
+from adapterhub.base_model import load_base
+from adapterhub.base_store import StoredBase
+from adapterhub.errors import UsageError
+from serve.engine import Constraint, FinishReason, GenerationRequest, SamplingParams
+from serve.local_engine import LocalEngine
+from serve.wire import ChatRequest
+
+PROMPT = (5, 6, 7)
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def _answers(base: StoredBase, *constraints: Constraint | None, temperature: float = 1.0) -> list[tuple[str, bool]]:
+    """(text, did it end by itself) of one request per constraint, all in one batch."""
+
+    async def one(engine: LocalEngine, number: int, constraint: Constraint | None) -> tuple[str, bool]:
+        sampling = SamplingParams(max_tokens=120, temperature=temperature, seed=number, constraint=constraint)
+        chunks = [chunk async for chunk in engine.generate(GenerationRequest(str(number), PROMPT, sampling))]
+        return "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason is FinishReason.STOP
+
+    async def test() -> list[tuple[str, bool]]:
+        engine = LocalEngine(load_base(base, purpose="serve", dtype="float32"))
+        try:
+            return await asyncio.gather(*(one(engine, n, constraint) for n, constraint in enumerate(constraints)))
+        finally:
+            await engine.close()
+
+    return asyncio.run(test())
+
+
+def test_a_schema_an_expression_and_a_grammar_hold_beside_free_text(tiny_base: StoredBase) -> None:
+    schema = Constraint("json_schema", json.dumps(SCHEMA))
+    regex = Constraint("regex", "(red|green|blue) [0-9]{3}")
+    grammar = Constraint("grammar", 'start: "yes" | "no"')
+    (text, ended), (colour, colour_ended), (word, word_ended), (free, _) = _answers(
+        tiny_base, schema, regex, grammar, None
+    )
+    assert (ended, colour_ended, word_ended) == (True, True, True)
+    found = json.loads(text)
+    assert found.keys() == {"name", "age"}
+    assert len(found["name"]) <= 5
+    assert 0 <= found["age"] <= 99
+    assert re.fullmatch("(red|green|blue) [0-9]{3}", colour)
+    assert word in ("yes", "no")
+    assert not free.startswith("{")
+
+
+def test_greedy_answers_hold_too(tiny_base: StoredBase) -> None:
+    ((text, ended),) = _answers(tiny_base, Constraint("regex", "[a-c]{4}"), temperature=0.0)
+    assert ended
+    assert re.fullmatch("[a-c]{4}", text)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "said"),
+    [
+        (Constraint("regex", "(unclosed"), "regex"),
+        (Constraint("json_schema", "{not json"), "json_schema"),
+        (Constraint("json_schema", '{"type": "number", "minimum": 5, "maximum": 1}'), "json_schema"),
+        (Constraint("grammar", "start: nothing"), "grammar"),
+    ],
+    ids=["bad expression", "not JSON", "impossible schema", "unknown rule"],
+)
+def test_a_constraint_that_cannot_be_followed_is_refused(
+    tiny_base: StoredBase, constraint: Constraint, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        _answers(tiny_base, constraint)
+
+
+def _sampling(**options: object) -> SamplingParams:
+    body = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], **options})
+    return body.sampling(max_tokens=5, extra_stop=[], top_logprobs=None, index=0)
+
+
+def test_openais_and_vllms_ways_to_ask_lead_to_the_same() -> None:
+    wanted = Constraint("json_schema", json.dumps(SCHEMA))
+    openai = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    assert _sampling(response_format=openai).constraint == wanted
+    assert _sampling(structured_outputs={"json": SCHEMA}).constraint == wanted
+    assert _sampling(response_format={"type": "json_object"}).constraint == Constraint(
+        "json_schema", '{"type": "object"}'
+    )
+    assert _sampling(structured_outputs={"choice": ["a.b", "c"]}).constraint == Constraint("regex", r"(?:a\.b)|(?:c)")
+    assert _sampling(response_format={"type": "text"}).constraint is None
+    assert _sampling(logit_bias={"7": -100, "8": 2.5}).logit_bias == ((7, -100.0), (8, 2.5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "yaml"}},
+        {"structured_outputs": {}},
+        {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+        {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        {"logit_bias": {"7": 101}},
+        {"logit_bias": {"seven": 1}},
+    ],
+    ids=str,
+)
+def test_contradictions_and_strange_values_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="validation error"):
+        _sampling(**options)
+
+
+def test_a_bias_on_a_token_that_does_not_exist_is_refused(tiny_base: StoredBase) -> None:
+    async def test() -> None:
+        engine = LocalEngine(load_base(tiny_base, purpose="serve", dtype="float32"))
+        try:
+            sampling = SamplingParams(logit_bias=((49_152, 1.0),))
+            with pytest.raises(UsageError, match="49152"):
+                await anext(engine.generate(GenerationRequest("a", PROMPT, sampling)))
+        finally:
+            await engine.close()
+
+    asyncio.run(test())
