@@ -115,6 +115,7 @@ def _question(
             prompt,
             request.sampling(max_tokens=max_tokens, extra_stop=extra_stop, top_logprobs=top_logprobs, index=index),
             mix,
+            weight=min((published.weight for published in chosen), default=1.0),
         )
         for index in range(request.n)
     )

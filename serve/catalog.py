@@ -20,6 +20,8 @@ from serve.adapter_cache import AdapterCache
 class Published:
     name: str
     adapter: Adapter
+    weight: float = 1.0
+    """share beside others when requests wait (serve.fairness)"""
     since: int = field(default_factory=lambda: int(time.time()))
     """unix time, s"""
 
@@ -55,11 +57,21 @@ class Catalog:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:5]
         raise AdapterNotFound(f"the model {name!r} does not exist here; nearest: {', '.join(near)}.")
 
-    async def load(self, name: str, ref: AdapterRef, *, replace: bool = False) -> Published:
+    async def load(
+        self,
+        name: str,
+        ref: AdapterRef,
+        *,
+        replace: bool = False,
+        weight: float = 1.0,
+        is_pinned: bool = False,
+        may_wait: bool = False,
+    ) -> Published:
         """Resolve, verify, load beside the others, then publish; a failure changes nothing.
 
-        The same content again is no change. Raises Conflict when `name` leads elsewhere and `replace` is not
-        asked for, and whatever resolving, checking and loading raise.
+        The same content again is no change. With `may_wait`, one for which there is no room is published as it is and
+        loaded when it is asked for. Raises Conflict when `name` leads elsewhere and `replace` is not asked for, and
+        whatever resolving, checking and loading raise.
         """
         if name in (self.base_name, self.base.ref.id):
             raise Conflict(f"{name!r} is the base model's own name: choose another for the adapter.")
@@ -70,8 +82,14 @@ class Catalog:
             return before
         if before is not None and not replace:
             raise Conflict(f"{name!r} already leads to {before.adapter.digest}: unload it first, or ask to replace it.")
-        async with self._cache.lease([adapter]):
-            self._names[name] = published = Published(name, adapter)
+        published = Published(name, adapter, weight)
+        if may_wait and not is_pinned and not self._cache.has_room(adapter):
+            self._names[name] = published
+        else:
+            async with self._cache.lease([adapter]):
+                self._names[name] = published
+        if is_pinned:
+            self._cache.pin(adapter)
         if before is not None:
             self._drop_if_unnamed(before.adapter.digest)
         return published

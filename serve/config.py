@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from adapterhub.adapter import AdapterRef, BaseName
@@ -18,6 +20,14 @@ class ServeConfig:
     port: int = 8000
     max_loras: int = 16
     """adapters resident in the engine; more may be named, they are loaded when asked for"""
+    max_lora_bytes: int | None = None
+    """bytes of all resident adapters together; None: as many as max_loras allows"""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """adapter name -> its share beside others when requests wait; 1 where none is given"""
+    pinned: frozenset[str] = frozenset()
+    """names whose adapters are never evicted"""
+    replays_proofs: bool = True
+    """ask each adapter its recorded prompts before it answers anybody"""
     dtype: str | None = None
     device: str | None = None
     has_page: bool = True
@@ -28,6 +38,18 @@ class ServeConfig:
     def base_name(self) -> str:
         """What requests call the base: as the operator wrote it, a folder by its last part."""
         return self.base.folder.resolve().name if self.base.folder else str(self.base.name)
+
+
+def parse_weight(text: str) -> tuple[str, float]:
+    """`name=number`, the number above 0. Raises UsageError."""
+    name, _, number = text.partition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = 0.0
+    if not name or not 0 < weight < math.inf:
+        raise UsageError(f"--weight {text!r} is not NAME=NUMBER with a number above 0.")
+    return name, weight
 
 
 def parse_adapter(text: str) -> tuple[str, AdapterRef]:

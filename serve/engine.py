@@ -118,6 +118,8 @@ class Engine(Protocol):
 
     max_model_len: int
     """tokens of prompt and answer together"""
+    dtype: str
+    """what the model computes in: float32, bfloat16 or float16"""
 
     async def load(self, adapter: Adapter) -> None:
         """Make `adapter` usable by its digest; nothing changes when this fails.

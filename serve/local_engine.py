@@ -57,6 +57,7 @@ class LocalEngine:
     def __init__(self, base: LoadedBase, config: LocalEngineConfig | None = None) -> None:
         self.config = config or LocalEngineConfig()
         self._base = base
+        self.dtype = str(base.quantization.compute_dtype)
         model_config = base.model.config.get_text_config()
         shape = KvShape.of(model_config, kv_dtype(base))
         num_blocks = self.config.kv_cache_bytes // (shape.bytes_per_token * self.config.block_size)

@@ -10,8 +10,10 @@ import torch
 import uvicorn
 from fastapi.responses import RedirectResponse
 
+from adapterhub.adapter import Adapter
 from adapterhub.base_model import load_base
 from adapterhub.base_store import find_base
+from adapterhub.errors import EngineStopped
 from adapterhub.listening import listen, url_of
 from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
@@ -21,9 +23,11 @@ from serve.auth import ApiKeys, check_exposure
 from serve.catalog import Catalog
 from serve.config import ServeConfig
 from serve.cpu_kernels import load_kernels
+from serve.engine import Engine
 from serve.local_engine import LocalEngine
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
+from serve.proof import replay
 
 Report = Callable[[str], None]
 
@@ -44,8 +48,13 @@ async def _serve(
     services = _build(config, registry, report)
     try:
         for name, ref in config.adapters:
-            published = await services.catalog.load(name, ref)
-            report(f"adapter {name}: {published.adapter.digest[:19]} ({ref})")
+            published = await services.catalog.load(
+                name, ref, weight=config.weights.get(name, 1.0), is_pinned=name in config.pinned, may_wait=True
+            )
+            is_resident = published.adapter.digest in services.cache.resident
+            report(
+                f"adapter {name}: {published.adapter.digest[:19]} ({ref}){'' if is_resident else ', loaded when asked'}"
+            )
         app, url = create_app(services, keys), url_of(listener)
         if config.has_page:
             from serve.ui import mount_page
@@ -54,9 +63,21 @@ async def _serve(
             app.get("/", include_in_schema=False)(lambda: RedirectResponse("/ui"))
         report(f"ready: {url}/v1" + (f", page {url}/ui" if config.has_page else ""))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        watch = asyncio.create_task(_end_with_engine(services.engine, server))
         await server.serve(sockets=[listener])
+        watch.cancel()
+        status = services.engine.status()
+        if not status.ready:
+            raise EngineStopped(f"the engine has stopped ({status.reason}): its log says more; start the server again.")
     finally:
         await services.engine.close()
+
+
+async def _end_with_engine(engine: Engine, server: uvicorn.Server) -> None:
+    """A server without its engine only refuses: once its clients were told, it ends, to be started again."""
+    while engine.status().ready:
+        await asyncio.sleep(1)
+    server.should_exit = True
 
 
 def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
@@ -69,7 +90,20 @@ def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
     engine = LocalEngine(base, config.engine)
     for choice in engine.choices:
         report(str(choice))
-    cache = AdapterCache(config.max_loras, load=engine.load, unload=engine.unload)
+    proven: set[str] = set()
+
+    async def load(adapter: Adapter) -> None:
+        await engine.load(adapter)
+        if not config.replays_proofs or adapter.digest in proven:
+            return
+        try:
+            await replay(engine, adapter)
+        except BaseException:
+            await engine.unload(adapter.digest)
+            raise
+        proven.add(adapter.digest)
+
+    cache = AdapterCache(config.max_loras, load=load, unload=engine.unload, max_bytes=config.max_lora_bytes)
     catalog = Catalog(stored, config.base_name, registry, cache)
     return Services(engine, catalog, cache, PromptRenderer(base.tokenizer), Metrics(engine))
 

@@ -14,6 +14,7 @@ from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, T
 @dataclass
 class FakeEngine:
     max_model_len: int = 100
+    dtype: str = "float32"
     loaded: set[str] = field(default_factory=set)
     open_requests: set[str] = field(default_factory=set)
     stopped: bool = False

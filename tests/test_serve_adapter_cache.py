@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from adapterhub.errors import AdapterLoadFailed, ServerBusy
+from adapterhub.errors import AdapterLoadFailed, ServerBusy, UsageError
 from serve.adapter_cache import AdapterCache
 
 
-def _adapter(name: str) -> Any:
-    return SimpleNamespace(digest=name)
+def _adapter(name: str, size: int = 10) -> Any:
+    files = {"adapter_model.safetensors": SimpleNamespace(size=size)}
+    return SimpleNamespace(digest=name, manifest=SimpleNamespace(files=files))
 
 
 @dataclass
@@ -39,8 +40,57 @@ class FakeEngine:
         self.log.append(f"-{digest}")
 
 
-def _cache(engine: FakeEngine, capacity: int, wait_s: float = 5.0) -> AdapterCache:
-    return AdapterCache(capacity, load=engine.load, unload=engine.unload, wait_s=wait_s)
+def _cache(engine: FakeEngine, capacity: int, wait_s: float = 5.0, max_bytes: int | None = None) -> AdapterCache:
+    return AdapterCache(capacity, load=engine.load, unload=engine.unload, wait_s=wait_s, max_bytes=max_bytes)
+
+
+async def _use(cache: AdapterCache, *adapters: Any) -> None:
+    async with cache.lease(adapters):
+        pass
+
+
+def test_bytes_bound_what_is_resident_and_the_least_recently_used_go() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        cache = _cache(engine, 10, max_bytes=100)
+        for name, size in (("a", 40), ("b", 30), ("c", 20), ("a", 40)):
+            await _use(cache, _adapter(name, size))
+        await _use(cache, _adapter("large", 60))
+        assert engine.log == ["+a", "+b", "+c", "-b", "-c", "+large"]
+        assert cache.resident_bytes == 100
+        cache.check()
+
+    asyncio.run(run())
+
+
+def test_what_never_fits_is_refused_at_once() -> None:
+    async def run() -> None:
+        cache = _cache(FakeEngine(), 1, max_bytes=50)
+        with pytest.raises(UsageError, match=r"60 bytes.*50"):
+            await _use(cache, _adapter("a", 60))
+        with pytest.raises(UsageError, match="2 adapters"):
+            await _use(cache, _adapter("a", 10), _adapter("b", 10))
+
+    asyncio.run(run())
+
+
+def test_a_pinned_adapter_is_never_evicted_until_it_is_dropped() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        cache = _cache(engine, 2, wait_s=0.01)
+        await _use(cache, _adapter("pinned"))
+        cache.pin(_adapter("pinned"))
+        for name in "abc":
+            await _use(cache, _adapter(name))
+        assert "pinned" in engine.loaded
+        cache.pin(_adapter("c"))
+        with pytest.raises(ServerBusy, match="pinned"):
+            await _use(cache, _adapter("d"))
+        await cache.drop("c")
+        await _use(cache, _adapter("d"))
+        assert engine.loaded == {"pinned", "d"}
+
+    asyncio.run(run())
 
 
 def test_an_adapter_is_loaded_once_for_many_at_once() -> None:

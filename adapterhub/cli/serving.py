@@ -32,6 +32,19 @@ def serve(
         Path | None, typer.Option("--api-keys", help="File of API keys, one a line [default: $ADAPTERHUB_API_KEY].")
     ] = None,
     max_loras: Annotated[int, typer.Option(help="Adapters resident at once.", min=1)] = 16,
+    lora_memory_mb: Annotated[
+        int | None, typer.Option(help="Memory for resident adapters, MiB [default: bounded by --max-loras].", min=1)
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option("--weight", metavar="NAME=NUMBER", help="An adapter's share when requests wait; may be repeated."),
+    ] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option("--pin", metavar="NAME", help="Keep an adapter resident; may be repeated.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Ask each adapter its recorded prompts before it answers.")
+    ] = True,
     max_lora_rank: Annotated[int, typer.Option(help="Largest rank taken.", min=1)] = 64,
     max_num_seqs: Annotated[int, typer.Option(help="Requests computed together.", min=1)] = 32,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer.", min=2)] = None,
@@ -45,15 +58,20 @@ def serve(
     """Serve one base and many adapters through an OpenAI-compatible API."""
     from adapterhub.adapter import BaseName
     from adapterhub.base_store import pull_base
+    from adapterhub.errors import UsageError
     from serve.auth import ApiKeys, check_exposure
 
     keys = ApiKeys.read(api_keys)
     check_exposure(host, keys)  # before seconds go into imports and minutes into a download
 
-    from serve.config import ServeConfig, parse_adapter
+    from serve.config import ServeConfig, parse_adapter, parse_weight
 
     name = BaseName.parse(base)
     adapters = tuple(parse_adapter(text) for text in adapter or ())
+    weights = dict(parse_weight(text) for text in weight or ())
+    strangers = sorted({*weights, *(pin or ())} - {called for called, _ in adapters})
+    if strangers:
+        raise UsageError(f"--weight and --pin name adapters given by --adapter; {', '.join(strangers)} is not one.")
     pull_base(name, report=say)
 
     import torch
@@ -70,6 +88,10 @@ def serve(
         host=host,
         port=port,
         max_loras=max_loras,
+        max_lora_bytes=None if lora_memory_mb is None else lora_memory_mb << 20,
+        weights=weights,
+        pinned=frozenset(pin or ()),
+        replays_proofs=probe,
         dtype=dtype,
         device=device,
         has_page=page,

@@ -1,0 +1,70 @@
+"""Replaying an adapter's recorded proof through the engine that will serve it, before anybody is answered by it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from adapterhub.adapter import Adapter
+from adapterhub.errors import ProbeMismatch
+from adapterhub.manifest import Probe, ProbeAnswer
+from adapterhub.probe import TOLERANCE
+from serve.engine import AdapterScale, Engine, GenerationRequest, SamplingParams, TokenLogprob
+
+
+async def replay(engine: Engine, adapter: Adapter) -> None:
+    """Ask the loaded adapter its recorded prompts, together. Nothing to do for one packed without a proof.
+
+    First tokens' log-probabilities and all tokens up to the first near-tie must be the recorded ones within the wider
+    tolerance of the two dtypes (adapterhub.probe). Raises ProbeMismatch.
+    """
+    recorded = adapter.manifest.probe
+    if recorded is None:
+        return
+    answers = await asyncio.gather(*(_answer(engine, adapter, then) for then in recorded.answers))
+    for now, then in zip(answers, recorded.answers, strict=True):
+        _compare(adapter, recorded, now, then, tolerance=_tolerance(engine, recorded))
+
+
+async def _answer(engine: Engine, adapter: Adapter, then: ProbeAnswer) -> list[TokenLogprob]:
+    sampling = SamplingParams(
+        max_tokens=len(then.tokens), temperature=0, ignore_eos=True, top_logprobs=len(then.top_tokens)
+    )
+    name = f"proof-{adapter.digest[7:19]}-{hash(then.prompt)}"
+    request = GenerationRequest(name, tuple(then.prompt_tokens), sampling, (AdapterScale(adapter.digest),))
+    return [one async for chunk in engine.generate(request) for one in chunk.logprobs]
+
+
+def _tolerance(engine: Engine, recorded: Probe) -> float:
+    return max(TOLERANCE[recorded.dtype], TOLERANCE[engine.dtype])
+
+
+def _compare(
+    adapter: Adapter, recorded: Probe, now: list[TokenLogprob], then: ProbeAnswer, *, tolerance: float
+) -> None:
+    likely = (
+        f"likely another base, template or quantization than the one it was packed with (recorded in "
+        f"{recorded.dtype}): verify it with `adapterhub verify --probe`, or pack it again."
+    )
+    ours = {token: logprob for token, _, logprob in now[0].top}
+    best, best_logit = then.top_tokens[0], then.top_logits[0]
+    if best not in ours:
+        raise ProbeMismatch(
+            f"{adapter.manifest.name} does not answer {then.prompt!r} as recorded: token {best} is no longer among the "
+            f"{len(ours)} strongest first ones; {likely}"
+        )
+    for token, logit in zip(then.top_tokens, then.top_logits, strict=True):
+        # Log-probabilities are logits but for a constant: the leads over the best token must agree.
+        lead, found = logit - best_logit, ours.get(token, min(ours.values())) - ours[best]
+        if token in ours and abs(lead - found) > 2 * tolerance:
+            raise ProbeMismatch(
+                f"{adapter.manifest.name} does not answer {then.prompt!r} as recorded: token {token} is {found:.3f} "
+                f"behind the best, recorded {lead:.3f} (tolerance {2 * tolerance}); {likely}"
+            )
+    for place, (mine, token, gap) in enumerate(zip(now, then.tokens, then.gaps, strict=True)):
+        if gap < 2 * tolerance:
+            return
+        if mine.token != token:
+            raise ProbeMismatch(
+                f"{adapter.manifest.name} does not answer {then.prompt!r} as recorded: token {place} is {mine.token}, "
+                f"recorded {token} with a lead of {gap:.2f}; {likely}"
+            )
