@@ -17,8 +17,11 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 _T = TypeVar("_T")
-TensorKind = Literal["lora_A", "lora_B", "lora_magnitude_vector"]
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_[AB]|lora_magnitude_vector)(?:\.weight)?")
+TensorKind = Literal["lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B", "weight"]
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?"
+)
+_WHOLE_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<kind>weight)")
 
 # Fields that change what the adapter computes. Anything but these values is not plain LoRA; a field we have
 # never heard of is ignored, because every PEFT release adds some and writes them with an inert default.
@@ -27,7 +30,7 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
-    "modules_to_save": (None, []),
+    "ensure_weight_tying": (False, None),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
@@ -59,6 +62,8 @@ class LoraConfig:
     targets: tuple[str, ...]
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
+    saved_modules: tuple[str, ...] = ()
+    """names of modules that travel whole (PEFT's modules_to_save)"""
 
     def rank_of(self, module: str) -> int:
         return _matched(self.rank_pattern, module, self.rank)
@@ -116,6 +121,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
             targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
             rank_pattern={key: _positive(r) for key, r in (raw.get("rank_pattern") or {}).items()},
             alpha_pattern={key: float(a) for key, a in (raw.get("alpha_pattern") or {}).items()},
+            saved_modules=tuple(sorted(raw.get("modules_to_save") or ())),
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise AdapterUnsupported(
@@ -133,17 +139,18 @@ def _positive(value: Any) -> int:
 def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[LoraTensor]:
     """The header's tensors, each matched to its module and checked against the config's rank.
 
-    A is [r, in], B is [out, r], DoRA's magnitude is [out]. Raises AdapterUnsupported for tensors that are
-    not LoRA's, InvalidTensors for missing halves and wrong ranks.
+    A is [r, in], B is [out, r], DoRA's magnitude is [out]; of an embedding A is [r, vocabulary], B [width, r]; a
+    module of modules_to_save has its whole weight. Raises AdapterUnsupported for tensors that are neither,
+    InvalidTensors for missing halves and wrong ranks.
     """
     tensors = []
     parts: dict[str, dict[TensorKind, TensorInfo]] = {}
     for key, info in header.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
+        match = _KEY.fullmatch(key) or _WHOLE_KEY.fullmatch(key)
+        if match is None or (match["kind"] == "weight" and not _is_saved(match["module"], config)):
             raise AdapterUnsupported(
-                f"tensor {key!r} is not a LoRA tensor of a linear layer (base_model.model.<module>.lora_A/B): "
-                "full weights, embeddings and optimizer states do not belong in an adapter."
+                f"tensor {key!r} is neither LoRA's (base_model.model.<module>.lora_A/B) nor of modules_to_save: whole "
+                "weights and optimizer states do not belong in an adapter; save with save_embedding_layers=False."
             )
         kind: TensorKind = match["kind"]  # type: ignore[assignment]
         tensors.append(LoraTensor(key, match["module"], kind, info))
@@ -155,14 +162,23 @@ def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[Lora
     return tensors
 
 
+def _is_saved(module: str, config: LoraConfig) -> bool:
+    """PEFT's rule: a name of modules_to_save is the end of the module's dotted name."""
+    return any(module == name or module.endswith(f".{name}") for name in config.saved_modules)
+
+
 def _check_module(module: str, found: dict[TensorKind, TensorInfo], config: LoraConfig) -> None:
-    wanted = {"lora_A", "lora_B", "lora_magnitude_vector"} if config.use_dora else {"lora_A", "lora_B"}
+    if set(found) == {"weight"}:
+        return
+    is_embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
+    first, second = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
+    wanted = {first, second, "lora_magnitude_vector"} if config.use_dora else {first, second}
     if set(found) != wanted:
         raise InvalidTensors(f"{module} has {', '.join(sorted(found))}, expected {', '.join(sorted(wanted))}.")
     rank = config.rank_of(module)
-    a, b = found["lora_A"].shape, found["lora_B"].shape
+    a, b = found[first].shape, found[second].shape  # type: ignore[index]
     if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
         raise InvalidTensors(
-            f"{module}: lora_A {list(a)} and lora_B {list(b)} do not fit rank {rank} of {CONFIG_NAME}: "
+            f"{module}: {first} {list(a)} and {second} {list(b)} do not fit rank {rank} of {CONFIG_NAME}: "
             "expected [r, in] and [out, r]."
         )

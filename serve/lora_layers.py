@@ -10,15 +10,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from adapterhub.base_model import Nf4Weights, PackedNf4, dense_weight, layer_dtype
-from adapterhub.errors import AdapterNoEffect, IncompatibleBase
+from adapterhub.errors import AdapterNoEffect, AdapterUnsupported, IncompatibleBase
 from serve import cpu_kernels
 from serve.cpu_kernels import LANES, CpuKernels, Part, Parts, WeightMatrix
-from serve.lora_weights import LowRank, Weights
+from serve.lora_embedding import LoraEmbedding
+from serve.lora_weights import EmbeddingUpdate, FullWeight, LowRank, Weights
 from serve.scheduler import AdapterMix, Batch
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -80,14 +82,20 @@ class LinearGroup:
         self._bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
         self._resident: dict[str, list[tuple[int, LowRank]]] = {}
         """digest -> (first column of the layer's output, update)"""
+        self._whole: dict[str, torch.Tensor] = {}
+        """digest -> the weight that adapter has instead of the base's; of the head only"""
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
-    def install(self, digest: str, place: int, update: LowRank) -> None:
-        self._resident.setdefault(digest, []).append((sum(self.widths[:place]), update))
+    def install(self, digest: str, place: int, change: LowRank | FullWeight) -> None:
+        if isinstance(change, LowRank):
+            self._resident.setdefault(digest, []).append((sum(self.widths[:place]), change))
+        else:
+            self._whole[digest] = change.weight
 
     def remove(self, digest: str) -> None:
         self._resident.pop(digest, None)
+        self._whole.pop(digest, None)
 
     def parts(self, digest: str) -> list[Part]:
         """The adapter's updates of this group, as the kernel's structs."""
@@ -118,16 +126,29 @@ class LinearGroup:
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         y = self._matmul(x)
+        bases = y.clone() if self._whole else y
         if self._kernels is not None and x.shape[-1] % LANES == 0:
             if self._segments.kernel:
                 self._kernels.low_rank_updates(
                     self._segments.kernel, self.index, x[0].contiguous(), y[0], bias=self._bias
                 )
-            return y
-        for segment in self._segments.python:
-            rows = slice(segment.start, segment.end)
-            self._update_by_torch(segment, x[0, rows], y[0, rows])
+        else:
+            for segment in self._segments.python:
+                rows = slice(segment.start, segment.end)
+                self._update_by_torch(segment, x[0, rows], y[0, rows])
+        if self._whole:
+            self._replace(x, y, bases)
         return y
+
+    def _replace(self, x: torch.Tensor, y: torch.Tensor, bases: torch.Tensor) -> None:
+        """Rows whose adapter has a weight of its own: W x + scale · (W' x - W x)."""
+        for segment in self._segments.python:
+            for adapter in segment.mix:
+                if adapter.digest in self._whole:
+                    rows = slice(segment.start, segment.end)
+                    weight = self._whole[adapter.digest].to(x.dtype)
+                    found = nn.functional.linear(x[0, rows], weight, self._bias)
+                    y[0, rows] += (adapter.scale * (found - bases[0, rows])).to(y.dtype)
 
     def _update_by_torch(self, segment: Segment, x: torch.Tensor, y: torch.Tensor) -> None:
         before = y.clone() if self._bias is None else y - self._bias
@@ -188,6 +209,8 @@ class AdapterBank:
         self.places: dict[str, tuple[LinearGroup, int]] = {}
         self._residents: dict[str, _Resident] = {}
         head = model.get_output_embeddings()  # type: ignore[operator]
+        self._head = head
+        dtype = layer_dtype(head)
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for names in _groups(linears, has_kernels=kernels is not None):
             layers = [linears[name] for name in names]
@@ -199,7 +222,7 @@ class AdapterBank:
                 setattr(model.get_submodule(parent), child, LoraLinear(group, place))
                 self.places[name] = (group, place)
 
-        _keep_dtype(model.get_input_embeddings())  # type: ignore[operator]
+        self.embedding = _wrapped_embedding(model, self.rows, dtype)
 
     def begin(self, batch: Batch) -> None:
         """Announce the rows of the forward that follows."""
@@ -219,48 +242,80 @@ class AdapterBank:
         May run beside the worker thread. Raises AdapterNoEffect, IncompatibleBase.
         """
         self._check_fits(name, weights)
-        return {module: self._divided(module, update) for module, update in weights.items()}
+        return {module: self._divided(module, change) for module, change in weights.items()}
 
     def install(self, digest: str, weights: Weights) -> None:
         """`weights` as `prepare` returned them."""
-        for module, update in weights.items():
+        for module, change in weights.items():
+            if self.embedding is not None and module == self.embedding[0]:
+                assert not isinstance(change, LowRank)
+                self.embedding[1].install(digest, change)
+                continue
+            assert not isinstance(change, EmbeddingUpdate)
             group, place = self.places[module]
-            group.install(digest, place, update)
+            group.install(digest, place, change)
         self._residents[digest] = _Resident.of(digest, weights, self.groups)
 
     def remove(self, digest: str) -> None:
         for group in self.groups:
             group.remove(digest)
+        if self.embedding is not None:
+            self.embedding[1].remove(digest)
         self._residents.pop(digest, None)
 
     def is_resident(self, digest: str) -> bool:
         return digest in self._residents
 
-    def _divided(self, module: str, update: LowRank) -> LowRank:
+    def _divided(self, module: str, change: LowRank | EmbeddingUpdate | FullWeight) -> Any:
+        if not isinstance(change, LowRank) or change.magnitude is None:
+            return change
         group, place = self.places[module]
-        return update if update.magnitude is None else update.divided(dense_weight(group.layers[place]))
+        return change.divided(dense_weight(group.layers[place]))
 
     def _check_fits(self, name: str, weights: Weights) -> None:
-        strangers = [module for module in weights if module not in self.places]
+        embedding = self.embedding[0] if self.embedding else None
+        strangers = [module for module in weights if module not in self.places and module != embedding]
         if len(strangers) == len(weights):
             raise AdapterNoEffect(
-                f"no tensor of adapter {name} belongs to a linear layer of this base (first: {strangers[0]}): it was "
-                "made for another architecture."
+                f"no tensor of adapter {name} belongs to a layer of this base that adapters can change (first: "
+                f"{strangers[0]}): it was made for another architecture."
             )
         if strangers:
             raise IncompatibleBase(
                 f"adapter {name} has tensors for {len(strangers)} layers this base does not have (first: "
                 f"{strangers[0]}): it was made for a deeper or different model."
             )
-        for module, update in weights.items():
-            group, place = self.places[module]
-            found = (group.layers[place].in_features, group.layers[place].out_features)
-            wanted = (update.a.shape[1], update.bt.shape[1])
+        for module, change in weights.items():
+            found, wanted = self._shape_of(name, module, change), _shape(change)
             if found != wanted:
                 raise IncompatibleBase(
                     f"adapter {name} expects {module} to be {wanted[0]} -> {wanted[1]}, this base has "
                     f"{found[0]} -> {found[1]}."
                 )
+
+    def _shape_of(self, name: str, module: str, change: LowRank | EmbeddingUpdate | FullWeight) -> tuple[int, int]:
+        """(in, out) of the base's module. Raises AdapterUnsupported for a change that module cannot have."""
+        if self.embedding is not None and module == self.embedding[0]:
+            vocabulary, width = self.embedding[1].weight.shape
+            return (width, vocabulary) if isinstance(change, FullWeight) else (vocabulary, width)
+        group, place = self.places[module]
+        layer = group.layers[place]
+        if isinstance(change, FullWeight) and layer is not self._head:
+            raise AdapterUnsupported(
+                f"adapter {name} brings the whole of {module} (modules_to_save): only the embedding and the head may "
+                "be replaced; train the others with LoRA."
+            )
+        return layer.in_features, layer.out_features
+
+
+def _shape(change: LowRank | EmbeddingUpdate | FullWeight) -> tuple[int, int]:
+    """(in, out) the change was made for."""
+    if isinstance(change, FullWeight):
+        out, width = change.weight.shape
+        return width, out
+    if isinstance(change, EmbeddingUpdate):
+        return change.rows.shape[0], change.bt.shape[1]
+    return change.a.shape[1], change.bt.shape[1]
 
 
 def _matrix_of(layers: Sequence[nn.Linear]) -> WeightMatrix | None:
@@ -284,14 +339,17 @@ def _joined(layers: Sequence[nn.Linear]) -> torch.Tensor:
     return weight.contiguous()
 
 
-def _keep_dtype(embedding: nn.Module) -> None:
-    """An embedding tied to a head that is now held in bf16 still gives fp32."""
-    if embedding.weight.dtype != torch.bfloat16:
-        return
-    if type(embedding) is nn.Embedding:
-        embedding.register_forward_hook(lambda module, given, found: found.float())
-    else:  # it computes with its weights (Gemma's scale), and would round
-        embedding.weight.data = embedding.weight.data.float()
+def _wrapped_embedding(model: nn.Module, segments: Segments, dtype: torch.dtype) -> tuple[str, LoraEmbedding] | None:
+    """Name and wrapper of the model's embedding; None for one that computes more than a look-up (Gemma's scale)."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    if type(embedding) is not nn.Embedding:
+        # Tied to a head that may now be held in bf16: computing with that would round.
+        embedding.weight.data = embedding.weight.data.to(dtype)
+        return None
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    wrapper = LoraEmbedding(embedding, segments, dtype)
+    model.set_input_embeddings(wrapper)  # type: ignore[operator]
+    return name, wrapper
 
 
 def _are_dense(layers: Sequence[nn.Linear]) -> bool:

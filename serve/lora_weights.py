@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from adapterhub.adapter import Adapter
-from adapterhub.errors import InvalidTensors, RankTooLarge
+from adapterhub.errors import AdapterUnsupported, InvalidTensors, RankTooLarge
 from adapterhub.lora_config import WEIGHTS_NAME, LoraConfig, lora_tensors, read_lora_config
 from adapterhub.safetensors_header import read_header
 
@@ -33,8 +33,26 @@ class LowRank:
         return replace(self, magnitude=self.magnitude / norms)
 
 
-Weights = dict[str, LowRank]
-"""module name -> its low-rank update"""
+@dataclass(frozen=True)
+class EmbeddingUpdate:
+    """One adapter on the embedding: y += scaling · B A[:, token]."""
+
+    rows: torch.Tensor
+    """A transposed, [vocabulary, r]"""
+    bt: torch.Tensor
+    """[r, width]"""
+    scaling: float
+
+
+@dataclass(frozen=True)
+class FullWeight:
+    """The whole weight [out, in] of an embedding or a head that an adapter brings along (PEFT's modules_to_save)."""
+
+    weight: torch.Tensor
+
+
+Weights = dict[str, LowRank | EmbeddingUpdate | FullWeight]
+"""module name -> what the adapter changes about it"""
 
 
 def read_weights(
@@ -46,8 +64,10 @@ def read_weights(
     """
     config = read_lora_config(adapter.path)
     path = adapter.path / WEIGHTS_NAME
-    modules = sorted({tensor.module for tensor in lora_tensors(read_header(path), config)})
-    largest = max(config.rank_of(module) for module in modules)
+    kinds: dict[str, set[str]] = {}
+    for tensor in lora_tensors(read_header(path), config):
+        kinds.setdefault(tensor.module, set()).add(tensor.kind)
+    largest = max((config.rank_of(module) for module, found in kinds.items() if found != {"weight"}), default=0)
     if largest > max_rank:
         raise RankTooLarge(
             f"adapter {adapter.manifest.name} has rank {largest}, this server takes at most {max_rank}: serve with "
@@ -62,7 +82,21 @@ def read_weights(
                 raise InvalidTensors(f"{key} holds NaN or infinity: the training run diverged; train again.")
             return tensor.to(device, dtype_of(tensor.dtype))  # type: ignore[no-any-return]
 
-        return {module: _low_rank(read, keys, module, config) for module in modules}
+        return {module: _change(read, keys, module, config, kinds[module]) for module in sorted(kinds)}
+
+
+def _change(
+    read: Callable[[str], torch.Tensor], keys: set[str], module: str, config: LoraConfig, kinds: set[str]
+) -> LowRank | EmbeddingUpdate | FullWeight:
+    prefix = f"base_model.model.{module}"
+    if kinds == {"weight"}:
+        return FullWeight(read(f"{prefix}.weight").contiguous())
+    if "lora_embedding_A" not in kinds:
+        return _low_rank(read, keys, module, config)
+    if config.use_dora:
+        raise AdapterUnsupported(f"{module} is an embedding with DoRA, which is not served: train it with plain LoRA.")
+    a, b = (read(f"{prefix}.lora_embedding_{half}") for half in "AB")
+    return EmbeddingUpdate(a.T.contiguous(), b.T.contiguous(), config.scaling_of(module))
 
 
 def _low_rank(read: Callable[[str], torch.Tensor], keys: set[str], module: str, config: LoraConfig) -> LowRank:

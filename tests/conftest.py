@@ -105,6 +105,8 @@ def make_peft_adapter(folder: Path, base: StoredBase, *, rank: int, seed: int, *
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM", **options)
     peft_model = get_peft_model(model, config)
     for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_" in name:
             torch.nn.init.normal_(parameter, std=0.05)
+        elif "modules_to_save" in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)
     peft_model.save_pretrained(folder, save_embedding_layers=False)

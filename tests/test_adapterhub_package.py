@@ -128,7 +128,7 @@ def test_a_rank_that_is_not_the_tensors_is_refused(tmp_path: Path) -> None:
     [
         ("peft_type", "IA3"),
         ("bias", "all"),
-        ("modules_to_save", ["lm_head"]),
+        ("ensure_weight_tying", True),
         ("lora_bias", True),
         ("fan_in_fan_out", True),
     ],

@@ -22,6 +22,7 @@ from adapterhub.base_store import StoredBase, fingerprint
 from adapterhub.errors import (
     AdapterLoadFailed,
     AdapterNoEffect,
+    AdapterUnsupported,
     EngineStopped,
     IncompatibleBase,
     RankTooLarge,
@@ -34,6 +35,9 @@ from serve.engine import AdapterScale, Chunk, FinishReason, GenerationRequest, S
 from serve.local_engine import LocalEngine, LocalEngineConfig
 from serve.scheduler import SchedulerLimits
 
+# PEFT, of adapters on an embedding that is tied to the head: what it warns of is merging, not serving.
+pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+
 NUM_TOKENS = 12
 PROMPTS = tuple(tuple(random.Random(n).choices(range(100, 49_000), k=3 + 7 * n)) for n in range(5))
 
@@ -43,6 +47,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"rank": 8, "use_rslora": True},
     "attention only": {"rank": 8, "target_modules": ["q_proj", "v_proj"]},
     "dora": {"rank": 8, "use_dora": True},
+    "embedding and head": {"rank": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "whole head": {"rank": 4, "target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    "whole embedding": {"rank": 4, "target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]},
     "patterns": {"rank": 8, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 40}},
 }
 
@@ -414,6 +421,12 @@ def test_an_adapter_that_touches_no_layer_is_refused(tiny_base: StoredBase, tmp_
 
 def test_too_large_a_rank_is_refused(tiny_base: StoredBase, adapters: dict[str, Adapter]) -> None:
     _refusal(tiny_base, adapters["lora rank 16"], RankTooLarge, "--max-lora-rank 16", max_lora_rank=8)
+
+
+def test_a_whole_layer_that_is_neither_embedding_nor_head_is_refused(tiny_base: StoredBase, tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["layers.0.mlp.down_proj"]}
+    make_peft_adapter(tmp_path / "adapter", tiny_base, rank=4, seed=0, **options)
+    _refusal(tiny_base, unverified(tmp_path / "adapter", 1), AdapterUnsupported, r"down_proj \(modules_to_save\)")
 
 
 def test_an_adapter_gone_from_disk_is_said(tiny_base: StoredBase, adapters: dict[str, Adapter], tmp_path: Path) -> None:
