@@ -1,56 +1,103 @@
 /* Matrix products of a few rows with NF4, bf16 or fp32 weights.
  *
  * Four outputs' weights are unpacked a panel at a time into the first-level cache and used for all rows. */
+#include <stdlib.h>
+
 #include "kernels.h"
 
 enum { PANEL = 768, CHUNK_ROWS = 48, STRIP = 16 };
 
-/* Eight NF4 weights from four bytes; low and high are the code book times the block's constant. */
+/* NF4 values by byte shuffles: four tables hold the four bytes of each value of the code book. The unpacked weights come
+ * out in another order than they lie in, 64 at a time; x is put in that order once per product. A shuffle of whole
+ * floats (vpermps) keeps the order and took twice as long on Zen 3. */
+enum { SHUFFLED = 64 };
+
 #ifdef __AVX2__
-static inline vec unpack_eight(const uint8_t *codes, vec low, vec high) {
-    int32_t word;
-    memcpy(&word, codes, sizeof word);
-    __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
-    __m256 below = _mm256_permutevar8x32_ps((__m256)low, nibbles), above = _mm256_permutevar8x32_ps((__m256)high, nibbles);
-    __m256 is_above = _mm256_castsi256_ps(_mm256_slli_epi32(nibbles, 28)); /* the code's upper bit as the sign */
-    return (vec)_mm256_blendv_ps(below, above, is_above);
+typedef struct { __m256i bytes[4]; } Tables;
+
+static Tables tables_of(const float *book) {
+    Tables tables;
+    for (int byte = 0; byte < 4; byte++) {
+        uint8_t table[16];
+        for (int code = 0; code < 16; code++) memcpy(&table[code], (const uint8_t *)&book[code] + byte, 1);
+        tables.bytes[byte] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    }
+    return tables;
+}
+
+/* 32 codes, one a byte -> 32 values times scale: of each 128-bit lane the first four, the next four, ... */
+static inline void look_up(const Tables *tables, __m256i codes, __m256 scale, float *to) {
+    __m256i b[4];
+    for (int i = 0; i < 4; i++) b[i] = _mm256_shuffle_epi8(tables->bytes[i], codes);
+    __m256i low01 = _mm256_unpacklo_epi8(b[0], b[1]), high01 = _mm256_unpackhi_epi8(b[0], b[1]);
+    __m256i low23 = _mm256_unpacklo_epi8(b[2], b[3]), high23 = _mm256_unpackhi_epi8(b[2], b[3]);
+    __m256i values[4] = {_mm256_unpacklo_epi16(low01, low23), _mm256_unpackhi_epi16(low01, low23),
+                         _mm256_unpacklo_epi16(high01, high23), _mm256_unpackhi_epi16(high01, high23)};
+    for (int i = 0; i < 4; i++) _mm256_storeu_ps(to + i * LANES, _mm256_mul_ps(_mm256_castsi256_ps(values[i]), scale));
+}
+
+static void unpack_shuffled(const Matrix *m, const Tables *tables, int64_t at, int n, float *restrict to) {
+    const uint8_t *codes = (const uint8_t *)m->weights + at / 2;
+    const __m256i nibble = _mm256_set1_epi8(15);
+    for (int k = 0; k < n; k += SHUFFLED) {
+        __m256i both = _mm256_loadu_si256((const __m256i *)(codes + k / 2));
+        __m256 scale = _mm256_set1_ps(m->absmax[(at + k) / m->block]);
+        look_up(tables, _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble), scale, to + k);
+        look_up(tables, _mm256_and_si256(both, nibble), scale, to + k + SHUFFLED / 2);
+    }
+}
+
+/* Where in a run of 64 the weight lies that comes out at `place`. */
+static int origin_of(int place) {
+    int half = place / 32, vector = place % 32 / LANES, lane = place % LANES;
+    return 2 * (vector * 4 + lane % 4 + lane / 4 * 16) + half;
+}
+
+static int can_shuffle(const Matrix *m) {
+    return m->kind == MATRIX_NF4 && m->block % SHUFFLED == 0;
 }
 #else
-static inline vec unpack_eight(const uint8_t *codes, vec low, vec high) {
-    vec found;
-    for (int i = 0; i < LANES; i++) {
-        int code = i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4;
-        found[i] = code < 8 ? low[code] : high[code - 8];
-    }
-    return found;
-}
+typedef struct { int none; } Tables;
+static Tables tables_of(const float *book) { return (Tables){book != 0}; }
+static void unpack_shuffled(const Matrix *m, const Tables *t, int64_t at, int n, float *to) { (void)m, (void)t, (void)at, (void)n, (void)to; }
+static int origin_of(int place) { return place; }
+static int can_shuffle(const Matrix *m) { return m == 0; }
 #endif
 
-static void unpack_nf4(const Matrix *m, int64_t at, int n, float *restrict to) {
-    vec low = *(const vec *)m->book, high = *(const vec *)(m->book + LANES);
+static void unpack_in_order(const Matrix *m, int64_t at, int n, float *restrict to) {
     const uint8_t *codes = (const uint8_t *)m->weights + at / 2;
-    const float *absmax = m->absmax + at / m->block;
-    for (int k = 0; k < n; k += m->block) {
-        vec mine = low * *absmax, above = high * *absmax;
-        absmax++;
-        for (int i = 0; i < m->block; i += LANES, codes += LANES / 2)
-            *(vec *)(to + k + i) = unpack_eight(codes, mine, above);
+    for (int k = 0; k < n; k += 2) {
+        float scale = m->absmax[(at + k) / m->block];
+        to[k] = m->book[codes[k / 2] >> 4] * scale;
+        to[k + 1] = m->book[codes[k / 2] & 15] * scale;
     }
 }
 
-static const float *panel_of(const Matrix *m, int output, int first, int n, float *restrict room) {
+/* [rows, width] in the order the shuffled weights come out in. */
+static void shuffle_rows(const float *restrict x, int64_t stride, int rows, int width, float *restrict to) {
+    int origin[SHUFFLED];
+    for (int place = 0; place < SHUFFLED; place++) origin[place] = origin_of(place);
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < width; k += SHUFFLED)
+            for (int place = 0; place < SHUFFLED; place++)
+                to[(int64_t)r * width + k + place] = x[r * stride + k + origin[place]];
+}
+
+static const float *panel_of(const Matrix *m, const Tables *tables, int output, int first, int n, float *restrict room) {
     int64_t at = (int64_t)output * m->in + first;
     if (m->kind == MATRIX_FP32) return (const float *)m->weights + at;
     if (m->kind == MATRIX_BF16)
         widen(room, (const bf16 *)m->weights + at, n);
+    else if (tables)
+        unpack_shuffled(m, tables, at, n, room);
     else
-        unpack_nf4(m, at, n, room);
+        unpack_in_order(m, at, n, room);
     return room;
 }
 
 /* Four outputs of some rows, into a strip whose rows are STRIP floats apart. */
-static void four_outputs(const Matrix *m, int first, int outputs, const float *x, int64_t x_stride, float *strip,
-                         int rows) {
+static void four_outputs(const Matrix *m, const Tables *tables, int first, int outputs, const float *x, int64_t x_stride,
+                         float *strip, int rows) {
     float room[TILE_OUTPUTS][PANEL] __attribute__((aligned(64)));
     vec sums[CHUNK_ROWS][TILE_OUTPUTS];
     memset(sums, 0, sizeof(sums[0]) * rows);
@@ -58,7 +105,7 @@ static void four_outputs(const Matrix *m, int first, int outputs, const float *x
         int n = m->in - k < PANEL ? m->in - k : PANEL;
         const float *w[TILE_OUTPUTS];
         for (int o = 0; o < TILE_OUTPUTS; o++)
-            w[o] = o < outputs ? panel_of(m, first + o, k, n, room[o]) : w[0];
+            w[o] = o < outputs ? panel_of(m, tables, first + o, k, n, room[o]) : w[0];
         for (int r = 0; r < rows; r += TILE_ROWS) {
             int tile = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
             const float *at[TILE_ROWS];
@@ -74,21 +121,31 @@ static void four_outputs(const Matrix *m, int first, int outputs, const float *x
 }
 
 /* A strip of outputs is as wide as a cache line, so that no line of y is written in pieces. */
-static void one_strip(const Matrix *m, int first, const float *x, int64_t x_stride, float *y, int64_t y_stride, int rows) {
+static void one_strip(const Matrix *m, const Tables *tables, int first, const float *x, int64_t x_stride, float *y, int64_t y_stride, int rows) {
     float strip[CHUNK_ROWS * STRIP];
     int outputs = m->out - first < STRIP ? m->out - first : STRIP;
     for (int o = 0; o < outputs; o += TILE_OUTPUTS)
-        four_outputs(m, first + o, outputs - o < TILE_OUTPUTS ? outputs - o : TILE_OUTPUTS, x, x_stride, strip + o, rows);
+        four_outputs(m, tables, first + o, outputs - o < TILE_OUTPUTS ? outputs - o : TILE_OUTPUTS, x, x_stride, strip + o,
+                     rows);
     for (int r = 0; r < rows; r++) memcpy(y + r * y_stride + first, strip + r * STRIP, outputs * sizeof(float));
 }
 
 /* y [rows, out] = x [rows, in] W^T + bias; rows are `x_stride` and `y_stride` floats apart. `in` is a multiple of 8,
  * and of the block for NF4. */
 void matmul(const Matrix *matrix, const float *x, int64_t x_stride, float *y, int64_t y_stride, int rows) {
+    Tables tables;
+    float *shuffled = 0;
+    if (can_shuffle(matrix) && (shuffled = malloc((int64_t)rows * matrix->in * sizeof(float)))) {
+        tables = tables_of(matrix->book);
+        shuffle_rows(x, x_stride, rows, matrix->in, shuffled);
+        x = shuffled;
+        x_stride = matrix->in;
+    }
     for (int r = 0; r < rows; r += CHUNK_ROWS) {
         int chunk = rows - r < CHUNK_ROWS ? rows - r : CHUNK_ROWS;
 #pragma omp parallel for schedule(static)
         for (int output = 0; output < matrix->out; output += STRIP)
-            one_strip(matrix, output, x + r * x_stride, x_stride, y + r * y_stride, y_stride, chunk);
+            one_strip(matrix, shuffled ? &tables : 0, output, x + r * x_stride, x_stride, y + r * y_stride, y_stride, chunk);
     }
+    free(shuffled);
 }
