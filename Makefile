@@ -23,8 +23,9 @@ check: setup  ## style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: setup  ## decode speed against PEFT and transformers, about five minutes
-	@$(VENV)/bin/python benchmarks/decode.py
+bench: setup  ## decode speed against PEFT and transformers, and adapters that are not resident; under five minutes
+	@$(VENV)/bin/python benchmarks/decode.py --rounds 2 --tokens 12
+	@$(VENV)/bin/python benchmarks/residency.py --rounds 2
 
 docs: setup  ## regenerate docs/cli.md from the command itself
 	$(VENV)/bin/typer adapterhub.cli utils docs --name adapterhub --title "The command adapterhub" --output docs/cli.md

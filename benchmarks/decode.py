@@ -23,33 +23,49 @@ import torch
 from adapterhub.adapter import BaseName
 from adapterhub.base_model import load_base
 from adapterhub.base_store import StoredBase, pull_base
+from serve.cpu_kernels import load_kernels
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
+from serve.lora_layers import AdapterBank
 from serve.lora_weights import LowRank
 from serve.model_runner import ModelRunner
 from serve.scheduler import BlockPool, Scheduler, SchedulerLimits, Sequence
 
-PROMPT_TOKENS, RANK = 64, 16
+PROMPT_TOKENS, RANK = 32, 16
 
 
 def prompts(rows: int) -> list[list[int]]:
     return [random.Random(row).choices(range(1000, 40_000), k=PROMPT_TOKENS) for row in range(rows)]
 
 
+def stored_base() -> StoredBase:
+    return pull_base(BaseName.parse("smollm2-135m-instruct"), report=print)
+
+
+def random_adapter(bank: AdapterBank, number: int, rank: int = RANK) -> dict[str, LowRank]:
+    """A and B on every linear layer but the head."""
+    torch.manual_seed(number)
+    weights = {}
+    for name, (group, place) in bank.places.items():
+        layer = group.layers[place]
+        if name != "lm_head":
+            a, bt = torch.randn(rank, layer.in_features), torch.randn(rank, layer.out_features)
+            weights[name] = LowRank(a * 0.02, bt * 0.02, scaling=1.0)
+    return weights
+
+
+def server_dtype() -> str | None:
+    """What the server would choose here."""
+    return "float32" if load_kernels()[0] is not None else None
+
+
 class Ours:
     """The engine's runner and scheduler, without HTTP."""
 
-    def __init__(self, stored: StoredBase, num_adapters: int, *, rank: int = RANK) -> None:
-        self.runner = ModelRunner(load_base(stored, purpose="serve"), num_blocks=1024, block_size=16)
-        bank = self.runner.adapters
+    def __init__(self, stored: StoredBase, num_adapters: int, *, rank: int = RANK, dtype: str | None = None) -> None:
+        base = load_base(stored, purpose="serve", dtype=dtype or server_dtype())
+        self.runner = ModelRunner(base, num_blocks=1024, block_size=16)
         for number in range(num_adapters):
-            torch.manual_seed(number)
-            weights = {}
-            for name, (group, place) in bank.places.items():
-                layer = group.layers[place]
-                if name != "lm_head":
-                    a, bt = torch.randn(rank, layer.in_features), torch.randn(rank, layer.out_features)
-                    weights[name] = LowRank(a * 0.02, bt * 0.02, scaling=1.0)
-            bank.install(f"{number:04}", weights)
+            self.runner.adapters.install(f"{number:04}", random_adapter(self.runner.adapters, number, rank))
 
     def decode(self, rows: int, num_adapters: int, tokens: int) -> float:
         """Tokens/s of `tokens` steps with `rows` sequences on `num_adapters` distinct adapters (0: bare base)."""
@@ -80,7 +96,7 @@ class Peft:
     def __init__(self, stored: StoredBase, num_adapters: int) -> None:
         from peft import LoraConfig, get_peft_model
 
-        self.model: Any = load_base(stored, purpose="serve").model
+        self.model: Any = load_base(stored, purpose="serve", dtype=server_dtype()).model
         if num_adapters:
             config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
             self.model = get_peft_model(self.model, config, adapter_name="0000")
@@ -114,45 +130,90 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw throughput against the number of adapters")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    stored = pull_base(BaseName.parse("smollm2-135m-instruct"), report=print)
+    stored = stored_base()
 
-    ours, mixed, bare = Ours(stored, 32), Peft(stored, 8), Peft(stored, 0)
+    ours, low, mixed, bare = Ours(stored, 32), Ours(stored, 32, rank=8), Peft(stored, 8), Peft(stored, 0)
+    for choice in ours.runner.choices:
+        print(choice)
+    tokens = chosen.tokens
     contenders: dict[str, Callable[[], float]] = {
-        "ours, bare base, 1 row": lambda: ours.decode(1, 0, chosen.tokens),
-        "ours, bare base, 8 rows": lambda: ours.decode(8, 0, chosen.tokens),
-        "ours, 8 rows on 8 adapters": lambda: ours.decode(8, 8, chosen.tokens),
-        "ours, 8 rows on 1 adapter": lambda: ours.decode(8, 1, chosen.tokens),
-        "ours, bare base, 32 rows": lambda: ours.decode(32, 0, chosen.tokens),
-        "ours, 32 rows on 32 adapters": lambda: ours.decode(32, 32, chosen.tokens),
-        "ours, 32 rows on 1 adapter": lambda: ours.decode(32, 1, chosen.tokens),
-        "PEFT, 8 rows on 8 adapters": lambda: mixed.decode(8, 8, chosen.tokens),
-        "generate, bare base, 8 rows": lambda: bare.decode(8, 0, chosen.tokens),
+        "ours, bare base, 1 row": lambda: ours.decode(1, 0, tokens),
+        "ours, bare base, 8 rows": lambda: ours.decode(8, 0, tokens),
+        "ours, 8 rows on 8 adapters": lambda: ours.decode(8, 8, tokens),
+        "ours, 8 rows on 1 adapter": lambda: ours.decode(8, 1, tokens),
+        "ours, bare base, 32 rows": lambda: ours.decode(32, 0, tokens),
+        "ours, 32 rows on 32 adapters": lambda: ours.decode(32, 32, tokens),
+        "ours, 32 rows on 8 adapters": lambda: ours.decode(32, 8, tokens),
+        "ours, 32 rows on 1 adapter": lambda: ours.decode(32, 1, tokens),
+        "ours, rank 8, 32 rows on 32 adapters": lambda: low.decode(32, 32, tokens),
+        "ours, rank 8, 32 rows on 1 adapter": lambda: low.decode(32, 1, tokens),
+        "PEFT, 8 rows on 8 adapters": lambda: mixed.decode(8, 8, tokens),
+        "generate, bare base, 8 rows": lambda: bare.decode(8, 0, tokens),
     }
-    figures: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(chosen.rounds + 1):
-        for name, run in contenders.items():
-            figure = run()
-            if number:  # the first round warms up
-                figures[name].append(figure)
-    medians = {name: statistics.median(values) for name, values in figures.items()}
+    figures = take_turns(contenders, chosen.rounds)
     print(
         f"\nSmolLM2-135M NF4, rank {RANK} on all linear layers, {chosen.threads} thread(s), median of {chosen.rounds}\n"
     )
+    print_table(figures)
+    medians = {name: statistics.median(values) for name, values in figures.items()}
+    print_ratios(medians, RATIOS)
+    if chosen.plot:
+        plot({n: [ours.decode(32, n, tokens) for _ in range(chosen.rounds)] for n in (1, 2, 4, 8, 16, 32)}, chosen.plot)
+
+
+RATIOS = [
+    ("32 adapters / 1 adapter, 32 rows, rank 16", "ours, 32 rows on 32 adapters", "ours, 32 rows on 1 adapter"),
+    ("32 adapters / 1 adapter, 32 rows, rank 8", "ours, rank 8, 32 rows on 32 adapters",
+     "ours, rank 8, 32 rows on 1 adapter"),
+    ("8 adapters / 1 adapter, 32 rows", "ours, 32 rows on 8 adapters", "ours, 32 rows on 1 adapter"),
+    ("8 adapters / 1 adapter, 8 rows", "ours, 8 rows on 8 adapters", "ours, 8 rows on 1 adapter"),
+    ("8 adapters / bare base, 8 rows (the LoRA tax)", "ours, 8 rows on 8 adapters", "ours, bare base, 8 rows"),
+    ("ours / PEFT, 8 rows on 8 adapters", "ours, 8 rows on 8 adapters", "PEFT, 8 rows on 8 adapters"),
+    ("ours on 8 adapters / generate on the bare base", "ours, 8 rows on 8 adapters", "generate, bare base, 8 rows"),
+    ("ours / generate, bare base, 8 rows", "ours, bare base, 8 rows", "generate, bare base, 8 rows"),
+]  # fmt: skip
+
+
+def take_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Tokens/s of each contender, round by round; a first round warms up and does not count."""
+    figures: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, run in contenders.items():
+            figure = run()
+            if number:
+                figures[name].append(figure)
+    return figures
+
+
+def print_table(figures: dict[str, list[float]]) -> None:
     print("| | decode tokens/s | min-max |\n|---|---|---|")
     for name, values in figures.items():
-        print(f"| {name} | {medians[name]:.0f} | {min(values):.0f}-{max(values):.0f} |")
+        print(f"| {name} | {statistics.median(values):.0f} | {min(values):.0f}-{max(values):.0f} |")
+
+
+def print_ratios(medians: dict[str, float], ratios: list[tuple[str, str, str]]) -> None:
     print("\n| ratio | |\n|---|---|")
-    for title, one, other in (
-        ("32 adapters / 1 adapter, 32 rows", "ours, 32 rows on 32 adapters", "ours, 32 rows on 1 adapter"),
-        ("8 adapters / 1 adapter, 8 rows", "ours, 8 rows on 8 adapters", "ours, 8 rows on 1 adapter"),
-        ("8 adapters / bare base, 8 rows (the LoRA tax)", "ours, 8 rows on 8 adapters", "ours, bare base, 8 rows"),
-        ("ours / PEFT, 8 rows on 8 adapters", "ours, 8 rows on 8 adapters", "PEFT, 8 rows on 8 adapters"),
-        ("ours on 8 adapters / generate on the bare base", "ours, 8 rows on 8 adapters", "generate, bare base, 8 rows"),
-        ("ours / generate, bare base, 8 rows", "ours, bare base, 8 rows", "generate, bare base, 8 rows"),
-    ):
+    for title, one, other in ratios:
         print(f"| {title} | {medians[one] / medians[other]:.2f} |")
+
+
+def plot(figures: dict[int, list[float]], path: str) -> None:
+    """Throughput against the number of distinct adapters, 32 rows."""
+    import matplotlib.pyplot as plt
+
+    plt.figure(figsize=(6, 3.5))
+    plt.plot(list(figures), [statistics.median(values) for values in figures.values()], marker="o")
+    plt.ylim(bottom=0)
+    plt.xscale("log", base=2)
+    plt.xticks(list(figures), [str(count) for count in figures])
+    plt.xlabel("distinct adapters among 32 requests (rank 16, all linear layers)")
+    plt.ylabel("decode tokens/s")
+    plt.grid(alpha=0.3)
+    plt.tight_layout()
+    plt.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
