@@ -16,8 +16,8 @@ typedef struct {
 
 static void score(Query *queries, int count, const float *const *keys, int num_keys, int dim,
                   float (*scores)[KEYS]) {
-    for (int q = 0; q < count; q += TILE_ROWS) {
-        int tile = count - q < TILE_ROWS ? count - q : TILE_ROWS;
+    for (int q = 0, tile; q < count; q += tile) {
+        tile = tile_of(count - q);
         const float *rows[TILE_ROWS];
         for (int i = 0; i < tile; i++) rows[i] = queries[q + i].query;
         for (int t = 0; t < num_keys; t += TILE_OUTPUTS) {

@@ -110,6 +110,11 @@ static inline __attribute__((always_inline)) void multiply_tile(const float *con
         for (int o = 0; o < TILE_OUTPUTS; o++) sums[r][o] = s[r][o];
 }
 
+/* How many of the rows left to take together: four as two and two, for a tile of one row waits for its own sums. */
+static inline int tile_of(int rows_left) {
+    return rows_left == 4 ? 2 : rows_left < TILE_ROWS ? rows_left : TILE_ROWS;
+}
+
 static inline void multiply_rows(const float *const *w, const float *const *x, int n, vec (*sums)[TILE_OUTPUTS],
                                  int rows) {
     if (rows == 3)

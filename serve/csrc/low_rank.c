@@ -20,8 +20,8 @@ static void shrink(const Part *part, const float *x, int in, int rows, float (*h
                 if (part->is_bf16) widen(room[o], (const bf16 *)part->a + at, n);
                 w[o] = part->is_bf16 ? room[o] : (const float *)part->a + at;
             }
-            for (int r = 0; r < rows; r += TILE_ROWS) {
-                int tile = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+            for (int r = 0, tile; r < rows; r += tile) {
+                tile = tile_of(rows - r);
                 const float *at[TILE_ROWS];
                 for (int i = 0; i < tile; i++) at[i] = x + (int64_t)(r + i) * in + k;
                 multiply_rows(w, at, n, &sums[r], tile);

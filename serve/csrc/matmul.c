@@ -58,10 +58,22 @@ static int can_shuffle(const Matrix *m) {
 }
 #else
 typedef struct { int none; } Tables;
-static Tables tables_of(const float *book) { return (Tables){book != 0}; }
-static void unpack_shuffled(const Matrix *m, const Tables *t, int64_t at, int n, float *to) { (void)m, (void)t, (void)at, (void)n, (void)to; }
-static int origin_of(int place) { return place; }
-static int can_shuffle(const Matrix *m) { return m == 0; }
+
+static Tables tables_of(const float *book) {
+    return (Tables){book != 0};
+}
+
+static void unpack_shuffled(const Matrix *m, const Tables *tables, int64_t at, int n, float *to) {
+    (void)m, (void)tables, (void)at, (void)n, (void)to;
+}
+
+static int origin_of(int place) {
+    return place;
+}
+
+static int can_shuffle(const Matrix *m) {
+    return m == 0;
+}
 #endif
 
 static void unpack_in_order(const Matrix *m, int64_t at, int n, float *restrict to) {
@@ -106,8 +118,8 @@ static void four_outputs(const Matrix *m, const Tables *tables, int first, int o
         const float *w[TILE_OUTPUTS];
         for (int o = 0; o < TILE_OUTPUTS; o++)
             w[o] = o < outputs ? panel_of(m, tables, first + o, k, n, room[o]) : w[0];
-        for (int r = 0; r < rows; r += TILE_ROWS) {
-            int tile = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+        for (int r = 0, tile; r < rows; r += tile) {
+            tile = tile_of(rows - r);
             const float *at[TILE_ROWS];
             for (int i = 0; i < tile; i++) at[i] = x + (r + i) * x_stride + k;
             multiply_rows(w, at, n, &sums[r], tile);
