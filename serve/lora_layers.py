@@ -331,7 +331,7 @@ def _joined(layers: Sequence[nn.Linear]) -> torch.Tensor:
     weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
     half = weight.bfloat16()
     # In pieces: a head is the largest tensor there is, and this its peak.
-    if all(torch.equal(a.float(), b) for a, b in zip(half.split(2048), weight.split(2048), strict=True)):
+    if all(torch.equal(a.float(), b) for a, b in zip(half.chunk(32), weight.chunk(32), strict=True)):
         weight = half
     start = 0
     for layer in layers:
