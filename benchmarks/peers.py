@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -126,6 +127,8 @@ def main() -> None:
         "llama.cpp Q4_1, 1 request": lambda: rate(llama.answer, 1, chosen.tokens),
         "transformers continuous batching, 8 requests": lambda: rate(batching.answer, 8, 2 * SHORT),
     }
+    gc.collect()
+    gc.freeze()  # as our server does; here for all
     figures = decode.take_turns(contenders, chosen.rounds)
     decode.print_table(figures)
     medians = {name: statistics.median(values) for name, values in figures.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import random
 import statistics
 import tempfile
@@ -169,6 +170,8 @@ def main() -> None:
     async def run() -> None:
         with tempfile.TemporaryDirectory() as text:
             adapters = write_adapters(Path(text), engine, 1000)
+            gc.collect()
+            gc.freeze()  # as the server does
             print("\n| | |\n|---|---|")
             await measure(Server(engine), adapters, chosen.rounds)
         await engine.close()

@@ -28,6 +28,14 @@ static inline vec fma_eight(vec a, vec b, vec c) {
     return a * b + c;
 }
 #endif
+
+/* Keeps a loaded vector in its register. A compiler else loads it again inside each multiplication, and the products
+ * wait for the loads: 60 GFLOP/s instead of 90 on Zen 3. */
+#if defined(__AVX2__)
+#define IN_REGISTER(v) __asm__("" : "+x"(v))
+#else
+#define IN_REGISTER(v) (void)(v)
+#endif
 #ifdef __FP_FAST_FMAF
 #define FMA(a, b, c) __builtin_fmaf(a, b, c)
 #else
@@ -100,9 +108,13 @@ static inline __attribute__((always_inline)) void multiply_tile(const float *con
         for (int o = 0; o < TILE_OUTPUTS; o++) s[r][o] = sums[r][o];
     for (int k = 0; k < n; k += LANES) {
         vec rows_of_x[TILE_ROWS];
-        for (int r = 0; r < rows; r++) rows_of_x[r] = *(const vec *)(x[r] + k);
+        for (int r = 0; r < rows; r++) {
+            rows_of_x[r] = *(const vec *)(x[r] + k);
+            IN_REGISTER(rows_of_x[r]);
+        }
         for (int o = 0; o < TILE_OUTPUTS; o++) {
             vec weights = *(const vec *)(w[o] + k);
+            IN_REGISTER(weights);
             for (int r = 0; r < rows; r++) s[r][o] = fma_eight(rows_of_x[r], weights, s[r][o]);
         }
     }

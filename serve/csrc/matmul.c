@@ -12,6 +12,9 @@ enum { PANEL = 768, CHUNK_ROWS = 48, STRIP = 16 };
  * floats (vpermps) keeps the order and took twice as long on Zen 3. */
 enum { SHUFFLED = 64 };
 
+/* Rows of weights fetched before they are used: few rows of x leave memory as the limit. */
+enum { AHEAD = 2 * TILE_OUTPUTS };
+
 #ifdef __AVX2__
 typedef struct { __m256i bytes[4]; } Tables;
 
@@ -25,26 +28,53 @@ static Tables tables_of(const float *book) {
     return tables;
 }
 
-/* 32 codes, one a byte -> 32 values times scale: of each 128-bit lane the first four, the next four, ... */
-static inline void look_up(const Tables *tables, __m256i codes, __m256 scale, float *to) {
+/* 32 codes, one a byte -> 4 x 8 values times scale: of each 128-bit lane the first four, the next four, ... */
+static inline __attribute__((always_inline)) void look_up(const Tables *tables, __m256i codes, __m256 scale, vec *to) {
     __m256i b[4];
     for (int i = 0; i < 4; i++) b[i] = _mm256_shuffle_epi8(tables->bytes[i], codes);
     __m256i low01 = _mm256_unpacklo_epi8(b[0], b[1]), high01 = _mm256_unpackhi_epi8(b[0], b[1]);
     __m256i low23 = _mm256_unpacklo_epi8(b[2], b[3]), high23 = _mm256_unpackhi_epi8(b[2], b[3]);
     __m256i values[4] = {_mm256_unpacklo_epi16(low01, low23), _mm256_unpackhi_epi16(low01, low23),
                          _mm256_unpacklo_epi16(high01, high23), _mm256_unpackhi_epi16(high01, high23)};
-    for (int i = 0; i < 4; i++) _mm256_storeu_ps(to + i * LANES, _mm256_mul_ps(_mm256_castsi256_ps(values[i]), scale));
+    for (int i = 0; i < 4; i++) to[i] = (vec)_mm256_mul_ps(_mm256_castsi256_ps(values[i]), scale);
+}
+
+/* 64 weights from 32 bytes. */
+static inline __attribute__((always_inline)) void unpack_run(const Tables *tables, const uint8_t *codes, float absmax,
+                                                             vec *to) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i both = _mm256_loadu_si256((const __m256i *)codes);
+    __m256 scale = _mm256_set1_ps(absmax);
+    look_up(tables, _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble), scale, to);
+    look_up(tables, _mm256_and_si256(both, nibble), scale, to + 4);
 }
 
 static void unpack_shuffled(const Matrix *m, const Tables *tables, int64_t at, int n, float *restrict to) {
     const uint8_t *codes = (const uint8_t *)m->weights + at / 2;
-    const __m256i nibble = _mm256_set1_epi8(15);
-    for (int k = 0; k < n; k += SHUFFLED) {
-        __m256i both = _mm256_loadu_si256((const __m256i *)(codes + k / 2));
-        __m256 scale = _mm256_set1_ps(m->absmax[(at + k) / m->block]);
-        look_up(tables, _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble), scale, to + k);
-        look_up(tables, _mm256_and_si256(both, nibble), scale, to + k + SHUFFLED / 2);
+    for (int k = 0; k < n; k += SHUFFLED) unpack_run(tables, codes + k / 2, m->absmax[(at + k) / m->block], (vec *)(to + k));
+}
+
+/* Four outputs of one row, each weight used as it is unpacked; the same sums in the same order as by panels. */
+static void four_outputs_of_one_row(const Matrix *m, const Tables *tables, int first, const float *x, vec *sums) {
+    const uint8_t *codes[TILE_OUTPUTS];
+    const float *absmax[TILE_OUTPUTS];
+    vec s[TILE_OUTPUTS] = {0};
+    for (int o = 0; o < TILE_OUTPUTS; o++) {
+        int64_t at = (int64_t)(first + o) * m->in;
+        codes[o] = (const uint8_t *)m->weights + at / 2;
+        absmax[o] = m->absmax + at / m->block;
     }
+    int runs = m->block / SHUFFLED;
+    for (int k = 0, run = 0; k < m->in; k += SHUFFLED, run++) {
+        for (int o = 0; o < TILE_OUTPUTS; o++) {
+            vec weights[SHUFFLED / LANES];
+            __builtin_prefetch(codes[o] + k / 2 + AHEAD * m->in / 2);
+            unpack_run(tables, codes[o] + k / 2, absmax[o][run / runs], weights);
+            for (int i = 0; i < SHUFFLED / LANES; i++)
+                s[o] = fma_eight(*(const vec *)(x + k + i * LANES), weights[i], s[o]);
+        }
+    }
+    for (int o = 0; o < TILE_OUTPUTS; o++) sums[o] = s[o];
 }
 
 /* Where in a run of 64 the weight lies that comes out at `place`. */
@@ -65,6 +95,10 @@ static Tables tables_of(const float *book) {
 
 static void unpack_shuffled(const Matrix *m, const Tables *tables, int64_t at, int n, float *to) {
     (void)m, (void)tables, (void)at, (void)n, (void)to;
+}
+
+static void four_outputs_of_one_row(const Matrix *m, const Tables *tables, int first, const float *x, vec *sums) {
+    (void)m, (void)tables, (void)first, (void)x, (void)sums;
 }
 
 static int origin_of(int place) {
@@ -112,8 +146,12 @@ static void four_outputs(const Matrix *m, const Tables *tables, int first, int o
                          float *strip, int rows) {
     float room[TILE_OUTPUTS][PANEL] __attribute__((aligned(64)));
     vec sums[CHUNK_ROWS][TILE_OUTPUTS];
-    memset(sums, 0, sizeof(sums[0]) * rows);
-    for (int k = 0; k < m->in; k += PANEL) {
+    int direct = tables && rows == 1 && outputs == TILE_OUTPUTS;
+    if (direct)
+        four_outputs_of_one_row(m, tables, first, x, sums[0]);
+    else
+        memset(sums, 0, sizeof(sums[0]) * rows);
+    for (int k = direct ? m->in : 0; k < m->in; k += PANEL) {
         int n = m->in - k < PANEL ? m->in - k : PANEL;
         const float *w[TILE_OUTPUTS];
         for (int o = 0; o < TILE_OUTPUTS; o++)
