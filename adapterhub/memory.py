@@ -1,0 +1,131 @@
+"""Sizes of models, and what a step of our training loop holds, itemised. Loads nothing and measures nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SPREAD = 0.25
+"""how far a measured peak may lie from the sum: allocators, kernels' scratch space, other libraries"""
+PROCESS_CPU = 650 << 20
+"""bytes of interpreter, torch and transformers before a model is loaded; measured, Python 3.11, torch 2.13"""
+PROCESS_CUDA = 600 << 20
+"""bytes of a CUDA context with bitsandbytes' and cuBLAS' kernels"""
+_BLOCK, _NESTED_BLOCK = 64, 256
+"""weights per quantization constant, constants per second-level constant (arXiv 2305.14314, section 3)"""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only model, as its config.json states them."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    key_value: int
+    """width of the keys of all heads together"""
+    vocabulary: int
+    query: int = 0
+    """width of the queries of all heads together; 0: the hidden size"""
+    is_tied: bool = False
+    """one matrix is both embedding and output head"""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Raises KeyError for a config without these sizes."""
+        heads = config["num_attention_heads"]
+        head = config.get("head_dim") or config["hidden_size"] // heads
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            key_value=head * (config.get("num_key_value_heads") or heads),
+            vocabulary=config["vocab_size"],
+            query=head * heads,
+            is_tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    def layer_linears(self) -> dict[str, tuple[int, int]]:
+        """Name -> (inputs, outputs) of one layer's linear modules, gated as in LLaMA (arXiv 2302.13971)."""
+        query = self.query or self.hidden
+        return {
+            "q_proj": (self.hidden, query),
+            "k_proj": (self.hidden, self.key_value),
+            "v_proj": (self.hidden, self.key_value),
+            "o_proj": (query, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all layers' linear modules: what is held in 4 bit."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.layer_linears().values())
+
+    @property
+    def embedding_weights(self) -> int:
+        """Weights of embedding and output head, once when they are tied."""
+        return self.vocabulary * self.hidden * (1 if self.is_tied else 2)
+
+    @property
+    def weights(self) -> int:
+        return self.linear_weights + self.embedding_weights + self.hidden * (2 * self.layers + 1)
+
+    def lora_weights(self, rank: int, modules: Sequence[str] = ()) -> int:
+        """A and B of rank `rank` on these modules, on all linear ones when none is named. Raises KeyError."""
+        linears = self.layer_linears()
+        return self.layers * sum(rank * sum(linears[name]) for name in modules or linears)
+
+
+@dataclass(frozen=True)
+class TrainingLoad:
+    """What a training step holds, beside the model's shape."""
+
+    quantized: int
+    """weights held in 4 bit"""
+    unquantized: int
+    trainable: int
+    row_tokens: int
+    """tokens of the longest forward pass"""
+    row_trained: int
+    """logits of the longest forward pass"""
+    dtype_bytes: int
+    moment_bytes: int
+    """of the optimizer, both moments of one parameter"""
+    device: Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str
+    size_bytes: int
+
+
+def constant_bytes(quantized: int, *, is_double: bool = True) -> int:
+    """One constant for 64 weights: fp32, or 8 bit with fp32 constants of their own for 256 (2305.14314, section 3)."""
+    constants = quantized // _BLOCK
+    return constants + 4 * (constants // _NESTED_BLOCK) if is_double else 4 * constants
+
+
+def training_memory(shape: ModelShape, load: TrainingLoad) -> list[Item]:
+    """The peak of a step of train/trainer.py, by what takes it; without activation checkpointing."""
+    dtype, tokens = load.dtype_bytes, load.row_tokens
+    # fp32 copies of both norms' inputs and of the inputs of seven adapted layers, which A's gradient needs; queries,
+    # keys, values and attention's output; gate, its activation and up in the compute dtype.
+    per_token = 4 * (2 * 2 + 6) * shape.hidden + 4 * shape.intermediate
+    per_token += dtype * (2 * shape.hidden + 2 * shape.key_value + 3 * shape.intermediate)
+    return [
+        Item("base, 4-bit codes", load.quantized // 2),
+        Item("quantization constants", constant_bytes(load.quantized)),
+        Item("weights left unquantized", dtype * load.unquantized),
+        Item("adapter, fp32", 4 * load.trainable),
+        Item("gradients, fp32", 4 * load.trainable),
+        Item("optimizer", load.moment_bytes * load.trainable),
+        Item("activations", shape.layers * per_token * tokens),
+        Item("attention mask", dtype * tokens * tokens),
+        # The compute dtype's logits and their gradient, fp32 logits and theirs.
+        Item("logits", (2 * dtype + 8) * load.row_trained * shape.vocabulary),
+        Item("process", PROCESS_CPU if load.device == "cpu" else PROCESS_CUDA),
+    ]
