@@ -63,8 +63,7 @@ def load_base(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    where = _choose_device(device)
-    precision = _choose_dtype(dtype, where.value)
+    where, precision = choose_precision(dtype, device)
     compute = getattr(torch, precision.value)
     quantization = Quantization(kind=kind, compute_dtype=precision.value)  # type: ignore[arg-type]
     config = None
@@ -87,6 +86,12 @@ def load_base(
     model.eval()
     kernel = _choose_kernel(model, purpose, compute)
     return LoadedBase(model, tokenizer, stored.ref, quantization, (where, precision, *kernel))
+
+
+def choose_precision(dtype: str | None, device: str | None) -> tuple[Choice, Choice]:
+    """(device, dtype) a base would be loaded with. Raises UsageError for what is not there."""
+    where = _choose_device(device)
+    return where, _choose_dtype(dtype, where.value)
 
 
 def quantized_layers(model: Any) -> dict[str, Any]:
@@ -283,3 +288,16 @@ def _choose_kernel(model: Any, purpose: Purpose, compute: torch.dtype) -> tuple[
         return (Choice("nf4 kernel", "packed AVX512-BF16", "bf16 inference on this CPU"),)
     reason = "training needs true gradients" if purpose == "train" else f"{compute} was asked for"
     return (Choice("nf4 kernel", "dequantize + matmul", reason),)
+
+
+def adamw(parameters: Sequence[torch.nn.Parameter], *, bits: Literal[8, 32], is_paged: bool) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW, its moments in 8 or 32 bits; paged ones may leave a GPU's memory (arXiv 2305.14314, 3)."""
+    from bitsandbytes import optim
+
+    kinds = {
+        (8, False): optim.AdamW8bit,
+        (8, True): optim.PagedAdamW8bit,
+        (32, False): optim.AdamW32bit,
+        (32, True): optim.PagedAdamW32bit,
+    }
+    return kinds[bits, is_paged](parameters, weight_decay=0.0)  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
 """What a training run leaves beside its weights: recipe.toml and train_log.jsonl.
 
 The trainer writes the log line by line; packing reads it back. One JSON object a line, told apart by `event`:
-`start` (base, quantization, digests, versions), `step` (loss, tokens), `end` (totals and held-out losses).
+`start` (base, quantization, digests, versions), `step` (loss, tokens), `measured` (held-out loss on the way),
+`end` (totals and held-out losses).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class RunStart(_Event):
     data_sha256: str
     samples: int
     seed: int
+    start_digest: str | None = None
+    """of the adapter the run went on from; None: a new one"""
     versions: dict[str, str]
 
 
@@ -42,13 +45,21 @@ class RunStep(_Event):
     event: Literal["step"] = "step"
     step: int
     loss: float
-    """nats per trained token"""
+    """nats per trained token; in preference tuning the method's own"""
     learning_rate: float
     grad_norm: float
     tokens: int
     """tokens in the step's batch"""
     trained_tokens: int
     seconds: float
+
+
+class RunMeasured(_Event):
+    """The held-out loss after a step."""
+
+    event: Literal["measured"] = "measured"
+    step: int
+    loss: float
 
 
 class RunEnd(_Event):
@@ -60,7 +71,8 @@ class RunEnd(_Event):
     evaluations: list[Evaluation]
 
 
-_EVENT: TypeAdapter[RunStart | RunStep | RunEnd] = TypeAdapter(RunStart | RunStep | RunEnd)
+RunEvent = RunStart | RunStep | RunMeasured | RunEnd
+_EVENT: TypeAdapter[RunEvent] = TypeAdapter(RunEvent)
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,20 @@ class RunRecord:
     peak_memory_bytes: int
 
 
+def read_run_events(path: Path, *, is_whole: bool = True) -> list[RunEvent]:
+    """The events of a log; while a run goes on (`is_whole` false), without a last line that is not yet whole.
+
+    Raises InvalidManifest when the log is damaged.
+    """
+    lines = path.read_text().splitlines(keepends=True)
+    if not is_whole and lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    try:
+        return [_EVENT.validate_python(json.loads(line)) for line in lines]
+    except (ValueError, ValidationError) as error:
+        raise InvalidManifest(f"{path} is not a training log ({error}): train again, or remove it.") from error
+
+
 def read_run_record(folder: Path) -> RunRecord | None:
     """The record of a finished run, or None when there is no log (an adopted adapter).
 
@@ -81,10 +107,7 @@ def read_run_record(folder: Path) -> RunRecord | None:
     path = folder / LOG_NAME
     if not path.is_file():
         return None
-    try:
-        events = [_EVENT.validate_python(json.loads(line)) for line in path.read_text().splitlines()]
-    except (ValueError, ValidationError) as error:
-        raise InvalidManifest(f"{path} is not a training log ({error}): train again, or remove it.") from error
+    events = read_run_events(path)
     start, end = events[0] if events else None, events[-1] if events else None
     if not isinstance(start, RunStart) or not isinstance(end, RunEnd):
         raise InvalidManifest(f"{path} is of a run that did not end: train again into a fresh folder.")

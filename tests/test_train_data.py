@@ -52,6 +52,11 @@ def trained_text(sample: Sample, tokenizer: Any) -> str:
     return str(tokenizer.decode([token for token, mark in zip(sample.tokens, sample.trained, strict=True) if mark]))
 
 
+def test_only_the_last_answer_is_trained(tokenizer: Any) -> None:
+    sample = tokenize(talk("Hi?", "Ho.", "And?", "Hum."), tokenizer, loss_on="last")
+    assert trained_text(sample, tokenizer) == "Hum.<|im_end|>"
+
+
 def test_the_answer_and_its_end_are_trained(tokenizer: Any) -> None:
     sample = tokenize(talk("Hi?", "Ho."), tokenizer, loss_on="assistant")
     assert trained_text(sample, tokenizer) == "Ho.<|im_end|>"

@@ -145,5 +145,32 @@ def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
         recipe.seed = 1  # type: ignore[misc]
 
 
+def test_patience_without_held_out_losses(tmp_path: Path) -> None:
+    assert "patience counts held-out losses: set evaluate_every too" in fault(tmp_path, SOUND + "patience = 2\n")
+
+
+def test_keeping_the_best_of_nothing_held_out(tmp_path: Path) -> None:
+    text = SOUND.replace("path =", "held_out = 0\npath =") + 'keep = "best"\nevaluate_every = 1\n'
+    assert "keep = best and patience need questions held out" in fault(tmp_path, text)
+
+
+def test_preference_learns_from_a_file(tmp_path: Path) -> None:
+    text = SOUND.replace('source = "file"\npath = "lines.jsonl"', 'source = "shipped"\nname = "captain"')
+    assert "learns from a file of compared replies" in fault(tmp_path, text + '[preference]\nmethod = "dpo"\n')
+
+
+def test_weights_of_kto_with_another_method(tmp_path: Path) -> None:
+    text = fault(tmp_path, SOUND + '[preference]\nmethod = "dpo"\ndesirable_weight = 2.0\n')
+    assert "[preference]: desirable_weight and undesirable_weight are KTO's, the method is dpo" in text
+
+
+def test_an_unknown_preference_method(tmp_path: Path) -> None:
+    assert "[preference]: method = 'ppo'" in fault(tmp_path, SOUND + '[preference]\nmethod = "ppo"\n')
+
+
+def test_a_start_that_names_no_adapter(tmp_path: Path) -> None:
+    assert "'a b' does not name an adapter" in fault(tmp_path, 'start = "a b"' + SOUND)
+
+
 def test_sections_are_all_listed_for_the_nearest_key() -> None:
-    assert set(Recipe.SECTIONS) == {"data", "lora", "train", "quantization"}
+    assert set(Recipe.SECTIONS) == {"data", "lora", "train", "preference", "quantization"}

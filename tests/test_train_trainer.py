@@ -15,7 +15,7 @@ from adapterhub.files import sha256_of
 from adapterhub.lora_config import lora_tensors, read_lora_config
 from adapterhub.run_record import RunEnd, RunStep, read_run_record
 from adapterhub.safetensors_header import read_header
-from train import trainer
+from train import objective, trainer
 from train.progress import Silent
 from train.recipe import Recipe, read_recipe
 from train.trainer import fit
@@ -45,8 +45,8 @@ def make_recipe(folder: Path, *, lines: int = 12, **sections: dict[str, Any]) ->
         "quantization": {"compute_dtype": "float32"},
     }
     text = 'name = "mine"\nbase = "smollm2-135m-instruct"\n'
-    for name, values in raw.items():
-        entries = values | sections.get(name, {})
+    for name in raw | sections:
+        entries = raw.get(name, {}) | sections.get(name, {})
         text += f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in entries.items())
     (folder / "mine.toml").write_text(text)
     return read_recipe(folder / "mine.toml")
@@ -63,7 +63,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 class Interrupt(Silent):
-    """Somebody presses Ctrl-C after the first step."""
+    """Somebody presses Ctrl-C twice in the first step."""
 
     def step(self, done: RunStep, *, of: int) -> None:
         raise KeyboardInterrupt
@@ -225,7 +225,7 @@ def failing_loss(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> No
             raise error
         return next(p for p in model.parameters() if p.requires_grad).sum() * float("nan")
 
-    monkeypatch.setattr(trainer, "row_loss", loss)
+    monkeypatch.setattr(objective, "row_loss", loss)
 
 
 def test_a_loss_that_is_no_number(tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,9 @@ from adapterhub.errors import DatasetError
 from train.formats import Conversation, Source, listed, read_chatterbot, read_jsonl, read_shipped
 from train.recipe import ChatterbotData, LossOn, Recipe, ShippedData
 
+_CUT = "samples were cut at max_length = {max_length} tokens"
+_UNTRAINED = "samples have no trained token left and were left out"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -26,6 +29,10 @@ class Sample:
     def num_trained(self) -> int:
         return sum(self.trained)
 
+    def cut(self, length: int) -> Sample:
+        """Its first `length` tokens."""
+        return Sample(self.tokens[:length], self.trained[:length])
+
 
 @dataclass(frozen=True)
 class TokenData:
@@ -35,6 +42,9 @@ class TokenData:
     train: tuple[Sample, ...]
     held_out: tuple[Sample, ...]
     notes: tuple[str, ...]
+    num_cut: int = 0
+    num_untrained: int = 0
+    """left out, for no trained token was left in them"""
 
     @property
     def num_tokens(self) -> int:
@@ -93,13 +103,15 @@ def prepare(
     notes = [*source.notes]
     if dropped := len(source.conversations) - len(distinct):
         notes.append(f"{dropped} conversations ask what another one asks: left out before the split")
-    train, measured = (_tokenize_all(side, tokenizer, loss_on, max_length, notes) for side in sides)
+    found = Counter[str]()
+    train, measured = (_tokenize_all(side, tokenizer, loss_on, max_length, found) for side in sides)
     if not train:
         raise DatasetError(
             f"{source.name}: no sample has a trained token (max_length = {max_length}): raise max_length, or check "
             "that the conversations hold answers of the assistant."
         )
-    return TokenData(source.name, train, measured, tuple(notes))
+    notes += [f"{count} {what.format(max_length=max_length)}" for what, count in found.items() if count]
+    return TokenData(source.name, train, measured, tuple(notes), found[_CUT], found[_UNTRAINED])
 
 
 def drop_duplicates(conversations: Iterable[Conversation]) -> list[Conversation]:
@@ -155,15 +167,16 @@ def tokenize(conversation: Conversation, tokenizer: ChatTokenizer, *, loss_on: L
         raise ValueError("the chat template renders the beginning-of-text token twice")
     if loss_on == "all":
         trained = [True] * len(tokens)
+    elif loss_on == "last":
+        trained = [mark and place >= len(prompt) for place, mark in enumerate(trained)]
     return Sample(tuple(tokens), (False, *trained[1:]))
 
 
 def _tokenize_all(
-    conversations: list[Conversation], tokenizer: ChatTokenizer, loss_on: LossOn, max_length: int, notes: list[str]
+    conversations: list[Conversation], tokenizer: ChatTokenizer, loss_on: LossOn, max_length: int, found: Counter[str]
 ) -> tuple[Sample, ...]:
-    if not tokenizer.chat_template:
-        raise DatasetError("the base has no chat template: use an instruction-tuned base (its name often says so).")
-    samples, faults, found = [], [], Counter[str]()
+    check_has_template(tokenizer)
+    samples, faults = [], []
     for conversation in conversations:
         try:
             sample = tokenize(conversation, tokenizer, loss_on=loss_on)
@@ -171,19 +184,29 @@ def _tokenize_all(
             faults.append(f"{conversation.where}: {error}")
             continue
         if len(sample.tokens) > max_length:
-            found[f"samples were cut at max_length = {max_length} tokens"] += 1
-            sample = Sample(sample.tokens[:max_length], sample.trained[:max_length])
+            found[_CUT] += 1
+            sample = sample.cut(max_length)
         if sample.num_trained:
             samples.append(sample)
         else:
-            found["samples have no trained token left and were left out"] += 1
+            found[_UNTRAINED] += 1
+    check_rendered(faults)
+    return tuple(samples)
+
+
+def check_has_template(tokenizer: ChatTokenizer) -> None:
+    """Raises DatasetError."""
+    if not tokenizer.chat_template:
+        raise DatasetError("the base has no chat template: use an instruction-tuned base (its name often says so).")
+
+
+def check_rendered(faults: list[str]) -> None:
+    """Raises DatasetError with what the chat template could not render."""
     if faults:
         raise DatasetError(
             f"the base's chat template cannot render this data turn by turn, {listed(faults)}. "
             "Give each conversation one answer only, or use another base."
         )
-    notes.extend(f"{count} {what}" for what, count in found.items())
-    return tuple(samples)
 
 
 def _render(tokenizer: ChatTokenizer, messages: list[dict[str, str]], *, is_prompt: bool) -> list[int]:
@@ -201,9 +224,13 @@ def _check_prefix(start: list[int], whole: list[int], otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
+def special_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
+    return frozenset(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
 def _end_of_turn(whole: list[int], start: int, tokenizer: ChatTokenizer) -> int:
     """Index after the turn's last special token; only white space may follow it."""
-    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    special = special_ids(tokenizer)
     for end in range(len(whole), start, -1):
         if whole[end - 1] in special:
             return end

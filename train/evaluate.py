@@ -18,20 +18,20 @@ ROW_SAMPLES = 8
 
 def row_loss(model: Any, row: Row) -> torch.Tensor:
     """Sum of the negative log-likelihoods (nats, fp32) of the row's targets; logits only where they are needed."""
-    logits = model(
-        input_ids=row.input_ids,
-        position_ids=row.position_ids,
-        attention_mask=row.mask,
-        use_cache=False,
-        logits_to_keep=row.keep,
-    ).logits[0]
-    return cross_entropy(logits.float(), row.targets, reduction="sum")
+    return cross_entropy(_logits(model, row), row.targets, reduction="sum")
+
+
+def log_likelihoods(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
+    """[S] log-likelihood (nats, fp32) of each sample's trained tokens together, all samples in one row."""
+    row = pack(samples, device=model.device, dtype=model.dtype)
+    of_tokens = -cross_entropy(_logits(model, row), row.targets, reduction="none")
+    return of_tokens.new_zeros(len(samples)).index_add(0, row.owners, of_tokens)
 
 
 def held_out_loss(model: Any, samples: Sequence[Sample]) -> tuple[float, int]:
     """(mean loss per trained token in nats, number of those tokens), in eval mode and without gradients."""
     total, tokens = 0.0, 0
-    with _measuring(model):
+    with measuring(model):
         for start in range(0, len(samples), ROW_SAMPLES):
             row = pack(samples[start : start + ROW_SAMPLES], device=model.device, dtype=model.dtype)
             total += row_loss(model, row).item()
@@ -39,8 +39,20 @@ def held_out_loss(model: Any, samples: Sequence[Sample]) -> tuple[float, int]:
     return total / max(1, tokens), tokens
 
 
+def _logits(model: Any, row: Row) -> torch.Tensor:
+    logits: torch.Tensor = model(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        attention_mask=row.mask,
+        use_cache=False,
+        logits_to_keep=row.keep,
+    ).logits[0]
+    return logits.float()
+
+
 @contextmanager
-def _measuring(model: Any) -> Iterator[None]:
+def measuring(model: Any) -> Iterator[None]:
+    """In eval mode and without gradients; the mode it was in comes back."""
     # Not inference_mode: tensors a model caches there (rotary tables) could not take part in training later.
     was_training = model.training
     model.eval()

@@ -56,7 +56,7 @@ def read_jsonl(path: Path | Traversable, *, name: str) -> Source:
             continue
         where = f"{path.name}:{number}"
         try:
-            conversations.append(Conversation(_messages_of(line), where))
+            conversations.append(Conversation(_messages_of_line(line), where))
         except ValueError as error:
             faults.append(f"{where}: {error}")
     if faults:
@@ -129,7 +129,7 @@ def _nearest(name: str, names: list[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
 
 
-def _messages_of(line: str) -> tuple[Message, ...]:
+def _messages_of_line(line: str) -> tuple[Message, ...]:
     """Raises ValueError saying what is wrong with the line."""
     try:
         raw = json.loads(line)
@@ -137,7 +137,12 @@ def _messages_of(line: str) -> tuple[Message, ...]:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("messages"), list):
         raise ValueError('no list "messages"')
-    messages = tuple(_message(number, item) for number, item in enumerate(raw["messages"], start=1))
+    return messages_of(raw["messages"])
+
+
+def messages_of(raw: list[Any]) -> tuple[Message, ...]:
+    """Raises ValueError saying which message is wrong."""
+    messages = tuple(_message(number, item) for number, item in enumerate(raw, start=1))
     _check_order([message.role for message in messages])
     return messages
 

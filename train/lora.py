@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
-from adapterhub.adapter import BaseRef
+from adapterhub.adapter import Adapter, BaseRef
 from adapterhub.errors import RecipeError
 from adapterhub.files import write_atomic
 from adapterhub.lora_config import CONFIG_NAME, WEIGHTS_NAME
@@ -38,6 +39,31 @@ def add_lora(model: Any, lora: LoraSection) -> Any:
     return get_peft_model(model, config)
 
 
+def continue_lora(model: Any, start: Adapter, *, dropout: float) -> Any:
+    """The model with a packed adapter's A and B on it, trainable (fp32)."""
+    config = LoraConfig.from_pretrained(str(start.path))
+    config.inference_mode, config.lora_dropout = False, dropout
+    return PeftModel.from_pretrained(model, str(start.path), config=config, is_trainable=True)
+
+
+def lora_of(start: Adapter, *, dropout: float) -> LoraSection:
+    """What a packed adapter is, in a recipe's words."""
+    lora = start.manifest.lora
+    return LoraSection(
+        method=lora.method,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=dropout,
+        targets="all-linear" if lora.targets == ["all-linear"] else tuple(lora.targets),
+    )
+
+
+def load_lora(model: Any, folder: Path) -> None:
+    """Put weights that `save_lora` wrote back into the layers they came from, bit for bit."""
+    outcome = set_peft_model_state_dict(model, load_file(folder / WEIGHTS_NAME))
+    assert not outcome.unexpected_keys, outcome.unexpected_keys
+
+
 def trainable(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -51,7 +77,7 @@ def save_lora(model: Any, folder: Path, *, base: BaseRef) -> None:
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     contiguous = {name: tensor.detach().float().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     save_file(contiguous, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    config = model.peft_config["default"]
+    config = copy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))
     raw = json.loads((folder / CONFIG_NAME).read_bytes())

@@ -15,7 +15,8 @@ class Row:
     """One forward pass: the samples' common prefix, then what each adds to it, end to end.
 
     `input_ids` and `position_ids` are [1, N]; `mask` [1, 1, N, N] is added to attention scores; `targets` [T]
-    are the trained tokens and `keep` [T] the places in the row whose logits predict them.
+    are the trained tokens, `keep` [T] the places in the row whose logits predict them, and `owners` [T] the
+    samples they belong to.
     """
 
     input_ids: torch.Tensor
@@ -23,6 +24,7 @@ class Row:
     mask: torch.Tensor
     keep: torch.Tensor
     targets: torch.Tensor
+    owners: torch.Tensor
 
 
 def pack(samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype) -> Row:
@@ -33,7 +35,7 @@ def pack(samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype)
     """
     prefix = common_prefix(samples)
     tokens, positions, owners = list(samples[0].tokens[:prefix]), list(range(prefix)), [-1] * prefix
-    keep, targets = [], []
+    keep, targets, owners_of_targets = [], [], []
     for owner, sample in enumerate(samples):
         shift = len(tokens) - prefix
         for place in range(prefix, len(sample.tokens)):
@@ -41,6 +43,7 @@ def pack(samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype)
                 before = place - 1
                 keep.append(before if before < prefix else before + shift)
                 targets.append(sample.tokens[place])
+                owners_of_targets.append(owner)
         tokens += sample.tokens[prefix:]
         positions += range(prefix, len(sample.tokens))
         owners += [owner] * (len(sample.tokens) - prefix)
@@ -50,6 +53,7 @@ def pack(samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype)
         _mask(torch.tensor(owners, device=device), dtype),
         torch.tensor(keep, device=device, dtype=torch.long),
         torch.tensor(targets, device=device, dtype=torch.long),
+        torch.tensor(owners_of_targets, device=device, dtype=torch.long),
     )
 
 

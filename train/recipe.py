@@ -12,11 +12,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from adapterhub.adapter import BaseName
+from adapterhub.adapter import AdapterRef, BaseName
 from adapterhub.errors import InvalidRef, RecipeError
 
-LossOn = Literal["assistant", "all"]
+LossOn = Literal["assistant", "last", "all"]
 Schedule = Literal["constant", "cosine", "linear"]
+PreferenceMethod = Literal["dpo", "kto", "orpo"]
 
 
 class _Section(BaseModel):
@@ -77,20 +78,47 @@ class TrainSection(_Section):
     warmup_steps: int = Field(default=5, ge=0)
     max_grad_norm: float = Field(default=0.3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
     loss_on: LossOn = "assistant"
+    """every answer, the last answer of each conversation, or every token"""
     evaluate_every: int = Field(default=0, ge=0)
     """steps between held-out losses during the run; 0: only before and after"""
+    keep: Literal["last", "best"] = "last"
+    """the weights after the last step, or those with the lowest held-out loss"""
+    patience: int = Field(default=0, ge=0)
+    """held-out losses in a row without a new lowest one that end the run; 0: never"""
+    checkpoint_every: int = Field(default=50, ge=0)
+    """steps between checkpoints; 0: only when the run is stopped"""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("expected either epochs or steps")
+        if self.patience and not self.evaluate_every:
+            raise ValueError("patience counts held-out losses: set evaluate_every too")
         return self
 
     def num_steps(self, num_samples: int) -> int:
         if self.steps is not None:
             return self.steps
         return (self.epochs or 1) * math.ceil(num_samples / (self.batch_size * self.gradient_accumulation))
+
+
+class PreferenceSection(_Section):
+    """Learning from compared replies: DPO (arXiv 2305.18290), KTO (2402.01306) or ORPO (2403.07691)."""
+
+    method: PreferenceMethod
+    beta: float = Field(default=0.1, gt=0)
+    """DPO, KTO: how closely the reference is held to; ORPO: the weight of its odds ratio (the paper's lambda)"""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """KTO's lambda_D and lambda_U, against sides of unequal size"""
+
+    @model_validator(mode="after")
+    def _weights_are_ktos(self) -> PreferenceSection:
+        if self.method != "kto" and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
+            raise ValueError(f"desirable_weight and undesirable_weight are KTO's, the method is {self.method}")
+        return self
 
 
 class QuantizationSection(_Section):
@@ -103,10 +131,14 @@ class Recipe(_Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
     base: str
+    start: str | None = None
+    """the adapter to go on from: `owner/name`, `name@alias`, a folder, `sha256:...`; None: a new one"""
     seed: int = Field(default=0, ge=0, lt=2**32)
     data: Annotated[ChatterbotData | FileData | ShippedData, Field(discriminator="source")]
     lora: LoraSection = LoraSection()
     train: TrainSection
+    preference: PreferenceSection | None = None
+    """None: learn to write the answers of the data; else: to prefer some over others"""
     quantization: QuantizationSection = QuantizationSection()
 
     _folder: Path = PrivateAttr(default=Path())
@@ -115,6 +147,7 @@ class Recipe(_Section):
         "data": (ChatterbotData, FileData, ShippedData),
         "lora": (LoraSection,),
         "train": (TrainSection,),
+        "preference": (PreferenceSection,),
         "quantization": (QuantizationSection,),
     }
 
@@ -126,6 +159,22 @@ class Recipe(_Section):
         except InvalidRef as error:
             raise ValueError(str(error)) from error
         return text
+
+    @field_validator("start")
+    @classmethod
+    def _names_an_adapter(cls, text: str | None) -> str | None:
+        try:
+            return text if text is None else str(AdapterRef.parse(text))
+        except InvalidRef as error:
+            raise ValueError(str(error)) from error
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.preference and not isinstance(self.data, FileData):
+            raise ValueError('[preference] learns from a file of compared replies: set source = "file" in [data]')
+        if not self.data.held_out and (self.train.keep == "best" or self.train.patience):
+            raise ValueError("keep = best and patience need questions held out: set held_out above 0 in [data]")
+        return self
 
     @property
     def base_name(self) -> BaseName:
@@ -145,8 +194,11 @@ class Recipe(_Section):
         return "\n".join(lines) + "\n"
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Parse a TOML recipe. Raises RecipeError listing every fault: section, key, and the nearest known key."""
+def read_recipe(path: Path, *, folder: Path | None = None) -> Recipe:
+    """Parse a TOML recipe, whose relative paths start at `folder` (the recipe's own when not given).
+
+    Raises RecipeError listing every fault: section, key, and the nearest known key.
+    """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -164,7 +216,7 @@ def read_recipe(path: Path) -> Recipe:
         faults = [_fault(entry["type"], entry["loc"], entry["msg"], entry.get("input")) for entry in error.errors()]
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise RecipeError(f"{path} has {count}: {'; '.join(dict.fromkeys(faults))}.") from error
-    recipe._folder = path.parent
+    recipe._folder = path.parent if folder is None else folder
     return recipe
 
 

@@ -5,185 +5,334 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from adapterhub.base_model import LoadedBase, load_base
+from adapterhub.adapter import Adapter
+from adapterhub.base_model import Choice, LoadedBase, load_base
 from adapterhub.base_store import StoredBase
-from adapterhub.errors import BaseNotFound, OutputNotFresh, TrainingFailed, UsageError
+from adapterhub.errors import (
+    DatasetError,
+    OutputNotFresh,
+    RunNotResumable,
+    TrainingFailed,
+    TrainingStopped,
+    UsageError,
+)
 from adapterhub.files import new_folder
-from adapterhub.manifest import Evaluation
-from adapterhub.package import TEMPLATE_NAME
-from adapterhub.run_record import LOG_NAME, RECIPE_NAME, RunEnd, RunStart, RunStep
-from train.data import Sample, TokenData, prepare, read_source
-from train.evaluate import held_out_loss, row_loss
-from train.lora import add_lora, save_lora, trainable
-from train.packing import pack
+from adapterhub.package import TEMPLATE_NAME, open_adapter
+from adapterhub.run_record import LOG_NAME, RECIPE_NAME, RunEnd, RunMeasured, RunStart, RunStep
+from train.data import Sample
+from train.distributed import World, current_world, held_bytes, shard_base
+from train.inputs import load_objective, load_tokenizer, with_lora_of
+from train.lora import add_lora, continue_lora, load_lora, save_lora, trainable
+from train.mask_report import mask_report
+from train.objective import Measured, Objective
+from train.optimizer import load_optimizer, make_optimizer, save_optimizer
 from train.progress import Progress, peak_memory_bytes, progress_on
 from train.recipe import Recipe
+from train.run_folder import RunFolder, State, check_fresh
 from train.schedule import learning_rate_at, step_batches
+from train.stopping import StopWish, stop_wishes
 
 _VERSIONS_OF = ("adapterhub", "torch", "transformers", "peft", "bitsandbytes")
+_ADAPTER = "adapter"
+"""folder of a checkpoint that holds the adapter, which `pack` takes"""
 
 
-def load_data(recipe: Recipe, base: StoredBase) -> TokenData:
-    """The recipe's data as tokens of this base; seconds, no weights. Raises DatasetError, BaseNotFound."""
-    source = read_source(recipe)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path)
-    except (OSError, ValueError) as error:
-        raise BaseNotFound(f"{base.path} has no tokenizer that can be loaded: {error}") from error
-    return prepare(
-        source,
-        tokenizer,
-        held_out=recipe.data.held_out,
-        max_length=recipe.data.max_length,
-        loss_on=recipe.train.loss_on,
-        seed=recipe.seed,
-    )
+def fit(
+    recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None = None, progress: Progress | None = None
+) -> RunEnd:
+    """Train the recipe's adapter, a new one or going on from `start`, into `output`, a folder that is new or empty.
 
+    `output` appears only when complete; until then the run lives in a folder beside it (train/run_folder.py) and can
+    be stopped and resumed. The same recipe, seed, machine and thread count give the same bytes, also when stopped
+    and resumed; torch's global seed is set. `progress` shows the run on stderr when not given.
 
-def fit(recipe: Recipe, base: StoredBase, output: Path, *, progress: Progress | None = None) -> RunEnd:
-    """Train the recipe's adapter into `output`, a folder that is new or empty; it appears only when complete.
-
-    The same recipe, seed, machine and thread count give the same bytes; torch's global seed is set. `progress`
-    shows the run on stderr when not given. Raises OutputNotFresh, RecipeError, DatasetError, BaseNotFound,
-    UsageError, StorageFull, and TrainingFailed when the loss is no number or memory runs out; nothing
-    half-written stays, whatever ends the run.
+    Raises OutputNotFresh, RecipeError, DatasetError, BaseNotFound, IncompatibleBase, UsageError, StorageFull,
+    TrainingStopped after SIGINT or SIGTERM, and TrainingFailed when the loss is no number or memory runs out.
     """
     progress = progress or progress_on(sys.stderr)
-    _check_fresh(output)
     try:
+        check_fresh(output)
+        recipe = with_lora_of(recipe, start)
         # 1. The data, before anything expensive.
-        data = load_data(recipe, base)
-        _say_data(data, recipe, progress)
-
-        with (
-            new_folder(output) as folder,
-            _memory_errors_named(),
-            (folder / LOG_NAME).open("w", encoding="utf-8") as log,
-        ):
-            ours = folder.stat().st_ino
-            # 2. The base, quantized, and on it the new layers, drawn from the seed.
-            torch.manual_seed(recipe.seed)
-            kind, dtype = recipe.quantization.kind, recipe.quantization.compute_dtype
-            loaded = load_base(base, purpose="train", kind=kind, dtype=None if dtype == "auto" else dtype)
-            _check_window(loaded, data)
-            model = add_lora(loaded.model, recipe.lora)
-            _say_model(model, loaded, progress)
-
-            # 3. The record opens, and beside it go the recipe and the template trained with.
-            (folder / RECIPE_NAME).write_text(recipe.to_toml(), encoding="utf-8")
-            (folder / TEMPLATE_NAME).write_text(loaded.tokenizer.get_chat_template(), encoding="utf-8")
-            _write(log, _start(recipe, loaded, data))
-
-            # 4. What the base alone makes of the held-out questions.
-            with model.disable_adapter():
-                before = held_out_loss(model, data.held_out)[0]
-
-            # 5. The steps.
-            started = time.perf_counter()
-            trained_tokens = 0
-            for done in _steps(recipe, model, data, progress):
-                _write(log, done)
-                trained_tokens += done.trained_tokens
-            seconds = time.perf_counter() - started
-
-            # 6. The same questions again, the weights, and the record's end.
-            after, tokens = held_out_loss(model, data.held_out)
-            save_lora(model, folder, base=base.ref)
-            end = RunEnd(
-                steps=recipe.train.num_steps(len(data.train)),
-                trained_tokens=trained_tokens,
-                seconds=round(seconds, 3),
-                peak_memory_bytes=_peak_bytes(model),
-                evaluations=_evaluations(data, before, after, tokens),
-            )
-            _write(log, end)
+        objective = _load(recipe, base, start, progress)
+        with RunFolder.create(output, recipe, start=start) as run, _memory_errors_named():
+            return _train(run, base, objective, start, progress)
     finally:
         progress.close()
-    _check_ours(output, ours)
+
+
+def resume(output: Path, base: StoredBase, *, progress: Progress | None = None) -> RunEnd:
+    """Go on with the run that was to become `output`, from its newest checkpoint. Raises as `fit` does, and
+    RunNotResumable when there is no such run, or data or base are no longer what it began with."""
+    progress = progress or progress_on(sys.stderr)
+    try:
+        with RunFolder.reopen(output) as run, _memory_errors_named():
+            if (end := run.finished()) is not None:
+                run.remove()
+                return end
+            start = open_adapter(run.start) if run.start else None
+            objective = _load(run.recipe, base, start, progress)
+            return _train(run, base, objective, start, progress)
+    finally:
+        progress.close()
+
+
+def _load(recipe: Recipe, base: StoredBase, start: Adapter | None, progress: Progress) -> Objective:
+    tokenizer = load_tokenizer(base, start=start)
+    objective = load_objective(recipe, tokenizer)
+    progress.say(f"{objective.describe()}; {recipe.train.num_steps(objective.num_samples)} steps")
+    report = mask_report(objective, tokenizer)
+    report.check()
+    for note in (*objective.notes, *report.notes):
+        progress.say(f"note: {note}")
+    return objective
+
+
+def _train(run: RunFolder, base: StoredBase, objective: Objective, start: Adapter | None, progress: Progress) -> RunEnd:
+    recipe = run.recipe
+    # 2. The base, quantized, and on it the adapter: drawn from the seed, or the one to go on from.
+    torch.manual_seed(recipe.seed)
+    kind, dtype = recipe.quantization.kind, recipe.quantization.compute_dtype
+    world = current_world()
+    wanted = None if dtype == "auto" else dtype
+    loaded = load_base(base, purpose="train", kind=kind, dtype=wanted, device=world.device)
+    _check_window(loaded, objective)
+    if start is None:
+        model = add_lora(loaded.model, recipe.lora)
+    else:
+        model = continue_lora(loaded.model, start, dropout=recipe.lora.dropout)
+    optimizer, chosen = make_optimizer(trainable(model), recipe.train)
+    _say_model(model, (*loaded.choices, chosen), progress)
+    _divide(model, world, progress)
+
+    # 3. The record opens, or goes on where the newest checkpoint left it.
+    _open_record(run, _start_event(recipe, loaded, objective, start))
+
+    # 4. What the bare base and the start make of the held-out questions.
+    objective.refer_to(model)
+    with model.disable_adapter():
+        bare = objective.measure(model)
+    before = objective.measure(model) if start else bare
+    _check_measures(recipe, bare)
+
+    # 5. The steps.
+    course = _Course(run, model, optimizer, objective, base, progress)
+    with stop_wishes() as wish:
+        state = course.steps(course.restored(), wish)
+
+    # 6. The same questions again, and the folder.
+    after = _settle(run, model, objective, state, progress)
+    taken = [event for event in run.events() if isinstance(event, RunStep)]
+    end = RunEnd(
+        steps=state.step,
+        trained_tokens=sum(step.trained_tokens for step in taken),
+        seconds=round(sum(step.seconds for step in taken), 3),
+        peak_memory_bytes=_peak_bytes(model),
+        evaluations=objective.evaluations(base=bare, before=before, after=after),
+    )
+    run.log(end)
+    _write_adapter_folder(run, model, loaded)
     return end
 
 
-def _steps(recipe: Recipe, model: Any, data: TokenData, progress: Progress) -> Iterator[RunStep]:
-    """Take each step of the recipe and yield its figures. Raises TrainingFailed when a figure is no number."""
-    train, total = recipe.train, recipe.train.num_steps(len(data.train))
-    parameters = trainable(model)
-    # torch's fused AdamW: LoRA's moments are small (8 bytes a trainable parameter), so the paged and 8-bit
-    # optimizers QLoRA uses for large adapters would save little here.
-    optimizer = torch.optim.AdamW(parameters, weight_decay=train.weight_decay, fused=True)
-    model.train()
-    for number, places in enumerate(step_batches(len(data.train), train=train, seed=recipe.seed), start=1):
+class _Course:
+    """The steps of one run: what they work on, and how they are kept."""
+
+    def __init__(
+        self, run: RunFolder, model: Any, optimizer: torch.optim.Optimizer, objective: Objective, base: StoredBase,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        self._run, self._model, self._optimizer = run, model, optimizer
+        self._objective, self._base, self._progress = objective, base, progress
+        self._train = run.recipe.train
+        self._total = self._train.num_steps(objective.num_samples)
+        self._world = current_world()
+
+    def restored(self) -> State:
+        """Model and optimizer as the newest checkpoint has them. The start of the run, when there is none."""
+        newest = self._run.newest
+        if newest is None:
+            return State()
+        load_lora(self._model, newest.path / _ADAPTER)
+        load_optimizer(self._optimizer, newest.path)
+        self._progress.say(f"going on after step {newest.state.step} of {self._total}")
+        return newest.state
+
+    def steps(self, state: State, wish: StopWish) -> State:
+        """Take the steps after `state`; each draws its order, rate and dropout from its number alone."""
+        self._model.train()
+        batches = step_batches(self._objective.num_samples, train=self._train, seed=self._run.recipe.seed)
+        for number, places in enumerate(batches, start=1):
+            if number <= state.step:
+                continue
+            if self._train.patience and state.num_worse >= self._train.patience:
+                self._progress.say(f"stopped early: no lower held-out loss than that of step {state.best_step}")
+                break
+            if self._world.any(wish.is_made):
+                self._stop(state)
+            done = self._step(number, places, state)
+            self._run.log(done)
+            self._progress.step(done, of=self._total)
+            state = self._measured(state.model_copy(update={"step": number}))
+            if self._train.checkpoint_every and number % self._train.checkpoint_every == 0:
+                self._save(state)
+        # Whatever writing the adapter meets, the steps are not lost.
+        self._save(state)
+        return state
+
+    def _step(self, number: int, places: Sequence[Sequence[int]], state: State) -> RunStep:
+        """Raises TrainingFailed when loss or gradient is no number; the weights then are still those of `state`."""
         started = time.perf_counter()
-        rate = learning_rate_at(number, of=total, train=train)
-        for group in optimizer.param_groups:
+        torch.manual_seed(_seed_of_step(self._run.recipe.seed, number) + self._world.rank)
+        rate = learning_rate_at(number, of=self._total, train=self._train)
+        for group in self._optimizer.param_groups:
             group["lr"] = rate
-        batches = [[data.train[place] for place in row] for row in places]
-        loss = _backward(model, batches)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm))
+        mine = self._world.share(places)
+        weight = self._num_trained(mine) if self._world.has_own(places) else 0
+        parameters = trainable(self._model)
+        loss = self._objective.backward(self._model, mine)
+        loss = self._world.sum_gradients(parameters, loss, weight=weight)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._train.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingFailed(
-                f"at step {number} of {total} the loss is {loss} and the gradient norm {norm}: lower learning_rate "
-                f"(now {train.learning_rate:g}), or set compute_dtype to float32."
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        samples = [sample for batch in batches for sample in batch]
-        done = RunStep(
+            self._fail(number, loss, norm, state)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return RunStep(
             step=number,
             loss=loss,
             learning_rate=rate,
             grad_norm=norm,
-            tokens=sum(len(sample.tokens) for sample in samples),
-            trained_tokens=sum(sample.num_trained for sample in samples),
+            tokens=sum(len(sample.tokens) for sample in self._samples(places)),
+            trained_tokens=self._num_trained(places),
             seconds=round(time.perf_counter() - started, 4),
         )
-        progress.step(done, of=total)
-        yield done
-        if train.evaluate_every and number % train.evaluate_every == 0 and data.held_out:
-            progress.say(f"step {number}: held-out loss {held_out_loss(model, data.held_out)[0]:.3f}")
+
+    def _samples(self, places: Sequence[Sequence[int]]) -> list[Sample]:
+        return [sample for row in places for place in row for sample in self._objective.samples_at(place)]
+
+    def _num_trained(self, places: Sequence[Sequence[int]]) -> int:
+        return sum(sample.num_trained for sample in self._samples(places))
+
+    def _measured(self, state: State) -> State:
+        every = self._train.evaluate_every
+        if not every or state.step % every:
+            return state
+        measured = self._objective.measure(self._model)
+        if not measured.tokens:
+            return state
+        self._run.log(RunMeasured(step=state.step, loss=measured.loss))
+        self._progress.say(f"step {state.step}: held-out loss {measured.loss:.3f}")
+        if state.best_loss is not None and measured.loss >= state.best_loss:
+            return state.model_copy(update={"num_worse": state.num_worse + 1})
+        if self._train.keep == "best":
+            self._run.save_best(state.step, lambda folder: save_lora(self._model, folder, base=self._base.ref))
+        return state.model_copy(update={"best_loss": measured.loss, "best_step": state.step, "num_worse": 0})
+
+    def _save(self, state: State) -> None:
+        """A checkpoint, unless the weights are no numbers: an older one is then the last that is good."""
+        if not all(bool(parameter.isfinite().all()) for parameter in trainable(self._model)):
+            return
+
+        def write(folder: Path) -> None:
+            (folder / _ADAPTER).mkdir()
+            save_lora(self._model, folder / _ADAPTER, base=self._base.ref)
+            save_optimizer(self._optimizer, folder)
+
+        self._run.save(state, write)
+
+    def _stop(self, state: State) -> None:
+        if state.step:
+            self._save(state)
+        raise TrainingStopped(
+            f"stopped after step {state.step} of {self._total}: go on with `adapterhub train --resume "
+            f"{self._run.output}`."
+            if state.step
+            else "stopped before the first step; nothing was kept."
+        )
+
+    def _fail(self, number: int, loss: float, norm: float, state: State) -> None:
+        if state.step:
+            self._save(state)
+        newest, kept = self._run.newest, ""
+        if newest is not None:
+            kept = f" The adapter as it was after step {newest.state.step} is kept: {newest.path / _ADAPTER}"
+        raise TrainingFailed(
+            f"at step {number} of {self._total} the loss is {loss} and the gradient norm {norm}: lower learning_rate "
+            f"(now {self._train.learning_rate:g}), or set compute_dtype to float32.{kept}"
+        )
 
 
-def _backward(model: Any, batches: Sequence[Sequence[Sample]]) -> float:
-    """Gradients of the mean loss over the trained tokens of all batches together, which is returned (nats).
-
-    A mean of the batches' means would weigh tokens by how many share their batch.
-    """
-    num_trained = sum(sample.num_trained for batch in batches for sample in batch)
-    total = 0.0
-    for batch in batches:
-        loss = row_loss(model, pack(batch, device=model.device, dtype=model.dtype)) / num_trained
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.item()
-    return total
+def _settle(run: RunFolder, model: Any, objective: Objective, state: State, progress: Progress) -> Measured:
+    """The final held-out figures, with the best weights back in the model when the recipe keeps those."""
+    after = objective.measure(model)
+    if run.recipe.train.keep == "last" or state.best_loss is None or after.loss <= state.best_loss:
+        return after
+    load_lora(model, run.best_at(state.best_step))
+    progress.say(f"kept: the weights of step {state.best_step}, with the lowest held-out loss")
+    return objective.measure(model)
 
 
-def _check_fresh(output: Path) -> None:
-    if output.is_dir() and not any(output.iterdir()):
+def _write_adapter_folder(run: RunFolder, model: Any, loaded: LoadedBase) -> None:
+    """The output, whole or not at all; then the run's own folder has served."""
+    with new_folder(run.output) as folder:
+        ours = folder.stat().st_ino
+        save_lora(model, folder, base=loaded.ref)
+        (folder / TEMPLATE_NAME).write_text(loaded.tokenizer.get_chat_template(), encoding="utf-8")
+        for name in (RECIPE_NAME, LOG_NAME):
+            shutil.copyfile(run.path / name, folder / name)
+    # `new_folder` lets a folder win that appeared meanwhile; a run of hours must not be lost unsaid.
+    if not run.output.is_dir() or run.output.stat().st_ino != ours:
+        raise OutputNotFresh(
+            f"{run.output} was made by another process during the run: move it away, then `adapterhub train --resume "
+            f"{run.output}` writes this one."
+        )
+    run.remove()
+
+
+def _open_record(run: RunFolder, start: RunStart) -> None:
+    events = run.events()
+    if not events:
+        run.log(start)
         return
-    if output.exists() or output.is_symlink():
-        raise OutputNotFresh(f"{output} already exists: name a new folder, or move this one away first.")
+    began = events[0]
+    if not isinstance(began, RunStart):
+        raise RunNotResumable(f"{run.path / LOG_NAME} has lost its beginning: train again into a fresh folder.")
+    for what, then, now in (
+        ("the data", began.data_sha256, start.data_sha256),
+        ("the base", began.base_fingerprint, start.base_fingerprint),
+        ("the adapter to go on from", began.start_digest, start.start_digest),
+    ):
+        if then != now:
+            raise RunNotResumable(
+                f"{what} of {run.output} is no longer what the run began with ({then} then, {now} now): restore it, "
+                "or train again into a fresh folder."
+            )
 
 
-def _check_ours(output: Path, inode: int) -> None:
-    """`new_folder` lets a folder win that appeared meanwhile; a run of hours must not be lost unsaid."""
-    if not output.is_dir() or output.stat().st_ino != inode:
-        raise OutputNotFresh(f"{output} was made by another process during the run, and this run is lost: train again.")
+def _check_measures(recipe: Recipe, bare: Measured) -> None:
+    if not bare.tokens and (recipe.train.keep == "best" or recipe.train.patience):
+        raise DatasetError("keep = best and patience need held-out samples, and the split left none: raise held_out.")
 
 
-def _check_window(loaded: LoadedBase, data: TokenData) -> None:
+def _seed_of_step(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:8], "big") >> 1
+
+
+def _check_window(loaded: LoadedBase, objective: Objective) -> None:
     """A packed row's mask knows nothing of sliding windows, which matter only to samples longer than one."""
     window = getattr(loaded.model.config, "sliding_window", None)
-    longest = max(len(sample.tokens) for sample in (*data.train, *data.held_out))
+    longest = objective.longest
     if window and longest > window:
         raise UsageError(
             f"the base attends within {window} tokens and the longest sample has {longest}: "
@@ -206,41 +355,35 @@ def _memory_errors_named() -> Iterator[None]:
         ) from error
 
 
-def _start(recipe: Recipe, loaded: LoadedBase, data: TokenData) -> RunStart:
+def _start_event(recipe: Recipe, loaded: LoadedBase, objective: Objective, start: Adapter | None) -> RunStart:
     return RunStart(
         base_id=loaded.ref.id,
         base_revision=loaded.ref.revision,
         base_fingerprint=str(loaded.ref.fingerprint),
         quantization=loaded.quantization,
         recipe_sha256=hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
-        data_sha256=data.digest,
-        samples=len(data.train),
+        data_sha256=objective.digest,
+        samples=objective.num_samples,
         seed=recipe.seed,
+        start_digest=start.digest if start else None,
         versions={"python": platform.python_version(), **{name: _version(name) for name in _VERSIONS_OF}},
     )
 
 
-def _evaluations(data: TokenData, before: float, after: float, tokens: int) -> list[Evaluation]:
-    if not tokens:
-        return []
-    name = f"{data.name}, {len(data.held_out)} held-out questions"
-    return [Evaluation(data=name, tokens=tokens, base_loss=round(before, 4), adapter_loss=round(after, 4))]
-
-
-def _say_data(data: TokenData, recipe: Recipe, progress: Progress) -> None:
-    progress.say(
-        f"{data.name}: {len(data.train)} samples to train on ({data.num_tokens:,} tokens, {data.num_trained:,} "
-        f"trained), {len(data.held_out)} held out; {recipe.train.num_steps(len(data.train))} steps"
-    )
-    for note in data.notes:
-        progress.say(f"note: {note}")
-
-
-def _say_model(model: Any, loaded: LoadedBase, progress: Progress) -> None:
-    for choice in loaded.choices:
+def _say_model(model: Any, choices: Sequence[Choice], progress: Progress) -> None:
+    for choice in choices:
         progress.say(str(choice))
-    progress.say("optimizer: AdamW, fused (LoRA's moments are small: no paging needed)")
     progress.say(f"{sum(parameter.numel() for parameter in trainable(model)):,} trainable parameters")
+
+
+def _divide(model: Any, world: World, progress: Progress) -> None:
+    """The base among the processes, when it is to be divided."""
+    if world.size == 1:
+        return
+    whole = held_bytes(model)
+    shard_base(model, world)
+    held = held_bytes(model)
+    progress.say(f"{world.size} processes; of the base's {whole / 1e6:.1f} MB each holds {held / 1e6:.1f} MB")
 
 
 def _peak_bytes(model: Any) -> int:
@@ -254,8 +397,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _write(log: TextIO, event: RunStart | RunStep | RunEnd) -> None:
-    log.write(event.model_dump_json() + "\n")
-    log.flush()

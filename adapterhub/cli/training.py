@@ -3,45 +3,160 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from adapterhub.cli.app import app
-from adapterhub.cli.shared import (
-    say,
-)
+from adapterhub.cli.shared import AsJson, HubUrl, hub_at, resolved, say, table
+
+if TYPE_CHECKING:
+    from adapterhub.adapter import Adapter
+    from adapterhub.run_record import RunEnd
+    from train.recipe import Recipe
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE.toml", help="A recipe file, or the name of a shipped one.")],
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE.toml", help="A recipe file, or the name of a shipped one.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A fresh folder [default: ./ and the recipe's name].")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="OUTPUT", help="Go on with the run that was stopped there.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="A full dry run: data, masks, memory, time, disk, serving. Trains nothing.")
+    ] = False,
+    launch: Annotated[
+        int | None, typer.Option("--launch", metavar="N", help="Train with N processes on this machine (torchrun).")
+    ] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="With --launch: divide the base among the processes (FSDP).")
+    ] = False,
+    nodes: Annotated[str, typer.Option(help="With --launch: machines, a number or least:most.")] = "1",
+    rendezvous: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="With --nodes: where the machines meet.")
+    ] = None,
+    as_json: AsJson = False,
+    hub: HubUrl = None,
 ) -> None:
-    """Train a QLoRA adapter from a recipe."""
-    from adapterhub.adapter import BaseName
+    """Train a QLoRA adapter from a recipe, go on with a run that was stopped, or plan one."""
     from adapterhub.base_store import pull_base
+    from adapterhub.errors import UsageError
+
+    if (recipe is None) == (resume is None):
+        raise UsageError("expected either a recipe, or --resume and the folder of a stopped run.")
+    if as_json and not plan:
+        raise UsageError("--json is for --plan: a run's figures are in train_log.jsonl.")
+    if resume is not None:
+        if launch is not None:
+            raise UsageError("with --launch the same command goes on with a stopped run: leave --resume out.")
+        if plan:
+            raise UsageError("--plan goes with a recipe, not with --resume.")
+        if output is not None:
+            raise UsageError("--resume writes the folder the run was started for: leave --output out.")
+        from train.run_folder import read_run
+
+        base = pull_base(read_run(resume)[0].base_name, report=say)
+        from train import trainer
+
+        end = trainer.resume(resume, base)
+        folder = resume
+    else:
+        parsed = _read(str(recipe))
+        folder = output or Path(parsed.name)
+        base = pull_base(parsed.base_name, report=say)
+        start = _start_of(parsed, hub)
+        if plan:
+            from train.plan import make_plan
+
+            planned = make_plan(parsed, base, folder, start=start)
+            if as_json:
+                typer.echo(planned.model_dump_json(indent=1))
+            else:
+                from adapterhub.cli.training_plan import print_plan
+
+                print_plan(planned)
+            return
+        if launch is not None:
+            from adapterhub.cli.scale_out import launch_training
+
+            where = ["--hub", hub] if hub else []
+            arguments = ["train", str(recipe), "--output", str(folder), *(["--shard"] if shard else []), *where]
+            launch_training(
+                parsed, folder, start=start, arguments=arguments, processes=launch, nodes=nodes, rendezvous=rendezvous
+            )
+            return
+        from train.distributed import is_worker, work
+
+        if is_worker():
+            ended = work(parsed, base, folder, start=start, is_sharded=shard)
+            if ended is None:
+                return
+            end = ended
+        else:
+            if shard:
+                raise UsageError("--shard divides the base among processes: give --launch N with it.")
+            from train.trainer import fit
+
+            end = fit(parsed, base, folder, start=start)
+    _say_end(end)
+    say(f"next: adapterhub pack {folder}")
+    typer.echo(folder)
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes that come with adapterhub."""
+    from train.recipe import read_recipe, shipped_recipes
+
+    parsed = {name: (path, read_recipe(path)) for name, path in shipped_recipes().items()}
+    rows = [
+        {"name": name, "base": recipe.base, "toml" if as_json else "file": path.read_text() if as_json else str(path)}
+        for name, (path, recipe) in parsed.items()
+    ]
+    table(rows, as_json, empty="no recipes")
+
+
+def _read(named: str) -> Recipe:
+    """A recipe file, or a shipped recipe by its name. Raises RecipeError."""
     from adapterhub.errors import RecipeError
     from train.recipe import read_recipe, shipped_recipes
 
-    path = Path(recipe)
+    path = Path(named)
     if not path.is_file():
         shipped = shipped_recipes()
-        if recipe not in shipped:
-            raise RecipeError(f"there is no recipe {recipe}: expected a file, or one of {', '.join(sorted(shipped))}.")
-        path = shipped[recipe]
-    parsed = read_recipe(path)
-    base = pull_base(BaseName.parse(parsed.base), report=say)
-    folder = output or Path(parsed.name)
-    from train.trainer import fit
+        if named not in shipped:
+            raise RecipeError(f"there is no recipe {named}: expected a file, or one of {', '.join(sorted(shipped))}.")
+        path = shipped[named]
+    return read_recipe(path)
 
-    end = fit(parsed, base, folder)
+
+def _start_of(recipe: Recipe, hub: str | None) -> Adapter | None:
+    """The adapter the recipe goes on from; a folder is relative to the recipe."""
+    if recipe.start is None:
+        return None
+    from adapterhub.adapter import AdapterRef
+    from adapterhub.package import open_adapter
+
+    folder = AdapterRef.parse(recipe.start).folder
+    if folder is not None:
+        return open_adapter(recipe.folder / folder.expanduser())
+    return resolved(recipe.start, hub_at(hub))
+
+
+def _say_end(end: RunEnd) -> None:
     for evaluation in end.evaluations:
         say(
             f"held-out loss on {evaluation.data}: {evaluation.base_loss:.3f} (base) -> {evaluation.adapter_loss:.3f} "
             f"over {evaluation.tokens} tokens"
         )
-    say(f"next: adapterhub pack {folder}")
-    typer.echo(folder)
+        if tuned := evaluation.preference:
+            say(
+                f"{tuned.method.upper()} on {tuned.pairs} held-out pairs: the better reply is likelier in "
+                f"{tuned.accuracy_before:.0%} -> {tuned.accuracy_after:.0%}; loss {tuned.loss_before:.3f} -> "
+                f"{tuned.loss_after:.3f}"
+            )

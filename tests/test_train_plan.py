@@ -1,0 +1,157 @@
+"""The dry run against the run it foretells, and the report on masks: what it counts, shows and stops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train_preference import preference_recipe
+from test_train_trainer import WEIGHTS, make_recipe, run
+from typer.testing import CliRunner
+
+from adapterhub.base_store import StoredBase
+from adapterhub.cli import app
+from adapterhub.errors import DatasetError, RecipeError
+from adapterhub.lora_config import lora_tensors, read_lora_config
+from adapterhub.memory import ModelShape, TrainingLoad, training_memory
+from adapterhub.run_record import read_run_record
+from adapterhub.safetensors_header import read_header
+from train.mask_report import MaskReport
+from train.plan import Plan, make_plan, servable
+from train.recipe import LoraSection
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_plan_counts_what_the_run_makes(tmp_path: Path, tiny_base: StoredBase, method: str) -> None:
+    recipe = make_recipe(tmp_path, lora={"method": method})
+    plan = make_plan(recipe, tiny_base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run(recipe, tiny_base, tmp_path / "out")
+    tensors = lora_tensors(read_header(tmp_path / "out" / WEIGHTS), read_lora_config(tmp_path / "out"))
+    record = read_run_record(tmp_path / "out")
+    assert record is not None
+    assert plan.trainable_parameters == sum(tensor.info.numel for tensor in tensors)
+    assert sum(layer.count for layer in plan.adapted) == len({tensor.module for tensor in tensors})
+    assert plan.data_sha256 == record.training.data_sha256
+    assert (plan.steps, plan.masks.samples) == (record.training.steps, record.training.samples)
+    header = (tmp_path / "out" / WEIGHTS).stat().st_size - plan.adapter_bytes
+    assert 0 < header < 10_000
+
+
+def test_a_preference_plan_counts_both_replies(tmp_path: Path, tiny_base: StoredBase) -> None:
+    plan = make_plan(preference_recipe(tmp_path, "dpo"), tiny_base, tmp_path / "out")
+    assert plan.method == "dpo"
+    assert plan.masks.samples == 2 * 8
+
+
+def test_memory_and_time_hold_the_measured_run(tmp_path: Path, smollm2: StoredBase) -> None:
+    """Figures of `adapterhub train` alone in its process, one thread: 1.43 GB with this data and batch size."""
+    from train.recipe import read_recipe, shipped_recipes
+
+    plan = make_plan(read_recipe(shipped_recipes()["demo-trivia"]), smollm2, tmp_path / "out")
+    assert plan.parameters == 134_515_008
+    assert plan.trainable_parameters == 4_884_480
+    if plan.dtype == "float32":
+        assert plan.memory_bytes.low < 1.43e9 < plan.memory_bytes.high
+    assert 0 < plan.seconds.low < plan.seconds.high
+
+
+def test_memory_follows_the_row_and_the_optimizer() -> None:
+    shape = ModelShape(layers=2, hidden=64, intermediate=128, key_value=32, vocabulary=1000)
+
+    def total(**changed: Any) -> int:
+        sizes: dict[str, Any] = {"quantized": 10**6, "unquantized": 10**5, "trainable": 10**4, "row_tokens": 100}
+        sizes |= {"row_trained": 50, "dtype_bytes": 2, "moment_bytes": 8, "device": "cpu"}
+        return sum(item.size_bytes for item in training_memory(shape, TrainingLoad(**(sizes | changed))))
+
+    assert total(moment_bytes=2) == total() - 6 * 10**4
+    assert total(row_tokens=200) > total()
+    assert total(dtype_bytes=4) > total()
+
+
+def test_a_layer_the_base_does_not_have_is_found_before_the_run(tmp_path: Path, tiny_base: StoredBase) -> None:
+    with pytest.raises(RecipeError, match="no linear layer query"):
+        make_plan(make_recipe(tmp_path, lora={"targets": ["q_proj", "query"]}), tiny_base, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("lora", "engine", "can_serve", "how"),
+    [
+        (LoraSection(rank=16), "vllm", True, "--max-lora-rank 16"),
+        (LoraSection(rank=24), "vllm", True, "--max-lora-rank 32"),
+        (LoraSection(rank=1024), "vllm", False, "up to 512"),
+        (LoraSection(method="dora"), "vllm", False, "no DoRA"),
+        (LoraSection(method="dora"), "adapterhub", True, "as it is"),
+        (LoraSection(rank=128), "adapterhub", True, "--max-lora-rank 128"),
+    ],
+)
+def test_who_can_serve_the_adapter(lora: LoraSection, engine: str, can_serve: bool, how: str) -> None:
+    found = next(entry for entry in servable(lora) if entry.engine == engine)
+    assert found.can_serve == can_serve
+    assert how in found.how
+
+
+def masks_of(folder: Path, base: StoredBase, **data: Any) -> MaskReport:
+    return make_plan(make_recipe(folder, data=data), base, folder / "out").masks
+
+
+def test_masks_are_counted(tmp_path: Path, tiny_base: StoredBase) -> None:
+    found = masks_of(tmp_path, tiny_base)
+    assert (found.samples, found.held_out, found.cut, found.untrained, found.ends_trained) == (8, 4, 0, 0, 8)
+    assert (found.end_token, found.eos_token, found.pad_is_eos) == ("<|im_end|>", "<|im_end|>", True)
+    assert sum(bin_.samples for bin_ in found.lengths) == 8
+    trained = [piece.text for row in found.rows for piece in row if piece.is_trained]
+    assert len(trained) == 3
+    assert all(text.startswith("It is") and text.endswith("<|im_end|>") for text in trained)
+
+
+def test_cut_answers_are_counted_and_noted(tmp_path: Path, tiny_base: StoredBase) -> None:
+    whole = masks_of(tmp_path, tiny_base)
+    found = masks_of(tmp_path, tiny_base, max_length=whole.tokens // whole.samples - 1)
+    assert 0 < found.ends_trained < found.samples
+    assert any("cut before the end of the answer" in note for note in found.notes)
+
+
+def test_answers_without_any_end_stop_the_run(tmp_path: Path, tiny_base: StoredBase) -> None:
+    recipe = make_recipe(tmp_path, data={"max_length": 38})
+    with pytest.raises(DatasetError) as caught:
+        run(recipe, tiny_base, tmp_path / "out")
+    assert "no sample trains the end of an answer" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def report(**changed: Any) -> MaskReport:
+    sound: dict[str, Any] = {"samples": 2, "held_out": 0, "tokens": 9, "trained_tokens": 4, "cut": 0, "untrained": 0}
+    sound |= {"ends_trained": 2, "end_token": "<e>", "eos_token": "<e>", "begins_twice": 0, "pad_is_eos": False}
+    return MaskReport(**(sound | {"lengths": [], "rows": []} | changed))
+
+
+def test_a_doubled_beginning_stops_the_run() -> None:
+    with pytest.raises(DatasetError, match="1 samples begin with two"):
+        report(begins_twice=1).check()
+
+
+def test_an_end_that_is_not_the_tokenizers_is_noted() -> None:
+    assert "a server must stop at <e>" in report(eos_token="</s>").notes[0]
+    assert report().notes == []
+
+
+def plan_by_command(recipe: Path, *options: str) -> str:
+    done = CliRunner().invoke(app, ["train", str(recipe), "--plan", *options])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_the_command_shows_a_plan_and_prints_it_as_json(tmp_path: Path, tiny_base: StoredBase) -> None:
+    make_recipe(tmp_path)
+    path = tmp_path / "mine.toml"
+    path.write_text(path.read_text().replace("smollm2-135m-instruct", str(tiny_base.path)))
+    shown = plan_by_command(path)
+    assert "nothing was trained" in shown
+    assert "⟦It is" in shown
+    assert Plan.model_validate(json.loads(plan_by_command(path, "--json"))).name == "mine"
+    assert not Path("mine").exists()

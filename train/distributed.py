@@ -1,0 +1,210 @@
+"""Several processes training one adapter: who takes which samples, sums of gradients, a base in shards.
+
+The base is divided among the processes (FSDP, or whole in each), the adapter is whole in all of them. So optimizer,
+checkpoints and what is saved are those of a single process. Starts no processes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from adapterhub.adapter import Adapter
+from adapterhub.base_store import StoredBase
+from adapterhub.errors import OutputNotFresh, UsageError
+from adapterhub.run_record import RunEnd
+from train.inputs import with_lora_of
+from train.recipe import Recipe
+from train.run_folder import read_run, run_path
+
+_PATIENCE = timedelta(minutes=30)
+"""for the slowest process between two meetings: loading and quantizing a large base"""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    is_sharded: bool = False
+
+    @property
+    def device(self) -> str | None:
+        """The GPU this process owns; None: whatever a single process would choose."""
+        if self.size == 1 or not torch.cuda.is_available():
+            return None
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+    def share(self, rows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """This process's part of a step's forward passes, as many for each process: shards are gathered together.
+
+        A process without a sample of its own takes the first one; `sum_gradients` then gives it no weight.
+        """
+        if self.size == 1:
+            return rows
+        places = [place for row in rows for place in row]
+        mine = places[self.rank :: self.size] or places[:1]
+        num_rows = max(1, min(len(rows), len(places) // self.size))
+        return [mine[number::num_rows] for number in range(num_rows)]
+
+    def has_own(self, rows: Sequence[Sequence[int]]) -> bool:
+        return self.rank < sum(map(len, rows))
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], loss: float, *, weight: float) -> float:
+        """Replace gradients, and return the loss, by the mean over processes weighted by `weight` (tokens).
+
+        One flat fp32 sum: traffic is the adapter's size, once a step.
+        """
+        if self.size == 1:
+            return loss
+        flat = torch.cat([_gradient(parameter).flatten().float() for parameter in parameters])
+        numbers = flat.new_tensor([loss * weight, weight], dtype=torch.float64)
+        flat *= weight
+        dist.all_reduce(flat)
+        dist.all_reduce(numbers)
+        total = float(numbers[1])
+        flat /= total
+        start = 0
+        for parameter in parameters:
+            part = flat[start : start + parameter.numel()].view_as(parameter)
+            parameter.grad = part.to(parameter.dtype)
+            start += parameter.numel()
+        return float(numbers[0]) / total
+
+    def any(self, wish: bool) -> bool:
+        """Whether some process says so: all of them go the same way."""
+        if self.size == 1:
+            return wish
+        said = torch.tensor([float(wish)], device=self.device or "cpu")
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        return bool(said.item())
+
+    def meet(self) -> None:
+        if self.size > 1:
+            self.any(False)
+
+
+_ALONE = World()
+_current = _ALONE
+
+
+def current_world() -> World:
+    return _current
+
+
+def is_worker() -> bool:
+    """Was this process started by torchrun?"""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+@contextmanager
+def joined(*, is_sharded: bool) -> Iterator[World]:
+    """The world that torchrun's environment describes, until it is left."""
+    global _current
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    _current = World(dist.get_rank(), dist.get_world_size(), is_sharded)
+    if _current.device:
+        torch.cuda.set_device(_current.device)
+    try:
+        yield _current
+    finally:
+        _current = _ALONE
+        dist.destroy_process_group()
+
+
+def shard_base(model: Any, world: World) -> None:
+    """Divide each layer's frozen weights among the processes; adapters stay whole (PyTorch's FSDP2).
+
+    Codes stay bytes: no floating-point type has to be declared for them, and quantization constants, 1.6 % of the
+    base, stay with each process. Embedding and head are left whole, since gathering them takes more than they do.
+    """
+    if not world.is_sharded or world.size == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cuda" if world.device else "cpu", (world.size,))
+    for layer in _decoder_layers(model):
+        adapters = {parameter for parameter in layer.parameters() if parameter.requires_grad}
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
+
+
+def held_bytes(model: Any) -> int:
+    """Bytes of the frozen weights that this process holds."""
+    return sum(_local(parameter).nbytes for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def work(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None, is_sharded: bool) -> RunEnd | None:
+    """This worker's part of a run into `output`: begun, or after a restart gone on with from its newest checkpoint.
+
+    The first process writes; the others keep their own log and checkpoints in a folder that goes when they end, so
+    all take the same path through the same loop. `output` must be on storage that every node sees. Returns None for
+    the others. Raises as `fit` does, and UsageError for preference tuning, whose steps are not sums over samples.
+    """
+    from train import trainer
+    from train.progress import Silent
+
+    if recipe.preference is not None:
+        raise UsageError("preference tuning runs in one process: leave --launch out.")
+    check_same_run(recipe, output, start)
+    with joined(is_sharded=is_sharded) as world, _own_folder(output, world) as folder:
+        progress = None if world.rank == 0 else Silent()
+        if any(run_path(folder).glob("step-*")):
+            end = trainer.resume(folder, base, progress=progress)
+        else:
+            end = trainer.fit(recipe, base, folder, start=start, progress=progress)
+    return end if world.rank == 0 else None
+
+
+def check_same_run(recipe: Recipe, output: Path, start: Adapter | None) -> None:
+    """Raises OutputNotFresh when a run of another recipe was stopped at `output`."""
+    if not any(run_path(output).glob("step-*")):
+        return
+    begun, _ = read_run(output)
+    if begun.to_toml() != with_lora_of(recipe, start).to_toml():
+        raise OutputNotFresh(
+            f"{run_path(output)} holds a stopped run of another recipe: name another output, or remove that folder."
+        )
+
+
+@contextmanager
+def _own_folder(output: Path, world: World) -> Iterator[Path]:
+    """`output` for the first process; for another a scratch folder with a copy of the newest checkpoint."""
+    if world.rank == 0:
+        world.meet()  # the others have copied
+        yield output
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        own = Path(scratch) / output.name
+        theirs = run_path(output)
+        if theirs.is_dir():
+            shutil.copytree(theirs, run_path(own), ignore=shutil.ignore_patterns("lock", ".*.tmp"))
+        world.meet()
+        yield own
+
+
+def _decoder_layers(model: Any) -> Sequence[torch.nn.Module]:
+    """The longest list of modules of one kind: a decoder's layers."""
+    found = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(found, key=len)
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _local(parameter: Any) -> torch.Tensor:
+    local: torch.Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local

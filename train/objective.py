@@ -1,0 +1,131 @@
+"""What a run minimises and how that is measured; learning to write the data's answers. Moves no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from adapterhub.manifest import Evaluation
+from train.data import Sample, TokenData
+from train.evaluate import held_out_loss, row_loss
+from train.packing import pack
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model makes of what was held out."""
+
+    loss: float
+    """the objective's own"""
+    nats_per_token: float
+    tokens: int
+    """tokens `nats_per_token` is the mean over; 0: nothing is held out"""
+    accuracy: float | None = None
+    """share of held-out pairs whose desirable reply is the likelier one, per token"""
+
+
+class Objective(Protocol):
+    """Data and loss of a run. Places are indices into its training samples."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def longest(self) -> int:
+        """tokens of the longest sample"""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    @property
+    def num_held_out(self) -> int: ...
+
+    @property
+    def num_left_out(self) -> tuple[int, int]:
+        """(samples cut, samples without a trained token)"""
+
+    def describe(self) -> str: ...
+
+    def samples_at(self, place: int) -> Sequence[Sample]:
+        """What the model sees of one training sample: one text, or a pair."""
+
+    def refer_to(self, model: Any) -> None:
+        """Called once, with the model as training starts from it."""
+
+    def backward(self, model: Any, batches: Sequence[Sequence[int]]) -> float:
+        """Gradients of the mean loss over all batches together, which is returned."""
+
+    def measure(self, model: Any) -> Measured: ...
+
+    def evaluations(self, *, base: Measured, before: Measured, after: Measured) -> list[Evaluation]:
+        """In the record's words: the bare base, what training started from, and the result."""
+
+
+class Answers:
+    """The mean negative log-likelihood of the trained tokens."""
+
+    def __init__(self, data: TokenData) -> None:
+        self._data = data
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._data.train)
+
+    @property
+    def longest(self) -> int:
+        return max(len(sample.tokens) for sample in (*self._data.train, *self._data.held_out))
+
+    @property
+    def digest(self) -> str:
+        return self._data.digest
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self._data.notes
+
+    @property
+    def num_held_out(self) -> int:
+        return len(self._data.held_out)
+
+    @property
+    def num_left_out(self) -> tuple[int, int]:
+        return self._data.num_cut, self._data.num_untrained
+
+    def describe(self) -> str:
+        data = self._data
+        return (
+            f"{data.name}: {len(data.train)} samples to train on ({data.num_tokens:,} tokens, {data.num_trained:,} "
+            f"trained), {len(data.held_out)} held out"
+        )
+
+    def samples_at(self, place: int) -> Sequence[Sample]:
+        return (self._data.train[place],)
+
+    def refer_to(self, model: Any) -> None:
+        pass
+
+    def backward(self, model: Any, batches: Sequence[Sequence[int]]) -> float:
+        """A mean of the batches' means would weigh tokens by how many share their batch; this does not."""
+        rows = [[self._data.train[place] for place in places] for places in batches]
+        num_trained = sum(sample.num_trained for row in rows for sample in row)
+        total = 0.0
+        for row in rows:
+            loss = row_loss(model, pack(row, device=model.device, dtype=model.dtype)) / num_trained
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
+
+    def measure(self, model: Any) -> Measured:
+        loss, tokens = held_out_loss(model, self._data.held_out)
+        return Measured(loss, loss, tokens)
+
+    def evaluations(self, *, base: Measured, before: Measured, after: Measured) -> list[Evaluation]:
+        if not after.tokens:
+            return []
+        name = f"{self._data.name}, {len(self._data.held_out)} held-out questions"
+        base_loss, adapter_loss = round(base.loss, 4), round(after.loss, 4)
+        return [Evaluation(data=name, tokens=after.tokens, base_loss=base_loss, adapter_loss=adapter_loss)]

@@ -1,0 +1,232 @@
+"""A full dry run: data, marks, adapted layers, memory, time, disk and who can serve the result. Trains nothing."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapterhub.adapter import Adapter
+from adapterhub.base_model import choose_precision
+from adapterhub.base_store import StoredBase
+from adapterhub.errors import BaseNotFound
+from adapterhub.memory import SPREAD, ModelShape, TrainingLoad, training_memory
+from train.data import Sample
+from train.inputs import load_objective, load_tokenizer, with_lora_of
+from train.lora import add_lora, trainable
+from train.mask_report import MaskReport, mask_report
+from train.objective import Objective
+from train.packing import common_prefix
+from train.recipe import LoraSection, Recipe
+from train.schedule import step_batches
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""what vLLM 0.32 takes for --max-lora-rank"""
+_DEFAULT_MAX_RANK = 64
+"""of `adapterhub serve --max-lora-rank`"""
+_SHARE_OF_MATMUL_RATE = (0.25, 0.7)
+"""of the machine's plain matmul rate that a step reaches: 0.54 measured on SmolLM2-135M with rows of 512 tokens"""
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Layers(_Closed):
+    """Adapted layers of one name and shape."""
+
+    name: str
+    count: int
+    inputs: int
+    outputs: int
+
+
+class MemoryItem(_Closed):
+    name: str
+    size_bytes: int
+
+
+class Range(_Closed):
+    low: float
+    high: float
+
+
+class Servable(_Closed):
+    engine: Literal["adapterhub", "vllm"]
+    can_serve: bool
+    how: str
+    """the option it needs, or why not"""
+
+
+class Plan(_Closed):
+    name: str
+    base: str
+    method: str
+    device: str
+    dtype: str
+    steps: int
+    tokens: int
+    """tokens of all forward passes"""
+    data: str
+    data_sha256: str
+    notes: list[str]
+    masks: MaskReport
+    parameters: int
+    trainable_parameters: int
+    adapted: list[Layers]
+    memory: list[MemoryItem]
+    memory_bytes: Range
+    seconds: Range
+    adapter_bytes: int
+    disk_bytes: int
+    """at most, while the run goes on"""
+    disk_free_bytes: int
+    servable: list[Servable]
+
+
+def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None = None) -> Plan:
+    """What `fit` would do with the same arguments. Raises RecipeError, DatasetError, BaseNotFound, UsageError."""
+    recipe = with_lora_of(recipe, start)
+    tokenizer = load_tokenizer(base, start=start)
+    objective = load_objective(recipe, tokenizer)
+    masks = mask_report(objective, tokenizer)
+    masks.check()
+    wanted = recipe.quantization.compute_dtype
+    device, dtype = choose_precision(None if wanted == "auto" else wanted, None)
+    bare, config = _on_meta(base, dtype.value)
+    frozen, head = _linear_weights(bare)
+    quantized = frozen if recipe.quantization.kind != "none" else 0
+    parameters = sum(parameter.numel() for parameter in bare.parameters())
+    adapted = add_lora(bare, recipe.lora)
+    num_trainable = sum(parameter.numel() for parameter in trainable(adapted))
+    rows = list(_rows(recipe, objective))
+    moment_bytes = 2 if recipe.train.optimizer.endswith("8bit") else 8
+    items = training_memory(
+        ModelShape.from_config(config),
+        TrainingLoad(
+            quantized=quantized,
+            unquantized=parameters - quantized,
+            trainable=num_trainable,
+            row_tokens=max(map(_row_tokens, rows)),
+            row_trained=max(sum(sample.num_trained for sample in row) for row in rows),
+            dtype_bytes=getattr(torch, dtype.value).itemsize,
+            moment_bytes=moment_bytes,
+            device="cuda" if device.value.startswith("cuda") else "cpu",
+        ),
+    )
+    total = sum(item.size_bytes for item in items)
+    tokens = sum(map(_row_tokens, rows))
+    adapter_bytes = 4 * num_trainable
+    return Plan(
+        name=recipe.name,
+        base=str(base.ref),
+        method=recipe.preference.method if recipe.preference else "sft",
+        device=device.value,
+        dtype=dtype.value,
+        steps=recipe.train.num_steps(objective.num_samples),
+        tokens=tokens,
+        data=objective.describe(),
+        data_sha256=objective.digest,
+        notes=[*objective.notes, *masks.notes],
+        masks=masks,
+        parameters=parameters,
+        trainable_parameters=num_trainable,
+        adapted=_layers(adapted),
+        memory=[MemoryItem(name=item.name, size_bytes=item.size_bytes) for item in items],
+        memory_bytes=Range(low=total * (1 - SPREAD), high=total * (1 + SPREAD)),
+        seconds=_seconds(_flops(rows, frozen, num_trainable, head), dtype.value, device.value),
+        adapter_bytes=adapter_bytes,
+        # While a checkpoint is written the one before is still there; the output and the best weights beside them.
+        disk_bytes=2 * (adapter_bytes + moment_bytes * num_trainable) + 2 * adapter_bytes,
+        disk_free_bytes=shutil.disk_usage(_existing(output)).free,
+        servable=servable(recipe.lora),
+    )
+
+
+def servable(lora: LoraSection) -> list[Servable]:
+    """Which engines take the adapter a recipe makes, and with which option."""
+    option = "" if lora.rank <= _DEFAULT_MAX_RANK else f"with --max-lora-rank {lora.rank}"
+    ours = Servable(engine="adapterhub", can_serve=True, how=option or "as it is")
+    if lora.method == "dora":
+        return [ours, Servable(engine="vllm", can_serve=False, how="vLLM serves no DoRA: use lora or rslora")]
+    fitting = [rank for rank in VLLM_RANKS if rank >= lora.rank]
+    if not fitting:
+        reason = f"vLLM takes ranks up to {VLLM_RANKS[-1]}, this one is {lora.rank}"
+        return [ours, Servable(engine="vllm", can_serve=False, how=reason)]
+    return [ours, Servable(engine="vllm", can_serve=True, how=f"with --max-lora-rank {fitting[0]}")]
+
+
+def _on_meta(base: StoredBase, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """(the base without weights, its config)"""
+    try:
+        config = AutoConfig.from_pretrained(base.path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseNotFound(f"{base.path} cannot be read as a base model: {error}") from error
+    return model.requires_grad_(False), config.to_dict()
+
+
+def _linear_weights(model: Any) -> tuple[int, int]:
+    """(weights of linear layers but the output head, which loading holds in 4 bit; those of the head)"""
+    head = model.get_output_embeddings()
+    layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
+    return sum(layer.weight.numel() for layer in layers), head.weight.numel()
+
+
+def _layers(model: Any) -> list[Layers]:
+    found: dict[tuple[str, int, int], int] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            key = name.rpartition(".")[2], module.in_features, module.out_features
+            found[key] = found.get(key, 0) + 1
+    return [Layers(name=n, count=count, inputs=i, outputs=o) for (n, i, o), count in found.items()]
+
+
+def _rows(recipe: Recipe, objective: Objective) -> Iterator[list[Sample]]:
+    """The samples of each forward pass that carries gradients."""
+    for places in step_batches(objective.num_samples, train=recipe.train, seed=recipe.seed):
+        for row in places:
+            yield [sample for place in row for sample in objective.samples_at(place)]
+
+
+def _row_tokens(row: Sequence[Sample]) -> int:
+    prefix = common_prefix(row)
+    return prefix + sum(len(sample.tokens) - prefix for sample in row)
+
+
+def _flops(rows: Sequence[Sequence[Sample]], frozen: int, num_trainable: int, head: int) -> float:
+    """Multiplications and additions of all rows: frozen weights take a forward and a backward to their inputs,
+    trained ones a backward to themselves too; the head works on trained places only."""
+    tokens = sum(map(_row_tokens, rows))
+    targets = sum(sample.num_trained for row in rows for sample in row)
+    return tokens * (4.0 * frozen + 6.0 * num_trainable) + targets * 4.0 * head
+
+
+def _seconds(flops: float, dtype: str, device: str) -> Range:
+    rate = _matmul_rate(dtype, device)
+    slow, fast = _SHARE_OF_MATMUL_RATE
+    return Range(low=round(flops / (rate * fast), 1), high=round(flops / (rate * slow), 1))
+
+
+def _matmul_rate(dtype: str, device: str) -> float:
+    """Operations a second of this machine, from the fastest of a few products."""
+    left = torch.ones(512, 1024, dtype=getattr(torch, dtype), device=device)
+    right = torch.ones(1024, 1024, dtype=left.dtype, device=device)
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        (left @ right).sum().item()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * left.numel() * right.shape[1] / best
+
+
+def _existing(path: Path) -> Path:
+    absolute = path.absolute()
+    return next(parent for parent in (absolute, *absolute.parents) if parent.exists())
