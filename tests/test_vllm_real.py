@@ -1,0 +1,248 @@
+"""A real vLLM server under our API: what the fake stands for, asked of the real thing. `make test-vllm` runs it.
+
+ADAPTERHUB_VLLM_PYTHON names the Python of vLLM's environment. One server for the whole file, on a tiny Llama in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import free_port, make_peft_adapter, make_tiny_base
+from test_serve_vllm_engine import is_alive, processes_under
+
+from adapterhub.adapter import BaseRef
+from adapterhub.base_store import StoredBase, fingerprint
+from adapterhub.package import pack
+
+pytestmark = pytest.mark.vllm
+PYTHON = os.environ.get("ADAPTERHUB_VLLM_PYTHON")
+if PYTHON is None:
+    pytest.skip("ADAPTERHUB_VLLM_PYTHON names no environment with vLLM: run make test-vllm", allow_module_level=True)
+
+NAMES = ("a", "b", "c", "d")
+PROMPTS = [list(range(1000 + 40 * number, 1012 + 41 * number)) for number in range(4)]
+TOKENS = 24
+COMMAND = str(Path(sys.executable).with_name("adapterhub"))
+SLOTS = 4
+
+
+@dataclass
+class Served:
+    url: str
+    process: subprocess.Popen[bytes]
+    home: Path
+    folders: Path
+    base: StoredBase
+
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=120)
+
+    def complete(self, model: str, prompt: list[int], **options: object) -> httpx.Response:
+        body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1}
+        return self.post("/v1/completions", {**body, "ignore_eos": True, **options})
+
+    def tokens(self, model: str, prompt: list[int]) -> str:
+        answer = self.complete(model, prompt)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"])
+
+    def add(self, folder: Path, name: str) -> None:
+        environment = os.environ | {"ADAPTERHUB_HOME": str(self.home)}
+        command = [COMMAND, "add", str(folder), "--name", name]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+
+    def load(self, name: str, path: str) -> httpx.Response:
+        return self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+
+
+@pytest.fixture(scope="module")
+def base(smollm2: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> StoredBase:
+    """The tiny Llama with heads of 32, the smallest vLLM's CPU attention takes."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    folder.mkdir()
+    make_tiny_base(folder, smollm2, layers=2, seed=0, hidden=128)
+    return StoredBase(folder, BaseRef("tests/tiny-llama", None, fingerprint(folder)))
+
+
+@pytest.fixture(scope="module")
+def served(base: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tmp_path_factory.mktemp("vllm")
+    folders, home, url = root / "adapters", root / "home", f"http://127.0.0.1:{(port := free_port())}"
+    adapters: list[str] = []
+    for number, name in enumerate(NAMES):
+        make_peft_adapter(folders / name, base, rank=8, seed=number, use_rslora=name == "d")
+        pack(folders / name, base=base, name=name)
+        adapters += ["-a", f"{name}={folders / name}"]
+    with (root / "log").open("wb") as log:
+        process = subprocess.Popen(
+        [COMMAND, "serve", "--base", str(base.path), *adapters, "--port", str(port),
+         "--engine", "vllm", "--vllm-python", PYTHON, "--dtype", "float32", "--max-loras", str(SLOTS), "--no-page"],
+        env=os.environ | {"ADAPTERHUB_HOME": str(home)}, stdout=log, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        wait_until_ready(url, process, root / "log")
+        yield Served(url, process, home, folders, base)
+    finally:
+        below = processes_under(process.pid)
+        process.kill()  # the hard way: all must end with it
+        process.wait()
+        deadline = time.monotonic() + 30
+        while any(is_alive(pid) for pid in below):
+            assert time.monotonic() < deadline, "vLLM outlived the server that started it"
+            time.sleep(0.1)
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        try:
+            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def reference(served: Served) -> dict[tuple[str, int], str]:
+    """PEFT's and transformers' own greedy answers in fp32, one request at a time."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(served.base.path)
+    model: Any = AutoModelForCausalLM.from_pretrained(served.base.path, dtype=torch.float32)
+    found = {}
+    for name in ("base", *NAMES):
+        asked = model if name == "base" else PeftModel.from_pretrained(model, served.folders / name)
+        for number, prompt in enumerate(PROMPTS):
+            with torch.inference_mode():
+                ids = asked.generate(
+                    input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                    max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=2,
+                )  # fmt: skip
+            found[name, number] = tokenizer.decode(ids[0, len(prompt) :])
+        if name != "base":
+            model = asked.unload()
+    assert len(set(found.values())) == len(found), "adapters that answer alike prove nothing"
+    return found
+
+
+def model_of(served: Served, name: str) -> str:
+    return served.base.path.name if name == "base" else name
+
+
+def test_models_are_listed_with_digest_and_precision(served: Served) -> None:
+    cards = httpx.get(f"{served.url}/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == [served.base.path.name, *NAMES]
+    assert cards[0]["precision"] == "float32 weights, computed in float32"
+    assert all(card["digest"].startswith("sha256:") for card in cards[1:])
+
+
+def test_one_at_a_time_the_answers_are_pefts(served: Served, reference: dict[tuple[str, int], str]) -> None:
+    for (name, number), wanted in reference.items():
+        assert served.tokens(model_of(served, name), PROMPTS[number]) == wanted, (name, number)
+
+
+def test_in_a_mixed_batch_with_all_slots_full_the_answers_are_pefts(
+    served: Served, reference: dict[tuple[str, int], str]
+) -> None:
+    """Stock vLLM 0.32 on a CPU answers the base's requests here with the adapter of the last slot."""
+    with ThreadPoolExecutor(len(reference)) as pool:
+        asked = {key: pool.submit(served.tokens, model_of(served, key[0]), PROMPTS[key[1]]) for key in reference}
+        found = {key: answer.result() for key, answer in asked.items()}
+    assert found == reference
+
+
+def test_an_adapter_is_loaded_replaced_and_unloaded(served: Served, tmp_path: Path) -> None:
+    texts = []
+    for seed in (50, 51):
+        make_peft_adapter(tmp_path / str(seed), served.base, rank=4, seed=seed)
+        pack(tmp_path / str(seed), base=served.base, name="new")
+        served.add(tmp_path / str(seed), f"new{seed}")
+    assert served.load("new", "new50").status_code == 200
+    texts.append(served.tokens("new", PROMPTS[0]))
+    body = {"lora_name": "new", "lora_path": "new51", "load_inplace": True}
+    assert served.post("/v1/load_lora_adapter", body).status_code == 200
+    texts.append(served.tokens("new", PROMPTS[0]))
+    assert texts[0] != texts[1]
+    assert served.post("/v1/unload_lora_adapter", {"lora_name": "new"}).status_code == 200
+    assert served.complete("new", PROMPTS[0]).status_code == 404
+
+
+def test_what_cannot_be_served_is_refused_with_its_reason(served: Served, smollm2: StoredBase, tmp_path: Path) -> None:
+    deep_folder = tmp_path / "deep-base"
+    make_tiny_base(deep_folder, smollm2, layers=3, seed=0)
+    deep = StoredBase(deep_folder, BaseRef("tests/deep", None, fingerprint(deep_folder)))
+    make_peft_adapter(tmp_path / "dora", served.base, rank=4, seed=5, use_dora=True)
+    make_peft_adapter(tmp_path / "wide", served.base, rank=96, seed=5)
+    make_peft_adapter(tmp_path / "deep", deep, rank=4, seed=5)
+    for name, base in (("dora", served.base), ("wide", served.base), ("deep", deep)):
+        pack(tmp_path / name, base=base, name=name)
+        served.add(tmp_path / name, name)
+    for name, code in (
+        ("dora", "adapter_unsupported"), ("wide", "adapter_rank_too_large"), ("deep", "adapter_base_mismatch"),
+        ("nowhere", "model_not_found"),
+    ):  # fmt: skip
+        answer = served.load("x", name)
+        assert 400 <= answer.status_code < 500, answer.text
+        assert answer.json()["error"]["code"] == code
+    # Corrupt at rest: named, and never shown to vLLM.
+    make_peft_adapter(tmp_path / "torn", served.base, rank=4, seed=6)
+    pack(tmp_path / "torn", base=served.base, name="torn")
+    served.add(tmp_path / "torn", "torn")
+    for weights in served.home.rglob("adapter_model.safetensors"):
+        if weights.read_bytes() == (tmp_path / "torn" / "adapter_model.safetensors").read_bytes():
+            weights.chmod(0o644)
+            weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)
+    answer = served.load("x", "torn")
+    assert answer.status_code == 422, answer.text
+    assert served.tokens("a", PROMPTS[0])
+
+
+def test_a_deleted_folder_harms_nobody(served: Served, tmp_path: Path) -> None:
+    """vLLM itself dies when it must read a folder again that is gone."""
+    for number in range(2 * SLOTS + 3):
+        make_peft_adapter(tmp_path / str(number), served.base, rank=4, seed=100 + number)
+        pack(tmp_path / str(number), base=served.base, name=f"n{number}")
+        served.add(tmp_path / str(number), f"n{number}")
+    assert served.load("n0", "n0").status_code == 200
+    first = served.tokens("n0", PROMPTS[1])
+    for folder in list(served.home.rglob("adapter_config.json")):
+        if "vllm" not in folder.parts and json.loads(folder.read_text())["r"] == 4:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+    assert served.tokens("n0", PROMPTS[1]) == first
+    assert served.post("/v1/unload_lora_adapter", {"lora_name": "n0"}).status_code == 200
+    assert served.tokens("a", PROMPTS[0])
+
+
+def test_a_killed_vllm_comes_back_with_its_adapters(served: Served, reference: dict[tuple[str, int], str]) -> None:
+    workers = processes_under(served.process.pid)
+    os.kill(workers[-1], signal.SIGKILL)
+    statuses = set()
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        answer = served.complete("a", PROMPTS[0], max_tokens=1)
+        statuses.add(answer.status_code)
+        if answer.status_code == 200 and 503 in statuses:
+            break
+        time.sleep(0.2)
+    assert statuses <= {200, 503}
+    assert 503 in statuses
+    for name in ("base", "a", "d"):
+        assert served.tokens(model_of(served, name), PROMPTS[0]) == reference[name, 0]
