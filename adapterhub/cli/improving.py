@@ -1,0 +1,93 @@
+"""The verb that turns feedback into the next adapter."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from adapterhub.cli.app import app
+from adapterhub.cli.feedback import Store, open_store
+from adapterhub.cli.shared import base_with, registry, resolved, say
+
+if TYPE_CHECKING:
+    from adapterhub.run_record import RunEnd
+
+
+class _Method(StrEnum):
+    dpo = "dpo"
+    kto = "kto"
+    orpo = "orpo"
+
+
+@app.command()
+def improve(
+    ref: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter that people judged.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A fresh folder [default: ./NAME-improved].")
+    ] = None,
+    method: Annotated[_Method, typer.Option(help="How to learn from the feedback.")] = _Method.dpo,
+    steps: Annotated[int, typer.Option(min=1, help="Steps, of --batch-size comparisons each.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Comparisons in a step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Of the steps after the warm-up.")] = 5e-4,
+    held_out: Annotated[float, typer.Option(min=0.05, max=0.9, help="Share of the questions to measure on.")] = 0.25,
+    store: Store = None,
+    promote: Annotated[
+        bool | None, typer.Option("--promote/--no-promote", help="Let the name lead to the result [default: ask].")
+    ] = None,
+) -> None:
+    """Train a candidate from feedback, measure it against the adapter on held-out comparisons, offer to promote it."""
+    from adapterhub.errors import UsageError
+    from adapterhub.files import write_atomic
+    from adapterhub.package import pack
+    from serve.feedback import exported, write_lines
+    from train.recipe import Recipe, read_recipe
+    from train.trainer import fit
+
+    adapter = resolved(ref)
+    name = adapter.manifest.name
+    folder = (output or Path(f"{name}-improved")).absolute()
+    lines = exported((given for _, given in open_store(store).of()), "kto" if method == "kto" else "dpo")
+    if not lines:
+        raise UsageError("the feedback holds nothing to compare yet: votes with a winner and corrections do.")
+    say(f"{len(lines)} comparisons from feedback")
+    comparisons = folder.with_name(f"{folder.name}.jsonl")
+    write_atomic(comparisons, write_lines(lines))
+    base = base_with(adapter.base, None)
+    wanted = Recipe.model_validate(
+        {
+            "name": name,
+            "base": base.ref.id,
+            "start": adapter.digest,
+            "data": {"source": "file", "path": comparisons.name, "held_out": held_out},
+            "train": {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate},
+            "preference": {"method": method.value},
+        }
+    )
+    recipe = folder.with_name(f"{folder.name}.toml")
+    write_atomic(recipe, wanted.to_toml())
+    end = fit(read_recipe(recipe), base, folder, start=adapter)
+    candidate = pack(folder, base=base, name=name, licence=adapter.manifest.licence, report=say)
+    is_better = _told(end)
+    say(f"{adapter.digest} -> {candidate.digest}")
+    if promote is None:
+        promote = typer.confirm(f"Let {name} lead to the candidate?", default=is_better, err=True)
+    if promote:
+        registry().add(candidate, name=name)
+        say(f"{name} leads to the candidate; before it: {adapter.digest}")
+    typer.echo(folder)
+
+
+def _told(end: RunEnd) -> bool:
+    """Say how the candidate did; is it better where nothing was learnt from?"""
+    tuned = next((one.preference for one in end.evaluations if one.preference), None)
+    if tuned is None:
+        say("nothing was held out to measure on: judge it in the arena.")
+        return False
+    say(
+        f"on {tuned.pairs} held-out pairs the better reply is the likelier one in {tuned.accuracy_before:.0%} -> "
+        f"{tuned.accuracy_after:.0%}; {tuned.method.upper()} loss {tuned.loss_before:.3f} -> {tuned.loss_after:.3f}"
+    )
+    return tuned.accuracy_after > tuned.accuracy_before
