@@ -2,7 +2,7 @@
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench docs lock clean
+.PHONY: setup demo test test-vllm check bench docs lock clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,10 @@ demo: setup  ## train two adapters, publish, serve, ask them; EXIT=1 ends by its
 test: setup  ## what CI runs
 	@scripts/browser.sh
 	@$(VENV)/bin/pytest
+
+test-vllm: setup  ## a real vLLM server on the CPU, in an environment of its own (2.5 GB)
+	@scripts/vllm.sh $(VENV)-vllm
+	@ADAPTERHUB_VLLM_PYTHON=$(VENV)-vllm/bin/python $(VENV)/bin/pytest tests/test_vllm_real.py
 
 check: setup  ## style and types
 	$(VENV)/bin/ruff check .
@@ -35,4 +39,4 @@ lock: setup  ## write down the versions in use
 	@mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) .demo .cache
+	rm -rf $(VENV) $(VENV)-vllm .demo .cache

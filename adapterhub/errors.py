@@ -17,11 +17,15 @@
       DatasetError              training data with faults, file and line of each    exit 2   400
       UsageError                a request that makes no sense as asked              exit 2   400
         OutputNotFresh          an output folder that already holds something
+        RunNotResumable         no stopped training run at that folder
       StorageFull               the disk is full                                    exit 1   507
       TrainingFailed            the run cannot go on (NaN loss, out of memory)      exit 1   500
+      TrainingStopped           told to stop; a checkpoint was written              exit 130
       ServeError                the server cannot do this now                       exit 1   503
         ServerBusy (429)  RequestTooLong (400)  AdapterLoadFailed (503)  EngineStopped (503)
         PortBusy
+        TrainingBusy (409)      a training run is going on, and there is one at a time
+        TrainingRunNotFound (404)
         InvalidKey (401)  NotAllowed (403)    a client's API key is wrong, or may not do this
       DemoFailed                a station of the demo failed                        exit 1
 
@@ -141,12 +145,20 @@ class OutputNotFresh(UsageError):
     code = "output_not_fresh"
 
 
+class RunNotResumable(UsageError):
+    code = "run_not_resumable"
+
+
 class StorageFull(AdapterHubError):
     http_status, code = 507, "storage_full"
 
 
 class TrainingFailed(AdapterHubError):
     code = "training_failed"
+
+
+class TrainingStopped(AdapterHubError):
+    exit_code, code = 130, "training_stopped"
 
 
 class ServeError(AdapterHubError):
@@ -171,6 +183,14 @@ class EngineStopped(ServeError):
 
 class PortBusy(ServeError):
     code = "port_busy"
+
+
+class TrainingBusy(ServeError):
+    http_status, code = 409, "training_busy"
+
+
+class TrainingRunNotFound(ServeError):
+    exit_code, http_status, code = 3, 404, "training_run_not_found"
 
 
 class InvalidKey(ServeError):

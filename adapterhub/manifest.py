@@ -71,14 +71,32 @@ class Chat(_Part):
     stop: list[str] = []
 
 
+class Preference(_Part):
+    """Preference tuning on held-out comparisons, before (what training started from) and after."""
+
+    method: Literal["dpo", "kto", "orpo"]
+    pairs: int
+    """desirable and undesirable replies compared"""
+    accuracy_before: float
+    """share of pairs whose desirable reply is the likelier one, per token"""
+    accuracy_after: float
+    loss_before: float
+    """the method's own loss"""
+    loss_after: float
+
+
 class Evaluation(_Part):
-    """Mean negative log-likelihood per trained token (nats) on questions training never saw."""
+    """Mean negative log-likelihood per trained token (nats) on questions training never saw.
+
+    After preference tuning the tokens are those of the desirable replies.
+    """
 
     data: str
     tokens: int
     """tokens the loss is averaged over"""
     base_loss: float
     adapter_loss: float
+    preference: Preference | None = None
 
 
 class Training(_Part):

@@ -13,12 +13,15 @@ from typing import Any
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import AdapterHubError, RequestTooLong, UsageError
+from adapterhub.registry import Registry
 from serve import wire
 from serve.adapter_cache import AdapterCache
 from serve.catalog import Catalog, Published
 from serve.engine import AdapterScale, Chunk, Engine, FinishReason, GenerationRequest, TokenLogprob
+from serve.feedback import FeedbackStore
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
+from serve.training_runs import TrainingRuns
 
 DEFAULT_MAX_TOKENS = 512
 """tokens of a chat answer when the client does not say, if the model has room for them"""
@@ -33,6 +36,12 @@ class Services:
     cache: AdapterCache
     prompts: PromptRenderer
     metrics: Metrics
+    training: TrainingRuns | None = None
+    """None: this server starts no training runs"""
+    feedback: FeedbackStore | None = None
+    """None: this server keeps no feedback"""
+    registry: Registry | None = None
+    """None: this server does not show what is on its machine"""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ from serve import wire
 from serve.answer import Question, Services, ask_chat, ask_completion, event_stream, whole_body
 from serve.auth import ApiKeys
 from serve.catalog import Published
+from serve.routes_adapters import adapter_routes
+from serve.routes_feedback import feedback_routes
+from serve.routes_training import training_routes
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +100,23 @@ def create_app(services: Services, keys: ApiKeys) -> FastAPI:
         services.catalog.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
+    if services.registry is not None:
+        app.include_router(adapter_routes(services.registry, services.catalog, asking, managing))
+    if services.feedback is not None:
+        app.include_router(feedback_routes(services.feedback, asking, lambda names: _served(services, names)))
+    if services.training is not None:
+        app.include_router(training_routes(services.training, managing))
     _add_error_handlers(app, services)
     return app
+
+
+def _served(services: Services, names: list[str] | None) -> list[str]:
+    """The names, all of which must be served; without any, the base and every adapter. Raises AdapterNotFound."""
+    if names is None:
+        return [services.catalog.base_name, *(published.name for published in services.catalog.list())]
+    for name in names:
+        services.catalog.find(name)
+    return names
 
 
 async def _respond(
@@ -154,6 +172,7 @@ def _base_card(services: Services) -> dict[str, Any]:
         "parent": None,
         "max_model_len": services.engine.max_model_len,
         "fingerprint": base.fingerprint,
+        "precision": str(services.engine.precision),
     }
 
 

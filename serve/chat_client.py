@@ -1,4 +1,4 @@
-"""What both chats know of the API: its models, an answer as it comes, a failure in one line. Knows no screen."""
+"""What every chat knows of the API: its models, an answer as it comes, a failure in one line. Knows no screen."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from adapterhub.errors import (
     AdapterHubError,
     AdapterNotFound,
+    Conflict,
     NotAuthorized,
     RequestTooLong,
     ServeError,
@@ -19,7 +20,6 @@ from adapterhub.errors import (
 )
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
     from openai.types import Model
     from openai.types.chat import ChatCompletionChunk
 
@@ -48,9 +48,23 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sampling:
+    """A `seed` of None leaves the draw to the server; a temperature of 0 is greedy."""
+
     temperature: float
     max_tokens: int
     top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An adapter and the factor its update is multiplied by, where several answer together."""
+
+    name: str
+    scale: float
+
+    def wire(self) -> dict[str, Any]:
+        return {"name": self.name, "scale": self.scale}
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,13 @@ class Answer:
     """One answer while it arrives, and the figures about it. Times are seconds since the request was sent."""
 
     model: str
+    mix: tuple[Scaled, ...] = ()
+    """adapters that answer together; `model` is then the base"""
     text: str = ""
+    tokens: list[str] = field(default_factory=list)
+    """the text in the model's own pieces, where they were asked for"""
+    digest: str | None = None
+    """of the adapter that answers, where the server tells it"""
     num_tokens: int = 0
     prompt_tokens: int | None = None
     finish_reason: str | None = None
@@ -107,6 +127,8 @@ class Answer:
     def saw(self, chunk: ChatCompletionChunk) -> None:
         for choice in chunk.choices:
             self.finish_reason = choice.finish_reason or self.finish_reason
+            if choice.logprobs is not None:
+                self.tokens += [token.token for token in choice.logprobs.content or ()]
             if choice.delta.content:
                 self.last_token_s = time.monotonic() - self._sent
                 self.first_token_s = self.first_token_s or self.last_token_s
@@ -116,15 +138,24 @@ class Answer:
             self.num_tokens, self.prompt_tokens = chunk.usage.completion_tokens, chunk.usage.prompt_tokens
 
     @property
+    def name(self) -> str:
+        """Who answers, for people: the model, or the adapters of a mix with their scales."""
+        return " + ".join(f"{part.name} × {part.scale:g}" for part in self.mix) or self.model
+
+    def wire(self) -> dict[str, str | None]:
+        """What feedback says of it."""
+        return {"model": self.name, "digest": self.digest, "text": self.text}
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Rate after the first token, whose wait is told apart; None where there is nothing to divide."""
         if self.first_token_s is None or self.num_tokens < 2 or self.last_token_s <= self.first_token_s:
             return None
         return (self.num_tokens - 1) / (self.last_token_s - self.first_token_s)
 
-    def summary(self) -> str:
-        """One line: who answered, how fast, and what cut it short."""
-        parts = [self.model]
+    def figures(self) -> str:
+        """How fast it came, and what cut it short."""
+        parts = []
         if self.tokens_per_s is not None:
             parts.append(f"{self.tokens_per_s:.1f} tok/s")
         if self.first_token_s is not None:
@@ -132,6 +163,10 @@ class Answer:
         if self.finish_reason == "length":
             parts.append(f"cut at {self.num_tokens} tokens")
         return " · ".join(parts)
+
+    def summary(self) -> str:
+        """One line: who answered, and the figures."""
+        return " · ".join(part for part in (self.name, self.figures()) if part)
 
 
 def _duration(seconds: float) -> str:
@@ -149,10 +184,12 @@ def to_send(system: str | None, turns: list[Turn]) -> list[dict[str, str]]:
     return [turn.wire() for turn in (*instructions, *answered)]
 
 
-def request_body(model: str, messages: list[dict[str, str]], sampling: Sampling) -> dict[str, Any]:
+def request_body(
+    answer: Answer, messages: list[dict[str, str]], sampling: Sampling, *, wants_tokens: bool = False
+) -> dict[str, Any]:
     """Arguments of the OpenAI client's `chat.completions.create`, streaming and counted."""
-    return {
-        "model": model,
+    body: dict[str, Any] = {
+        "model": answer.model,
         "messages": messages,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -160,51 +197,18 @@ def request_body(model: str, messages: list[dict[str, str]], sampling: Sampling)
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_tokens,
     }
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed
+    if wants_tokens:
+        body["logprobs"] = True
+    if answer.mix:
+        body["extra_body"] = {"adapter": [part.wire() for part in answer.mix]}
+    return body
 
 
 def trusts_proxy(url: str) -> bool:
     """Whether the environment's proxy settings apply: never to this machine's own server."""
     return urlsplit(url).hostname not in _LOOPBACK
-
-
-class PageClient:
-    """The API at `url` (without /v1) for many visitors of one page, each with a key of their own."""
-
-    def __init__(self, url: str) -> None:
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
-
-        self.url = f"{url}/v1"
-        self._client = AsyncOpenAI(
-            base_url=self.url,
-            api_key=NO_KEY,
-            max_retries=0,  # a person sees the refusal and has a Retry button
-            timeout=Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            http_client=DefaultAsyncHttpxClient(trust_env=trusts_proxy(url)),
-        )
-
-    def _for(self, key: str | None) -> AsyncOpenAI:
-        return self._client.with_options(api_key=(key or "").strip() or NO_KEY)
-
-    async def models(self, key: str | None) -> list[ServedModel]:
-        """The base first, then the adapters. Raises AdapterHubError."""
-        try:
-            page = await self._for(key).models.list()
-            return sorted((ServedModel.read(model) for model in page.data), key=lambda model: not model.is_base)
-        except Exception as error:
-            raise said_in_one_line(error, self.url) from error
-
-    async def fill(
-        self, answer: Answer, messages: list[dict[str, str]], sampling: Sampling, *, key: str | None
-    ) -> None:
-        """Ask, and let `answer` grow until it is complete. Cancelling cancels the request. Raises AdapterHubError."""
-        try:
-            stream = await self._for(key).chat.completions.create(**request_body(answer.model, messages, sampling))
-            async with stream:
-                async for chunk in stream:
-                    answer.saw(chunk)
-        except Exception as error:
-            raise said_in_one_line(error, self.url, has_begun=bool(answer.text)) from error
-        check_complete(answer, self.url)
 
 
 def check_complete(answer: Answer, url: str) -> None:
@@ -240,10 +244,10 @@ def _refusal(status: int, body: object, url: str) -> AdapterHubError:
     code = body.get("code") if isinstance(body, dict) else None
     if code == "context_length_exceeded":
         return RequestTooLong(message)
-    # A 404 without this code is an address that is no API, not a missing model.
+    # A 404 without a code of ours is an address that is no API, not a missing model.
     if status == 404:
-        return AdapterNotFound(message) if code == "model_not_found" else UsageError(_NO_API.format(url=url))
-    kinds: dict[int, type[AdapterHubError]] = {401: NotAuthorized, 403: NotAuthorized, 429: ServerBusy}
+        return UsageError(_NO_API.format(url=url)) if code in (None, "not_found") else AdapterNotFound(message)
+    kinds: dict[int, type[AdapterHubError]] = {401: NotAuthorized, 403: NotAuthorized, 409: Conflict, 429: ServerBusy}
     return kinds.get(status, UsageError if status < 500 else ServeError)(message)
 
 

@@ -5,10 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
 
 from adapterhub.adapter import AdapterRef, BaseName
 from adapterhub.errors import UsageError
 from serve.local_engine import LocalEngineConfig
+
+EngineKind = Literal["local", "vllm", "auto"]
+
+
+@dataclass(frozen=True)
+class VllmConfig:
+    """Of --engine vllm: servers that run already, or the environment to start one from."""
+
+    endpoints: tuple[str, ...] = ()
+    python: Path | None = None
+    """None: this Python's own environment"""
+    arguments: tuple[str, ...] = ()
+    """passed on to the vLLM we start"""
 
 
 @dataclass(frozen=True)
@@ -33,11 +48,21 @@ class ServeConfig:
     has_page: bool = True
     """the browser page at /ui"""
     engine: LocalEngineConfig = field(default_factory=LocalEngineConfig)
+    engine_kind: EngineKind = "local"
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
     @property
     def base_name(self) -> str:
         """What requests call the base: as the operator wrote it, a folder by its last part."""
         return self.base.folder.resolve().name if self.base.folder else str(self.base.name)
+
+
+def parse_engine(text: str) -> EngineKind:
+    """Raises UsageError."""
+    for kind in get_args(EngineKind):
+        if text == kind:
+            return kind  # type: ignore[no-any-return]
+    raise UsageError(f"--engine {text!r} is none of {', '.join(get_args(EngineKind))}.")
 
 
 def parse_weight(text: str) -> tuple[str, float]:

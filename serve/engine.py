@@ -111,6 +111,26 @@ class EngineStatus:
     kv_usage: float = 0.0
     """fraction of KV blocks in use"""
     num_preemptions: int = 0
+    has_ended: bool = False
+    """not ready, and never again"""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the base is held: an adapter answers best on the weights it was trained on."""
+
+    weights: str
+    """nf4, bfloat16, awq, ..."""
+    dtype: str
+    """of the arithmetic"""
+
+    @property
+    def is_nf4(self) -> bool:
+        """As proofs of adapters are recorded. Elsewhere an answer may differ and nothing be wrong."""
+        return self.weights == "nf4"
+
+    def __str__(self) -> str:
+        return f"{self.weights} weights, computed in {self.dtype}"
 
 
 class Engine(Protocol):
@@ -120,6 +140,7 @@ class Engine(Protocol):
     """tokens of prompt and answer together"""
     dtype: str
     """what the model computes in: float32, bfloat16 or float16"""
+    precision: Precision
 
     async def load(self, adapter: Adapter) -> None:
         """Make `adapter` usable by its digest; nothing changes when this fails.

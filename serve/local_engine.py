@@ -17,7 +17,7 @@ from adapterhub.base_model import LoadedBase
 from adapterhub.errors import AdapterLoadFailed, EngineStopped, RequestTooLong, ServerBusy, UsageError
 from serve.attention import KvShape
 from serve.cpu_kernels import MAX_RANK
-from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, TokenLogprob
+from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, Precision, TokenLogprob
 from serve.lora_weights import Weights, read_weights
 from serve.model_runner import ModelRunner, kv_dtype
 from serve.sampling import Sampled
@@ -58,6 +58,8 @@ class LocalEngine:
         self.config = config or LocalEngineConfig()
         self._base = base
         self.dtype = str(base.quantization.compute_dtype)
+        kind = base.quantization.kind
+        self.precision = Precision(self.dtype if kind == "none" else kind, self.dtype)
         model_config = base.model.config.get_text_config()
         shape = KvShape.of(model_config, kv_dtype(base))
         num_blocks = self.config.kv_cache_bytes // (shape.bytes_per_token * self.config.block_size)
@@ -126,7 +128,7 @@ class LocalEngine:
 
     def status(self) -> EngineStatus:
         if self._stopped is not None:
-            return EngineStatus(False, self._stopped)
+            return EngineStatus(False, self._stopped, has_ended=True)
         used = self._pool.num_blocks - self._pool.num_free
         return EngineStatus(
             True,

@@ -1,77 +1,99 @@
-"""The Chat tab: its widgets, and what each button does. Conversations live in the browser, not here."""
+"""The Chat tab: its widgets, and which handler or script each of them reaches."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import gradio as gr
 
-from serve.chat_client import Answer, PageClient, Sampling, to_send
-from serve.page_lines import Line, answered, answering, failed, read_lines, settled, stopped, text_of, turns_of
-from serve.page_models import Models, model_picker
+from serve.page_api import PageClient
+from serve.page_feedback import CORRECT
+from serve.page_models import QUIET, Models, model_picker
+from serve.page_script import (
+    EXPORT_JSON,
+    EXPORT_MARKDOWN,
+    FORGET,
+    KEEP,
+    KEEP_IN_ADDRESS,
+    LIST,
+    OPEN,
+    OPEN_IF_WIDE,
+)
+from serve.page_style import LATEX
+from serve.page_talk import Talk, Widgets
 
-REDRAW_S = 0.05
-"""a redraw costs more than a token of a small model: draw at most 20 times a second"""
 CONCURRENT_ANSWERS = 64
 """what the engine batches and queues; Gradio's own default is 1"""
+_STORAGE_KEY = "adapterhub.conversations.1"
+_STORAGE_SECRET = "adapterhub"  # noqa: S105  not secret: Gradio encrypts with something, and by default with what a restart loses
 
 _HINT = "**Enter** sends, **Shift+Enter** starts a line, **Esc** stops, **Ctrl+K** goes to the adapters."
-
-Given = dict[Any, Any]
-"""the values of the widgets"""
-Messages = list[dict[str, Any]]
-Updates = dict[Any, Any]
+_PLACEHOLDER = "### Ask something\nSwitch the adapter whenever you like: the next answer is by the one picked."
 
 
-@dataclass(frozen=True)
-class _Widgets:
-    about: Any
-    picker: Any
-    card: Any
-    system: Any
-    temperature: Any
-    top_p: Any
-    max_tokens: Any
-    chat: Any
-    box: Any
-    send: Any
-    stop: Any
-
-    @property
-    def outputs(self) -> list[Any]:
-        return [self.chat, self.box, self.send, self.stop]
-
-
-def chat_tab(blocks: Any, client: PageClient, key: Any) -> None:
-    """Draw the tab inside the current `gr.Tab` and connect it. `key` is the page's box for the API key."""
+def chat_tab(blocks: Any, client: PageClient) -> None:
+    """Draw the tab inside the current `gr.Tab` and connect it."""
     with gr.Row(elem_classes="chat-columns"):
         with gr.Column(scale=1, min_width=280, elem_classes="chat-side"):
-            side = _draw_side()
+            side = _draw_models() | _draw_conversations() | _draw_settings()
         with gr.Column(scale=4, min_width=300, elem_classes="chat-main"):
-            widgets = _Widgets(*side, *_draw_talk())
-    _connect_models(blocks, widgets, Models(client), key)
-    _connect_talk(widgets, _Talk(client, widgets, key), key)
+            talk = _draw_talk() | _draw_composer()
+    state = {
+        "saved": gr.BrowserState([], storage_key=_STORAGE_KEY, secret=_STORAGE_SECRET),
+        "corrected_at": gr.State(None),
+    }
+    widgets = Widgets(**side, **talk, **state)
+    _connect_models(blocks, widgets, Models(client))
+    _connect_conversations(blocks, widgets)
+    _connect_talk(widgets, Talk(client, widgets))
 
 
-def _draw_side() -> list[Any]:
-    picker = model_picker(elem_id="picker")
+def _draw_models() -> dict[str, Any]:
+    picker = model_picker(elem_id="picker", filterable=True)
     with gr.Accordion("About", open=False, elem_id="about") as about:
         card = gr.Markdown(elem_id="card")
+    with gr.Accordion("Mix two adapters", open=False, elem_id="mix"):
+        partner = model_picker(elem_id="partner", label="Together with")
+        scale = gr.Slider(-1.0, 2.0, value=0.5, step=0.05, label="Strength of the first", elem_id="scale")
+        partner_scale = gr.Slider(-1.0, 2.0, value=0.5, step=0.05, label="Strength of the second")
+    return {
+        "picker": picker,
+        "about": about,
+        "card": card,
+        "partner": partner,
+        "scale": scale,
+        "partner_scale": partner_scale,
+    }
+
+
+def _draw_conversations() -> dict[str, Any]:
+    with gr.Accordion("Conversations", open=False, elem_id="conversations"):
+        kept = gr.Dropdown([], value=None, label="Kept in this browser", elem_id="kept", interactive=True)
+        with gr.Row(elem_classes="small-buttons"):
+            fresh = gr.Button("New", size="sm", min_width=90, elem_id="new-chat")
+            forget = gr.Button("Delete", size="sm", min_width=90)
+        with gr.Row(elem_classes="small-buttons"):
+            as_json = gr.Button("Save as JSON", size="sm", min_width=90)
+            as_markdown = gr.Button("Save as Markdown", size="sm", min_width=90)
+    # Gradio's own check knows only the choices it was built with; these are the browser's.
+    kept.preprocess = lambda payload: payload
+    return {"kept": kept, "fresh": fresh, "forget": forget, "as_json": as_json, "as_markdown": as_markdown}
+
+
+def _draw_settings() -> dict[str, Any]:
     with gr.Accordion("Settings", open=False, elem_id="settings"):
-        system = gr.Textbox(label="System prompt", lines=2, max_lines=8, elem_id="system")
-        temperature = gr.Slider(0.0, 2.0, value=0.7, step=0.05, label="Temperature", elem_id="temperature")
-        top_p = gr.Slider(0.05, 1.0, value=0.9, step=0.05, label="Top-p", elem_id="top-p")
-        max_tokens = gr.Slider(1, 2048, value=256, step=1, label="Max tokens", elem_id="max-tokens")
+        drawn = {
+            "system": gr.Textbox(label="System prompt", lines=2, max_lines=8, elem_id="system"),
+            "temperature": gr.Slider(0.0, 2.0, value=0.7, step=0.05, label="Temperature", elem_id="temperature"),
+            "top_p": gr.Slider(0.05, 1.0, value=0.9, step=0.05, label="Top-p", elem_id="top-p"),
+            "max_tokens": gr.Slider(1, 2048, value=256, step=1, label="Max tokens", elem_id="max-tokens"),
+            "seed": gr.Number(None, label="Seed (empty: another draw each time)", precision=0, elem_id="seed"),
+        }
         gr.Markdown(_HINT, elem_id="hint")
-    return [about, picker, card, system, temperature, top_p, max_tokens]
+    return drawn
 
 
-def _draw_talk() -> list[Any]:
+def _draw_talk() -> dict[str, Any]:
     chat = gr.Chatbot(
         elem_id="chat",
         label="Conversation",
@@ -79,9 +101,27 @@ def _draw_talk() -> list[Any]:
         height="100%",
         editable="user",
         buttons=["copy", "copy_all"],  # without this there is a share button that uploads
+        feedback_options=["Like", "Dislike", CORRECT],
+        latex_delimiters=LATEX,
         layout="bubble",
-        placeholder="### Ask something\nSwitch the adapter whenever you like: the next answer is by the one picked.",
+        placeholder=_PLACEHOLDER,
     )
+    with gr.Group(visible=False, elem_id="correcting") as correcting:
+        wording = gr.Textbox(label="What it should have said", lines=3, max_lines=12, elem_id="wording")
+        with gr.Row(elem_classes="small-buttons"):
+            save_wording = gr.Button("Save correction", variant="primary", size="sm", min_width=90)
+            drop_wording = gr.Button("Cancel", size="sm", min_width=90)
+    return {
+        "chat": chat,
+        "correcting": correcting,
+        "wording": wording,
+        "save_wording": save_wording,
+        "drop_wording": drop_wording,
+        "said": gr.Markdown(elem_id="said", elem_classes="said"),
+    }
+
+
+def _draw_composer() -> dict[str, Any]:
     with gr.Row(elem_classes="composer"):
         box = gr.Textbox(
             elem_id="box",
@@ -94,159 +134,56 @@ def _draw_talk() -> list[Any]:
             scale=1,
         )
         send = gr.Button("Send", variant="primary", elem_id="send", scale=0, min_width=88)
-        stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=0, min_width=88, visible=False)
-    return [chat, box, send, stop]
+        stop = gr.Button(
+            "Stop", variant="stop", elem_id="stop", elem_classes="stop", scale=0, min_width=88, visible=False
+        )
+    return {"box": box, "send": send, "stop": stop}
 
 
-def _connect_models(blocks: Any, on: _Widgets, models: Models, key: Any) -> None:
-    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    blocks.load(models.opened, [key, on.picker], [on.picker, on.card], **quiet)
-    blocks.load(None, None, [on.about], js=_OPEN_IF_WIDE, api_visibility="private")
-    gr.on([key.submit, key.blur], models.opened, [key, on.picker], [on.picker, on.card], **quiet)
-    on.picker.focus(models.refreshed, [key], [on.picker], **quiet)
-    on.picker.input(models.card, [key, on.picker], [on.card], **quiet)
-    on.picker.input(None, [on.picker], None, js=_KEEP_IN_ADDRESS, api_visibility="private")
+def _connect_models(blocks: Any, on: Widgets, models: Models) -> None:
+    blocks.load(models.opened, [on.picker], [on.picker, on.card], **QUIET)
+    blocks.load(None, None, [on.about], js=OPEN_IF_WIDE, api_visibility="private")
+    on.picker.focus(models.refreshed, None, [on.picker], **QUIET)
+    on.picker.input(models.card, [on.picker], [on.card], **QUIET)
+    on.picker.input(None, [on.picker], None, js=KEEP_IN_ADDRESS, api_visibility="private")
+    on.partner.focus(models.adapters, None, [on.partner], **QUIET)
 
 
-_OPEN_IF_WIDE = '() => ({ __type__: "update", open: innerWidth > 700 })'
+def _connect_conversations(blocks: Any, on: Widgets) -> None:
+    here = {"api_visibility": "private"}
+    blocks.load(None, [on.saved], [on.kept], js=LIST, **here)
+    on.forget.click(None, [on.saved, on.kept], [on.saved, on.kept, on.chat], js=FORGET, **here)
+    on.as_json.click(None, [on.chat, on.system], None, js=EXPORT_JSON, **here)
+    on.as_markdown.click(None, [on.chat, on.system], None, js=EXPORT_MARKDOWN, **here)
 
-_KEEP_IN_ADDRESS = """(name) => {
-    const address = new URL(location);
-    address.searchParams.set("adapter", name);
-    history.replaceState(null, "", address);
-}"""
 
-
-def _connect_talk(on: _Widgets, talk: _Talk, key: Any) -> None:
-    quiet = {"outputs": on.outputs, "show_progress": "hidden", "api_visibility": "private"}
+def _connect_talk(on: Widgets, talk: Talk) -> None:
+    quiet = {"outputs": on.drawn, "show_progress": "hidden", "api_visibility": "private"}
     # Gradio loses an event that joins its queue in the moment in which the one before leaves it. So only answers queue,
     # and asking again is always possible.
     at_once = quiet | {"queue": False}
     asking = quiet | {"concurrency_limit": CONCURRENT_ANSWERS, "trigger_mode": "multiple"}
-    # As a set, the inputs reach the handler in one dictionary.
-    given = {on.chat, on.box, key, on.picker, on.system, on.temperature, on.top_p, on.max_tokens}
-    gr.on([on.box.submit, on.send.click], talk.send, given, **asking)
-    on.chat.retry(talk.retry, given, **asking)
-    on.chat.edit(talk.edit, given, **asking)
-    on.chat.undo(talk.undo, {on.chat}, **at_once)
-    on.chat.clear(talk.clear, set(), **at_once)
+    kept = {
+        "fn": None,
+        "inputs": [on.saved, on.kept, on.chat],
+        "outputs": [on.saved, on.kept],
+        "js": KEEP,
+        "api_visibility": "private",
+    }
+    gr.on([on.box.submit, on.send.click], talk.send, on.asked, **asking).then(**kept)
+    on.chat.retry(talk.retry, on.asked, **asking).then(**kept)
+    on.chat.edit(talk.edit, on.asked, **asking).then(**kept)
+    on.chat.undo(talk.undo, {on.chat}, **at_once).then(**kept)
+    on.chat.clear(talk.clear, set(), **at_once).then(None, None, [on.kept], js="() => null", api_visibility="private")
     on.stop.click(talk.stop, {on.chat}, **at_once)
-
-
-class _Ending(Enum):
-    """What becomes of an answer that is ended from outside."""
-
-    STOPPED = "stopped"
-    CLEARED = "cleared"
-    REPLACED = "replaced"
-
-
-@dataclass
-class _Run:
-    """An answer under way in one visitor's page."""
-
-    task: asyncio.Task[None]
-    ending: _Ending | None = None
-
-    def end(self, ending: _Ending) -> None:
-        self.ending = ending
-        self.task.cancel()
-
-
-class _Talk:
-    """The handlers. Each gets the conversation from the browser and gives back what to draw.
-
-    An answer is drawn by the handler that asked for it and by no other, so that no late drawing undoes a stop.
-    """
-
-    def __init__(self, client: PageClient, on: _Widgets, key: Any) -> None:
-        self._client = client
-        self._on = on
-        self._key = key
-        self._runs: dict[str | None, _Run] = {}
-        """by the session of the page"""
-
-    async def send(self, given: Given, request: gr.Request) -> AsyncGenerator[Updates, None]:
-        yield {self._on.box: ""}  # in any case: Gradio takes an end without a drawing for a drawing of nothing
-        text = given[self._on.box] or ""
-        if not text.strip():
-            return
-        lines = [*settled(read_lines(given[self._on.chat])), Line("user", text)]
-        async with aclosing(self._answer(lines, given, request)) as updates:
-            async for update in updates:
-                yield update
-
-    async def retry(self, given: Given, request: gr.Request, event: gr.RetryData) -> AsyncGenerator[Updates, None]:
-        lines = read_lines(given[self._on.chat])[: event.index + 1]
-        async with aclosing(self._answer(lines, given, request)) as updates:
-            async for update in updates:
-                yield update
-
-    async def edit(self, given: Given, request: gr.Request, event: gr.EditData) -> AsyncGenerator[Updates, None]:
-        lines = [*read_lines(given[self._on.chat])[: event.index], Line("user", text_of(event.value))]
-        async with aclosing(self._answer(lines, given, request)) as updates:
-            async for update in updates:
-                yield update
-
-    def undo(self, given: Given, event: gr.UndoData) -> Updates:
-        return self._draw(read_lines(given[self._on.chat])[: event.index]) | {self._on.box: text_of(event.value)}
-
-    def clear(self, given: Given, request: gr.Request) -> Updates:
-        self._end(request, _Ending.CLEARED)
-        return {}  # the browser has cleared it already
-
-    def stop(self, given: Given, request: gr.Request) -> Updates:
-        if self._end(request, _Ending.STOPPED):
-            return {}  # the run draws its own end
-        return self._draw(settled(read_lines(given[self._on.chat])))  # the server was restarted meanwhile
-
-    def _end(self, request: gr.Request, ending: _Ending) -> bool:
-        run = self._runs.get(request.session_hash)
-        if run is not None:
-            run.end(ending)
-        return run is not None
-
-    async def _answer(self, lines: list[Line], given: Given, request: gr.Request) -> AsyncGenerator[Updates, None]:
-        """Ask, draw the answer as it grows, then how it ended. No failure leaves: Gradio would lock the page."""
-        on, session = self._on, request.session_hash
-        self._end(request, _Ending.REPLACED)
-        answer = Answer(given[on.picker] or "")
-        messages = to_send(given[on.system], turns_of(lines))
-        sampling = Sampling(given[on.temperature], int(given[on.max_tokens]), given[on.top_p])
-        run = _Run(asyncio.create_task(self._client.fill(answer, messages, sampling, key=given[self._key])))
-        self._runs[session] = run
-        try:
-            yield self._draw([*lines, *answering(answer)], is_running=True)
-            drawn = ""
-            while not run.task.done():
-                await asyncio.wait({run.task}, timeout=REDRAW_S)
-                if answer.text != drawn and not run.task.done():
-                    drawn = answer.text
-                    yield {on.chat: _messages([*lines, *answering(answer)])}
-            if run.ending is not _Ending.REPLACED:
-                yield self._draw(_ended(lines, answer, run))
-        finally:
-            run.task.cancel()
-            await asyncio.gather(run.task, return_exceptions=True)
-            if self._runs.get(session) is run:
-                del self._runs[session]
-
-    def _draw(self, lines: list[Line], *, is_running: bool = False) -> Updates:
-        return {
-            self._on.chat: _messages(lines),
-            self._on.send: gr.update(visible=not is_running),
-            self._on.stop: gr.update(visible=is_running),
-        }
-
-
-def _ended(lines: list[Line], answer: Answer, run: _Run) -> list[Line]:
-    if run.ending is _Ending.CLEARED:
-        return []
-    if run.ending is _Ending.STOPPED:
-        return [*lines, *stopped(answer)]
-    error = run.task.exception()
-    return [*lines, *(failed(answer, str(error)) if error else answered(answer))]
-
-
-def _messages(lines: list[Line]) -> Messages:
-    return [line.message() for line in lines]
+    # The run ends first: what it still draws must not land in the other conversation.
+    opened = {"fn": None, "inputs": [on.saved, on.kept], "outputs": [on.chat], "js": OPEN, "api_visibility": "private"}
+    on.kept.input(talk.leave, set(), **at_once).then(**opened)
+    nothing = {"js": "() => [[], null]", "api_visibility": "private"}
+    on.fresh.click(talk.leave, set(), **at_once).then(None, None, [on.chat, on.kept], **nothing)
+    liking = at_once | {"outputs": [on.said, on.correcting, on.wording, on.corrected_at]}
+    on.chat.like(talk.liked, {on.chat, on.system, on.corrected_at}, **liking)
+    wording = {on.chat, on.system, on.wording, on.corrected_at}
+    saving = at_once | {"outputs": [on.said, on.correcting, on.chat]}
+    on.save_wording.click(talk.save_wording, wording, **saving).then(**kept)
+    on.drop_wording.click(talk.drop_wording, set(), **(at_once | {"outputs": [on.correcting]}))

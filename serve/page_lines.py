@@ -26,12 +26,15 @@ class Line:
     text: str
     title: str | None = None
     status: Status = None
+    by: str | None = None
+    """of a note under an answer: who gave it, and the digest that answered, as NAME@DIGEST"""
 
     def message(self) -> dict[str, Any]:
         """Gradio's form. The text goes in as a block: as a bare string it would lose its indentation."""
         message: dict[str, Any] = {"role": self.role, "content": [{"type": "text", "text": self.text}]}
         if self.title is not None:
-            message["metadata"] = {"title": self.title} | ({"status": self.status} if self.status else {})
+            more = {"status": self.status, "id": self.by}
+            message["metadata"] = {"title": self.title} | {key: value for key, value in more.items() if value}
         return message
 
 
@@ -43,7 +46,8 @@ def read_lines(messages: Iterable[dict[str, Any]] | None) -> list[Line]:
 def _read(message: dict[str, Any]) -> Line:
     metadata = message.get("metadata") or {}
     role = "user" if message.get("role") == "user" else "assistant"
-    return Line(role, text_of(message.get("content")), metadata.get("title"), metadata.get("status"))
+    text, by = text_of(message.get("content")), metadata.get("id")
+    return Line(role, text, metadata.get("title"), metadata.get("status"), None if by is None else str(by))
 
 
 def text_of(content: Any) -> str:
@@ -62,36 +66,69 @@ def turns_of(lines: Iterable[Line]) -> list[Turn]:
 
 def answering(answer: Answer) -> list[Line]:
     """An answer under way: what has come, and who is at it."""
-    return [*_said(answer), Line("assistant", "", escape(answer.model) + _ANSWERING, "pending")]
+    return [*_said(answer), Line("assistant", "", escape(answer.name) + _ANSWERING, "pending", _by(answer))]
 
 
 def answered(answer: Answer) -> list[Line]:
     """A complete answer and its figures, folded away."""
-    return [*_said(answer), Line("assistant", _figures(answer), escape(answer.summary()), "done")]
+    return [*_said(answer), Line("assistant", _figures(answer), escape(answer.summary()), "done", _by(answer))]
 
 
 def failed(answer: Answer, message: str) -> list[Line]:
     """What had come before it went wrong, and what went wrong, open to read."""
     return [
         *_said(answer),
-        Line("assistant", escape(message), f"⚠ {escape(answer.model) or 'the server'} could not answer"),
+        Line("assistant", escape(message), f"⚠ {escape(answer.name) or 'the server'} could not answer"),
     ]
 
 
 def stopped(answer: Answer) -> list[Line]:
     """What had come when the reader stopped it."""
-    return [*_said(answer), _stopped_note(escape(answer.model))]
+    return [*_said(answer), _stopped_note(escape(answer.name), _by(answer))]
 
 
 def settled(lines: list[Line]) -> list[Line]:
     """The same conversation with nobody answering any more, whatever became of the answer that was under way."""
     if not lines or lines[-1].status != "pending":
         return lines
-    return [*lines[:-1], _stopped_note((lines[-1].title or "").removesuffix(_ANSWERING))]
+    return [*lines[:-1], _stopped_note((lines[-1].title or "").removesuffix(_ANSWERING), lines[-1].by)]
 
 
-def _stopped_note(model: str) -> Line:
-    return Line("assistant", "Stopped before its end; what came is kept.", f"{model} · stopped", "done")
+def _stopped_note(name: str, by: str | None) -> Line:
+    return Line("assistant", "Stopped before its end; what came is kept.", f"{name} · stopped", "done", by)
+
+
+@dataclass(frozen=True)
+class Given:
+    """An answer in a conversation, as feedback names it."""
+
+    before: list[Turn]
+    """what its model had read"""
+    answer: dict[str, str | None]
+    """`model`, `digest`, `text`"""
+
+
+def given_at(lines: list[Line], index: int) -> Given | None:
+    """The answer at `index`; None for a note, a question, or a text that no model wrote."""
+    if index + 1 >= len(lines) or lines[index].title is not None or lines[index].role != "assistant":
+        return None
+    by = lines[index + 1].by
+    if by is None:
+        return None
+    name, _, digest = by.rpartition("@")
+    text = lines[index].text
+    return Given(turns_of(lines[:index]), {"model": name, "digest": digest or None, "text": text})
+
+
+def corrected(lines: list[Line], index: int, text: str) -> list[Line]:
+    """The conversation as if `text` had been answered; the note under it says that a person wrote it."""
+    title = (lines[index + 1].title or "").partition(" · ")[0]
+    note = Line("assistant", "The conversation goes on from your wording.", f"{title} · corrected by you", "done")
+    return [*lines[:index], Line("assistant", text), note, *lines[index + 2 :]]
+
+
+def _by(answer: Answer) -> str:
+    return f"{answer.name}@{answer.digest or ''}"
 
 
 def _said(answer: Answer) -> list[Line]:

@@ -1,4 +1,4 @@
-"""Which model a tab talks to: the picker, filled from the API, and the card of what is picked."""
+"""Which models a tab talks to: the pickers, filled from the API, and the card of what is picked."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ from typing import Any
 import gradio as gr
 
 from adapterhub.errors import AdapterHubError
-from serve.chat_client import Loss, PageClient, ServedModel
+from serve.chat_client import Loss, ServedModel
+from serve.page_api import PageClient
 from serve.page_lines import escape
+from serve.page_sign_in import key_of
 
 _DIGEST_SHOWN = len("sha256:") + 12
 
+QUIET = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+"""how handlers are connected that answer at once"""
 
-def model_picker(*, elem_id: str, label: str = "Adapter") -> Any:
+
+def model_picker(*, elem_id: str, label: str = "Adapter", **options: Any) -> Any:
     """A dropdown of models, empty until the page is open."""
-    picker = gr.Dropdown(choices=[], value=None, label=label, elem_id=elem_id, filterable=True, interactive=True)
+    picker = gr.Dropdown(choices=[], value=None, label=label, elem_id=elem_id, interactive=True, **options)
     # Gradio's own check forgets the choices when the server restarts; the API judges the name anyway. Replaced in the
     # object, because Gradio writes a .pyi file beside the source of every subclass.
     picker.preprocess = _picked
     return picker
 
 
-def _picked(payload: Any) -> str | None:
+def _picked(payload: Any) -> str | list[str] | None:
+    if isinstance(payload, list):
+        return [str(name) for name in payload]
     return str(payload) if payload else None
 
 
@@ -32,38 +39,53 @@ class Models:
     def __init__(self, client: PageClient) -> None:
         self._client = client
 
-    async def opened(self, key: str | None, picked: str | None, request: gr.Request) -> tuple[Any, str]:
-        """The picker and the card of a fresh page, or after a key was typed: `?adapter=NAME`, else the base."""
-        return await self._filled(key, picked or request.query_params.get("adapter"))
-
-    async def refreshed(self, key: str | None) -> Any:
-        """The choices of today; the choice stays."""
+    async def opened(self, picked: str | None, request: gr.Request) -> tuple[Any, str]:
+        """The picker and the card of a fresh page: `?adapter=NAME`, else the base."""
+        wanted = picked or request.query_params.get("adapter")
         try:
-            return gr.update(choices=_choices(await self._client.models(key)))
+            models = await self._client.models(key_of(request))
+        except AdapterHubError as error:
+            return gr.skip(), trouble(str(error))
+        found = {model.name: model for model in models}
+        name = wanted if wanted in found else next(iter(found), None)
+        card = card_text(found[name]) if name else trouble("the server has no model.")
+        if wanted and wanted != name:
+            card = f"{_not_here(wanted)}\n\n{card}"
+        return gr.update(choices=choices_of(models), value=name), card
+
+    async def refreshed(self, request: gr.Request) -> Any:
+        """The choices of today; the choice stays."""
+        return await self._with_choices(request, base=True)
+
+    async def adapters(self, request: gr.Request) -> Any:
+        """The choices of today, without the base."""
+        return await self._with_choices(request, base=False)
+
+    async def several(self, picked: list[str] | None, request: gr.Request) -> Any:
+        """The choices of today; where nothing is picked yet, the base and its first adapters."""
+        try:
+            models = await self._client.models(key_of(request))
         except AdapterHubError:
             return gr.skip()  # asking will say it
+        first = [model.name for model in models[:2]]
+        return gr.update(choices=choices_of(models), value=picked or first)
 
-    async def card(self, key: str | None, picked: str | None) -> str:
+    async def card(self, picked: str | None, request: gr.Request) -> str:
         try:
-            found = {model.name: model for model in await self._client.models(key)}
+            found = {model.name: model for model in await self._client.models(key_of(request))}
         except AdapterHubError as error:
             return trouble(str(error))
         return card_text(found[picked]) if picked in found else _not_here(picked)
 
-    async def _filled(self, key: str | None, wanted: str | None) -> tuple[Any, str]:
+    async def _with_choices(self, request: gr.Request, *, base: bool) -> Any:
         try:
-            models = await self._client.models(key)
-        except AdapterHubError as error:
-            return gr.skip(), trouble(str(error))
-        found = {model.name: model for model in models}
-        picked = wanted if wanted in found else next(iter(found), None)
-        card = card_text(found[picked]) if picked else trouble("the server has no model.")
-        if wanted and wanted != picked:
-            card = f"{_not_here(wanted)}\n\n{card}"
-        return gr.update(choices=_choices(models), value=picked), card
+            models = await self._client.models(key_of(request))
+        except AdapterHubError:
+            return gr.skip()  # asking will say it
+        return gr.update(choices=choices_of([model for model in models if base or not model.is_base]))
 
 
-def _choices(models: list[ServedModel]) -> list[tuple[str, str]]:
+def choices_of(models: list[ServedModel]) -> list[tuple[str, str]]:
     return [(f"{model.name} (base)" if model.is_base else model.name, model.name) for model in models]
 
 

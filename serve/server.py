@@ -7,14 +7,13 @@ import gc
 import socket
 from collections.abc import Callable
 
-import torch
 import uvicorn
 from fastapi.responses import RedirectResponse
 
 from adapterhub.adapter import Adapter
-from adapterhub.base_model import load_base
 from adapterhub.base_store import find_base
-from adapterhub.errors import EngineStopped
+from adapterhub.errors import EngineStopped, ProbeMismatch
+from adapterhub.home import home
 from adapterhub.listening import listen, url_of
 from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
@@ -23,12 +22,13 @@ from serve.api import create_app
 from serve.auth import ApiKeys, check_exposure
 from serve.catalog import Catalog
 from serve.config import ServeConfig
-from serve.cpu_kernels import load_kernels
 from serve.engine import Engine
-from serve.local_engine import LocalEngine
+from serve.engines import start_engine
+from serve.feedback import STORE_NAME, FeedbackStore
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
 from serve.proof import replay
+from serve.training_runs import TrainingRuns
 
 Report = Callable[[str], None]
 
@@ -46,7 +46,7 @@ def run_server(config: ServeConfig, registry: Registry, keys: ApiKeys, *, report
 async def _serve(
     config: ServeConfig, registry: Registry, keys: ApiKeys, listener: socket.socket, report: Report
 ) -> None:
-    services = _build(config, registry, report)
+    services = await _build(config, registry, report)
     try:
         for name, ref in config.adapters:
             published = await services.catalog.load(
@@ -70,7 +70,7 @@ async def _serve(
         await server.serve(sockets=[listener])
         watch.cancel()
         status = services.engine.status()
-        if not status.ready:
+        if status.has_ended:
             raise EngineStopped(f"the engine has stopped ({status.reason}): its log says more; start the server again.")
     finally:
         await services.engine.close()
@@ -78,21 +78,15 @@ async def _serve(
 
 async def _end_with_engine(engine: Engine, server: uvicorn.Server) -> None:
     """A server without its engine only refuses: once its clients were told, it ends, to be started again."""
-    while engine.status().ready:
+    while not engine.status().has_ended:
         await asyncio.sleep(1)
     server.should_exit = True
 
 
-def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
-    """Load the base and start the engine; everything else hangs on these two."""
+async def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
+    """Start the engine on its base; everything else hangs on these two."""
     stored = find_base(config.base)
-    dtype = config.dtype or _kernels_dtype(config.device)
-    base = load_base(stored, purpose="serve", dtype=dtype, device=config.device)
-    for choice in base.choices:
-        report(str(choice))
-    engine = LocalEngine(base, config.engine)
-    for choice in engine.choices:
-        report(str(choice))
+    engine, tokenizer = await start_engine(config, stored, report=report)
     proven: set[str] = set()
 
     async def load(adapter: Adapter) -> None:
@@ -101,6 +95,11 @@ def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
             return
         try:
             await replay(engine, adapter)
+        except ProbeMismatch as error:
+            if engine.precision.is_nf4:
+                await engine.unload(adapter.digest)
+                raise
+            report(f"note: {error} This base has {engine.precision}, the proof was recorded on nf4.")
         except BaseException:
             await engine.unload(adapter.digest)
             raise
@@ -108,10 +107,5 @@ def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
 
     cache = AdapterCache(config.max_loras, load=load, unload=engine.unload, max_bytes=config.max_lora_bytes)
     catalog = Catalog(stored, config.base_name, registry, cache)
-    return Services(engine, catalog, cache, PromptRenderer(base.tokenizer), Metrics(engine))
-
-
-def _kernels_dtype(device: str | None) -> str | None:
-    """fp32 where our CPU kernels, which compute in it, will run; None where the base is to choose."""
-    is_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
-    return "float32" if is_cpu and load_kernels()[0] is not None else None
+    training, feedback = TrainingRuns(home() / "training"), FeedbackStore(home() / STORE_NAME)
+    return Services(engine, catalog, cache, PromptRenderer(tokenizer), Metrics(engine), training, feedback, registry)

@@ -5,59 +5,43 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import os
 import sys
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from adapterhub.errors import AdapterHubError, NotAuthorized, ServeError, UsageError
+from adapterhub.errors import AdapterHubError, ServeError, UsageError
 from adapterhub.files import write_atomic
-from adapterhub.home import home
-from serve.chat_client import (
-    ANSWER_TIMEOUT_S,
-    CONNECT_TIMEOUT_S,
-    NO_KEY,
-    Answer,
-    Sampling,
-    ServedModel,
-    Turn,
-    check_complete,
-    request_body,
-    said_in_one_line,
-    to_send,
-    trusts_proxy,
-)
+from serve.chat_client import Answer, Sampling, Turn, to_send
+from serve.terminal_api import ChatApi
+from serve.terminal_lines import BLOCK, history, read, say, write
 
-if TYPE_CHECKING:
-    from openai import OpenAI
-
-KEY_VARIABLES = ("ADAPTERHUB_API_KEY", "OPENAI_API_KEY")
-HISTORY_FILE = "chat_history"
-"""questions typed, in ADAPTERHUB_HOME, readable by their owner only"""
-HISTORY_LINES = 1000
-
-# An adapter is a stranger's work: its answers must not move the cursor, set the title or fill the clipboard.
-_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_RANGES: dict[str, tuple[type[float] | type[int], float, float]] = {
+    "temperature": (float, 0.0, 2.0),
+    "top_p": (float, 0.01, 1.0),
+    "max_tokens": (int, 1, 1_000_000),
+    "seed": (int, 0, 2**63 - 1),
+}
+"""what /set takes, and its least and greatest value"""
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Where and how to ask. `url` ends in /v1; `model` None is the server's base; a temperature of 0 is greedy."""
+    """Where and how to ask. `url` ends in /v1; `model` None is the server's base."""
 
     url: str
     model: str | None
     system: str | None
-    max_tokens: int
-    temperature: float
+    sampling: Sampling
 
 
-def run_chat(options: ChatOptions, *, prompt: str | None) -> None:
+def run_chat(options: ChatOptions, *, prompt: str | None, as_json: bool = False) -> None:
     """With `prompt`, ask it (and below it what is piped in), print the answer and return; without, talk until Ctrl+D.
 
-    Raises AdapterHubError, in a conversation only before the first question: AdapterNotFound, NotAuthorized,
-    RequestTooLong, UsageError for what the server refuses, ServeError where there is none or its answer breaks off.
+    `as_json` prints the answer and its figures as one JSON object. Raises AdapterHubError, in a conversation only
+    before the first question: AdapterNotFound, NotAuthorized, RequestTooLong, UsageError for what the server refuses,
+    ServeError where there is none or its answer breaks off.
     """
     question = None if prompt is None else _question(prompt)
     with contextlib.closing(ChatApi(options.url)) as api:
@@ -65,7 +49,7 @@ def run_chat(options: ChatOptions, *, prompt: str | None) -> None:
         if question is None:
             chat.talk()
         else:
-            chat.ask_once(question)
+            chat.ask_once(question, as_json=as_json)
 
 
 def _question(prompt: str) -> str:
@@ -74,57 +58,6 @@ def _question(prompt: str) -> str:
     if not question:
         raise UsageError("the prompt is empty: give --prompt TEXT, or pipe the question in.")
     return question
-
-
-class ChatApi:
-    """The API at `url` for one person, whose key is in the environment."""
-
-    def __init__(self, url: str) -> None:
-        from openai import DefaultHttpxClient, OpenAI, Timeout
-
-        self.url = url.rstrip("/")
-        key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), NO_KEY)
-        self._client: OpenAI = OpenAI(
-            base_url=self.url,
-            api_key=key,
-            max_retries=0,  # a person sees the refusal and may /retry
-            timeout=Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            http_client=DefaultHttpxClient(trust_env=trusts_proxy(self.url)),
-        )
-
-    def close(self) -> None:
-        self._client.close()
-
-    def models(self) -> list[ServedModel]:
-        """The base first, as the server lists them. Raises AdapterHubError."""
-        with self._failures_said():
-            return [ServedModel.read(model) for model in self._client.models.list().data]
-
-    def check(self, name: str) -> None:
-        """Raises AdapterNotFound with the server's nearest names."""
-        with self._failures_said():
-            self._client.models.retrieve(name)
-
-    def ask(self, answer: Answer, messages: list[dict[str, str]], sampling: Sampling) -> Generator[str, None, None]:
-        """The pieces of the answer as they come, counted in `answer`. Raises AdapterHubError."""
-        with self._failures_said(answer):
-            stream = self._client.chat.completions.create(**request_body(answer.model, messages, sampling))
-            with stream:
-                for chunk in stream:
-                    already = len(answer.text)
-                    answer.saw(chunk)
-                    yield answer.text[already:]
-        check_complete(answer, self.url)
-
-    @contextlib.contextmanager
-    def _failures_said(self, answer: Answer | None = None) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            said = said_in_one_line(error, self.url, has_begun=answer is not None and bool(answer.text))
-            if isinstance(said, NotAuthorized):
-                said = NotAuthorized(f"{said} The key is read from {' or '.join(KEY_VARIABLES)}.")
-            raise said from error
 
 
 class TerminalChat:
@@ -138,19 +71,28 @@ class TerminalChat:
         self._commands: dict[str, tuple[Callable[[str], None], str, str]] = {
             "/adapter": (self._switch, "NAME", "let NAME answer from now on (the base by its name, too)"),
             "/adapters": (self._list, "", "who can answer"),
+            "/compare": (self._compare, "NAMES", "let others answer the last question, beside the conversation"),
             "/system": (self._set_system, "TEXT", "set the system prompt; without TEXT remove it"),
+            "/set": (self._set, "KEY VALUE", f"{', '.join(_RANGES)}; without them show what is set"),
             "/undo": (self._undo, "", "forget the last question and its answer"),
             "/retry": (self._retry, "", "answer the last question again"),
             "/clear": (self._clear, "", "forget the conversation"),
+            "/good": (lambda _: self._thumb("up"), "", "the last answer was good: kept by the server"),
+            "/bad": (lambda _: self._thumb("down"), "", "the last answer was bad: kept by the server"),
+            "/correct": (self._correct, "TEXT", "what the last answer should have said: kept, and gone on from"),
             "/save": (self._save, "FILE", "append the conversation to FILE, as one JSONL line of training data"),
             "/stats": (self._stats, "", "how fast the last answer came, and how much was said"),
             "/help": (self._help, "", "this list"),
             "/quit": (self._quit, "", "end, like Ctrl+D"),
         }
 
-    def ask_once(self, question: str) -> None:
+    def ask_once(self, question: str, *, as_json: bool) -> None:
         self._turns.append(Turn("user", question))
-        self._answer()
+        if not as_json:
+            self._answer()
+            return
+        answer = self._filled(self._options.model or self._base(), show=lambda piece: None)
+        print(json.dumps(_figures(answer), ensure_ascii=False))
 
     def talk(self) -> None:
         """Read, answer, repeat, until the input ends. A failure is said, and the conversation goes on."""
@@ -158,28 +100,17 @@ class TerminalChat:
             self._options = replace(self._options, model=self._base())
         else:
             self._api.check(self._options.model)
-        _say(f"{self._options.model} at {self._api.url}; /help lists the commands, Ctrl+D ends")
-        with _history():
-            while (line := self._read()) is not None:
+        say(f"{self._options.model} at {self._api.url}; /help lists the commands, Ctrl+D ends")
+        with history():
+            while (line := read(f"{self._options.model}> ")) is not None:
                 try:
                     self._handle(line.strip())
                 except EOFError:
                     return
                 except AdapterHubError as error:
-                    _say(str(error))
+                    say(str(error))
                 except OSError as error:
-                    _say(f"{error.strerror or error} ({error.filename})")
-
-    def _read(self) -> str | None:
-        while True:
-            try:
-                return input(f"{self._options.model}> " if sys.stdin.isatty() else "")
-            except EOFError:
-                if sys.stdin.isatty():
-                    _say("")
-                return None
-            except KeyboardInterrupt:
-                _say("")  # drops the line, as a shell does
+                    say(f"{error.strerror or error} ({error.filename})")
 
     def _handle(self, line: str) -> None:
         if line.startswith("/") and not line.startswith("//"):
@@ -199,22 +130,29 @@ class TerminalChat:
         try:
             self._answer()
         except KeyboardInterrupt:
-            _say("[stopped; what came is kept]")
+            say("[stopped; what came is kept]")
 
     def _answer(self) -> None:
         """Print the answer to the last question as it comes, and keep what came however it ends."""
         answer = Answer(self._options.model or self._base())
-        sampling = Sampling(self._options.temperature, self._options.max_tokens)
         try:
-            messages = to_send(self._options.system, self._turns)
-            with contextlib.closing(self._api.ask(answer, messages, sampling)) as pieces:
-                for piece in pieces:
-                    _write(piece)
+            self._fill(answer, show=write)
         finally:
             if answer.text:
-                _write("\n")
+                write("\n")
                 self._turns.append(Turn("assistant", answer.text))
                 self._answers.append(answer)
+
+    def _filled(self, model: str, *, show: Callable[[str], None]) -> Answer:
+        answer = Answer(model)
+        self._fill(answer, show=show)
+        return answer
+
+    def _fill(self, answer: Answer, *, show: Callable[[str], None]) -> None:
+        messages = to_send(self._options.system, self._turns)
+        with contextlib.closing(self._api.ask(answer, messages, self._options.sampling)) as pieces:
+            for piece in pieces:
+                show(piece)
 
     def _base(self) -> str:
         models = self._api.models()
@@ -230,22 +168,48 @@ class TerminalChat:
         self._api.check(name)
         self._options = replace(self._options, model=name)
         if not sys.stdin.isatty():
-            _say(f"{name} answers from now on")
+            say(f"{name} answers from now on")
 
     def _list(self, _: str) -> None:
         for model in self._api.models():
             mark = "*" if model.name == self._options.model else " "
             kind = "base" if model.is_base else f"rank {model.rank}, {(model.digest or '')[:19]}"
-            _say(f"{mark} {model.name} ({kind})")
+            say(f"{mark} {model.name} ({kind})")
+
+    def _compare(self, names: str) -> None:
+        """The conversation stays as it is: what others would have said is only shown."""
+        if not names:
+            raise UsageError("/compare needs NAMES: /adapters lists them.")
+        kept = list(self._turns)
+        self._forget_answer()
+        try:
+            for name in names.split():
+                say(f"-- {name}")
+                answer = self._filled(name, show=write)
+                write("\n")
+                say(f"   {answer.figures()}")
+        except KeyboardInterrupt:
+            say("[stopped]")
+        finally:
+            self._turns = kept
 
     def _set_system(self, text: str) -> None:
         self._options = replace(self._options, system=text or None)
-        _say("system prompt set" if text else "no system prompt")
+        say("system prompt set" if text else "no system prompt")
+
+    def _set(self, argument: str) -> None:
+        key, _, value = argument.partition(" ")
+        if key and key not in _RANGES:
+            raise UsageError(f"/set knows {', '.join(_RANGES)}, not {key}.")
+        if key:
+            changed: dict[str, Any] = {key: _number(key, value.strip())}
+            self._options = replace(self._options, sampling=replace(self._options.sampling, **changed))
+        say(", ".join(f"{name} {value}" for name, value in asdict(self._options.sampling).items() if value is not None))
 
     def _undo(self, _: str) -> None:
         question = self._forget_answer()
         self._turns.pop()
-        _say(f"forgot: {question.text.splitlines()[0]}")
+        say(f"forgot: {question.text.splitlines()[0]}")
 
     def _retry(self, _: str) -> None:
         self._forget_answer()
@@ -262,7 +226,30 @@ class TerminalChat:
     def _clear(self, _: str) -> None:
         self._turns.clear()
         self._answers.clear()
-        _say("forgot everything; adapter and system prompt stay")
+        say("forgot everything; adapter and system prompt stay")
+
+    def _thumb(self, thumb: str) -> None:
+        answer = self._last_answer()
+        self._api.send_feedback("thumb", answer, self._before_answer(), thumb=thumb)
+        say(f"kept: thumb {thumb} for {answer.model}")
+
+    def _correct(self, text: str) -> None:
+        if not text:
+            raise UsageError("/correct needs the TEXT that the answer should have been.")
+        answer = self._last_answer()
+        self._api.send_feedback("correction", answer, self._before_answer(), text=text)
+        self._turns[-1] = Turn("assistant", text)
+        say(f"kept: the correction of {answer.model}; the conversation goes on from it")
+
+    def _last_answer(self) -> Answer:
+        """Raises UsageError where the last turn is no answer as a model gave it."""
+        is_answer = bool(self._turns and self._answers) and self._turns[-1].role == "assistant"
+        if not is_answer or self._turns[-1].text != self._answers[-1].text:
+            raise UsageError("there is no answer to judge: ask first.")
+        return self._answers[-1]
+
+    def _before_answer(self) -> list[dict[str, str]]:
+        return to_send(self._options.system, self._turns[:-1])
 
     def _save(self, name: str) -> None:
         if not name:
@@ -275,52 +262,47 @@ class TerminalChat:
         gap = "\n" if before and not before.endswith("\n") else ""
         line = json.dumps({"messages": to_send(self._options.system, turns)}, ensure_ascii=False)
         write_atomic(path, f"{before}{gap}{line}\n")
-        _say(f"{path}: 1 conversation added ({len(turns)} messages)")
+        say(f"{path}: 1 conversation added ({len(turns)} messages)")
 
     def _stats(self, _: str) -> None:
         if not self._answers:
             raise UsageError("nothing was answered yet.")
-        _say(self._answers[-1].summary())
+        say(self._answers[-1].summary())
         tokens = sum(answer.num_tokens for answer in self._answers)
-        _say(f"{len(self._answers)} answers, {tokens} tokens, {len(self._turns)} messages in the conversation")
+        say(f"{len(self._answers)} answers, {tokens} tokens, {len(self._turns)} messages in the conversation")
 
     def _help(self, _: str) -> None:
         for name, (_act, argument, meaning) in self._commands.items():
-            _say(f"  {f'{name} {argument}':<15} {meaning}")
-        _say("  Ctrl+C          stop the answer; what came is kept")
+            say(f"  {f'{name} {argument}':<15} {meaning}")
+        say(f"  {BLOCK:<15} begins and ends a question of several lines")
+        say("  Ctrl+C          stop the answer; what came is kept")
 
     def _quit(self, _: str) -> None:
         raise EOFError
 
 
-def _say(line: str) -> None:
-    """A note for the reader, kept apart from the answers."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def _write(text: str) -> None:
-    print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
-
-
-@contextlib.contextmanager
-def _history() -> Iterator[None]:
-    """Line editing with the questions of earlier conversations, where there is a terminal and readline."""
+def _number(key: str, text: str) -> float | int | None:
+    """What /set sets `key` to; no text unsets the seed, the only one that may be unset."""
+    if key == "seed" and not text:
+        return None
+    kind, least, greatest = _RANGES[key]
     try:
-        import readline
-    except ImportError:  # Windows
-        readline = None  # type: ignore[assignment]
-    if readline is None or not sys.stdin.isatty():
-        yield
-        return
-    path = home() / HISTORY_FILE
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    readline.set_history_length(HISTORY_LINES)
-    try:
-        yield
-    finally:
-        # A conversation does not fail for its history.
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            readline.write_history_file(path)
+        value = kind(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= greatest:
+        raise UsageError(f"{key} is a number from {least:g} to {greatest:g}, not {text or 'nothing'}.")
+    return value
+
+
+def _figures(answer: Answer) -> dict[str, Any]:
+    """One answer for a program to read."""
+    return {
+        "model": answer.model,
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.num_tokens,
+        "first_token_s": answer.first_token_s,
+        "tokens_per_s": answer.tokens_per_s,
+    }

@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 from collections.abc import Callable
-from typing import Any
 
 # Read when gradio is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
+import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.chat_client import PageClient
+from adapterhub.errors import UsageError
+from adapterhub.listening import is_loopback, listen, url_of
+from serve.page_adapters import AdaptersTab
+from serve.page_api import PageClient
+from serve.page_arena import ArenaTab
 from serve.page_chat import chat_tab
-from serve.page_style import CONTENT_POLICY, CSS, HEAD, ICON, theme
+from serve.page_compare import CompareTab
+from serve.page_script import HEAD
+from serve.page_sign_in import Gate
+from serve.page_style import CONTENT_POLICY, CSS, ICON, theme
+from serve.page_train import TrainTab
 
 PAGE_PATH = "/ui"
 MAX_WAITING = 256
 """events queued in the page's server; beyond that a visitor is told that it is busy"""
 
-_Tab = Callable[[Any, PageClient, Any], None]
-_TABS: tuple[tuple[str, _Tab], ...] = (("Chat", chat_tab),)
-"""(label, what draws it inside its gr.Tab and connects it)"""
-
 
 def mount_page(app: FastAPI, api_url: str, *, needs_key: bool) -> None:
     """Serve the page at /ui; it talks to the API at `api_url` like any other client.
 
-    With `needs_key` it asks the visitor for an API key, which stays in the page and goes along with each request.
+    With `needs_key` nothing of it is shown before the visitor signs in with a key that the API takes.
     """
-    blocks = build_page(PageClient(api_url), needs_key=needs_key)
+    client = PageClient(api_url)
+    blocks = build_page(client, needs_key=needs_key)
     # Gradio leaves CORS alone where the parent has a policy; by itself it would let every origin in, with cookies.
     app.add_middleware(CORSMiddleware, allow_origins=())
+    if needs_key:
+        app.add_middleware(Gate, path=PAGE_PATH, client=client)
     app.add_middleware(_ContentPolicy)
 
     @app.get("/favicon.ico", include_in_schema=False)
@@ -59,24 +69,48 @@ def mount_page(app: FastAPI, api_url: str, *, needs_key: bool) -> None:
 
 def build_page(client: PageClient, *, needs_key: bool) -> gr.Blocks:
     """The page, not yet mounted."""
-    with gr.Blocks(title="adapterhub", analytics_enabled=False) as blocks:
+    hour_s = 3600
+    with gr.Blocks(title="adapterhub", analytics_enabled=False, delete_cache=(hour_s, hour_s)) as blocks:
         with gr.Row(elem_classes="top", equal_height=True):
             gr.Markdown("# adapterhub", elem_id="title")
-            key = gr.Textbox(
-                label="API key",
-                show_label=False,
-                container=False,
-                placeholder="API key",
-                type="password",
-                elem_id="api-key",
-                visible=needs_key,
-            )
-        with gr.Tabs():
-            for label, draw in _TABS:
-                with gr.Tab(label):
-                    draw(blocks, client, key)
+            if needs_key:
+                gr.Markdown(f"[Sign out]({PAGE_PATH}/sign-out)", elem_id="sign-out")
+        with gr.Tabs() as tabs:
+            with gr.Tab("Chat", id="chat"):
+                chat_tab(blocks, client)
+            with gr.Tab("Compare", id="compare") as tab:
+                compare = CompareTab(client, tab)
+            with gr.Tab("Arena", id="arena") as tab:
+                ArenaTab(client, tab)
+            with gr.Tab("Adapters", id="adapters") as tab:
+                AdaptersTab(client, tab)
+            with gr.Tab("Train", id="train") as tab:
+                TrainTab(client, tab, tabs=tabs, compared=compare.picker)
     blocks.queue(max_size=MAX_WAITING)
     return blocks
+
+
+def run_page(url: str, *, host: str, port: int, report: Callable[[str], None]) -> None:
+    """Serve the page alone, before the API at `url`, until SIGINT or SIGTERM.
+
+    Raises ServeError where no server answers there, UsageError for an open interface before an open API, PortBusy.
+    """
+    with listen(host, port) as listener:
+        asyncio.run(_serve_page(url.rstrip("/").removesuffix("/v1"), listener, report, is_open=not is_loopback(host)))
+
+
+async def _serve_page(api_url: str, listener: socket.socket, report: Callable[[str], None], *, is_open: bool) -> None:
+    needs_key = not await PageClient(api_url).lets_in(None)
+    if is_open and not needs_key:
+        raise UsageError(
+            f"the API at {api_url} asks for no key, so that a page that other machines reach would let everybody in: "
+            "start the server with API keys, or stay on 127.0.0.1."
+        )
+    app = FastAPI(openapi_url=None)
+    app.get("/", include_in_schema=False)(lambda: RedirectResponse(PAGE_PATH))
+    mount_page(app, api_url, needs_key=needs_key)
+    report(f"ready: {url_of(listener)}{PAGE_PATH}, before {api_url}/v1")
+    await uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).serve([listener])
 
 
 class _ContentPolicy:

@@ -40,15 +40,15 @@ def tiny_base(smollm2: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> 
     return StoredBase(folder, BaseRef("tests/tiny-llama", None, fingerprint(folder)), "apache-2.0")
 
 
-def make_tiny_base(folder: Path, tokenizer_from: StoredBase, *, layers: int, seed: int) -> None:
+def make_tiny_base(folder: Path, tokenizer_from: StoredBase, *, layers: int, seed: int, hidden: int = 64) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

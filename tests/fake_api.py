@@ -1,7 +1,8 @@
 """A small API that answers as it is told to, with the page before it: for the ways a server can fail a chat.
 
-The last question decides: "404", "500", "500 once", "drop", "error event", "slow" (without end) or anything else, which
-is repeated after the model's name, word by word. As a program it serves two: one open, one that wants the key `KEY`.
+The last question decides: "404", "500", "500 once", "drop", "error event", "slow" (without end), "long" (sixty more
+words) or anything else, which is repeated after the model's name, word by word; "blind ..." without the name. As a
+program it serves two: one open, one that wants the key `KEY`, or `ASKING_KEY`, which may not manage.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fake_extensions import Extensions
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 KEY = "open sesame"
+ASKING_KEY = "may I ask"
 FIRST_TOKEN_S = 0.1
 """seconds before an answer or a refusal: a page that never shows its waiting state is no test of it"""
 TOKEN_S = 0.02
@@ -43,48 +45,75 @@ _ADAPTER = {
 MODELS = [_BASE, {**_ADAPTER, "id": "captain"}, {**_ADAPTER, "id": "trivia", "licence": "![](http://evil.test/x.png)"}]
 
 
-@dataclass(frozen=True)
 class FakeApi:
-    """The running pair, seen from a test."""
+    """The running pair in a child process, seen from a test."""
 
-    url: str
-    keyed_url: str
+    def __init__(self, *, page: bool) -> None:
+        self._has_page = page
+        self._start()
+
+    def _start(self, *ports: str) -> None:
+        command = [sys.executable, __file__, *(["--page"] if self._has_page else []), *ports]
+        path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+        self._child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        )
+        assert self._child.stdout is not None
+        urls = self._child.stdout.readline().split()
+        assert len(urls) == 2, "the fake API did not start; what it says is above"
+        self.url, self.keyed_url = urls
+
+    def restart(self) -> None:
+        """Kill both servers and start them again where they were."""
+        self.stop()
+        self._start(*(url.rpartition(":")[2] for url in (self.url, self.keyed_url)))
+
+    def stop(self) -> None:
+        self._child.kill()
+        self._child.communicate()
 
     def requests(self) -> list[dict[str, Any]]:
         """Each: `body` as sent, `sent` words, `is_cancelled` if the client left before the end."""
         return list(self._call("GET"))
 
+    def posted(self) -> list[dict[str, Any]]:
+        """What was posted beside chats: the `path` below /v1 and the body."""
+        return list(self._call("GET", "posted"))
+
     def forget(self) -> None:
         self._call("DELETE")
 
-    def _call(self, method: str) -> Any:
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/fake/requests", method=method)) as reply:
+    def _call(self, method: str, what: str = "requests") -> Any:
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/fake/{what}", method=method)) as reply:
             return json.load(reply)
 
 
 @contextlib.contextmanager
 def start_fake_api(*, page: bool) -> Iterator[FakeApi]:
-    """Both servers in one child process, until the block ends. `page`: mount the browser page (seconds to import)."""
-    command = [sys.executable, __file__, *(["--page"] if page else [])]
-    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}) as child:
-        try:
-            assert child.stdout is not None
-            urls = child.stdout.readline().split()
-            assert len(urls) == 2, "the fake API did not start; what it says is above"
-            yield FakeApi(*urls)
-        finally:
-            child.kill()
+    """Both servers, until the block ends. `page`: mount the browser page (seconds to import)."""
+    api = FakeApi(page=page)
+    try:
+        yield api
+    finally:
+        api.stop()
 
 
 def create_fake(key: str | None) -> FastAPI:
     app = FastAPI()
     seen: list[dict[str, Any]] = []
 
-    def refusal(request: Request) -> Response | None:
-        if key is None or request.headers.get("authorization") == f"Bearer {key}":
+    def refusal(request: Request, needs_admin: bool = False) -> Response | None:
+        given = request.headers.get("authorization")
+        if key is None or given == f"Bearer {key}":
             return None
-        return _error(401, "invalid_api_key", "the API key is missing or wrong.")
+        if given != f"Bearer {ASKING_KEY}":
+            return _error(401, "invalid_api_key", "the API key is missing or wrong.")
+        if needs_admin:
+            return _error(403, "insufficient_permissions", "this API key may ask, but not manage: use an admin key.")
+        return None
+
+    extensions = Extensions(MODELS, refusal, _error)
+    extensions.add_to(app)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -109,28 +138,40 @@ def create_fake(key: str | None) -> FastAPI:
             return _no_model(body["model"])
         if question == "500" or (question == "500 once" and not asked_before):
             return _error(500, "internal_error", "the server failed unexpectedly; its log says more.")
-        return StreamingResponse(_answer(entry, body["model"], question), media_type="text/event-stream")
+        return StreamingResponse(_answer(entry, body, question), media_type="text/event-stream")
 
     @app.get("/fake/requests")
     async def requests() -> Response:
         return JSONResponse(seen)
 
+    @app.get("/fake/posted")
+    async def posted() -> Response:
+        return JSONResponse(extensions.posted)
+
     @app.delete("/fake/requests")
     async def forget() -> Response:
         seen.clear()
+        extensions.forget()
         return JSONResponse([])
 
     return app
 
 
-async def _answer(entry: dict[str, Any], model: str, question: str) -> AsyncIterator[str]:
-    words = f"{model} says: {question}".split(" ")
+async def _answer(entry: dict[str, Any], body: dict[str, Any], question: str) -> AsyncIterator[str]:
+    words = f"{body['model']} says: {question}".split(" ")
+    if question.startswith("blind "):
+        words = question.split(" ")
     if question == "slow":
         words += [f"and {at}" for at in range(10_000)]
+    if question == "long":
+        words += [f"and {at}" for at in range(60)]
     try:
         for word in words:
-            gap = " " if entry["sent"] else ""
-            yield _event({"choices": [{"index": 0, "delta": {"content": gap + word}}]})
+            text = (" " if entry["sent"] else "") + word
+            choice: dict[str, Any] = {"index": 0, "delta": {"content": text}}
+            if body.get("logprobs"):
+                choice["logprobs"] = {"content": [{"token": text, "logprob": -0.5, "bytes": None, "top_logprobs": []}]}
+            yield _event({"choices": [choice]})
             entry["sent"] += 1
             await asyncio.sleep(TOKEN_S)
     except (asyncio.CancelledError, GeneratorExit):
@@ -161,11 +202,11 @@ def _error(status: int, code: str, message: str) -> Response:
     return JSONResponse(body, status_code=status, headers={"x-should-retry": "false"})
 
 
-async def _serve_both(*, page: bool) -> None:
+async def _serve_both(ports: list[str], *, page: bool) -> None:
     servers = []
-    for key in (None, KEY):
+    for key, port in zip((None, KEY), ports or ("0", "0"), strict=True):
         app = create_fake(key)
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = socket.create_server(("127.0.0.1", int(port)))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         if page:
             from serve.ui import mount_page
@@ -177,4 +218,4 @@ async def _serve_both(*, page: bool) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve_both(page="--page" in sys.argv))
+    asyncio.run(_serve_both([given for given in sys.argv[1:] if given.isdigit()], page="--page" in sys.argv))

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import EngineStopped
-from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, TokenLogprob
+from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, Precision, TokenLogprob
 
 
 @dataclass
 class FakeEngine:
     max_model_len: int = 100
     dtype: str = "float32"
+    precision: Precision = field(default_factory=lambda: Precision("nf4", "float32"))
     loaded: set[str] = field(default_factory=set)
     open_requests: set[str] = field(default_factory=set)
     stopped: bool = False
@@ -49,7 +50,10 @@ class FakeEngine:
 
     def status(self) -> EngineStatus:
         return EngineStatus(
-            not self.stopped, "stopped" if self.stopped else "ready", num_running=len(self.open_requests)
+            not self.stopped,
+            "stopped" if self.stopped else "ready",
+            num_running=len(self.open_requests),
+            has_ended=self.stopped,
         )
 
     async def close(self) -> None:

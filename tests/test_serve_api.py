@@ -25,6 +25,7 @@ from serve.answer import Services
 from serve.api import create_app
 from serve.auth import ApiKeys
 from serve.catalog import Catalog
+from serve.feedback import FeedbackStore
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
 
@@ -68,7 +69,10 @@ async def bench(tmp_path: Path, keys: ApiKeys | None = None, **engine: Any) -> A
     fake = FakeEngine(**engine)
     cache = AdapterCache(8, load=fake.load, unload=fake.unload)
     catalog = Catalog(StoredBase(tmp_path, BaseRef("owner/base", None, FINGERPRINT)), "base", registry, cache)
-    services = Services(fake, catalog, cache, PromptRenderer(FakeTokenizer()), Metrics(fake))
+    feedback = FeedbackStore(tmp_path / "feedback.sqlite")
+    services = Services(
+        fake, catalog, cache, PromptRenderer(FakeTokenizer()), Metrics(fake), feedback=feedback, registry=registry
+    )
     for name in ("captain", "poet"):
         await catalog.load(name, AdapterRef.parse(name))
     app = create_app(services, keys or ApiKeys())

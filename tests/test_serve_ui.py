@@ -2,156 +2,64 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
-import shlex
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Callable
 
 import pytest
-from fake_api import KEY, FakeApi, start_fake_api
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect, sync_playwright
+from browser import (
+    PHONE,
+    ask,
+    ask_and_wait,
+    box,
+    button,
+    needs_browser,
+    note,
+    pick,
+    picker,
+    sent,
+    wait_for_requests,
+)
+from fake_api import MODELS, FakeApi
+from playwright.sync_api import Browser, Page, expect
 from road import ServedRoad
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CHROMIUM_OPTIONS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync"
-)
-WAIT_MS = 30_000
-"""how long anything may take on a busy machine; what is there sooner is not waited for"""
-PHONE: Any = {"width": 390, "height": 844}
+pytest_plugins = ["browser_fixtures"]
+pytestmark = needs_browser
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: chromium is not installed, the page is UNTESTED")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=WAIT_MS)
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=shlex.split(CHROMIUM_OPTIONS))
-
-
-@pytest.fixture(scope="module")
-def profile(browser: Browser) -> Iterator[BrowserContext]:
-    """One profile for all tests: its cache spares each of them a second of loading."""
-    with browser.new_context(viewport={"width": 1280, "height": 860}) as context:
-        context.set_default_timeout(WAIT_MS)
-        yield context
+FAILURES = {
+    "404": "the model 'captain' does not exist here",
+    "500": "the server failed unexpectedly",
+    "drop": "broke before the answer was complete",
+    "error event": "the engine stopped.",
+}
+"""question to the fake API -> what the page says of the failure"""
+PAYLOADS = ["<img src=x onerror='hacked = 1'>", "<script>hacked = 2</script>", "[click](javascript:hacked=3)"]
+COUNT_TEXTS = """() => {
+    window.seen = new Set();
+    new MutationObserver(() => {
+        const answers = document.querySelectorAll("#chat .bot .message:not(.thought) .message-content");
+        answers.forEach((answer) => window.seen.add(answer.textContent.trim()));
+    }).observe(document.querySelector("#chat"), { subtree: true, childList: true, characterData: true });
+}"""
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeApi]:
-    with start_fake_api(page=True) as api:
-        yield api
-
-
-@pytest.fixture
-def api(running: FakeApi) -> FakeApi:
-    running.forget()
-    return running
-
-
-@pytest.fixture
-def open_page(profile: BrowserContext) -> Iterator[Callable[..., Page]]:
-    """Opens the page of a server; in the end no script may have failed, and nothing been asked of another host."""
-    pages: list[Page] = []
-    asked: list[Request] = []
-    blocked: list[Request] = []
-    failures: list[str] = []
-
-    def open_at(url: str, query: str = "", *, context: BrowserContext = profile) -> Page:
-        page = context.new_page()
-        pages.append(page)
-        page.on("request", lambda request: asked.append(request))
-        page.on("requestfailed", lambda request: blocked.append(request) if request.failure == "csp" else None)
-        page.on("pageerror", lambda error: failures.append(str(error)))
-        page.goto(f"{url}/ui{query}")
-        expect(box(page)).to_be_visible()
-        return page
-
-    yield open_at
-    hosts = {urlsplit(page.url).netloc for page in pages}
-    for page in pages:
-        page.close()
-    assert failures == []
-    assert {urlsplit(request.url).netloc for request in asked if request not in blocked} - {""} <= hosts
-
-
-@pytest.fixture
-def page(open_page: Callable[..., Page], api: FakeApi) -> Page:
-    """The page before the fake API, ready to ask its adapter `captain`."""
-    page = open_page(api.url, "?adapter=captain")
-    expect(picker(page)).to_have_value("captain")
-    return page
-
-
-def box(page: Page) -> Locator:
-    return page.get_by_role("textbox", name="Message")
-
-
-def picker(page: Page) -> Locator:
-    return page.get_by_role("combobox", name="Adapter")
-
-
-def note(page: Page, text: str | re.Pattern[str]) -> Locator:
-    """A line between the turns: who answered, or what went wrong."""
-    return page.locator("#chat .thought-group").filter(has_text=text)
-
-
-def pick(page: Page, name: str) -> None:
-    picker(page).click()
-    page.get_by_role("option", name=name).click()
-    expect(picker(page)).to_have_value(name)
-
-
-def ask(page: Page, question: str) -> None:
-    expect(page.get_by_role("button", name="Send")).to_be_visible()
-    expect(page.get_by_role("button", name="Retry", disabled=True)).to_have_count(0)
-    box(page).fill(question)
-    box(page).press("Enter")
-    expect(box(page)).to_have_value("")
-
-
-def ask_and_wait(page: Page, question: str, model: str = "captain") -> None:
-    ask(page, question)
-    expect(page.locator("#chat .bot").get_by_text(f"{model} says: {question}", exact=True)).to_be_visible()
-    expect(page.get_by_role("button", name="Retry")).to_be_enabled()
-
-
-def wait_for_requests(page: Page, condition: str) -> None:
-    """Wait until what the fake has seen (`requests`) meets a condition in JavaScript."""
-    page.wait_for_function(
-        f"async () => {{ const requests = await (await fetch('/fake/requests')).json(); return {condition} }}"
-    )
-
-
-def sent(api: FakeApi) -> list[dict[str, str]]:
-    """The messages of the last request."""
-    return list(api.requests()[-1]["body"]["messages"])
-
-
-def test_real_answer_streams_into_the_page(served: ServedRoad, open_page: Callable[..., Page], tmp_path: Path) -> None:
+def test_real_answer_streams_into_the_page(served: ServedRoad, open_page: Callable[..., Page]) -> None:
     page = open_page(served.url, "?adapter=captain")
     expect(picker(page)).to_have_value("captain")
     expect(page.locator("#card")).to_contain_text("sha256:")
-    page.evaluate(
-        """() => {
-            window.seen = new Set();
-            new MutationObserver(() => {
-                const answers = document.querySelectorAll("#chat .bot .message:not(.thought) .message-content");
-                answers.forEach((answer) => window.seen.add(answer.textContent.trim()));
-            }).observe(document.querySelector("#chat"), { subtree: true, childList: true, characterData: true });
-        }"""
-    )
+    page.evaluate(COUNT_TEXTS)
     ask(page, "Tell me a long story about a storm at sea.")
     expect(note(page, re.compile(r"captain · \d+\.\d tok/s · .+ to first token"))).to_be_visible()
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     assert len(page.evaluate("() => [...window.seen].filter(Boolean)")) >= 3
-    page.screenshot(path=Path(os.environ.get("ADAPTERHUB_SCREENSHOTS", tmp_path)) / "chat.png")
+
+
+def test_answer_is_seen_growing_and_ends_with_who_gave_it(page: Page) -> None:
+    page.evaluate(COUNT_TEXTS)
+    ask(page, "long")
+    expect(note(page, re.compile(r"captain · \d+\.\d tok/s · .+ to first token"))).to_be_visible()
+    assert len(page.evaluate("() => [...window.seen].filter(Boolean)")) >= 5
 
 
 def test_switching_the_adapter_sends_the_turns_but_no_notes(page: Page, api: FakeApi) -> None:
@@ -164,22 +72,14 @@ def test_switching_the_adapter_sends_the_turns_but_no_notes(page: Page, api: Fak
     expect(note(page, "trivia · ")).to_have_count(1)
 
 
-@pytest.mark.parametrize(
-    ("question", "said"),
-    [
-        ("404", "the model 'captain' does not exist here"),
-        ("500", "the server failed unexpectedly"),
-        ("drop", "broke before the answer was complete"),
-        ("error event", "the engine stopped."),
-    ],
-)
-def test_failure_is_a_message_that_can_be_retried(page: Page, api: FakeApi, question: str, said: str) -> None:
-    ask(page, question)
-    expect(note(page, "captain could not answer")).to_contain_text(said)
-    expect(box(page)).to_be_enabled()
-    page.get_by_role("button", name="Retry").click()
-    wait_for_requests(page, "requests.length == 2")
-    assert sent(api) == [{"role": "user", "content": question}]
+def test_failure_is_a_message_that_can_be_retried(page: Page, api: FakeApi) -> None:
+    for number, (question, said) in enumerate(FAILURES.items()):
+        ask(page, question)
+        expect(note(page, "captain could not answer").nth(number)).to_contain_text(said)
+        expect(box(page)).to_be_enabled()
+    button(page, "Retry").click()
+    wait_for_requests(page, f"requests.length == {len(FAILURES) + 1}")
+    assert sent(api)[-1] == {"role": "user", "content": question}
 
 
 def test_answer_after_a_retry_takes_the_place_of_the_failure(page: Page, api: FakeApi) -> None:
@@ -279,12 +179,10 @@ def test_indentation_of_an_answer_is_kept(page: Page, api: FakeApi) -> None:
     assert sent(api)[1]["content"] == "captain says: one\n    two"
 
 
-@pytest.mark.parametrize(
-    "payload", ["<img src=x onerror='hacked = 1'>", "<script>hacked = 2</script>", "[click](javascript:hacked=3)"]
-)
-def test_html_of_question_and_answer_does_nothing(page: Page, payload: str) -> None:
-    ask(page, f"say {payload}")
-    expect(note(page, "tok/s")).to_be_visible()
+def test_html_of_question_and_answer_does_nothing(page: Page) -> None:
+    for number, payload in enumerate(PAYLOADS, 1):
+        ask(page, f"say {payload}")
+        expect(note(page, "tok/s")).to_have_count(number)
     for link in page.locator("#chat a").all():
         link.click()
     assert page.evaluate("() => window.hacked") is None
@@ -333,22 +231,117 @@ def test_deep_link_to_a_missing_adapter_is_said(open_page: Callable[..., Page], 
     expect(picker(page)).to_have_value("tiny-base (base)")
 
 
-def test_key_is_asked_for_and_sent(open_page: Callable[..., Page], api: FakeApi) -> None:
-    page = open_page(api.keyed_url, "?adapter=captain")
-    expect(page.locator("#card")).to_contain_text("the API key is missing or wrong")
-    key = page.get_by_label("API key")
-    assert key.get_attribute("type") == "password"
-    key.fill(KEY)
-    key.press("Enter")
-    expect(picker(page)).to_have_value("captain")
-    ask_and_wait(page, "one")
-
-
 def test_controls_have_names_and_none_is_too_many(page: Page) -> None:
     page.get_by_role("button", name="Settings").click()
     ask_and_wait(page, "one")
     expect(page.get_by_role("button", name=re.compile("share", re.IGNORECASE))).to_have_count(0)
-    expect(page.get_by_label("API key")).to_have_count(0)
     expect(page.get_by_role("heading", level=1)).to_have_text("adapterhub")
     for name in ("Temperature", "Top-p", "Max tokens"):
         expect(page.get_by_role("spinbutton", name=name)).to_be_visible()
+
+
+def test_retry_with_another_adapter_replaces_the_answer(page: Page, api: FakeApi) -> None:
+    ask_and_wait(page, "one")
+    pick(page, "trivia")
+    button(page, "Retry").click()
+    expect(page.get_by_text("trivia says: one", exact=True)).to_be_visible()
+    expect(page.get_by_text("captain says: one", exact=True)).to_have_count(0)
+    assert sent(api) == [{"role": "user", "content": "one"}]
+
+
+def test_two_adapters_answer_together_at_their_strengths(page: Page, api: FakeApi) -> None:
+    button(page, "Mix two adapters").click()
+    page.get_by_role("combobox", name="Together with").click()
+    expect(page.get_by_role("option", name="tiny-base")).to_have_count(0)
+    page.get_by_role("option", name="trivia").click()
+    page.get_by_role("spinbutton", name="Strength of the first").fill("0.75")
+    ask(page, "one")
+    expect(note(page, "captain × 0.75 + trivia × 0.5 · ")).to_be_visible()
+    assert api.requests()[0]["body"]["adapter"] == [
+        {"name": "captain", "scale": 0.75},
+        {"name": "trivia", "scale": 0.5},
+    ]
+
+
+def test_thumb_is_sent_with_what_was_read_and_who_answered(page: Page, api: FakeApi) -> None:
+    ask_and_wait(page, "one")
+    button(page, "Dislike").click()
+    expect(page.locator("#said")).to_contain_text("thumb down kept")
+    (posted,) = api.posted()
+    assert (posted["kind"], posted["thumb"]) == ("thumb", "down")
+    assert posted["messages"] == [{"role": "user", "content": "one"}]
+    assert posted["answer"] == {"model": "captain", "digest": MODELS[1]["digest"], "text": "captain says: one"}
+
+
+def test_correction_is_sent_and_the_conversation_goes_on_from_it(page: Page, api: FakeApi) -> None:
+    ask_and_wait(page, "one")
+    button(page, "Say what it should have said").click()
+    wording = page.get_by_role("textbox", name="What it should have said")
+    expect(wording).to_have_value("captain says: one")
+    button(page, "Save correction").click()
+    expect(page.locator("#said")).to_contain_text("change it, then save")
+    wording.fill("Aye: one.")
+    button(page, "Save correction").click()
+    expect(note(page, "captain · corrected by you")).to_be_visible()
+    (posted,) = api.posted()
+    assert (posted["kind"], posted["text"], posted["answer"]["text"]) == (
+        "correction",
+        "Aye: one.",
+        "captain says: one",
+    )
+    ask_and_wait(page, "two")
+    assert sent(api)[1] == {"role": "assistant", "content": "Aye: one."}
+
+
+def test_conversation_is_saved_as_json_and_markdown(page: Page) -> None:
+    ask_and_wait(page, "one")
+    pick(page, "trivia")
+    ask_and_wait(page, "two", "trivia")
+    button(page, "Conversations").click()
+    with page.expect_download() as saved:
+        button(page, "Save as JSON").click()
+    found = json.loads(saved.value.path().read_text())
+    assert saved.value.suggested_filename == "one.json"
+    assert [message["content"] for message in found["messages"]] == [
+        "one",
+        "captain says: one",
+        "two",
+        "trivia says: two",
+    ]
+    assert [answer["model"] for answer in found["answered_by"]] == ["captain", "trivia"]
+    with page.expect_download() as saved:
+        button(page, "Save as Markdown").click()
+    assert "**captain** `sha256:0123456789ab`\n\ncaptain says: one\n" in saved.value.path().read_text()
+
+
+def test_conversations_outlive_the_server_and_the_page(page: Page, api: FakeApi) -> None:
+    ask_and_wait(page, "one")
+    button(page, "Conversations").click()
+    kept = page.get_by_role("combobox", name="Kept in this browser")
+    expect(kept).to_have_value("one")
+    button(page, "New").click()
+    ask_and_wait(page, "other")
+    api.restart()
+    page.reload()
+    button(page, "Conversations").click()
+    kept.click()
+    expect(page.get_by_role("option").filter(has_text=re.compile("^one|^other"))).to_have_count(2)
+    page.get_by_role("option", name="one").click()
+    expect(page.get_by_text("captain says: one", exact=True)).to_be_visible()
+    ask_and_wait(page, "two")
+    assert [message["content"] for message in sent(api)] == ["one", "captain says: one", "two"]
+    button(page, "Delete").click()
+    expect(page.get_by_text("captain says: one", exact=True)).to_have_count(0)
+    expect(kept).to_have_value("")
+
+
+def test_turning_to_another_conversation_ends_the_answer(page: Page, api: FakeApi) -> None:
+    ask_and_wait(page, "one")
+    ask(page, "slow")
+    expect(page.locator("#chat .bot").filter(has_text="and 3")).to_be_visible()
+    button(page, "Conversations").click()
+    button(page, "New").click()
+    wait_for_requests(page, "requests[1].is_cancelled")
+    expect(button(page, "Send")).to_be_visible()
+    ask_and_wait(page, "next")
+    assert [message["content"] for message in sent(api)] == ["next"]

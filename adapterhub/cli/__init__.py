@@ -15,9 +15,15 @@ import typer
 # Importing hangs the verbs on the app, in the order `--help` lists them.
 # isort: off
 from adapterhub.cli import training  # noqa: F401
+from adapterhub.cli import memory  # noqa: F401
 from adapterhub.cli import packages  # noqa: F401
 from adapterhub.cli import adapters  # noqa: F401
+from adapterhub.cli import publishing  # noqa: F401
 from adapterhub.cli import serving  # noqa: F401
+from adapterhub.cli import chatting  # noqa: F401
+from adapterhub.cli import feedback  # noqa: F401
+from adapterhub.cli import improving  # noqa: F401
+from adapterhub.cli import ratings  # noqa: F401
 from adapterhub.cli import bases  # noqa: F401
 from adapterhub.cli import hubs  # noqa: F401
 

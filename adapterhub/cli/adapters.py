@@ -1,4 +1,4 @@
-"""Verbs on the local registry and Hubs: add, push, pull, list, resolve."""
+"""Verbs on the local registry: add, list, resolve."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from adapterhub.cli.shared import (
     hub_at,
     registry,
     resolved,
-    say,
     table,
 )
 
@@ -29,32 +28,6 @@ def add(
 
     adapter = registry().add(open_adapter(folder), name=name)
     typer.echo(adapter.digest)
-
-
-@app.command()
-def push(
-    ref: Annotated[str, typer.Argument(help="A packed folder, a name in the registry, or a digest.")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository, made if it is not there.")],
-    hub: HubUrl = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-) -> None:
-    """Publish an adapter as one commit on a Hub."""
-    adapter = resolved(ref)
-    target = hub_at(hub)
-    say(f"pushing {adapter.manifest.name} {adapter.digest[:19]} to {target.endpoint}/{repo}")
-    typer.echo(f"{repo}@{target.push(adapter, repo, private=private)}")
-
-
-@app.command()
-def pull(
-    ref: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]")],
-    hub: HubUrl = None,
-) -> None:
-    """Fetch an adapter from a Hub, verify it, and keep it in the local registry."""
-    from adapterhub.adapter import AdapterRef
-
-    adapter = registry().pull(AdapterRef.parse(ref), hub_at(hub), report=say)
-    typer.echo(adapter.path)
 
 
 @app.command("list")

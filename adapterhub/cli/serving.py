@@ -1,4 +1,4 @@
-"""Verbs that answer: serve, chat, demo."""
+"""Verbs that serve: serve, demo."""
 
 from __future__ import annotations
 
@@ -52,6 +52,20 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32 [default: chosen].")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: chosen].")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads to compute with [default: torch's].", min=1)] = None,
+    engine: Annotated[
+        str, typer.Option(help="local (NF4, on this machine), vllm, or auto: chosen, with the reason.")
+    ] = "local",
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option("--endpoint", metavar="URL", help="A vLLM server that runs already; may be repeated."),
+    ] = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option("--vllm-python", help="Python of vLLM's environment [default: this one].")
+    ] = None,
+    vllm_arg: Annotated[
+        list[str] | None,
+        typer.Option("--vllm-arg", metavar="ARG", help="Passed on to the vLLM we start; may be repeated."),
+    ] = None,
     hub: HubUrl = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="The browser page at /ui.")] = True,
 ) -> None:
@@ -64,7 +78,7 @@ def serve(
     keys = ApiKeys.read(api_keys)
     check_exposure(host, keys)  # before seconds go into imports and minutes into a download
 
-    from serve.config import ServeConfig, parse_adapter, parse_weight
+    from serve.config import ServeConfig, VllmConfig, parse_adapter, parse_engine, parse_weight
 
     name = BaseName.parse(base)
     adapters = tuple(parse_adapter(text) for text in adapter or ())
@@ -95,6 +109,8 @@ def serve(
         dtype=dtype,
         device=device,
         has_page=page,
+        engine_kind=parse_engine(engine),
+        vllm=VllmConfig(tuple(endpoint or ()), vllm_python, tuple(vllm_arg or ())),
         engine=LocalEngineConfig(
             kv_cache_bytes=kv_cache_mb << 20,
             max_model_len=max_model_len,
@@ -104,22 +120,6 @@ def serve(
     )
     with until_interrupted():
         run_server(config, registry(hub_at(hub)), keys, report=say)
-
-
-@app.command()
-def chat(
-    model: Annotated[str | None, typer.Argument(help="Adapter to talk to [default: the base].")] = None,
-    url: Annotated[str, typer.Option(help="The server's API.")] = "http://127.0.0.1:8000/v1",
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask once and print the answer.")] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0, max=2.0)] = 0.7,
-) -> None:
-    """Talk to a served adapter in the terminal."""
-    from serve.terminal_chat import ChatOptions, run_chat
-
-    options = ChatOptions(url=url, model=model, system=system, max_tokens=max_tokens, temperature=temperature)
-    run_chat(options, prompt=prompt)
 
 
 @app.command()

@@ -1,0 +1,118 @@
+"""What the page does in the browser by itself: keys, conversations that stay there, files to save. Asks no server."""
+
+from __future__ import annotations
+
+CONVERSATIONS_KEPT = 50
+
+HEAD = """
+<script>
+addEventListener("keydown", (event) => {
+    const stop = [...document.querySelectorAll("button.stop")].find((button) => button.offsetParent);
+    if (event.key === "Escape" && stop) {
+        stop.click();
+    } else if (event.key.toLowerCase() === "k" && (event.ctrlKey || event.metaKey)) {
+        event.preventDefault();
+        document.querySelector("#picker input")?.focus();
+    } else if (event.key === "Enter" && !event.shiftKey && stop && event.target.closest?.("#box")) {
+        // One answer at a time: the text waits in the box.
+        event.preventDefault();
+        event.stopImmediatePropagation();
+    }
+}, true);
+addEventListener("click", (event) => {
+    // A flag with one choice needs no menu.
+    const flag = event.target.closest?.(".extra-feedback > button");
+    flag?.parentElement.querySelector(".extra-feedback-option")?.click();
+});
+// What Gradio leaves without a name, or as a button within a button.
+const polish = () => {
+    document.querySelectorAll(".thought-group .arrow button:not([inert])").forEach((one) => { one.inert = true; });
+    document.querySelectorAll('.extra-feedback > button[aria-label="Feedback"]').forEach((one) => {
+        one.ariaLabel = one.title = "Say what it should have said";
+    });
+    document.querySelectorAll(".said:not([aria-live])").forEach((one) => one.setAttribute("aria-live", "polite"));
+};
+let polishing = false;
+new MutationObserver(() => {
+    if (polishing) return;
+    polishing = true;
+    requestAnimationFrame(() => { polishing = false; polish(); });
+}).observe(document, { subtree: true, childList: true });
+window.adapterhub = {
+    text: (message) => typeof message.content === "string"
+        ? message.content : message.content.map((block) => block.text ?? "").join(""),
+    isNote: (message) => Boolean(message.metadata?.title),
+    choices: (kept) => kept.map((one) => [one.title, one.id]),
+    save: (name, type, text) => {
+        const link = document.createElement("a");
+        link.href = URL.createObjectURL(new Blob([text], { type }));
+        link.download = name;
+        link.click();
+        setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    },
+    fileName: (title) => (title.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "chat").slice(0, 50),
+    title: (chat) => {
+        const first = chat.find((message) => message.role === "user");
+        const text = first ? adapterhub.text(first).trim().replace(/\\s+/g, " ") : "";
+        return text.length > 48 ? text.slice(0, 47) + "…" : text || "Conversation";
+    },
+    // The turns, and who gave each answer: a note follows the answer it is about.
+    turns: (chat) => chat.map((message, at) => ({ message, by: chat[at + 1]?.metadata?.id }))
+        .filter(({ message }) => !adapterhub.isNote(message))
+        .map(({ message, by }) => {
+            const cut = by && message.role === "assistant" ? by.lastIndexOf("@") : -1;
+            const turn = { role: message.role, content: adapterhub.text(message) };
+            return cut < 0 ? { turn } : { turn, model: by.slice(0, cut), digest: by.slice(cut + 1) };
+        }),
+};
+</script>
+"""
+
+KEEP = f"""(saved, id, chat) => {{
+    if (!chat?.length) return [saved, {{ __type__: "update" }}];
+    const now = {{ id: id ?? Date.now().toString(36), title: adapterhub.title(chat), messages: chat }};
+    const all = [now, ...(saved ?? []).filter((one) => one.id !== now.id)].slice(0, {CONVERSATIONS_KEPT});
+    return [all, {{ __type__: "update", choices: adapterhub.choices(all), value: now.id }}];
+}}"""
+"""inputs: saved, the current conversation's id, its messages; outputs: saved, the list of them"""
+
+LIST = '(saved) => ({ __type__: "update", choices: adapterhub.choices(saved ?? []) })'
+
+OPEN = "(saved, id) => (saved ?? []).find((one) => one.id === id)?.messages ?? []"
+
+FORGET = """(saved, id) => {
+    const all = (saved ?? []).filter((one) => one.id !== id);
+    return [all, { __type__: "update", choices: adapterhub.choices(all), value: null }, []];
+}"""
+
+EXPORT_JSON = """(chat, system) => {
+    const turns = adapterhub.turns(chat ?? []);
+    if (!turns.length) return;
+    const said = system?.trim() ? [{ role: "system", content: system.trim() }] : [];
+    const messages = [...said, ...turns.map(({ turn }) => turn)];
+    const answered_by = turns.flatMap(({ model, digest }, at) =>
+        model ? [{ message: at + said.length, model, digest: digest || null }] : []);
+    const text = JSON.stringify({ messages, answered_by }, null, 1);
+    adapterhub.save(adapterhub.fileName(adapterhub.title(chat)) + ".json", "application/json", text);
+}"""
+
+EXPORT_MARKDOWN = """(chat, system) => {
+    const turns = adapterhub.turns(chat ?? []);
+    if (!turns.length) return;
+    const parts = turns.map(({ turn, model, digest }) => turn.role === "user"
+        ? `**You**\\n\\n${turn.content}`
+        : `**${model ?? "Corrected"}**${digest ? ` \\`${digest.slice(0, 19)}\\`` : ""}\\n\\n${turn.content}`);
+    const head = [`# ${adapterhub.title(chat)}`, ...(system?.trim() ? [`> ${system.trim()}`] : [])];
+    const text = [...head, ...parts].join("\\n\\n") + "\\n";
+    adapterhub.save(adapterhub.fileName(adapterhub.title(chat)) + ".md", "text/markdown", text);
+}"""
+
+SAVE_FILE = "(name, type, text) => { if (text) adapterhub.save(name, type, text); }"
+
+OPEN_IF_WIDE = '() => ({ __type__: "update", open: innerWidth > 700 })'
+
+KEEP_IN_ADDRESS = """(name) => {
+    const address = new URL(location);
+    address.searchParams.set("adapter", name);
+    history.replaceState(null, "", address);
+}"""

@@ -1,0 +1,76 @@
+"""HTTP of training runs: routes and shapes, for administrators. The runs themselves are training_runs.py's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, params
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from serve.training_runs import TrainingRun, TrainingRuns
+
+
+class RecipeBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    recipe: str = Field(min_length=1, max_length=100_000)
+    """TOML"""
+
+
+def training_routes(runs: TrainingRuns, managing: Sequence[params.Depends]) -> APIRouter:
+    """The routes below /v1/training; `managing` lets administrators in."""
+    router = APIRouter(prefix="/v1/training", dependencies=managing)
+
+    @router.get("/recipes")
+    async def recipes() -> Response:
+        return JSONResponse({"data": await runs.recipes()})
+
+    @router.post("/plan")
+    async def plan(body: RecipeBody) -> Response:
+        return JSONResponse(await runs.plan(body.recipe))
+
+    @router.get("/runs")
+    async def list_runs() -> Response:
+        found = await asyncio.to_thread(runs.all)
+        return JSONResponse({"data": [_summary(run) for run in found]})
+
+    @router.post("/runs")
+    async def start(body: RecipeBody) -> Response:
+        return JSONResponse(_summary(await runs.start(body.recipe)), status_code=201)
+
+    @router.get("/runs/{name}")
+    async def get(name: str) -> Response:
+        return JSONResponse(_whole(await asyncio.to_thread(runs.get, name)))
+
+    @router.post("/runs/{name}/stop")
+    async def stop(name: str) -> Response:
+        return JSONResponse(_summary(await asyncio.to_thread(runs.stop, name)))
+
+    @router.post("/runs/{name}/resume")
+    async def resume(name: str) -> Response:
+        return JSONResponse(_summary(await runs.resume(name)))
+
+    return router
+
+
+def _summary(run: TrainingRun) -> dict[str, Any]:
+    return {
+        "id": run.id,
+        "status": run.status,
+        "created": run.created,
+        "num_steps": len(run.steps),
+        "loss": run.steps[-1].loss if run.steps else None,
+        "output": str(run.output) if run.output else None,
+        "message": run.message,
+    }
+
+
+def _whole(run: TrainingRun) -> dict[str, Any]:
+    return {
+        **_summary(run),
+        "recipe": run.recipe,
+        "steps": [step.model_dump(exclude={"event"}) for step in run.steps],
+        "held_out": [{"step": measured.step, "loss": measured.loss} for measured in run.measured],
+    }
