@@ -90,20 +90,23 @@ def test_an_output_folder_in_use_is_refused(home: Path, tmp_path: Path, tiny_bas
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 
 
-def test_an_interrupted_training_leaves_nothing_half_written(home: Path, tmp_path: Path, tiny_base: StoredBase) -> None:
-    recipe = _recipe(tmp_path, tiny_base, steps=100_000)
-    before = set(tmp_path.iterdir())
+def test_an_interrupted_training_writes_no_adapter_and_says_how_to_go_on(
+    home: Path, tmp_path: Path, tiny_base: StoredBase
+) -> None:
+    recipe, output = _recipe(tmp_path, tiny_base, steps=100_000), tmp_path / "out"
     process = subprocess.Popen(
-        [COMMAND, "train", str(recipe), "--output", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True
+        [COMMAND, "train", str(recipe), "--output", str(output)], stderr=subprocess.PIPE, text=True
     )
-    while not list(tmp_path.glob(".out.*/train_log.jsonl")):
+    log = tmp_path / "out.run" / "train_log.jsonl"
+    while not (log.exists() and '"step"' in log.read_text()):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in said
-    assert set(tmp_path.iterdir()) == before
+    assert f"adapterhub train --resume {output}" in said
+    assert not output.exists()
 
 
 def test_a_folder_with_a_pickle_is_refused(home: Path, tmp_path: Path) -> None:
