@@ -8,6 +8,7 @@ from __future__ import annotations
 import yaml
 
 from adapterhub.manifest import Manifest
+from adapterhub.run_record import REPORT_NAME
 
 
 def render(manifest: Manifest) -> str:
@@ -63,6 +64,8 @@ def _body(manifest: Manifest) -> str:
             f"{run.samples} samples, {run.steps} steps, {run.trained_tokens:,} trained tokens, "
             f"{run.seconds:.0f} s, seed {run.seed}; recipe.toml and train_log.jsonl are the full record.",
         ]
+        if REPORT_NAME in manifest.files:
+            lines += ["", f"[{REPORT_NAME}]({REPORT_NAME}): loss curves, answers, masks, memory, environment."]
     lines += [
         "",
         "## Use",

@@ -33,7 +33,14 @@ from adapterhub.manifest import (
     Manifest,
     read_manifest,
 )
-from adapterhub.run_record import LOG_NAME, RECIPE_NAME, RunRecord, read_run_record
+from adapterhub.run_record import (
+    LOG_NAME,
+    RECIPE_NAME,
+    REPORT_HEAD,
+    REPORT_NAME,
+    RunRecord,
+    read_run_record,
+)
 from adapterhub.safetensors_header import read_header
 
 TEMPLATE_NAME = "chat_template.jinja"
@@ -47,7 +54,7 @@ _TOKENIZER = (
 )  # fmt: skip
 UNLISTED = (MANIFEST_NAME, CARD_NAME, SIGNATURE_NAME, ".gitattributes")
 """files that may change without the adapter becoming another one, so the digest leaves them out"""
-ALLOWED = frozenset((*REQUIRED, *_TOKENIZER, RECIPE_NAME, LOG_NAME, *UNLISTED))
+ALLOWED = frozenset((*REQUIRED, *_TOKENIZER, RECIPE_NAME, LOG_NAME, REPORT_NAME, *UNLISTED))
 
 _UNSAFE_SUFFIXES = frozenset(
     {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5"}
@@ -68,6 +75,7 @@ def open_adapter(folder: Path) -> Adapter:
     manifest = read_manifest(folder)
     check_names(manifest.files)
     _check_digests(folder, manifest)
+    _check_report(folder)
     for name in REQUIRED:
         if name not in manifest.files:
             raise MissingFile(f"{folder / MANIFEST_NAME} does not list {name}: pack the adapter again.")
@@ -114,6 +122,7 @@ def pack(
     if not folder.is_dir():
         raise MissingFile(f"{folder} is not a folder: expected the output of training, or any PEFT adapter folder.")
     check_names(path.relative_to(folder).as_posix() for path in _walk(folder))
+    _check_report(folder)
     config, tensors = _read_lora(folder)
     record = read_run_record(folder)
     _check_same_base(folder, record, base)
@@ -220,6 +229,20 @@ def _check_digests(folder: Path, manifest: Manifest) -> None:
         found = sha256_of(path)
         if found != entry.sha256:
             raise DigestMismatch(f"{path} has sha256 {found}, the manifest says {entry.sha256}: fetch it again.")
+
+
+def _check_report(folder: Path) -> None:
+    """A page from a stranger is opened in a browser: it must begin with the policy that forbids scripts."""
+    path = folder / REPORT_NAME
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        begins = file.read(len(REPORT_HEAD))
+    if begins != REPORT_HEAD.encode():
+        raise UnsafeFile(
+            f"{path} does not begin as a training report does, with a policy that lets a browser run no script and "
+            "fetch nothing: remove it."
+        )
 
 
 def _check_same_base(folder: Path, record: RunRecord | None, base: StoredBase) -> None:

@@ -1,8 +1,8 @@
-"""What a training run leaves beside its weights: recipe.toml and train_log.jsonl.
+"""What a training run leaves beside its weights: recipe.toml, train_log.jsonl and a page to look at.
 
 The trainer writes the log line by line; packing reads it back. One JSON object a line, told apart by `event`:
-`start` (base, quantization, digests, versions), `step` (loss, tokens), `measured` (held-out loss on the way),
-`end` (totals and held-out losses).
+`start` (base, quantization, digests, versions), `step` (loss, tokens), `measured` (held-out loss on the way), `sampled`
+(answers to fixed prompts), `end` (totals, held-out losses, last answers).
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ from adapterhub.manifest import Evaluation, Quantization, Training
 
 LOG_NAME = "train_log.jsonl"
 RECIPE_NAME = "recipe.toml"
+REPORT_NAME = "report.html"
+REPORT_HEAD = (
+    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
+)
+"""how every report begins: whatever follows, a browser runs no script in it and fetches nothing for it"""
 
 
 class _Event(BaseModel):
@@ -62,6 +68,21 @@ class RunMeasured(_Event):
     loss: float
 
 
+class Answer(_Event):
+    """What a model says to one of the fixed prompts, greedily."""
+
+    prompt: str
+    text: str
+
+
+class RunSampled(_Event):
+    """Answers after a step; after step 0 those of the bare base."""
+
+    event: Literal["sampled"] = "sampled"
+    step: int
+    answers: list[Answer]
+
+
 class RunEnd(_Event):
     event: Literal["end"] = "end"
     steps: int
@@ -69,9 +90,11 @@ class RunEnd(_Event):
     seconds: float
     peak_memory_bytes: int
     evaluations: list[Evaluation]
+    answers: list[Answer] = []
+    """of the adapter as it was written"""
 
 
-RunEvent = RunStart | RunStep | RunMeasured | RunEnd
+RunEvent = RunStart | RunStep | RunMeasured | RunSampled | RunEnd
 _EVENT: TypeAdapter[RunEvent] = TypeAdapter(RunEvent)
 
 

@@ -1,17 +1,19 @@
 """Useful tokens/s and peak memory of a training step: our loop against TRL's SFTTrainer, on one NF4 base, in one run.
 
-    .venv/bin/pip install trl==1.16.0
-    .venv/bin/python benchmarks/training.py [--threads 1] [--rounds 3] [--steps 2] [--batch 8]
+    .venv/bin/pip install ".[bench]"
+    .venv/bin/python benchmarks/training.py [--threads 1] [--rounds 3] [--steps 4] [--batch 8] [--only ours trl ...]
 
 Data: the chatterbot corpus' topics mixed (lengths as people write them), the loss on the answers, LoRA of rank 16 on
-all linear layers, AdamW, the same samples in the same order. Each contender is a process; they take turns, one round
-to warm up. Useful tokens are those of the samples, padding not counted. Medians over rounds; peaks are the process'.
-Held-out loss is measured after all steps, in the same way for all.
+all linear layers, AdamW, the same first weights, the same samples in the same order. Each contender is a process; they
+take turns, one step to warm up. Useful tokens are those of the samples, padding not counted. Medians over rounds; peaks
+are the process'. Held-out loss is measured after all steps, in the same way for all. Against TRL's packing ours takes
+the very rows that TRL packed, so that a step learns from the same samples.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -21,23 +23,43 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-TRL = "trl==1.16.0"
 TOPICS = ("trivia", "ai", "coding", "psychology", "emotion", "literature", "humor", "money")
 RANK, ALPHA, RATE, MAX_LENGTH, HELD_OUT = 16, 32, 2e-4, 512, 48
 CONTENDERS = {
     "ours": "ours, NF4",
     "ours-16": "ours, 16-bit base",
+    "ours-alone": "ours, beginning computed for each sample",
+    "ours-padded": "ours, samples padded to the longest",
+    "ours-packed": "ours, on the rows that TRL packs",
     "trl": "TRL as it comes",
-    "trl-no-checkpoints": "TRL, activations kept",
+    "trl-kept": "TRL, activations kept",
     "trl-packing": "TRL, its packing",
-    "trl-packing-no-checkpoints": "TRL, its packing, activations kept",
+    "trl-packing-kept": "TRL, its packing, activations kept",
 }
-Step = Callable[[], int]
-"""trains one step and returns its useful tokens"""
+DEFAULT = ("ours", "ours-16", "ours-packed", "trl", "trl-kept", "trl-packing", "trl-packing-kept")
+PAIRS = (
+    ("ours", "trl"), ("ours", "trl-kept"), ("ours-packed", "trl-packing"), ("ours-packed", "trl-packing-kept"),
+    ("ours", "ours-16"), ("ours", "ours-alone"), ("ours-alone", "ours-padded"), ("ours-padded", "trl-kept"),
+    ("trl-kept", "trl"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a step learnt from."""
+
+    tokens: int
+    """of its samples, without padding"""
+    flops: float = 0.0
+    """of its products with weights, computed ones only: forward, and backward to inputs and trained weights"""
+
+
+Step = Callable[[], Taken]
 
 
 def samples() -> tuple[list[Any], list[Any]]:
@@ -66,44 +88,109 @@ def compute_dtype() -> str:
     return choose_precision(None, None)[1].value
 
 
-def ours(kind: str, batch: int) -> tuple[Step, Any]:
+def draw_first_weights(model: Any) -> None:
+    """A of every adapted layer, the same for all contenders; B is zero."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_A" in name:
+            bound = parameter.shape[1] ** -0.5
+            parameter.data.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=draw))
+
+
+def as_rows(train: list[Any]) -> Any:
+    """The samples as SFTTrainer takes them."""
+    import datasets
+
+    listed = [
+        {"input_ids": list(sample.tokens), "completion_mask": [int(mark) for mark in sample.trained]}
+        for sample in train
+    ]
+    # A name of its own: computing one pickles classes of pyarrow that cannot be pickled.
+    return datasets.Dataset(datasets.table.InMemoryTable.from_pylist(listed), fingerprint="chatterbot")
+
+
+def batches(train: list[Any], batch: int, *, is_packed: bool) -> Iterator[list[Any]]:
+    """The samples of each step, over and over."""
+    from train.data import Sample
+
+    if not is_packed:
+        order = itertools.cycle(train)
+        while True:
+            yield list(itertools.islice(order, batch))
+    from trl import pack_dataset
+
+    for packed in itertools.cycle(pack_dataset(as_rows(train), MAX_LENGTH)):
+        tokens, marks = iter(packed["input_ids"]), iter(packed["completion_mask"])
+        yield [
+            Sample(tuple(itertools.islice(tokens, length)), tuple(map(bool, itertools.islice(marks, length))))
+            for length in packed["seq_lengths"]
+        ]
+
+
+def padded_loss(model: Any, row: list[Any]) -> Any:
+    """Sum of the losses of samples that stand one below the other, padded at the right; logits as in ours."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    longest = max(len(sample.tokens) for sample in row)
+    ids = torch.tensor([sample.tokens + (2,) * (longest - len(sample.tokens)) for sample in row])
+    seen = torch.tensor([[1] * len(sample.tokens) + [0] * (longest - len(sample.tokens)) for sample in row])
+    marks = torch.tensor([sample.trained + (False,) * (longest - len(sample.tokens)) for sample in row])
+    inner = model.get_base_model()
+    hidden = inner.model(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
+    logits = inner.lm_head(hidden[:, :-1][marks[:, 1:]])
+    return cross_entropy(logits.float(), ids[:, 1:][marks[:, 1:]], reduction="sum")
+
+
+def ours(name: str, batch: int) -> tuple[Step, Any]:
     import decode
     import torch
 
     from adapterhub.base_model import load_base
+    from train import packing
     from train.evaluate import row_loss
     from train.lora import add_lora, trainable
     from train.optimizer import make_optimizer
-    from train.packing import pack
     from train.recipe import LoraSection, TrainSection
 
-    torch.manual_seed(0)
+    kind = "none" if name == "ours-16" else "nf4"
     base = load_base(decode.stored_base(), purpose="train", kind=kind, dtype=compute_dtype())  # type: ignore[arg-type]
     model = add_lora(base.model, LoraSection(rank=RANK, alpha=float(ALPHA)))
+    draw_first_weights(model)
     optimizer, _ = make_optimizer(trainable(model), TrainSection(steps=1, learning_rate=RATE))
     for group in optimizer.param_groups:
         group["lr"] = RATE
-    train, _ = samples()
-    place = 0
+    if name == "ours-alone":
+        packing.common_prefix = lambda samples: 0
+    weights = sum(parameter.numel() for parameter in trainable(model))
+    head = model.get_output_embeddings().weight.numel()
+    layers = model.get_base_model().model.layers.modules()
+    frozen = sum(m.in_features * m.out_features for m in layers if hasattr(m, "lora_A"))
+    rows = batches(samples()[0], batch, is_packed=name == "ours-packed")
 
-    def step() -> int:
-        nonlocal place
-        row = [train[number % len(train)] for number in range(place, place + batch)]
-        place += batch
+    def step() -> Taken:
+        samples_now = next(rows)
         model.train()
-        loss = row_loss(model, pack(row, device=model.device, dtype=model.dtype))
-        (loss / sum(sample.num_trained for sample in row)).backward()
+        trained, computed = sum(sample.num_trained for sample in samples_now), 0
+        if name == "ours-padded":
+            loss = padded_loss(model, samples_now)
+        else:
+            row = packing.pack(samples_now, device=model.device, dtype=model.dtype)
+            loss, computed = row_loss(model, row), row.input_ids.numel()
+        (loss / trained).backward()
         torch.nn.utils.clip_grad_norm_(trainable(model), 0.3)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return sum(len(sample.tokens) for sample in row)
+        flops = computed * (4.0 * frozen + 6.0 * weights) + trained * 4.0 * head
+        return Taken(sum(len(sample.tokens) for sample in samples_now), flops)
 
     return step, model
 
 
 def trl(batch: int, *, steps: int, is_packed: bool, is_checkpointed: bool, turn: Callable[[Step], None]) -> Any:
     """Trains `steps` steps; `turn` is called for each, and calls it."""
-    import datasets
     import decode
     import torch
     from peft import LoraConfig
@@ -121,12 +208,6 @@ def trl(batch: int, *, steps: int, is_packed: bool, is_checkpointed: bool, turn:
         path, dtype=getattr(torch, compute_dtype()), quantization_config=quantization
     )
     train, _ = samples()
-    listed = [
-        {"input_ids": list(sample.tokens), "completion_mask": [int(mark) for mark in sample.trained]}
-        for sample in train
-    ]
-    # A name of its own: computing one pickles classes of pyarrow that cannot be pickled.
-    rows = datasets.Dataset(datasets.table.InMemoryTable.from_pylist(listed), fingerprint="chatterbot")
 
     class Trainer(SFTTrainer):  # type: ignore[misc]
         def _get_train_sampler(self, *_: Any) -> Any:
@@ -137,14 +218,14 @@ def trl(batch: int, *, steps: int, is_packed: bool, is_checkpointed: bool, turn:
             tokens = int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
             outcome: Any = None
 
-            def step() -> int:
+            def step() -> Taken:
                 nonlocal outcome
                 outcome = super(Trainer, self).training_step(model, inputs, *rest)
                 # The optimizer's part of this step is done here, so that the clock sees it; theirs then finds nothing.
                 torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.3)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                return tokens
+                return Taken(tokens)
 
             turn(step)
             return outcome
@@ -160,10 +241,11 @@ def trl(batch: int, *, steps: int, is_packed: bool, is_checkpointed: bool, turn:
         trainer = Trainer(
             model=base,
             args=config,
-            train_dataset=rows,
+            train_dataset=as_rows(train),
             processing_class=AutoTokenizer.from_pretrained(path),
             peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
+        draw_first_weights(trainer.model)
         trainer.train()
     return trainer.model
 
@@ -175,11 +257,11 @@ def work(name: str, *, batch: int, steps: int) -> None:
     def turn(step: Step) -> None:
         sys.stdin.readline()
         started = time.perf_counter()
-        tokens = step()
-        print(json.dumps([tokens, time.perf_counter() - started]), file=out, flush=True)
+        taken = step()
+        print(json.dumps([taken.tokens, time.perf_counter() - started, taken.flops]), file=out, flush=True)
 
     if name.startswith("ours"):
-        step, model = ours("nf4" if name == "ours" else "none", batch)
+        step, model = ours(name, batch)
         for _ in range(steps):
             turn(step)
     else:
@@ -187,7 +269,7 @@ def work(name: str, *, batch: int, steps: int) -> None:
             batch,
             steps=steps,
             is_packed="packing" in name,
-            is_checkpointed="no-checkpoints" not in name,
+            is_checkpointed=not name.endswith("kept"),
             turn=turn,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -219,10 +301,11 @@ class Worker:
         return found
 
 
-def matmul_rate() -> float:
+def matmul_rate(threads: int) -> float:
     """Operations a second of this machine in the dtype the contenders compute in."""
     import torch
 
+    torch.set_num_threads(threads)
     dtype = getattr(torch, compute_dtype())
     left, right = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     best = float("inf")
@@ -237,40 +320,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="of each contender in a round")
+    parser.add_argument("--steps", type=int, default=4, help="of each contender in a round")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(DEFAULT))
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--work", choices=CONTENDERS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.work:
         work(chosen.work, batch=chosen.batch, steps=chosen.steps)
         return
-    if any(name.startswith("trl") for name in chosen.only) and find_spec("trl") is None:
-        raise SystemExit(f"this benchmark compares with TRL, which is not installed: pip install {TRL}")
-    steps = 1 + chosen.rounds * chosen.steps
-    workers = {name: Worker(name, chosen, steps) for name in chosen.only}
+    if find_spec("trl") is None:
+        raise SystemExit('this benchmark compares with TRL, which is not installed: pip install "adapterhub[bench]"')
+    workers = {name: Worker(name, chosen, 1 + chosen.rounds * chosen.steps) for name in chosen.only}
     rates: dict[str, list[float]] = {name: [] for name in workers}
+    speeds: list[float] = []
     for worker in workers.values():
         worker.take()
     for _ in range(chosen.rounds):
         for name, worker in workers.items():
             taken = [worker.take() for _ in range(chosen.steps)]
-            rates[name].append(sum(tokens for tokens, _ in taken) / sum(seconds for _, seconds in taken))
+            seconds = sum(step[1] for step in taken)
+            rates[name].append(sum(step[0] for step in taken) / seconds)
+            if name == "ours":
+                speeds.append(sum(step[2] for step in taken) / seconds)
     ends = {name: worker.take() for name, worker in workers.items()}
     medians = {name: statistics.median(values) for name, values in rates.items()}
     print("| | useful tokens/s | min-max | peak memory | held-out loss |\n|---|---|---|---|---|")
     for name, (loss, peak) in ends.items():
         span = f"{min(rates[name]):.0f}-{max(rates[name]):.0f}"
         print(f"| {CONTENDERS[name]} | {medians[name]:.0f} | {span} | {peak / 1e6:.0f} MB | {loss:.3f} |")
-    print("\n| ratio | tokens/s | peak memory |\n|---|---|---|")
-    for name in [name for name in workers if name != "ours" and "ours" in workers]:
-        memory = ends["ours"][1] / ends[name][1]
-        print(f"| ours / {CONTENDERS[name]} | {medians['ours'] / medians[name]:.2f} | {memory:.2f} |")
-    if "ours" in workers:
-        # 106 M frozen weights take a forward and a backward to their inputs, 4.9 M trained ones also to themselves.
-        share = medians["ours"] * (4 * 106.2e6 + 6 * 4.9e6) / matmul_rate()
-        print(f"\nours reaches {share:.0%} of this machine's {compute_dtype()} matmul rate without head and attention")
+    print("\n| ratio | tokens/s | peak memory | held-out loss |\n|---|---|---|---|")
+    for one, other in [pair for pair in PAIRS if set(pair) <= set(workers)]:
+        ratios = [medians[one] / medians[other]] + [ends[one][k] / ends[other][k] for k in (1, 0)]
+        print(f"| {CONTENDERS[one]} / {CONTENDERS[other]} | {ratios[0]:.2f} | {ratios[1]:.2f} | {ratios[2]:.3f} |")
+    if speeds:
+        reached, rate = statistics.median(speeds), matmul_rate(chosen.threads)
+        print(
+            f"\nours: {reached / 1e9:.0f} of this machine's {rate / 1e9:.0f} GFLOP/s in {compute_dtype()} products, "
+            f"{reached / rate:.0%} (products with weights; attention and everything else is in the time only)"
+        )
 
 
 if __name__ == "__main__":

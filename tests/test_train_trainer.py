@@ -78,6 +78,7 @@ def test_the_folder_is_a_complete_adapter(tmp_path: Path, tiny_base: StoredBase)
         WEIGHTS,
         "chat_template.jinja",
         "recipe.toml",
+        "report.html",
         "train_log.jsonl",
     ]
     tensors = lora_tensors(read_header(folder / WEIGHTS), read_lora_config(folder))

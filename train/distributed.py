@@ -146,7 +146,10 @@ def held_bytes(model: Any) -> int:
     return sum(_local(parameter).nbytes for parameter in model.parameters() if not parameter.requires_grad)
 
 
-def work(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None, is_sharded: bool) -> RunEnd | None:
+def work(
+    recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None, is_sharded: bool,
+    report_to: Sequence[str] = (),
+) -> RunEnd | None:  # fmt: skip
     """This worker's part of a run into `output`: begun, or after a restart gone on with from its newest checkpoint.
 
     The first process writes; the others keep their own log and checkpoints in a folder that goes when they end, so
@@ -155,16 +158,18 @@ def work(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | Non
     """
     from train import trainer
     from train.progress import Silent
+    from train.trackers import tracking
 
     if recipe.preference is not None:
         raise UsageError("preference tuning runs in one process: leave --launch out.")
     check_same_run(recipe, output, start)
     with joined(is_sharded=is_sharded) as world, _own_folder(output, world) as folder:
         progress = None if world.rank == 0 else Silent()
-        if any(run_path(folder).glob("step-*")):
-            end = trainer.resume(folder, base, progress=progress)
-        else:
-            end = trainer.fit(recipe, base, folder, start=start, progress=progress)
+        with tracking(report_to if world.rank == 0 else (), recipe) as listen:
+            if any(run_path(folder).glob("step-*")):
+                end = trainer.resume(folder, base, progress=progress, listen=listen)
+            else:
+                end = trainer.fit(recipe, base, folder, start=start, progress=progress, listen=listen)
     return end if world.rank == 0 else None
 
 

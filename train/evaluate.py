@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from train.data import Sample
 from train.packing import Row, pack
 
-ROW_SAMPLES = 8
-"""samples packed together when measuring"""
+_ROW_SAMPLES, _ROW_TOKENS, _ROW_TRAINED = 8, 2048, 512
+"""packed together when measuring, at most: samples; their tokens; those of them that need logits, by far the largest
+tensors then (a row of 2,048 logits over 128k words takes 1.6 GB). So measuring needs less than a step does."""
 
 
 def row_loss(model: Any, row: Row) -> torch.Tensor:
@@ -28,12 +29,29 @@ def log_likelihoods(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
     return of_tokens.new_zeros(len(samples)).index_add(0, row.owners, of_tokens)
 
 
+def rows_to_measure(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+    """Neighbours together, as many as memory should bear; a sample too long for that stands alone."""
+    row: list[Sample] = []
+    for sample in samples:
+        grown = [*row, sample]
+        if row and (
+            len(grown) > _ROW_SAMPLES
+            or sum(len(one.tokens) for one in grown) > _ROW_TOKENS
+            or sum(one.num_trained for one in grown) > _ROW_TRAINED
+        ):
+            yield row
+            grown = [sample]
+        row = grown
+    if row:
+        yield row
+
+
 def held_out_loss(model: Any, samples: Sequence[Sample]) -> tuple[float, int]:
     """(mean loss per trained token in nats, number of those tokens), in eval mode and without gradients."""
     total, tokens = 0.0, 0
     with measuring(model):
-        for start in range(0, len(samples), ROW_SAMPLES):
-            row = pack(samples[start : start + ROW_SAMPLES], device=model.device, dtype=model.dtype)
+        for together in rows_to_measure(samples):
+            row = pack(together, device=model.device, dtype=model.dtype)
             total += row_loss(model, row).item()
             tokens += len(row.targets)
     return total / max(1, tokens), tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,30 +100,13 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
     masks.check()
     wanted = recipe.quantization.compute_dtype
     device, dtype = choose_precision(None if wanted == "auto" else wanted, None)
-    bare, config = _on_meta(base, dtype.value)
-    frozen, head = _linear_weights(bare)
-    quantized = frozen if recipe.quantization.kind != "none" else 0
-    parameters = sum(parameter.numel() for parameter in bare.parameters())
-    adapted = add_lora(bare, recipe.lora)
-    num_trainable = sum(parameter.numel() for parameter in trainable(adapted))
+    model = _on_meta(recipe, base, dtype.value)
     rows = list(_rows(recipe, objective))
-    moment_bytes = 2 if recipe.train.optimizer.endswith("8bit") else 8
-    items = training_memory(
-        ModelShape.from_config(config),
-        TrainingLoad(
-            quantized=quantized,
-            unquantized=parameters - quantized,
-            trainable=num_trainable,
-            row_tokens=max(map(_row_tokens, rows)),
-            row_trained=max(sum(sample.num_trained for sample in row) for row in rows),
-            dtype_bytes=getattr(torch, dtype.value).itemsize,
-            moment_bytes=moment_bytes,
-            device="cuda" if device.value.startswith("cuda") else "cpu",
-        ),
-    )
+    items = _memory(recipe, model, rows, device=device.value, dtype=dtype.value)
     total = sum(item.size_bytes for item in items)
     tokens = sum(map(_row_tokens, rows))
-    adapter_bytes = 4 * num_trainable
+    moment_bytes = _moment_bytes(recipe)
+    adapter_bytes = 4 * model.trainable
     return Plan(
         name=recipe.name,
         base=str(base.ref),
@@ -135,18 +119,26 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
         data_sha256=objective.digest,
         notes=[*objective.notes, *masks.notes],
         masks=masks,
-        parameters=parameters,
-        trainable_parameters=num_trainable,
-        adapted=_layers(adapted),
-        memory=[MemoryItem(name=item.name, size_bytes=item.size_bytes) for item in items],
+        parameters=model.parameters,
+        trainable_parameters=model.trainable,
+        adapted=_layers(model.adapted),
+        memory=items,
         memory_bytes=Range(low=total * (1 - SPREAD), high=total * (1 + SPREAD)),
-        seconds=_seconds(_flops(rows, frozen, num_trainable, head), dtype.value, device.value),
+        seconds=_seconds(_flops(rows, model.linear, model.trainable, model.head), dtype.value, device.value),
         adapter_bytes=adapter_bytes,
         # While a checkpoint is written the one before is still there; the output and the best weights beside them.
-        disk_bytes=2 * (adapter_bytes + moment_bytes * num_trainable) + 2 * adapter_bytes,
+        disk_bytes=2 * (adapter_bytes + moment_bytes * model.trainable) + 2 * adapter_bytes,
         disk_free_bytes=shutil.disk_usage(_existing(output)).free,
         servable=servable(recipe.lora),
     )
+
+
+def planned_memory(
+    recipe: Recipe, base: StoredBase, objective: Objective, *, device: str, dtype: str
+) -> list[MemoryItem]:
+    """The plan's memory items alone, for a run whose data is read already. Raises BaseNotFound."""
+    rows = list(_rows(recipe, objective))
+    return _memory(recipe, _on_meta(recipe, base, dtype), rows, device=device, dtype=dtype)
 
 
 def servable(lora: LoraSection) -> list[Servable]:
@@ -162,22 +154,65 @@ def servable(lora: LoraSection) -> list[Servable]:
     return [ours, Servable(engine="vllm", can_serve=True, how=f"with --max-lora-rank {fitting[0]}")]
 
 
-def _on_meta(base: StoredBase, dtype: str) -> tuple[Any, dict[str, Any]]:
-    """(the base without weights, its config)"""
+@dataclass(frozen=True)
+class _MetaModel:
+    """The base and its adapter, without weights."""
+
+    adapted: Any
+    config: dict[str, Any]
+    parameters: int
+    """of the base"""
+    linear: int
+    """weights of linear layers but the output head, which loading holds in 4 bit"""
+    head: int
+    trainable: int
+
+
+def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
     try:
         config = AutoConfig.from_pretrained(base.path)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise BaseNotFound(f"{base.path} cannot be read as a base model: {error}") from error
-    return model.requires_grad_(False), config.to_dict()
-
-
-def _linear_weights(model: Any) -> tuple[int, int]:
-    """(weights of linear layers but the output head, which loading holds in 4 bit; those of the head)"""
+    model.requires_grad_(False)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
     layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
-    return sum(layer.weight.numel() for layer in layers), head.weight.numel()
+    linear = sum(layer.weight.numel() for layer in layers)
+    adapted = add_lora(model, recipe.lora)
+    return _MetaModel(
+        adapted=adapted,
+        config=config.to_dict(),
+        parameters=parameters,
+        linear=linear,
+        head=head.weight.numel(),
+        trainable=sum(parameter.numel() for parameter in trainable(adapted)),
+    )
+
+
+def _memory(
+    recipe: Recipe, model: _MetaModel, rows: Sequence[Sequence[Sample]], *, device: str, dtype: str
+) -> list[MemoryItem]:
+    quantized = model.linear if recipe.quantization.kind != "none" else 0
+    items = training_memory(
+        ModelShape.from_config(model.config),
+        TrainingLoad(
+            quantized=quantized,
+            unquantized=model.parameters - quantized,
+            trainable=model.trainable,
+            row_tokens=max(map(_row_tokens, rows)),
+            row_trained=max(sum(sample.num_trained for sample in row) for row in rows),
+            dtype_bytes=getattr(torch, dtype).itemsize,
+            moment_bytes=_moment_bytes(recipe),
+            device="cuda" if device.startswith("cuda") else "cpu",
+        ),
+    )
+    return [MemoryItem(name=item.name, size_bytes=item.size_bytes) for item in items]
+
+
+def _moment_bytes(recipe: Recipe) -> int:
+    return 2 if recipe.train.optimizer.endswith("8bit") else 8
 
 
 def _layers(model: Any) -> list[Layers]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,10 @@ import torch
 from adapterhub.manifest import Evaluation, Preference
 from train.comparisons import Comparisons, Labelled, Pair
 from train.data import Sample
-from train.evaluate import log_likelihoods, measuring
+from train.evaluate import log_likelihoods, measuring, rows_to_measure
 from train.objective import Measured
 from train.preference_loss import dpo_loss, kto_drift, kto_loss, orpo_loss
 from train.recipe import PreferenceSection
-
-_ROW_SAMPLES = 8
-"""samples in one row when measuring"""
 
 
 class _Compared:
@@ -207,14 +204,9 @@ def _all_log_likelihoods(model: Any, samples: Sequence[Sample]) -> dict[Sample, 
     found: dict[Sample, float] = {}
     distinct = sorted(set(samples), key=lambda sample: (sample.tokens, sample.trained))
     with measuring(model):
-        for row in _rows(distinct):
+        for row in rows_to_measure(distinct):
             found.update(zip(row, log_likelihoods(model, row).tolist(), strict=True))
     return found
-
-
-def _rows(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
-    for start in range(0, len(samples), _ROW_SAMPLES):
-        yield samples[start : start + _ROW_SAMPLES]
 
 
 def _mismatched(items: Sequence[Labelled]) -> list[Sample]:

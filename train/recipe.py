@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from adapterhub.adapter import AdapterRef, BaseName
 from adapterhub.errors import InvalidRef, RecipeError
+from adapterhub.probe import PROMPTS
 
 LossOn = Literal["assistant", "last", "all"]
 Schedule = Literal["constant", "cosine", "linear"]
@@ -89,6 +90,9 @@ class TrainSection(_Section):
     """held-out losses in a row without a new lowest one that end the run; 0: never"""
     checkpoint_every: int = Field(default=50, ge=0)
     """steps between checkpoints; 0: only when the run is stopped"""
+    sample_every: int = Field(default=0, ge=0)
+    """steps between answers to `prompts`, which the bare base and the result answer too; 0: nobody answers"""
+    prompts: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=16)] = PROMPTS
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:

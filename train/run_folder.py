@@ -29,12 +29,14 @@ from adapterhub.run_record import (
     RunEnd,
     RunEvent,
     RunMeasured,
+    RunSampled,
     RunStart,
     RunStep,
     read_run_events,
 )
 from train.recipe import Recipe, read_recipe
 
+Listener = Callable[[RunEvent], None]
 _RUN_NAME, _STATE_NAME, _LOCK_NAME = "run.json", "state.json", "lock"
 
 
@@ -76,6 +78,8 @@ class RunFolder:
         self.path = run_path(output)
         self.recipe = recipe
         self.start = start
+        self.listen: Listener | None = None
+        """called with each event that is logged"""
 
     @classmethod
     @contextmanager
@@ -133,6 +137,8 @@ class RunFolder:
     def log(self, event: RunEvent) -> None:
         with (self.path / LOG_NAME).open("a", encoding="utf-8") as file:
             file.write(event.model_dump_json() + "\n")
+        if self.listen is not None:
+            self.listen(event)
 
     def save(self, state: State, write: Callable[[Path], None]) -> None:
         """A checkpoint of `state`, which replaces older ones when it is complete; `write` fills its folder."""
@@ -211,7 +217,9 @@ def _newest(path: Path) -> Checkpoint | None:
 
 
 def _step_of(event: RunEvent) -> int:
-    return event.step if isinstance(event, RunStep | RunMeasured) else 0 if isinstance(event, RunStart) else 1 << 62
+    if isinstance(event, RunStep | RunMeasured | RunSampled):
+        return event.step
+    return 0 if isinstance(event, RunStart) else 1 << 62
 
 
 def _sweep(output: Path) -> None:

@@ -8,8 +8,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,18 @@ from adapterhub.errors import (
 )
 from adapterhub.files import new_folder
 from adapterhub.package import TEMPLATE_NAME, open_adapter
-from adapterhub.run_record import LOG_NAME, RECIPE_NAME, RunEnd, RunMeasured, RunStart, RunStep
+from adapterhub.run_record import (
+    LOG_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    Answer,
+    RunEnd,
+    RunMeasured,
+    RunSampled,
+    RunStart,
+    RunStep,
+)
+from train.answering import FixedPrompts
 from train.data import Sample
 from train.distributed import World, current_world, held_bytes, shard_base
 from train.inputs import load_objective, load_tokenizer, with_lora_of
@@ -37,9 +47,11 @@ from train.lora import add_lora, continue_lora, load_lora, save_lora, trainable
 from train.mask_report import mask_report
 from train.objective import Measured, Objective
 from train.optimizer import load_optimizer, make_optimizer, save_optimizer
+from train.out_of_memory import memory_errors_named
 from train.progress import Progress, peak_memory_bytes, progress_on
 from train.recipe import Recipe
-from train.run_folder import RunFolder, State, check_fresh
+from train.report import report
+from train.run_folder import Listener, RunFolder, State, check_fresh
 from train.schedule import learning_rate_at, step_batches
 from train.stopping import StopWish, stop_wishes
 
@@ -49,13 +61,15 @@ _ADAPTER = "adapter"
 
 
 def fit(
-    recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None = None, progress: Progress | None = None
-) -> RunEnd:
+    recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None = None, progress: Progress | None = None,
+    listen: Listener | None = None,
+) -> RunEnd:  # fmt: skip
     """Train the recipe's adapter, a new one or going on from `start`, into `output`, a folder that is new or empty.
 
     `output` appears only when complete; until then the run lives in a folder beside it (train/run_folder.py) and can
     be stopped and resumed. The same recipe, seed, machine and thread count give the same bytes, also when stopped
-    and resumed; torch's global seed is set. `progress` shows the run on stderr when not given.
+    and resumed; torch's global seed is set. `progress` shows the run on stderr when not given; `listen` is called with
+    each event of the record.
 
     Raises OutputNotFresh, RecipeError, DatasetError, BaseNotFound, IncompatibleBase, UsageError, StorageFull,
     TrainingStopped after SIGINT or SIGTERM, and TrainingFailed when the loss is no number or memory runs out.
@@ -66,24 +80,29 @@ def fit(
         recipe = with_lora_of(recipe, start)
         # 1. The data, before anything expensive.
         objective = _load(recipe, base, start, progress)
-        with RunFolder.create(output, recipe, start=start) as run, _memory_errors_named():
+        with RunFolder.create(output, recipe, start=start) as run, memory_errors_named(recipe, base, objective):
+            run.listen = listen
             return _train(run, base, objective, start, progress)
     finally:
         progress.close()
 
 
-def resume(output: Path, base: StoredBase, *, progress: Progress | None = None) -> RunEnd:
+def resume(
+    output: Path, base: StoredBase, *, progress: Progress | None = None, listen: Listener | None = None
+) -> RunEnd:
     """Go on with the run that was to become `output`, from its newest checkpoint. Raises as `fit` does, and
     RunNotResumable when there is no such run, or data or base are no longer what it began with."""
     progress = progress or progress_on(sys.stderr)
     try:
-        with RunFolder.reopen(output) as run, _memory_errors_named():
+        with RunFolder.reopen(output) as run:
             if (end := run.finished()) is not None:
                 run.remove()
                 return end
             start = open_adapter(run.start) if run.start else None
             objective = _load(run.recipe, base, start, progress)
-            return _train(run, base, objective, start, progress)
+            run.listen = listen
+            with memory_errors_named(run.recipe, base, objective):
+                return _train(run, base, objective, start, progress)
     finally:
         progress.close()
 
@@ -118,31 +137,36 @@ def _train(run: RunFolder, base: StoredBase, objective: Objective, start: Adapte
 
     # 3. The record opens, or goes on where the newest checkpoint left it.
     _open_record(run, _start_event(recipe, loaded, objective, start))
+    prompts = FixedPrompts(recipe.train.prompts if recipe.train.sample_every else (), loaded.tokenizer)
 
     # 4. What the bare base and the start make of the held-out questions.
     objective.refer_to(model)
     with model.disable_adapter():
         bare = objective.measure(model)
+        if run.newest is None:
+            _log_answers(run, 0, prompts.answer(model))
     before = objective.measure(model) if start else bare
     _check_measures(recipe, bare)
 
     # 5. The steps.
-    course = _Course(run, model, optimizer, objective, base, progress)
+    course = _Course(run, model, optimizer, objective, base, progress, prompts)
     with stop_wishes() as wish:
         state = course.steps(course.restored(), wish)
 
     # 6. The same questions again, and the folder.
     after = _settle(run, model, objective, state, progress)
-    taken = [event for event in run.events() if isinstance(event, RunStep)]
+    events = run.events()
+    taken = [event for event in events if isinstance(event, RunStep)]
     end = RunEnd(
         steps=state.step,
         trained_tokens=sum(step.trained_tokens for step in taken),
         seconds=round(sum(step.seconds for step in taken), 3),
         peak_memory_bytes=_peak_bytes(model),
         evaluations=objective.evaluations(base=bare, before=before, after=after),
+        answers=prompts.answer(model),
     )
     run.log(end)
-    _write_adapter_folder(run, model, loaded)
+    _write_adapter_folder(run, model, loaded, report(recipe, [*events, end], base, objective, loaded))
     return end
 
 
@@ -151,10 +175,10 @@ class _Course:
 
     def __init__(
         self, run: RunFolder, model: Any, optimizer: torch.optim.Optimizer, objective: Objective, base: StoredBase,
-        progress: Progress,
+        progress: Progress, prompts: FixedPrompts,
     ) -> None:  # fmt: skip
         self._run, self._model, self._optimizer = run, model, optimizer
-        self._objective, self._base, self._progress = objective, base, progress
+        self._objective, self._base, self._progress, self._prompts = objective, base, progress, prompts
         self._train = run.recipe.train
         self._total = self._train.num_steps(objective.num_samples)
         self._world = current_world()
@@ -185,6 +209,8 @@ class _Course:
             self._run.log(done)
             self._progress.step(done, of=self._total)
             state = self._measured(state.model_copy(update={"step": number}))
+            if self._train.sample_every and number % self._train.sample_every == 0:
+                _log_answers(self._run, number, self._prompts.answer(self._model))
             if self._train.checkpoint_every and number % self._train.checkpoint_every == 0:
                 self._save(state)
         # Whatever writing the adapter meets, the steps are not lost.
@@ -283,12 +309,13 @@ def _settle(run: RunFolder, model: Any, objective: Objective, state: State, prog
     return objective.measure(model)
 
 
-def _write_adapter_folder(run: RunFolder, model: Any, loaded: LoadedBase) -> None:
+def _write_adapter_folder(run: RunFolder, model: Any, loaded: LoadedBase, page: str) -> None:
     """The output, whole or not at all; then the run's own folder has served."""
     with new_folder(run.output) as folder:
         ours = folder.stat().st_ino
         save_lora(model, folder, base=loaded.ref)
         (folder / TEMPLATE_NAME).write_text(loaded.tokenizer.get_chat_template(), encoding="utf-8")
+        (folder / REPORT_NAME).write_text(page, encoding="utf-8")
         for name in (RECIPE_NAME, LOG_NAME):
             shutil.copyfile(run.path / name, folder / name)
     # `new_folder` lets a folder win that appeared meanwhile; a run of hours must not be lost unsaid.
@@ -320,6 +347,11 @@ def _open_record(run: RunFolder, start: RunStart) -> None:
             )
 
 
+def _log_answers(run: RunFolder, step: int, answers: list[Answer]) -> None:
+    if answers:
+        run.log(RunSampled(step=step, answers=answers))
+
+
 def _check_measures(recipe: Recipe, bare: Measured) -> None:
     if not bare.tokens and (recipe.train.keep == "best" or recipe.train.patience):
         raise DatasetError("keep = best and patience need held-out samples, and the split left none: raise held_out.")
@@ -338,21 +370,6 @@ def _check_window(loaded: LoadedBase, objective: Objective) -> None:
             f"the base attends within {window} tokens and the longest sample has {longest}: "
             f"set max_length = {window} or less."
         )
-
-
-@contextmanager
-def _memory_errors_named() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # torch has a class for CUDA only; on a CPU its allocator raises a plain RuntimeError.
-        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not is_memory:
-            raise
-        raise TrainingFailed(
-            "memory ran out: halve batch_size and double gradient_accumulation (the result is the same), "
-            "or lower max_length."
-        ) from error
 
 
 def _start_event(recipe: Recipe, loaded: LoadedBase, objective: Objective, start: Adapter | None) -> RunStart:

@@ -40,6 +40,10 @@ def train(
     rendezvous: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="With --nodes: where the machines meet.")
     ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option("--report-to", metavar="TRACKER", help="Also tell trackio, tensorboard or wandb. Repeatable."),
+    ] = None,
     as_json: AsJson = False,
     hub: HubUrl = None,
 ) -> None:
@@ -60,10 +64,13 @@ def train(
             raise UsageError("--resume writes the folder the run was started for: leave --output out.")
         from train.run_folder import read_run
 
-        base = pull_base(read_run(resume)[0].base_name, report=say)
+        begun, _ = read_run(resume)
+        base = pull_base(begun.base_name, report=say)
         from train import trainer
+        from train.trackers import tracking
 
-        end = trainer.resume(resume, base)
+        with tracking(report_to or [], begun) as listen:
+            end = trainer.resume(resume, base, listen=listen)
         folder = resume
     else:
         parsed = _read(str(recipe))
@@ -85,6 +92,7 @@ def train(
             from adapterhub.cli.scale_out import launch_training
 
             where = ["--hub", hub] if hub else []
+            where += [word for name in report_to or [] for word in ("--report-to", name)]
             arguments = ["train", str(recipe), "--output", str(folder), *(["--shard"] if shard else []), *where]
             launch_training(
                 parsed, folder, start=start, arguments=arguments, processes=launch, nodes=nodes, rendezvous=rendezvous
@@ -93,16 +101,18 @@ def train(
         from train.distributed import is_worker, work
 
         if is_worker():
-            ended = work(parsed, base, folder, start=start, is_sharded=shard)
+            ended = work(parsed, base, folder, start=start, is_sharded=shard, report_to=report_to or [])
             if ended is None:
                 return
             end = ended
         else:
             if shard:
                 raise UsageError("--shard divides the base among processes: give --launch N with it.")
+            from train.trackers import tracking
             from train.trainer import fit
 
-            end = fit(parsed, base, folder, start=start)
+            with tracking(report_to or [], parsed) as listen:
+                end = fit(parsed, base, folder, start=start, listen=listen)
     _say_end(end)
     say(f"next: adapterhub pack {folder}")
     typer.echo(folder)

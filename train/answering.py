@@ -1,0 +1,44 @@
+"""A model's answers to fixed prompts while it trains, to show what a loss cannot say. Changes no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from adapterhub.run_record import Answer
+from train.evaluate import measuring
+
+NUM_TOKENS = 40
+"""of an answer, at most"""
+
+
+class FixedPrompts:
+    """The same questions every time, answered greedily in one batch: nothing is drawn, so no random state moves."""
+
+    def __init__(self, prompts: Sequence[str], tokenizer: Any) -> None:
+        self._prompts = tuple(prompts)
+        self._tokenizer = tokenizer
+        self._rows: list[list[int]] = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            for prompt in self._prompts
+        ]
+
+    def answer(self, model: Any) -> list[Answer]:
+        """Each prompt's answer by the model as it is now; an empty list without prompts."""
+        if not self._rows:
+            return []
+        pad = self._tokenizer.pad_token_id
+        pad = self._tokenizer.eos_token_id if pad is None else pad
+        longest = max(map(len, self._rows))
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in self._rows], device=model.device)
+        seen = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in self._rows], device=model.device)
+        with measuring(model):
+            out = model.generate(
+                input_ids=ids, attention_mask=seen, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=pad
+            )
+        texts = self._tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+        return [Answer(prompt=prompt, text=text.strip()) for prompt, text in zip(self._prompts, texts, strict=True)]
