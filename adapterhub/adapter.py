@@ -11,7 +11,7 @@ from adapterhub.manifest import Manifest
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
-_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}|sha256:[0-9a-f]{8,64}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -35,8 +35,8 @@ def _split_name(text: str, what: str) -> tuple[str, str | None]:
 class AdapterRef:
     """How a person names an adapter; parses from text and prints back to the same text.
 
-    Exactly one of `name`, `folder`, `digest` is set; `revision` (a Hub revision or a local alias) goes
-    with `name` only.
+    Exactly one of `name`, `folder`, `digest` is set; `revision` (a Hub revision, a local alias, or the beginning of
+    a digest the name led to) goes with `name` only.
     """
 
     name: str | None = None

@@ -1,9 +1,10 @@
-"""Writing that is never seen half-done, and sha256 of files. Knows nothing of adapters."""
+"""Writing that is never seen half-done, folders in use, and sha256 of files. Knows nothing of adapters."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
@@ -52,7 +53,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
     try:
-        with disk_full_is_said(path):
+        with hold(temporary), disk_full_is_said(path):
             yield temporary
         try:
             temporary.rename(path)
@@ -61,6 +62,32 @@ def new_folder(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Keep a file or folder in use while the block runs: `is_held` says so to every process.
+
+    It is the kernel's shared lock, so it ends with the process, however that ends. Raises FileNotFoundError.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Does any process hold `path`?"""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextlib.contextmanager

@@ -1,52 +1,43 @@
-"""The adapters on this machine, by content: which are here, what they are called, where a name leads.
+"""The adapters on this machine: what they are called, where a name leads, who led it there.
 
-    $ADAPTERHUB_HOME/objects/<sha256>           each file once, read-only
-    $ADAPTERHUB_HOME/adapters/<digest>/         a package: hard links to objects, complete when it exists
-    $ADAPTERHUB_HOME/names/<name>.json          name -> revision -> digest, under a lock between processes
+    $ADAPTERHUB_HOME/objects/, adapters/     the packages (adapterhub.package_store)
+    $ADAPTERHUB_HOME/names/<name>.jsonl      where a name's revisions lead, and every move (adapterhub.name_log)
 
-Knows disk and Hub; refuses to know engines.
+An alias is a revision that somebody moves on purpose. Knows disk and Hub; refuses to know engines.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
-import shutil
+import re
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from pathlib import Path
-from urllib.parse import quote
-
-from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from adapterhub.adapter import Adapter, AdapterRef
-from adapterhub.errors import AdapterNotFound, InvalidManifest
-from adapterhub.files import disk_full_is_said, new_folder, sha256_of, write_atomic
+from adapterhub.errors import AdapterNotFound, Conflict, UsageError
+from adapterhub.files import disk_full_is_said, hold
 from adapterhub.home import home
 from adapterhub.hub import Hub
 from adapterhub.manifest import Manifest, read_manifest
+from adapterhub.name_log import Act, Move, Name, NameLog, Summary, default_actor, now
 from adapterhub.package import open_adapter
+from adapterhub.package_store import PackageStore, Removed
 
 DEFAULT_REVISION = "main"
+NOTHING = "nothing"
+"""what `expect` says of an alias that must not be there yet"""
+
+GRACE_S = 7 * 86_400.0
 
 Report = Callable[[str], None]
 
-
-class _Revision(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    digest: str
-    origin: str
-    """where it came from: a Hub endpoint and commit, or `local`"""
-
-
-class _Name(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    revisions: dict[str, _Revision]
+_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_EXPECTED = re.compile(rf"{NOTHING}|sha256:[0-9a-f]{{8,64}}")
 
 
 @dataclass(frozen=True)
@@ -55,8 +46,15 @@ class Entry:
 
     name: str
     revision: str
+    digest: str
     origin: str
-    manifest: Manifest
+    about: Summary
+    folder: Path
+
+    @property
+    def manifest(self) -> Manifest:
+        """Read from the package's folder each time."""
+        return read_manifest(self.folder)
 
 
 @dataclass(frozen=True)
@@ -70,26 +68,47 @@ class Registry:
     def default(cls, hub: Hub | None = None) -> Registry:
         return cls(home(), hub)
 
+    @cached_property
+    def store(self) -> PackageStore:
+        return PackageStore(self.root)
+
+    @cached_property
+    def log(self) -> NameLog:
+        return NameLog(self.root / "names")
+
     def add(
-        self, adapter: Adapter, *, name: str | None = None, revision: str = DEFAULT_REVISION, origin: str = "local"
+        self,
+        adapter: Adapter,
+        *,
+        name: str | None = None,
+        revision: str = DEFAULT_REVISION,
+        origin: str = "local",
+        by: str | None = None,
     ) -> Adapter:
         """Keep a verified package, file by file and each content once, and let `name@revision` lead to it."""
-        kept = self._keep(adapter)
-        self._point(name or adapter.manifest.name, {revision: _Revision(digest=adapter.digest, origin=origin)})
+        called = name or adapter.manifest.name
+        if AdapterRef.parse(called).name is None:
+            raise UsageError(f"{called!r} is a folder or a digest, not a name to keep an adapter under.")
+        with self.store.keep(adapter) as kept:
+            self._lead(called, revision, kept, "add", by=by, origin=origin)
         return kept
 
-    def pull(self, ref: AdapterRef, hub: Hub, *, report: Report = lambda line: None) -> Adapter:
+    def pull(self, ref: AdapterRef, hub: Hub, *, report: Report = lambda line: None, by: str | None = None) -> Adapter:
         """Fetch `owner/name[@revision]` from `hub`, verify, and keep it under that name."""
         if ref.name is None:
             raise AdapterNotFound(f"{ref} cannot be pulled: expected owner/name or owner/name@revision.")
         report(f"pulling {ref} from {hub.endpoint}")
         self.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.root, prefix=".pull-") as scratch, disk_full_is_said(self.root):
+        with (
+            tempfile.TemporaryDirectory(dir=self.root, prefix=".pull-") as scratch,
+            hold(Path(scratch)),
+            disk_full_is_said(self.root),
+        ):
             adapter, commit = hub.pull(ref.name, Path(scratch) / "package", revision=ref.revision)
             report(f"verified {len(adapter.manifest.files)} files, {adapter.digest}")
-            kept = self._keep(adapter)
-        found = _Revision(digest=kept.digest, origin=f"{hub.endpoint} {commit}")
-        self._point(ref.name, {ref.revision or DEFAULT_REVISION: found, commit: found})
+            origin = f"{hub.endpoint} {commit}"
+            with self.store.keep(adapter) as kept:
+                self._lead(ref.name, ref.revision or DEFAULT_REVISION, kept, "pull", by=by, origin=origin)
         return kept
 
     def resolve(self, ref: AdapterRef) -> Adapter:
@@ -101,98 +120,159 @@ class Registry:
         if ref.folder is not None:
             return open_adapter(ref.folder.expanduser())
         if ref.digest is not None:
-            return self._open(ref.digest, ref)
-        known = self._read_name(str(ref.name))
-        found = known.revisions.get(ref.revision or DEFAULT_REVISION) if known else None
-        if found is not None:
-            return self._open(found.digest, ref)
-        if self.hub is not None and "/" in str(ref.name):
+            return self.store.open(ref.digest)
+        known = self.log.read(str(ref.name))
+        digest = _lookup(known, ref.revision or DEFAULT_REVISION) if known else None
+        if digest is not None and self.store.has(digest):
+            return self.store.open(digest)
+        if self.hub is not None and "/" in str(ref.name) and not str(ref.revision).startswith("sha256:"):
             return self.pull(ref, self.hub)
         raise AdapterNotFound(self._where_we_looked(ref, known))
 
     def list(self) -> list[Entry]:
-        """Every name and revision, sorted; reads manifests only."""
-        entries = []
-        for path in sorted(self._names.glob("*.json")):
-            name = self._parse_name(path)
-            for revision, target in sorted(name.revisions.items()):
-                folder = self._folder(target.digest)
-                if folder.is_dir() and not _is_commit(revision):
-                    entries.append(Entry(name.name, revision, target.origin, read_manifest(folder)))
-        return entries
+        """Every name and revision, sorted; opens no package."""
+        there = set(self.store.digests())
+        return [
+            Entry(name.name, revision, str(move.after), move.origin, move.about, self.store.folder(str(move.after)))
+            for name in self.log.all()
+            for revision, move in name.revisions().items()
+            if move.after in there and move.about is not None
+        ]
 
-    @property
-    def _names(self) -> Path:
-        return self.root / "names"
+    def history(self, name: str) -> tuple[Move, ...]:
+        """Every move of every revision of `name`, oldest first. Raises AdapterNotFound."""
+        known = self.log.read(name)
+        if known is None:
+            raise AdapterNotFound(self._where_we_looked(AdapterRef(name=name), None))
+        return known.moves
 
-    def _folder(self, digest: str) -> Path:
-        return self.root / "adapters" / digest.removeprefix("sha256:")
+    def promote(self, ref: AdapterRef, alias: str, *, expect: str | None = None, by: str | None = None) -> Move:
+        """Let `alias` of ref's name lead where `ref` leads now. Returns the move, as it is in the history.
 
-    def _open(self, digest: str, ref: AdapterRef) -> Adapter:
-        folder = self._folder(digest)
-        if not folder.is_dir():
-            raise AdapterNotFound(f"{ref} is not in {self.root}: pull it, or add its folder.")
-        return open_adapter(folder)
+        `expect` makes it compare-and-swap: the digest (or its beginning) the alias must lead to before, or NOTHING.
+        Raises Conflict with both digests when it leads elsewhere, UsageError for what cannot be an alias,
+        AdapterNotFound, PackageError kinds.
+        """
+        _check_alias(alias)
+        if ref.name is None:
+            raise UsageError(f"{ref} has no name an alias could belong to: promote NAME@REVISION, add a folder first.")
+        adapter = Registry(self.root).resolve(ref)
+        known = self.log.read(ref.name)
+        origin = next((m.origin for m in reversed(known.moves) if m.after == adapter.digest), "local") if known else ""
+        return self._lead(ref.name, alias, adapter, "promote", by=by, origin=origin, expect=expect)
 
-    def _keep(self, adapter: Adapter) -> Adapter:
-        folder = self._folder(adapter.digest)
-        if not folder.is_dir():
-            with new_folder(folder) as temporary:
-                for path in sorted(p for p in adapter.path.iterdir() if p.is_file()):
-                    _link(self._object(path), temporary / path.name)
-        return Adapter(folder, read_manifest(folder))
+    def rollback(self, name: str, alias: str, *, expect: str | None = None, by: str | None = None) -> Move:
+        """Let an alias lead again where it led before its last promotion. Raises as `promote` does."""
+        _check_alias(alias)
+        known = self.log.read(name)
+        if known is None or known.leads_to(alias) is None:
+            raise AdapterNotFound(self._where_we_looked(AdapterRef(name=name, revision=alias), known))
+        earlier = known.before(alias)
+        if earlier is None:
+            raise UsageError(f"{name}@{alias} never led anywhere else than to {known.leads_to(alias)}.")
+        return self._lead(
+            name, alias, self.store.open(earlier), "rollback", by=by, expect=expect or known.leads_to(alias)
+        )
 
-    def _object(self, source: Path) -> Path:
-        """The stored copy of a file's content, made if it is not there yet."""
-        stored = self.root / "objects" / sha256_of(source)
-        if not stored.exists():
-            stored.parent.mkdir(parents=True, exist_ok=True)
-            with disk_full_is_said(stored), tempfile.TemporaryDirectory(dir=stored.parent) as scratch:
-                copy = Path(scratch) / stored.name
-                shutil.copyfile(source, copy)
-                copy.chmod(0o444)
-                copy.replace(stored)
-        return stored
+    def remove(self, name: str, revision: str = DEFAULT_REVISION, *, by: str | None = None) -> Move:
+        """Forget one revision of a name; the package stays until it is collected. Raises AdapterNotFound."""
+        with self.log.locked():
+            known = self.log.read(name)
+            before = known.leads_to(revision) if known else None
+            if before is None:
+                raise AdapterNotFound(self._where_we_looked(AdapterRef(name=name, revision=revision), known))
+            move = Move(at=now(), by=by or default_actor(), act="remove", revision=revision, before=before, after=None)
+            self.log.append(name, [move])
+        return move
 
-    def _name_path(self, name: str) -> Path:
-        return self._names / f"{quote(name, safe='')}.json"
+    def lease(self, adapter: Adapter) -> AbstractContextManager[None]:
+        """While the block runs no collection takes the adapter's package. Folders elsewhere are nobody's to take."""
+        if adapter.path != self.store.folder(adapter.digest):
+            return nullcontext()
+        return self.store.lease(adapter.digest)
 
-    def _read_name(self, name: str) -> _Name | None:
-        path = self._name_path(name)
-        return self._parse_name(path) if path.is_file() else None
+    def collect(self, *, grace_s: float = GRACE_S, is_trial: bool = False) -> Removed:
+        """Take away packages no name leads to (nor would roll back to) and no process leases.
 
-    def _parse_name(self, path: Path) -> _Name:
-        try:
-            return _Name.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise InvalidManifest(f"{path} is damaged: delete it and pull or add that adapter again.") from error
+        One is spared for `grace_s` after it came, and after the last name left it. What killed processes left
+        half-done goes as well.
+        """
+        since = datetime.now(UTC) - timedelta(seconds=grace_s)
+        needed: set[str] = set().union(*(name.holds(since=since) for name in self.log.all()))
+        return self.store.collect(needed, grace_s=grace_s, is_trial=is_trial)
 
-    def _point(self, name: str, revisions: dict[str, _Revision]) -> None:
-        path = self._name_path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._names / ".lock"):
-            known = self._read_name(name)
-            merged = {**(known.revisions if known else {}), **revisions}
-            write_atomic(path, _Name(name=name, revisions=merged).model_dump_json(indent=1) + "\n")
+    def _lead(
+        self,
+        name: str,
+        revision: str,
+        adapter: Adapter,
+        act: Act,
+        *,
+        by: str | None,
+        origin: str = "local",
+        expect: str | None = None,
+    ) -> Move:
+        with self.log.locked():
+            known = self.log.read(name)
+            before = known.leads_to(revision) if known else None
+            _check_expected(name, revision, before, expect)
+            move = Move(
+                at=now(),
+                by=by or default_actor(),
+                act=act,
+                revision=revision,
+                before=before,
+                after=adapter.digest,
+                origin=origin,
+                about=Summary.of(adapter.manifest),
+            )
+            if before != move.after or (act == "pull" and not _was_fetched(known, move)):
+                self.log.append(name, [move])
+        return move
 
-    def _where_we_looked(self, ref: AdapterRef, known: _Name | None) -> str:
+    def _where_we_looked(self, ref: AdapterRef, known: Name | None) -> str:
         if known is not None:
-            have = ", ".join(r for r in sorted(known.revisions) if not _is_commit(r))
-            return f"{ref} is not in {self.root}; it has {known.name} at: {have}."
-        names = [self._parse_name(path).name for path in self._names.glob("*.json")]
+            return f"{ref} is not in {self.root}; it has {known.name} at: {', '.join(known.revisions()) or 'nothing'}."
+        names = self.log.names()
         near = difflib.get_close_matches(str(ref.name), names, n=3, cutoff=0.4)
         hint = f"nearest: {', '.join(near)}" if near else f"it holds {len(names)} adapters: `adapterhub list`"
         asked = "no Hub was asked" if self.hub is None else "a name without an owner is not looked up on a Hub"
         return f"no adapter {ref} in {self.root} ({hint}); {asked}. `adapterhub pull OWNER/NAME` fetches one."
 
 
+def _lookup(known: Name, revision: str) -> str | None:
+    """The digest of a revision; else of what was once fetched at that commit, or whose digest begins so."""
+    digest = known.leads_to(revision)
+    if digest is None and (revision.startswith("sha256:") or _is_commit(revision)):
+        move = known.find(revision)
+        digest = move.after if move else None
+    return digest
+
+
+def _was_fetched(known: Name | None, move: Move) -> bool:
+    return known is not None and any(m.after == move.after and m.origin == move.origin for m in known.moves)
+
+
+def _check_alias(alias: str) -> None:
+    if alias == DEFAULT_REVISION or _ALIAS.fullmatch(alias) is None or _is_commit(alias):
+        raise UsageError(
+            f"{alias!r} cannot be an alias: expected letters, digits, dots, dashes and underscores, no commit, and not "
+            f"{DEFAULT_REVISION}, which follows add and pull."
+        )
+
+
+def _check_expected(name: str, revision: str, before: str | None, expect: str | None) -> None:
+    if expect is None:
+        return
+    if _EXPECTED.fullmatch(expect) is None:
+        raise UsageError(f"{expect!r} cannot be expected of an alias: give sha256: and 8 or more digits, or {NOTHING}.")
+    if (before or NOTHING).startswith(expect):
+        return
+    raise Conflict(
+        f"{name}@{revision} leads to {before or NOTHING}, not to {expect}: somebody moved it; look at "
+        f"`adapterhub history {name}` and try again."
+    )
+
+
 def _is_commit(revision: str) -> bool:
     return len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
-
-
-def _link(stored: Path, target: Path) -> None:
-    """A hard link, or a copy on a file system that has none."""
-    try:
-        os.link(stored, target)
-    except OSError:
-        shutil.copyfile(stored, target)

@@ -63,18 +63,17 @@ def _local(registry: Registry, text: str) -> Adapter:
 
 
 def _row(entry: Entry, served: dict[str, str]) -> dict[str, Any]:
-    manifest = entry.manifest
     is_default = entry.revision == DEFAULT_REVISION
     return {
         "name": entry.name if is_default else f"{entry.name}@{entry.revision}",
         "revision": entry.revision,
         "aliases": [],
-        "digest": manifest.digest,
-        "base": manifest.base.id,
-        "rank": manifest.lora.rank,
-        "method": manifest.lora.method,
-        "licence": manifest.licence,
-        "loaded_as": served.get(manifest.digest),
+        "digest": entry.digest,
+        "base": entry.about.base,
+        "rank": entry.about.rank,
+        "method": entry.about.method,
+        "licence": entry.about.licence,
+        "loaded_as": served.get(entry.digest),
     }
 
 

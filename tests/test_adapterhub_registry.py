@@ -91,8 +91,8 @@ def test_a_kept_file_changed_on_disk_is_noticed(registry: Registry, package: Pat
 
 def test_a_damaged_name_file_says_what_to_do(registry: Registry, package: Path) -> None:
     registry.add(open_adapter(package))
-    next((registry.root / "names").glob("*.json")).write_text("{")
-    with pytest.raises(InvalidManifest, match="delete it"):
+    next((registry.root / "names").glob("*.jsonl")).write_text("{\n")
+    with pytest.raises(InvalidManifest, match="jsonl:1 is damaged.*delete it"):
         _resolve(registry, "captain")
 
 
@@ -123,12 +123,13 @@ def test_many_at_once_lose_nothing(registry: Registry, tmp_path: Path) -> None:
 
 def test_a_killed_add_leaves_nothing_visible_and_the_next_one_succeeds(registry: Registry, package: Path) -> None:
     code = (
-        "import os, sys, adapterhub.registry as r\n"
+        "import os, sys, adapterhub.package_store as r\n"
+        "from adapterhub.registry import Registry\n"
         "from pathlib import Path\n"
         "from adapterhub.package import open_adapter\n"
         "def die(*a): os.kill(os.getpid(), 9)\n"
         "r._link = die\n"
-        "r.Registry(Path(sys.argv[1])).add(open_adapter(Path(sys.argv[2])))\n"
+        "Registry(Path(sys.argv[1])).add(open_adapter(Path(sys.argv[2])))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(registry.root), str(package)], check=False, env=os.environ)
     assert done.returncode == -9

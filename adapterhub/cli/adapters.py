@@ -1,7 +1,9 @@
-"""Verbs on the local registry: add, list, resolve."""
+"""Verbs on the local registry: add, list, resolve, remove, and the aliases: promote, rollback, history, diff."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +16,15 @@ from adapterhub.cli.shared import (
     hub_at,
     registry,
     resolved,
+    say,
     table,
 )
+
+Expect = Annotated[
+    str | None,
+    typer.Option(metavar="DIGEST", help="Only if the alias leads there now (or: nothing); else nothing is moved."),
+]
+AnyRef = Annotated[str, typer.Argument(help="Any way to name an adapter.")]
 
 
 @app.command()
@@ -49,19 +58,120 @@ def list_adapters(
             {
                 "name": entry.name,
                 "revision": entry.revision,
-                "digest": entry.manifest.digest if as_json else entry.manifest.digest[:19],
-                "rank": entry.manifest.lora.rank,
-                "base": entry.manifest.base.id,
+                "digest": entry.digest if as_json else entry.digest[:19],
+                "rank": entry.about.rank,
+                "base": entry.about.base,
                 "origin": entry.origin if as_json else entry.origin.partition(" ")[0],
             }
             for entry in registry().list()
-            if base in (None, entry.manifest.base.id)
+            if base in (None, entry.about.base)
         ]
     table(rows, as_json, empty="no adapters: train, add or pull one")
 
 
 @app.command()
-def resolve(ref: Annotated[str, typer.Argument(help="Any way to name an adapter.")], hub: HubUrl = None) -> None:
+def resolve(ref: AnyRef, hub: HubUrl = None) -> None:
     """Print the digest and the folder a reference leads to, asking the Hub for what is not here."""
     adapter = resolved(ref, hub_at(hub))
     typer.echo(f"{adapter.digest} {adapter.path}")
+
+
+@app.command()
+def promote(
+    ref: Annotated[
+        str, typer.Argument(metavar="NAME@REVISION", help="A revision, an alias, a commit, or sha256:<8 or more>.")
+    ],
+    alias: Annotated[str, typer.Argument(help="What it is to be called as well: production, stable, ...")],
+    expect: Expect = None,
+) -> None:
+    """Let an alias of a name lead to one of its adapters."""
+    from adapterhub.adapter import AdapterRef
+
+    moved = registry().promote(AdapterRef.parse(ref), alias, expect=expect)
+    say(f"{alias}: {moved.before or 'nothing'} -> {moved.after}")
+    typer.echo(moved.after)
+
+
+@app.command()
+def rollback(name: str, alias: str, expect: Expect = None) -> None:
+    """Let an alias lead again where it led before."""
+    moved = registry().rollback(name, alias, expect=expect)
+    say(f"{alias}: {moved.before} -> {moved.after}")
+    typer.echo(moved.after)
+
+
+@app.command()
+def history(name: str, as_json: AsJson = False) -> None:
+    """Every move of a name's revisions: who led them where, and when."""
+    rows = [
+        {
+            "at": move.at,
+            "by": move.by,
+            "act": move.act,
+            "revision": move.revision,
+            "from": move.before if as_json else (move.before or "")[:19],
+            "to": move.after if as_json else (move.after or "")[:19],
+        }
+        for move in registry().history(name)
+    ]
+    table(rows, as_json, empty="nothing has happened")
+
+
+@app.command()
+def diff(a: AnyRef, b: AnyRef, as_json: AsJson = False) -> None:
+    """What changed from one adapter to another: configuration, provenance, losses, and the update of each layer."""
+    from adapterhub.difference import difference
+
+    found = difference(resolved(a), resolved(b))
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1))
+        return
+    for title, changes in (("config", found.config), ("provenance", found.provenance), ("metrics", found.metrics)):
+        for change in changes:
+            typer.echo(f"{title:<11} {change.fact}: {change.before or '-'} -> {change.after or '-'}")
+    layers = [layer for layer in found.layers if layer.distance != 0]
+    say(f"{len(layers)} of {len(found.layers)} layers differ" if found.layers else "neither adapts a layer")
+    rows = [
+        {
+            "layer": layer.module,
+            "norm before": _figure(layer.norm_before),
+            "norm after": _figure(layer.norm_after),
+            "norm of difference": _figure(layer.distance),
+        }
+        for layer in layers
+    ]
+    if rows:
+        table(rows, False, empty="")
+
+
+@app.command()
+def remove(ref: Annotated[str, typer.Argument(metavar="NAME[@REVISION]")]) -> None:
+    """Forget a revision of a name; its package stays until the next gc."""
+    from adapterhub.adapter import AdapterRef
+    from adapterhub.errors import UsageError
+    from adapterhub.registry import DEFAULT_REVISION
+
+    parsed = AdapterRef.parse(ref)
+    if parsed.name is None:
+        raise UsageError(f"{ref} is not a name: only names are removed, packages go with `adapterhub gc`.")
+    moved = registry().remove(parsed.name, parsed.revision or DEFAULT_REVISION)
+    say(f"{parsed.name}@{moved.revision} led to {moved.before}, and is gone")
+
+
+@app.command()
+def gc(
+    grace: Annotated[
+        float, typer.Option(metavar="DAYS", help="Spare what came, or lost its last name, within so many days.", min=0)
+    ] = 7,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
+) -> None:
+    """Take away packages that no name leads to and no running server uses."""
+    removed = registry().collect(grace_s=grace * 86_400, is_trial=dry_run)
+    for digest in removed.packages:
+        typer.echo(digest)
+    what = "would go" if dry_run else "are gone"
+    say(f"{len(removed.packages)} packages {what}, {removed.num_bytes / 1e6:.1f} MB")
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,219 @@
+"""Packages on disk by content: each file once, each package complete when it exists, gone only when nothing holds it.
+
+    objects/<sha256>       a file, read-only
+    adapters/<digest>/     a package: hard links to objects
+
+Knows files and digests; refuses to know names.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from adapterhub.adapter import Adapter
+from adapterhub.errors import AdapterNotFound, PackageError
+from adapterhub.files import disk_full_is_said, hold, is_held, new_folder, sha256_of
+from adapterhub.manifest import read_manifest
+from adapterhub.package import open_adapter
+
+_ABANDONED_S = 60.0
+"""age from which something temporary that nobody holds was left by a process that died"""
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What a collection took away."""
+
+    packages: tuple[str, ...]
+    """digests"""
+    num_files: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class PackageStore:
+    """The packages under one folder."""
+
+    root: Path
+
+    def folder(self, digest: str) -> Path:
+        return self._packages / digest.removeprefix("sha256:")
+
+    def has(self, digest: str) -> bool:
+        return self.folder(digest).is_dir()
+
+    def digests(self) -> list[str]:
+        if not self._packages.is_dir():
+            return []
+        return [f"sha256:{path.name}" for path in sorted(self._packages.iterdir()) if not path.name.startswith(".")]
+
+    def open(self, digest: str) -> Adapter:
+        """Raises AdapterNotFound, and PackageError kinds for a package that no longer is what it was."""
+        if not self.has(digest):
+            raise AdapterNotFound(f"{digest} is not in {self.root}: pull it, or add its folder.")
+        return open_adapter(self.folder(digest))
+
+    @contextmanager
+    def keep(self, adapter: Adapter) -> Iterator[Adapter]:
+        """Store a verified package, and lease it while the block runs: until a name leads to it, say.
+
+        One that is here already is verified, and replaced when it is damaged.
+        """
+        folder = self.folder(adapter.digest)
+        is_ours, is_trusted = False, True
+        with ExitStack() as leased:
+            while True:
+                if not self._lease(folder, leased):
+                    self._make(adapter, folder, is_trusted=is_trusted)
+                    is_ours = True
+                elif is_ours or _is_sound(folder):
+                    break
+                else:
+                    folder.rename(self._trash(folder))
+                    is_trusted = False
+            yield Adapter(folder, read_manifest(folder))
+
+    @contextmanager
+    def lease(self, digest: str) -> Iterator[None]:
+        """No collection takes the package while the block runs, in this process or any other.
+
+        Raises AdapterNotFound when it is gone already.
+        """
+        with ExitStack() as leased:
+            if not self._lease(self.folder(digest), leased):
+                raise AdapterNotFound(f"{digest} is not in {self.root} any more: pull or add it again.")
+            yield
+
+    def collect(self, needed: set[str], *, grace_s: float, is_trial: bool = False) -> Removed:
+        """Take away packages that are not `needed`, not leased and older than `grace_s`; then files of no package.
+
+        Also what killed processes left half-done. With `is_trial` nothing is touched, only told.
+        """
+        packages = [
+            digest for digest in self.digests() if digest not in needed and self._may_go(self.folder(digest), grace_s)
+        ]
+        if is_trial:
+            return Removed(tuple(packages), 0, sum(_size(self.folder(digest)) for digest in packages))
+        gone = [digest for digest in packages if self._retire(digest, grace_s)]
+        num_files = num_bytes = 0
+        for path in self._leftovers():
+            num_bytes += _size(path) if path.is_dir() else 0
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in self._objects.glob("[0-9a-f]*"):
+            about = path.stat()
+            if about.st_nlink == 1 and time.time() - about.st_mtime >= grace_s:
+                path.unlink(missing_ok=True)
+                num_files += 1
+                num_bytes += about.st_size
+        return Removed(tuple(gone), num_files, num_bytes)
+
+    @property
+    def _packages(self) -> Path:
+        return self.root / "adapters"
+
+    @property
+    def _objects(self) -> Path:
+        return self.root / "objects"
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Finding a package and leasing it is one act, as is finding it free and taking it away."""
+        self._packages.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._packages / ".lock"):
+            yield
+
+    def _lease(self, folder: Path, until: ExitStack) -> bool:
+        with self._locked():
+            if not folder.is_dir():
+                return False
+            until.enter_context(hold(folder))
+        return True
+
+    def _make(self, adapter: Adapter, folder: Path, *, is_trusted: bool) -> None:
+        with new_folder(folder) as temporary:
+            for path in sorted(p for p in adapter.path.iterdir() if p.is_file()):
+                self._place(path, temporary / path.name, is_trusted=is_trusted)
+
+    def _place(self, source: Path, target: Path, *, is_trusted: bool) -> None:
+        """`target` becomes a link to the stored copy of `source`'s content, made if it is not there yet."""
+        stored = self._objects / sha256_of(source)
+        if not is_trusted and stored.exists() and sha256_of(stored) != stored.name:
+            stored.unlink(missing_ok=True)
+        for _ in range(5):
+            if not stored.exists():
+                self._store(source, stored)
+            with suppress(FileNotFoundError):  # collected between the two
+                _link(stored, target)
+                return
+        shutil.copyfile(source, target)
+
+    def _store(self, source: Path, stored: Path) -> None:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        temporary = stored.with_name(f".{stored.name}.{secrets.token_hex(4)}.tmp")
+        temporary.touch()
+        try:
+            with hold(temporary), disk_full_is_said(stored):
+                shutil.copyfile(source, temporary)
+                temporary.chmod(0o444)
+                temporary.replace(stored)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _may_go(self, folder: Path, grace_s: float) -> bool:
+        return time.time() - folder.stat().st_mtime >= grace_s and not is_held(folder)
+
+    def _retire(self, digest: str, grace_s: float) -> bool:
+        folder = self.folder(digest)
+        with self._locked():
+            if not folder.is_dir() or not self._may_go(folder, grace_s):
+                return False
+            trash = self._trash(folder)
+            folder.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+        return True
+
+    def _trash(self, folder: Path) -> Path:
+        return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+
+    def _leftovers(self) -> list[Path]:
+        temporary = [
+            *self._packages.glob(".*.tmp"), *self._objects.glob(".*.tmp"), *self.root.glob(".pull-*"),
+        ]  # fmt: skip
+        found = []
+        for path in temporary:
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime >= _ABANDONED_S and not is_held(path):
+                    found.append(path)
+        return found
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        open_adapter(folder)
+    except PackageError:
+        return False
+    return True
+
+
+def _size(folder: Path) -> int:
+    """Bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _link(stored: Path, target: Path) -> None:
+    """A hard link, or a copy on a file system that has none."""
+    try:
+        os.link(stored, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(stored, target)
