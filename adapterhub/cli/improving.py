@@ -43,6 +43,7 @@ def improve(
     from adapterhub.files import write_atomic
     from adapterhub.package import pack
     from serve.feedback import exported, write_lines
+    from train.inputs import with_lora_of
     from train.recipe import Recipe, read_recipe
     from train.trainer import fit
 
@@ -66,6 +67,7 @@ def improve(
             "preference": {"method": method.value},
         }
     )
+    wanted = with_lora_of(wanted, adapter)
     recipe = folder.with_name(f"{folder.name}.toml")
     write_atomic(recipe, wanted.to_toml())
     end = fit(read_recipe(recipe), base, folder, start=adapter)
