@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from adapterhub.errors import UsageError
-from adapterhub.hubserver.auth import Account, Tokens, UploadSigner, UploadTicket, kept_secret, token_hash
+from adapterhub.hubserver.auth import Account, Tokens, kept_secret, token_hash
 from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.refusals import BadName, InvalidToken, UploadRefused
+from adapterhub.hubserver.tickets import Signer, UploadTicket
 
 TOKENS = Tokens.of({"a-token": Account("alice", "write", ("team",)), "r-token": Account("rob", "read")})
 TICKET = UploadTicket(RepoId("alice", "poems"), "0" * 64, size_bytes=7, expires_s=4_000_000_000)
@@ -90,7 +91,7 @@ def test_kept_secret_stays_and_is_private(tmp_path: Path) -> None:
 
 
 def test_own_upload_ticket_is_good() -> None:
-    signer = UploadSigner("secret")
+    signer = Signer("secret")
     signer.check(TICKET, signer.signature(TICKET))
 
 
@@ -104,7 +105,7 @@ def test_own_upload_ticket_is_good() -> None:
     ],
 )
 def test_changed_upload_ticket_is_refused(changed: UploadTicket) -> None:
-    signer = UploadSigner("secret")
+    signer = Signer("secret")
     with pytest.raises(UploadRefused) as refusal:
         signer.check(changed, signer.signature(TICKET))
     assert "not made by this hub" in str(refusal.value)
@@ -112,11 +113,11 @@ def test_changed_upload_ticket_is_refused(changed: UploadTicket) -> None:
 
 def test_upload_ticket_of_another_hub_is_refused() -> None:
     with pytest.raises(UploadRefused):
-        UploadSigner("secret").check(TICKET, UploadSigner("other").signature(TICKET))
+        Signer("secret").check(TICKET, Signer("other").signature(TICKET))
 
 
 def test_expired_upload_ticket_is_refused() -> None:
-    signer, late = UploadSigner("secret"), replace(TICKET, expires_s=1)
+    signer, late = Signer("secret"), replace(TICKET, expires_s=1)
     with pytest.raises(UploadRefused) as refusal:
         signer.check(late, signer.signature(late))
     assert "expired" in str(refusal.value)

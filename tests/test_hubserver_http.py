@@ -16,8 +16,8 @@ import pytest
 from hub_fixtures import ALICE, PEOPLE, READER, start_hub
 from huggingface_hub import get_session
 
-from adapterhub.hubserver.auth import UploadSigner, UploadTicket
 from adapterhub.hubserver.names import RepoId
+from adapterhub.hubserver.tickets import Signer, UploadTicket
 
 REPO = "alice/poems"
 WEIGHTS = b"weights" * 10
@@ -283,7 +283,7 @@ def test_forged_upload_address_is_refused(url: str, old: str, new: str) -> None:
 
 def test_expired_upload_address_is_refused(url: str, root: Path) -> None:
     late = UploadTicket(RepoId.parse(REPO), "0" * 64, size_bytes=1, expires_s=int(time.time()) - 1)
-    signature = UploadSigner((root / "upload.secret").read_text()).signature(late)
+    signature = Signer((root / "upload.secret").read_text()).signature(late)
     query = f"size=1&expires={late.expires_s}&signature={signature}"
     reply = get_session().put(f"{url}/api/uploads/{REPO}/{late.sha256}?{query}", content=b"x")
     assert (reply.status_code, "expired" in reply.json()["error"]) == (403, True)

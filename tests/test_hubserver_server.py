@@ -83,7 +83,6 @@ def test_hf_command_uploads_and_downloads(tmp_path: Path) -> None:
             "HF_ENDPOINT": url,
             "HF_TOKEN": (tmp_path / "hub" / "token").read_text(),
             "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         }
         hf = str(Path(sys.executable).with_name("hf"))

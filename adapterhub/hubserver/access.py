@@ -9,11 +9,13 @@ from urllib.parse import unquote
 from fastapi import Depends, Request
 from pydantic import AfterValidator
 
-from adapterhub.hubserver.auth import Account, Tokens, UploadSigner
+from adapterhub.hubserver.auth import Account, Tokens
 from adapterhub.hubserver.catalog import Catalog
 from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.refusals import InvalidToken, LoginNeeded, NoWriteRight, RepoHidden, RepoMissing
 from adapterhub.hubserver.store import HubStore, Repo
+from adapterhub.hubserver.tickets import Signer
+from adapterhub.hubserver.xet_store import XetStore
 
 READ = ["GET", "HEAD"]
 """Mirrors ask HEAD of every page they GET."""
@@ -33,8 +35,9 @@ class Hub:
 
     store: HubStore
     catalog: Catalog
+    xet: XetStore
     tokens: Tokens
-    signer: UploadSigner
+    signer: Signer
     public_url: str | None
     """the address clients use, when a proxy stands before us"""
 

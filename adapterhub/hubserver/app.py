@@ -15,12 +15,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapterhub import __version__
 from adapterhub.errors import AdapterHubError
-from adapterhub.hubserver import routes_files, routes_repos, routes_uploads
+from adapterhub.hubserver import routes_files, routes_repos, routes_uploads, routes_xet
 from adapterhub.hubserver.access import READ, Hub
-from adapterhub.hubserver.auth import Tokens, UploadSigner, kept_secret
+from adapterhub.hubserver.auth import Tokens, kept_secret
 from adapterhub.hubserver.catalog import Catalog
 from adapterhub.hubserver.refusals import Refusal
 from adapterhub.hubserver.store import HubStore
+from adapterhub.hubserver.tickets import Signer
+from adapterhub.hubserver.xet_store import XetStore
 
 MAX_JSON_BYTES = 8 << 20
 """of a request without files"""
@@ -47,14 +49,15 @@ def create_hub_app(root: Path, tokens: Tokens, *, public_url: str | None = None)
     app.state.hub = Hub(
         store=store,
         catalog=Catalog(store),
+        xet=XetStore(root, store.objects),
         tokens=tokens,
-        signer=UploadSigner(kept_secret(root / "upload.secret")),
+        signer=Signer(kept_secret(root / "upload.secret")),
         public_url=public_url,
     )
     app.add_middleware(_RawPathRouting)
     app.add_api_route("/", _identity, methods=READ)
     app.add_api_route("/health", _health, methods=READ)
-    for routes in (routes_repos, routes_uploads, routes_files):
+    for routes in (routes_repos, routes_uploads, routes_xet, routes_files):
         app.include_router(routes.router)
     return app
 

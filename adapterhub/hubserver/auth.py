@@ -1,4 +1,4 @@
-"""Who is asking, and addresses that stand for a permission to upload. Knows no HTTP and no repositories on disk."""
+"""Who is asking: tokens and what each stands for. Knows no HTTP and no repositories on disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import hmac
 import json
 import os
 import secrets
-import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapterhub.errors import UsageError
 from adapterhub.files import write_atomic
-from adapterhub.hubserver.names import RepoId, check_namespace
-from adapterhub.hubserver.refusals import BadName, InvalidToken, UploadRefused
+from adapterhub.hubserver.names import check_namespace
+from adapterhub.hubserver.refusals import BadName, InvalidToken
 
 ANY_NAMESPACE = "*"
-UPLOAD_LIFETIME_S = 6 * 3600
 
 
 @dataclass(frozen=True)
@@ -125,37 +123,3 @@ def kept_secret(path: Path) -> str:
         finally:
             temporary.unlink()
     return path.read_text()
-
-
-@dataclass(frozen=True)
-class UploadTicket:
-    """The permission to upload one object to one repository, as it travels in an address."""
-
-    repo_id: RepoId
-    sha256: str
-    size_bytes: int
-    expires_s: int
-    """seconds since 1970"""
-
-
-class UploadSigner:
-    """Signs upload tickets (HMAC-SHA256) and checks them; whoever holds the address needs no token."""
-
-    def __init__(self, secret: str) -> None:
-        self._key = secret.encode()
-
-    def ticket(self, repo_id: RepoId, sha256: str, *, size_bytes: int) -> UploadTicket:
-        """A ticket that holds from now for UPLOAD_LIFETIME_S."""
-        return UploadTicket(repo_id, sha256, size_bytes, int(time.time()) + UPLOAD_LIFETIME_S)
-
-    def signature(self, ticket: UploadTicket) -> str:
-        """Hex signature over all parts of the ticket."""
-        text = f"upload {ticket.repo_id} {ticket.sha256} {ticket.size_bytes} {ticket.expires_s}"
-        return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
-
-    def check(self, ticket: UploadTicket, signature: str) -> None:
-        """Raises UploadRefused for a forged or an expired ticket."""
-        if not hmac.compare_digest(self.signature(ticket).encode(), signature.encode()):
-            raise UploadRefused("this upload address was not made by this hub, or was changed on the way.")
-        if time.time() > ticket.expires_s:
-            raise UploadRefused("this upload address has expired; start the upload again.")

@@ -13,7 +13,7 @@ _REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _REF_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+@-]*")
 _MAX_REF = 200
 _SHA1 = re.compile(r"[0-9a-f]{40}")
-_RESERVED_NAMESPACES = frozenset({"api", "datasets", "health", "models", "spaces"})
+_RESERVED_NAMESPACES = frozenset({"api", "datasets", "health", "models", "spaces", "v1"})
 
 
 @dataclass(frozen=True)

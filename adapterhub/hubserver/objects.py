@@ -14,43 +14,64 @@ from adapterhub.hubserver.git_ids import blob_id
 from adapterhub.hubserver.refusals import TooLarge, UploadMismatch
 
 
-class Upload:
-    """One large object on its way in; nobody sees it before `finish` has checked its size and sha256."""
+class Spool:
+    """A body on its way to a file that appears whole, or not at all."""
 
-    def __init__(self, target: Path, part: Path, *, sha256: str, size_bytes: int) -> None:
-        self._target, self._part = target, part
-        self._sha256, self._size = sha256, size_bytes
-        self._digest = hashlib.sha256()
-        self._received = 0
-        self._file = part.open("xb")
+    def __init__(self, target: Path, part: Path, *, max_bytes: int) -> None:
+        self._target, self._part, self._max = target, part, max_bytes
+        self.size_bytes = 0
+        self.file = part.open("x+b")
 
     def write(self, piece: bytes) -> None:
-        """Append bytes. Raises TooLarge past the announced size, StorageFull when the disk has no room."""
-        self._received += len(piece)
-        if self._received > self._size:
-            raise TooLarge(f"the upload is larger than the announced {self._size} bytes.")
-        self._digest.update(piece)
+        """Append bytes. Raises TooLarge, and StorageFull when the disk has no room."""
+        self.size_bytes += len(piece)
+        if self.size_bytes > self._max:
+            raise TooLarge(f"the body is larger than the {self._max} bytes announced or allowed.")
         with disk_full_is_said(self._part):
-            self._file.write(piece)
+            self.file.write(piece)
 
-    def finish(self) -> None:
-        """Check what came and make it visible. Raises UploadMismatch; the object is then not stored."""
-        if (self._received, self._digest.hexdigest()) != (self._size, self._sha256):
-            raise UploadMismatch(
-                f"the upload has {self._received} bytes with sha256 {self._digest.hexdigest()}; announced were "
-                f"{self._size} bytes with sha256 {self._sha256}. Nothing was stored; upload it again."
-            )
+    def keep(self) -> None:
+        """Make it visible under its name."""
+        self._target.parent.mkdir(parents=True, exist_ok=True)
         with disk_full_is_said(self._part):
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self.file.flush()
+            os.fsync(self.file.fileno())
         self._part.replace(self._target)
 
     def close(self) -> None:
-        """Drop what was not finished."""
+        """Drop what was not kept."""
         # Closing flushes, which fails again on a full disk; the bytes are dropped either way.
         with contextlib.suppress(OSError):
-            self._file.close()
+            self.file.close()
         self._part.unlink(missing_ok=True)
+
+
+class Upload:
+    """One large object on its way in; nobody sees it before `finish` has checked its size and sha256."""
+
+    def __init__(self, spool: Spool, *, sha256: str, size_bytes: int) -> None:
+        self._spool = spool
+        self._sha256, self._size = sha256, size_bytes
+        self._digest = hashlib.sha256()
+
+    def write(self, piece: bytes) -> None:
+        """Append bytes. Raises TooLarge past the announced size, StorageFull when the disk has no room."""
+        self._spool.write(piece)
+        self._digest.update(piece)
+
+    def finish(self) -> None:
+        """Check what came and make it visible. Raises UploadMismatch; the object is then not stored."""
+        came = (self._spool.size_bytes, self._digest.hexdigest())
+        if came != (self._size, self._sha256):
+            raise UploadMismatch(
+                f"the upload has {came[0]} bytes with sha256 {came[1]}; announced were {self._size} bytes with "
+                f"sha256 {self._sha256}. Nothing was stored; upload it again."
+            )
+        self._spool.keep()
+
+    def close(self) -> None:
+        """Drop what was not finished."""
+        self._spool.close()
 
 
 class ObjectStore:
@@ -78,8 +99,12 @@ class ObjectStore:
 
     def begin_upload(self, sha256: str, *, size_bytes: int) -> Upload:
         """Open the way in for one large object; the caller closes it."""
-        part = self._parts / f"{secrets.token_hex(16)}.part"
-        return Upload(self.lfs_path(sha256), part, sha256=sha256, size_bytes=size_bytes)
+        spool = self.begin_spool(self.lfs_path(sha256), max_bytes=size_bytes)
+        return Upload(spool, sha256=sha256, size_bytes=size_bytes)
+
+    def begin_spool(self, target: Path, *, max_bytes: int) -> Spool:
+        """Open the way to any other file; the caller closes it."""
+        return Spool(target, self._parts / f"{secrets.token_hex(16)}.part", max_bytes=max_bytes)
 
     def sweep_uploads(self, *, older_than_s: float) -> None:
         """Remove what uploads of a killed process left behind."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-from collections.abc import AsyncIterator
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Request
@@ -17,11 +16,12 @@ from pydantic import ValidationError
 
 from adapterhub.hubserver import wire
 from adapterhub.hubserver.access import BaseUrl, Hub, HubHere, Part, User, Writable
-from adapterhub.hubserver.auth import UploadTicket
+from adapterhub.hubserver.bodies import lines, pieces
 from adapterhub.hubserver.commits import Change, Commit, DeleteFile, DeleteFolder, FileEntry, PutFile
 from adapterhub.hubserver.names import RepoId, check_path
-from adapterhub.hubserver.refusals import Refusal, TooLarge, UploadMismatch
+from adapterhub.hubserver.refusals import Refusal, UploadMismatch
 from adapterhub.hubserver.store import Repo
+from adapterhub.hubserver.tickets import UploadTicket
 
 MAX_REGULAR_BYTES = 10 << 20
 """files up to this size travel inside the commit; larger ones by LFS"""
@@ -30,7 +30,6 @@ MAX_OBJECT_BYTES = 50 * 10**9
 MAX_COMMIT_BYTES = 1 << 30
 _MAX_LINE_BYTES = MAX_REGULAR_BYTES * 4 // 3 + (64 << 10)
 _LFS_CONTENT_TYPE = "application/vnd.git-lfs+json"
-_PIECE = 1 << 20
 
 router = APIRouter()
 
@@ -87,21 +86,10 @@ async def receive_object(
     hub.signer.check(ticket, signature)
     hub.store.repo(ticket.repo_id)
     with contextlib.closing(hub.store.objects.begin_upload(sha256, size_bytes=size)) as upload:
-        async for piece in _pieces(request):
+        async for piece in pieces(request):
             await run_in_threadpool(upload.write, piece)
         await run_in_threadpool(upload.finish)
     hub.store.mark_lfs(ticket.repo_id, sha256)
-
-
-async def _pieces(request: Request) -> AsyncIterator[bytes]:
-    """The body in pieces of about 1 MiB: a thread switch for each 64 KiB would cost more than the write."""
-    held = bytearray()
-    async for chunk in request.stream():
-        held += chunk
-        if len(held) >= _PIECE:
-            yield bytes(held)
-            held.clear()
-    yield bytes(held)
 
 
 @router.post("/{namespace}/{name}.git/info/lfs/verify")
@@ -120,7 +108,7 @@ async def commit(
     if create_pr:
         raise Refusal("there are no pull requests here: commit to a branch of your own.")
     header, changes = None, []
-    async for line in _lines(request):
+    async for line in lines(request, max_line_bytes=_MAX_LINE_BYTES):
         parsed = _parse_line(line)
         if isinstance(parsed, wire.HeaderLine):
             header = parsed.value
@@ -139,23 +127,6 @@ async def commit(
         parent=header.parent_commit,
     )
     return wire.CommitReply(commit_oid=done.sha, commit_url=f"{base_url}/{repo.id}/commit/{done.sha}")
-
-
-async def _lines(request: Request) -> AsyncIterator[bytes]:
-    held = bytearray()
-    async for chunk in request.stream():
-        held += chunk
-        # Only the new bytes can hold the end of the line.
-        if b"\n" in chunk:
-            *complete, rest = held.split(b"\n")
-            held = rest
-            for line in complete:
-                if line.strip():
-                    yield bytes(line)
-        if len(held) > _MAX_LINE_BYTES:
-            raise TooLarge(f"a file inside a commit may have {MAX_REGULAR_BYTES} bytes; send larger ones by LFS.")
-    if held.strip():
-        yield bytes(held)
 
 
 def _parse_line(line: bytes) -> wire.HeaderLine | wire.ChangeLine:

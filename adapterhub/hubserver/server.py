@@ -12,8 +12,9 @@ import uvicorn
 from adapterhub.errors import UsageError
 from adapterhub.files import write_atomic
 from adapterhub.hubserver.app import create_hub_app
-from adapterhub.hubserver.auth import ANY_NAMESPACE, UPLOAD_LIFETIME_S, Account, Tokens, kept_secret
+from adapterhub.hubserver.auth import ANY_NAMESPACE, Account, Tokens, kept_secret
 from adapterhub.hubserver.objects import ObjectStore
+from adapterhub.hubserver.tickets import UPLOAD_LIFETIME_S
 from adapterhub.listening import is_loopback, listen, url_of
 
 DEFAULT_PORT = 8089

@@ -302,6 +302,21 @@ class LfsReply(_Shape):
     objects: list[LfsAnswer]
 
 
+class XetToken(_Shape):
+    access_token: str
+    exp: int
+    cas_url: str
+
+
+class XorbReply(BaseModel):
+    was_inserted: bool
+
+
+class ShardReply(BaseModel):
+    result: int
+    """0: known before, 1: taken in"""
+
+
 class CommitReply(_Shape):
     success: bool = True
     commit_oid: str
