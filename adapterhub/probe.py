@@ -63,6 +63,9 @@ def _answers(base: LoadedBase, folder: Path) -> list[ProbeAnswer]:
 
     model = PeftModel.from_pretrained(base.model, str(folder), low_cpu_mem_usage=True)
     model.eval()
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name:  # kept as saved, while all around them computes in the base's dtype
+            parameter.data = parameter.data.to(base.model.dtype)
     try:
         return [_answer(model, base.tokenizer, (folder / "chat_template.jinja").read_text(), text) for text in PROMPTS]
     finally:

@@ -120,7 +120,7 @@ class Precision:
     """How the base is held: an adapter answers best on the weights it was trained on."""
 
     weights: str
-    """nf4, bfloat16, awq, ..."""
+    """nf4, bfloat16, awq, ...; unknown where a server does not tell"""
     dtype: str
     """of the arithmetic"""
 
@@ -130,6 +130,8 @@ class Precision:
         return self.weights == "nf4"
 
     def __str__(self) -> str:
+        if self.weights == "unknown":
+            return "as the servers that run already hold it, which they do not tell"
         return f"{self.weights} weights, computed in {self.dtype}"
 
 

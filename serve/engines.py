@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +13,18 @@ from typing import Any
 
 import torch
 
+from adapterhub.adapter import Adapter
 from adapterhub.base_model import Choice, load_base
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import UsageError
 from adapterhub.home import home
+from adapterhub.registry import Registry
 from serve.config import ServeConfig
 from serve.cpu_kernels import load_kernels
 from serve.engine import Engine, Precision
 from serve.local_engine import LocalEngine
 from serve.vllm_engine import VllmEngine
+from serve.vllm_fit import unservable
 from serve.vllm_process import ChildOptions, VllmProcess, find_vllm
 
 Report = Callable[[str], None]
@@ -29,9 +33,11 @@ KEY_VARIABLE = "ADAPTERHUB_VLLM_API_KEY"
 """the key of vLLM servers that run already"""
 
 
-async def start_engine(config: ServeConfig, base: StoredBase, *, report: Report) -> tuple[Engine, Any]:
+async def start_engine(
+    config: ServeConfig, base: StoredBase, registry: Registry, *, report: Report
+) -> tuple[Engine, Any]:
     """The engine the config asks for, ready, and the base's tokenizer. Raises what starting it raises."""
-    choice = choose_engine(config)
+    choice = choose_engine(config, registry)
     report(str(choice))
     if choice.value == "vllm":
         return await _start_vllm(config, base, report)
@@ -42,7 +48,7 @@ async def start_engine(config: ServeConfig, base: StoredBase, *, report: Report)
     return engine, loaded.tokenizer
 
 
-def choose_engine(config: ServeConfig) -> Choice:
+def choose_engine(config: ServeConfig, registry: Registry) -> Choice:
     """`local` or `vllm`, and why. Raises UsageError for vLLM's options beside the local engine."""
     named = [name for name, given in (("--endpoint", config.vllm.endpoints), ("--vllm-python", config.vllm.python),
              ("--vllm-arg", config.vllm.arguments)) if given]  # fmt: skip
@@ -60,13 +66,22 @@ def choose_engine(config: ServeConfig) -> Choice:
         return Choice("engine", "local", "no GPU: here it is faster than vLLM's CPU build (benchmarks/README.md)")
     if config.vllm.python is None and importlib.util.find_spec("vllm") is None:
         return Choice("engine", "local", "there is a GPU, but no vLLM: name its environment with --vllm-python")
-    return Choice("engine", "vllm", "there is a GPU, and vLLM is installed")
+    unfit = next(filter(None, (_unfit(name, registry.resolve(ref)) for name, ref in config.adapters)), None)
+    if unfit is not None:
+        return Choice("engine", "local", f"there is a GPU with vLLM, but {unfit}")
+    return Choice("engine", "vllm", "there is a GPU, vLLM is installed, and it serves the adapters given")
+
+
+def _unfit(name: str, adapter: Adapter) -> str | None:
+    reason = unservable(adapter)
+    return None if reason is None else f"adapter {name} {reason}"
 
 
 async def _start_vllm(config: ServeConfig, base: StoredBase, report: Report) -> tuple[Engine, Any]:
     from transformers import AutoTokenizer
 
     folder = home() / "vllm" / str(os.getpid())
+    _forget_the_dead(folder.parent)
     dtype = config.dtype or "bfloat16"
     processes = []
     if not config.vllm.endpoints:
@@ -87,6 +102,17 @@ async def _start_vllm(config: ServeConfig, base: StoredBase, report: Report) -> 
     return engine, tokenizer
 
 
+def _forget_the_dead(folder: Path) -> None:
+    """Remove what servers that were killed have left here: a folder for each, named by its process."""
+    for left in folder.glob("[0-9]*"):
+        try:
+            os.kill(int(left.name), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:  # somebody else's, and alive
+            continue
+
+
 def _hazard(process: VllmProcess) -> Choice:
     """How requests without an adapter are kept from the weights of one (docs/vllm.md)."""
     version = process.found.version
@@ -94,11 +120,13 @@ def _hazard(process: VllmProcess) -> Choice:
         return Choice("vllm lora", "its own", f"vLLM {version} on a GPU")
     if process.found.takes_plugin:
         return Choice("vllm lora", "our plugin", f"the CPU build {version} mixes up rows without an adapter")
-    return Choice("vllm lora", "a slot left empty", f"our plugin was not made for the CPU build {version}")
+    return Choice("vllm lora", "a blank adapter for the base", f"our plugin was not made for the CPU build {version}")
 
 
 def _precision(config: ServeConfig, base: StoredBase, dtype: str) -> Precision:
     """What vLLM holds the base in: as its config says, quantized while loading, or as it is."""
+    if config.vllm.endpoints:
+        return Precision("unknown", dtype)
     stored = json.loads((base.path / "config.json").read_bytes()).get("quantization_config") or {}
     given = " ".join(config.vllm.arguments).replace("=", " ").split()
     method = given[given.index("--quantization") + 1] if "--quantization" in given[:-1] else stored.get("quant_method")

@@ -86,7 +86,7 @@ async def _end_with_engine(engine: Engine, server: uvicorn.Server) -> None:
 async def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
     """Start the engine on its base; everything else hangs on these two."""
     stored = find_base(config.base)
-    engine, tokenizer = await start_engine(config, stored, report=report)
+    engine, tokenizer = await start_engine(config, stored, registry, report=report)
     proven: set[str] = set()
 
     async def load(adapter: Adapter) -> None:

@@ -1,5 +1,5 @@
 """Runs a command, and ends all it started when its own standard input closes: with the server that began it, however
-that ends. Standard library only, because it runs in vLLM's Python.
+that ends. Started as leader of the process group they are all in. Standard library only: it runs in vLLM's Python.
 """
 
 from __future__ import annotations
@@ -9,35 +9,32 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
 from types import FrameType
 
 GRACE_S = 10.0
 
 
-def main(command: list[str]) -> int:
-    """The command's exit status."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+def main(command: list[str]) -> None:
+    """Ends with the whole group, and so by a signal."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
-    def signal_all(number: int) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, number)  # vLLM's workers are in its group and outlive its own end
+    def end_all() -> None:
+        os.killpg(0, signal.SIGKILL)  # this process, too
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal_all(signal.SIGTERM)
-        threading.Timer(GRACE_S, signal_all, (signal.SIGKILL,)).start()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
+        threading.Timer(GRACE_S, end_all).start()
 
     def end_with_parent() -> None:
         sys.stdin.buffer.read()
-        signal_all(signal.SIGKILL)
-        os._exit(1)
+        end_all()
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to answer
     threading.Thread(target=end_with_parent, daemon=True).start()
-    status = child.wait()
-    signal_all(signal.SIGKILL)
-    os._exit(status if status >= 0 else 1)  # not exit(): the thread above holds standard input
+    child.wait()
+    end_all()  # vLLM's workers outlive it
 
 
 if __name__ == "__main__":

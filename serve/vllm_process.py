@@ -7,8 +7,10 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -16,11 +18,10 @@ from pathlib import Path
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import EngineStopped, UsageError
 from serve import vllm_cpu_lora
+from serve.vllm_fit import RANKS
+from serve.vllm_guard import GRACE_S
 from serve.vllm_server import VllmServer
 
-TESTED = ("0.32.0",)
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""what --max-lora-rank takes"""
 START_S = 600.0
 """vLLM imports for a minute on a busy machine, and loads for as long as its weights are large"""
 _PLUGIN = "adapterhub_vllm_cpu_lora"
@@ -40,10 +41,6 @@ class Environment:
     python: Path
     version: str
     is_cpu: bool
-
-    @property
-    def is_tested(self) -> bool:
-        return self.version in TESTED
 
     @property
     def takes_plugin(self) -> bool:
@@ -101,10 +98,14 @@ class VllmProcess:
         self.log = folder / "vllm.log"
 
     @property
+    def is_hazardous(self) -> bool:
+        """Without the plugin the CPU build applies the last slot's adapter to rows that have none."""
+        return self.found.is_cpu and not self.found.takes_plugin
+
+    @property
     def slots(self) -> int:
-        """Without the plugin the CPU build applies the last slot's adapter to rows that have none: leave it empty."""
-        is_hazardous = self.found.is_cpu and not self.found.takes_plugin
-        return self._options.max_loras + is_hazardous
+        """One more where the base, too, must be asked for through an adapter: the blank one."""
+        return self._options.max_loras + self.is_hazardous
 
     @property
     def is_running(self) -> bool:
@@ -112,7 +113,7 @@ class VllmProcess:
 
     async def start(self) -> VllmServer:
         """Start, and wait until it answers. Raises EngineStopped with its last words."""
-        self.stop()
+        await asyncio.to_thread(self.stop)
         self._folder.mkdir(parents=True, exist_ok=True)
         port = _free_port()
         guard = str(package_files("serve").joinpath("vllm_guard.py"))
@@ -124,35 +125,35 @@ class VllmProcess:
         server = VllmServer(f"http://127.0.0.1:{port}", self._key)
         for _ in range(int(START_S / 0.5)):
             if not self.is_running:
-                self.stop()
+                await self._give_up(server)
                 raise EngineStopped(f"vLLM ended while starting: {self._last_words()} Its log is {self.log}.")
             if await server.is_healthy(timeout_s=5):
                 return server
             await asyncio.sleep(0.5)
-        self.stop()
+        await self._give_up(server)
         raise EngineStopped(f"vLLM did not answer within {START_S:.0f} s of its start. Its log is {self.log}.")
+
+    async def _give_up(self, server: VllmServer) -> None:
+        await server.close()
+        await asyncio.to_thread(self.stop)
 
     def stop(self) -> None:
         """End it and all its workers: gently, then not."""
-        child, self._child = self._child, None
-        if child is None:
-            return
-        child.terminate()
-        try:
-            child.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            child.kill()  # closing its input ends the rest
-            child.wait()
-        assert child.stdin is not None
-        child.stdin.close()
+        if self._child is not None:
+            self._child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(timeout=GRACE_S + 5)
+        self.kill()
 
     def kill(self) -> None:
-        """End one that does not answer."""
-        if self._child is not None:
-            assert self._child.stdin is not None
-            self._child.stdin.close()
-            self._child.wait()
-            self._child = None
+        """End it and all its workers at once."""
+        child, self._child = self._child, None
+        if child is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # its workers outlive it, and a guard that was killed
+            child.wait()
+            assert child.stdin is not None
+            child.stdin.close()
 
     def _command(self, port: int) -> list[str]:
         options = self._options
@@ -179,6 +180,8 @@ class VllmProcess:
             mine["PYTHONPATH"] = os.pathsep.join(
                 [str(_write_plugin(self._folder)), *filter(None, [os.environ.get("PYTHONPATH")])]
             )
+            if "VLLM_PLUGINS" in os.environ:  # names those to load: ours, too
+                mine["VLLM_PLUGINS"] = f"{os.environ['VLLM_PLUGINS']},{_PLUGIN}"
         # Ours would be read by the other Python as its own.
         return {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"} | mine
 

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from adapterhub.errors import AdapterLoadFailed, AdapterNotFound, EngineStopped, NotAuthorized, ServerBusy, UsageError
+from adapterhub.base_store import StoredBase
+from adapterhub.errors import (
+    AdapterHubError,
+    AdapterLoadFailed,
+    AdapterNotFound,
+    EngineStopped,
+    IncompatibleBase,
+    NotAuthorized,
+    ServerBusy,
+    UsageError,
+)
 
+TESTED = ("0.32.0",)
 _CONNECT_S = 5.0
 _LOAD_S = 120.0
+_KEEP_ALIVE_S = 2.0
+"""an idle connection is left before vLLM closes it (after 5 s), which would fail the next request sent over it"""
 
 
 class VllmServer:
@@ -22,7 +37,7 @@ class VllmServer:
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         timeout = httpx.Timeout(_LOAD_S, connect=_CONNECT_S)
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S)
         self._client = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
 
     async def is_healthy(self, *, timeout_s: float) -> bool:
@@ -46,11 +61,21 @@ class VllmServer:
         """Are the routes there that load adapters at run time? Asked with an empty request, which changes nothing."""
         return (await self._post("/v1/load_lora_adapter", {})).status_code != 404
 
+    async def first_token(self, model: str) -> None:
+        """Answer anything at all. Raises what `stream` raises, NotAuthorized."""
+        answer = await self._post("/v1/completions", {"model": model, "prompt": [0], "max_tokens": 1, "temperature": 0})
+        if answer.status_code != 200:
+            raise _refusal(self.url, answer)
+
     async def load(self, name: str, folder: Path) -> None:
-        """Raises AdapterLoadFailed with vLLM's reason; one already there under this name is no failure."""
-        answer = await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        """From `folder`, whatever was there under this name before. Raises AdapterLoadFailed with vLLM's reason."""
+        body = {"lora_name": name, "lora_path": str(folder)}
+        answer = await self._post("/v1/load_lora_adapter", body)
+        if "already been loaded" in _reason(answer):  # of an earlier life of ours, from a folder that may be gone
+            await self.unload(name)
+            answer = await self._post("/v1/load_lora_adapter", body)
         reason = _reason(answer)
-        if answer.status_code == 200 or "already been loaded" in reason:
+        if answer.status_code == 200:
             return
         if answer.status_code == 404:
             raise AdapterLoadFailed(
@@ -76,7 +101,7 @@ class VllmServer:
             async with self._client.stream("POST", "/v1/completions", json=body, timeout=timeout) as answer:
                 if answer.status_code != 200:
                     await answer.aread()
-                    raise _refusal(self.url, answer)
+                    raise _in_service(_refusal(self.url, answer))
                 async for line in answer.aiter_lines():
                     if line.startswith("data: ") and line != "data: [DONE]":
                         event = json.loads(line.removeprefix("data: "))
@@ -112,6 +137,49 @@ class VllmServer:
             raise EngineStopped(f"vLLM at {self.url} does not answer ({type(error).__name__}).") from error
 
 
+async def warn_of_version(server: VllmServer, report: Callable[[str], None]) -> None:
+    version = await server.version()
+    if version not in TESTED:
+        report(f"vLLM {version} at {server.url} is not a version this was tested with ({', '.join(TESTED)}).")
+
+
+async def look_at(
+    server: VllmServer, base: StoredBase, base_name: str, blank: Path, *, keeps_blank: bool
+) -> tuple[str, int]:
+    """Is a server what it must be, and does it answer, with `blank`, an adapter that changes nothing, and without?
+
+    What to ask it for when the base is meant (the blank adapter where that stays) and its max_model_len, tokens.
+    Raises EngineStopped, NotAuthorized, IncompatibleBase, UsageError, AdapterLoadFailed.
+    """
+    card = await server.base_card()
+    base_id, ref = str(card["id"]), base.ref
+    if {card.get("root"), base_id}.isdisjoint({str(base.path), str(base.path.resolve()), ref.id, base_name}):
+        raise IncompatibleBase(
+            f"vLLM at {server.url} serves {base_id} ({card.get('root')}), not {base_name} ({ref.id}): start it with "
+            "this base, or serve the base it has."
+        )
+    if not await server.takes_adapters():
+        raise UsageError(
+            f"vLLM at {server.url} loads no adapters at run time: start it with --enable-lora and the environment "
+            "variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=True."
+        )
+    name, is_kept = f"blank-{secrets.token_hex(4)}", False
+    try:
+        await server.load(name, blank)
+        await server.first_token(base_id)
+        await server.first_token(name)
+        is_kept = keeps_blank
+    except AdapterLoadFailed as error:
+        raise AdapterLoadFailed(
+            f"{error} (It was tried with an adapter of {base_name} that changes nothing.)"
+        ) from None
+    finally:
+        if not is_kept:
+            with suppress(AdapterHubError):
+                await server.unload(name)
+    return name if keeps_blank else base_id, int(card["max_model_len"])
+
+
 def _reason(answer: httpx.Response) -> str:
     try:
         said = answer.json()
@@ -132,3 +200,8 @@ def _refusal(url: str, answer: httpx.Response) -> Exception:
     if status < 500:
         return UsageError(f"vLLM refused the request: {reason}")
     return EngineStopped(f"vLLM at {url} failed ({status}): {reason}")
+
+
+def _in_service(error: Exception) -> Exception:
+    """Between us and vLLM, a key is not the client's to give."""
+    return EngineStopped(str(error)) if isinstance(error, NotAuthorized) else error

@@ -41,6 +41,10 @@ class FakeVllm:
     open_answers: int = 0
     hold: bool = False
     """answers stop after their first token"""
+    is_broken: bool = False
+    """healthy, but without an answer"""
+    asked: list[str] = field(default_factory=list)
+    """models, as named in requests"""
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -109,6 +113,9 @@ class FakeVllm:
 
     async def completions(self, request: Request) -> Response:
         body = await request.json()
+        self.asked.append(body["model"])
+        if self.is_broken:
+            return error(500, "InternalServerError", "EngineCore encountered an issue.")
         if body["model"] not in (self.base, *self.adapters):
             return error(404, "NotFoundError", f"The model `{body['model']}` does not exist.")
         if body["temperature"] < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ import uvicorn
 from conftest import free_port, make_peft_adapter, make_tiny_base
 from fake_vllm import FakeVllm, answer_of, environment
 
-from adapterhub.adapter import Adapter, BaseName, BaseRef
+from adapterhub.adapter import Adapter, AdapterRef, BaseName, BaseRef
 from adapterhub.base_store import StoredBase, fingerprint
 from adapterhub.errors import (
     AdapterHubError,
@@ -36,12 +37,16 @@ from adapterhub.errors import (
 )
 from adapterhub.files import sha256_of
 from adapterhub.package import pack
-from serve import vllm_engine
+from adapterhub.registry import Registry
+from serve import engines, vllm_engine
 from serve.config import ServeConfig, VllmConfig
 from serve.engine import AdapterScale, Constraint, FinishReason, GenerationRequest, Precision, SamplingParams
 from serve.engines import choose_engine
-from serve.vllm_engine import VllmEngine, module_shapes, name_of
+from serve.vllm_engine import VllmEngine, name_of
+from serve.vllm_fit import module_shapes
 from serve.vllm_process import ChildOptions, VllmProcess, find_vllm, rank_for
+from serve.vllm_server import VllmServer
+from serve.vllm_wire import body_of
 
 
 class Words:
@@ -143,7 +148,7 @@ def test_answers_are_those_of_the_adapter_asked_for(
             assert engine.max_model_len == 512
             await engine.unload(packed.digest)
             assert not running.fake.adapters
-            assert not list((tmp_path / "kept").iterdir())
+            assert not list((tmp_path / "kept").glob("sha256-*"))
 
     run(check())
 
@@ -303,6 +308,84 @@ def test_a_server_that_hangs_ends_its_answers_and_is_not_asked(
     run(check())
 
 
+def test_a_server_that_is_healthy_and_gives_no_token_hangs(
+    tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "WATCH_S", 0.05)
+    monkeypatch.setattr(vllm_engine, "STALLED_S", 0.3)
+
+    async def check() -> None:
+        running = run_fake(fake_of(tiny_base, hold=True))
+        async with engine_on(tiny_base, tmp_path, running.url) as engine:
+            with pytest.raises(EngineStopped, match="stopped answering"):
+                await ask(engine)
+            running.fake.is_broken = True
+            await until(lambda: not engine.status().ready)
+            running.fake.is_broken = running.fake.hold = False
+            await until(lambda: engine.status().ready)
+            assert tokens_of(await ask(engine)) == expected(None)
+
+    run(check())
+
+
+def test_a_server_that_comes_back_with_another_base_is_not_asked(
+    tiny_base: StoredBase, packed: Adapter, tmp_path: Path, run_fake: Callable[..., Running],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(vllm_engine, "WATCH_S", 0.05)
+    monkeypatch.setattr(vllm_engine, "ANSWER_S", 0.3)
+
+    async def check() -> None:
+        running = run_fake(fake_of(tiny_base))
+        async with engine_on(tiny_base, tmp_path, running.url) as engine:
+            await engine.load(packed)
+            running.fake.is_hanging = True
+            await until(lambda: not engine.status().ready)
+            running.fake.base = running.fake.root = "other"
+            running.fake.is_hanging = False
+            await until(lambda: "serves other" in engine.status().reason)
+            assert not engine.status().ready
+
+    run(check())
+
+
+def test_while_one_of_two_hangs_the_other_loads_and_answers(
+    tiny_base: StoredBase, packed: Adapter, tmp_path: Path, run_fake: Callable[..., Running],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(vllm_engine, "WATCH_S", 0.05)
+    monkeypatch.setattr(vllm_engine, "ANSWER_S", 0.3)
+
+    async def check() -> None:
+        good, bad = run_fake(fake_of(tiny_base)), run_fake(fake_of(tiny_base))
+        async with engine_on(tiny_base, tmp_path, good.url, bad.url) as engine:
+            bad.fake.is_hanging = True
+            await engine.load(packed)  # begins before the hang is noticed
+            assert tokens_of(await ask(engine, packed)) == expected(packed)
+            assert engine.status().ready
+            bad.fake.is_hanging = False
+            await until(lambda: engine.status().reason == "ready")
+            assert list(bad.fake.adapters) == [name_of(packed.digest)]
+            assert tokens_of(await ask(engine, packed)) == expected(packed)
+
+    run(check())
+
+
+def test_an_adapter_left_by_an_earlier_server_of_ours_is_loaded_anew(
+    tiny_base: StoredBase, packed: Adapter, tmp_path: Path, run_fake: Callable[..., Running]
+) -> None:
+    """Its folder went with that server, and vLLM dies when it must read it again."""
+
+    async def check() -> None:
+        running = run_fake(fake_of(tiny_base, adapters={name_of(packed.digest): "from a folder that is gone"}))
+        async with engine_on(tiny_base, tmp_path, running.url) as engine:
+            await engine.load(packed)
+            assert tokens_of(await ask(engine, packed)) == expected(packed)
+        assert not running.fake.adapters  # nor do we leave any
+
+    run(check())
+
+
 async def until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
@@ -315,7 +398,9 @@ async def until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
     [
         ({"root": "/models/other", "base": "other"}, IncompatibleBase, "serves other"),
         ({"can_update": False}, UsageError, "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+        ({"has_lora": False}, AdapterLoadFailed, "--enable-lora"),
         ({"key": "secret"}, NotAuthorized, "ADAPTERHUB_VLLM_API_KEY"),
+        ({"is_broken": True}, EngineStopped, "EngineCore encountered an issue"),
     ],
 )
 def test_an_unfit_endpoint_is_refused_at_the_start(
@@ -340,13 +425,25 @@ def test_a_wrong_address_is_refused_at_the_start(tiny_base: StoredBase, tmp_path
     run(check())
 
 
-def test_a_server_without_lora_says_how_to_start_it(
-    tiny_base: StoredBase, packed: Adapter, tmp_path: Path, run_fake: Callable[..., Running]
+def test_a_website_is_no_vllm(tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running]) -> None:
+    async def check() -> None:
+        url = run_fake(fake_of(tiny_base)).url
+        with pytest.raises(AdapterHubError, match="vLLM"):
+            async with engine_on(tiny_base, tmp_path, f"{url}/elsewhere"):
+                pass
+
+    run(check())
+
+
+def test_a_key_that_no_longer_fits_is_not_the_clients_fault(
+    tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running]
 ) -> None:
     async def check() -> None:
-        async with engine_on(tiny_base, tmp_path, run_fake(fake_of(tiny_base, has_lora=False)).url) as engine:
-            with pytest.raises(AdapterLoadFailed, match="--enable-lora"):
-                await engine.load(packed)
+        running = run_fake(fake_of(tiny_base, key="old"))
+        async with engine_on(tiny_base, tmp_path, running.url, key="old") as engine:
+            running.fake.key = "new"
+            with pytest.raises(EngineStopped, match="ADAPTERHUB_VLLM_API_KEY"):
+                await ask(engine)
 
     run(check())
 
@@ -363,7 +460,7 @@ def test_an_unknown_version_is_said(tiny_base: StoredBase, tmp_path: Path, run_f
 
 def test_a_constraint_reaches_vllm_in_its_words() -> None:
     sampling = SamplingParams(constraint=Constraint("json_schema", '{"type":"object"}'), logit_bias=((7, 1.5),))
-    body = vllm_engine._body(GenerationRequest("r", (1,), sampling), "base")
+    body = body_of(GenerationRequest("r", (1,), sampling), "base")
     assert body["structured_outputs"] == {"json": '{"type":"object"}'}
     assert body["logit_bias"] == {"7": 1.5}
 
@@ -377,8 +474,9 @@ def child(base: StoredBase, folder: Path, **options: object) -> VllmProcess:
     return VllmProcess(found, base, "base", ChildOptions(**settings), folder / "run")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("victim", ["vLLM", "its guard"])
 def test_a_child_that_dies_is_started_again_with_its_adapters(
-    tiny_base: StoredBase, packed: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: StoredBase, packed: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
     monkeypatch.setattr(vllm_engine, "WATCH_S", 0.1)
 
@@ -387,15 +485,37 @@ def test_a_child_that_dies_is_started_again_with_its_adapters(
         async with engine_on(tiny_base, tmp_path, processes=[process]) as engine:
             await engine.load(packed)
             assert tokens_of(await ask(engine, packed)) == expected(packed)
-            group = processes_under(process._child.pid)  # type: ignore[union-attr]
+            guard = process._child.pid  # type: ignore[union-attr]
+            group = processes_under(guard)
             assert len(group) >= 2
-            os.kill(group[0], signal.SIGKILL)
+            os.kill(group[0] if victim == "vLLM" else guard, signal.SIGKILL)
             await until(lambda: not engine.status().ready)
             await until(lambda: engine.status().ready, 60)
             assert tokens_of(await ask(engine, packed)) == expected(packed)
             await until(lambda: not any(is_alive(pid) for pid in group))
             left = processes_under(process._child.pid)  # type: ignore[union-attr]
         await until(lambda: not any(is_alive(pid) for pid in left))
+
+    run(check())
+
+
+def test_a_child_that_never_lasts_is_given_up(
+    tiny_base: StoredBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "WATCH_S", 0.05)
+    monkeypatch.setattr(vllm_engine, "MAX_STARTS", 2)
+
+    async def check() -> None:
+        process = child(tiny_base, tmp_path)
+        async with engine_on(tiny_base, tmp_path, processes=[process]) as engine:
+            begun = time.monotonic()
+            for _ in range(3):
+                await until(lambda: engine.status().ready)
+                os.kill(process._child.pid, signal.SIGKILL)  # type: ignore[union-attr]
+                await until(lambda: not engine.status().ready)
+            await until(lambda: engine.status().has_ended)
+            assert "2 times in a row" in engine.status().reason
+            assert time.monotonic() - begun > 1  # the second time it waited first
 
     run(check())
 
@@ -422,7 +542,8 @@ def test_a_child_ends_with_a_server_that_is_killed(tmp_path: Path) -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(99)"]
     script = (
         "import subprocess, sys, time\n"
-        f"child = subprocess.Popen([sys.executable, {str(guard)!r}, *{sleep!r}], stdin=subprocess.PIPE)\n"
+        f"child = subprocess.Popen([sys.executable, {str(guard)!r}, *{sleep!r}], "
+        "stdin=subprocess.PIPE, start_new_session=True)\n"
         "time.sleep(99)\n"
     )
     front = subprocess.Popen([sys.executable, "-c", script])
@@ -460,12 +581,46 @@ def test_a_child_is_closed_to_others(tiny_base: StoredBase, tmp_path: Path) -> N
     run(check())
 
 
-def test_the_last_slot_stays_empty_where_the_plugin_does_not_fit(tiny_base: StoredBase, tmp_path: Path) -> None:
+def test_where_the_plugin_does_not_fit_the_base_is_asked_for_through_an_adapter(
+    tiny_base: StoredBase, packed: Adapter, tmp_path: Path, run_fake: Callable[..., Running],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Rows with no adapter at all are what the CPU build gets wrong."""
     for version, slots in (("0.32.0", 4), ("0.33.0", 5)):
         found = find_vllm(environment(tmp_path / version, version=version))
         assert found.takes_plugin == (version == "0.32.0")
         options = ChildOptions(max_loras=4, max_lora_rank=8, max_num_seqs=8, dtype="float32")
-        assert VllmProcess(found, tiny_base, "base", options, tmp_path).slots == slots
+        process = VllmProcess(found, tiny_base, "base", options, tmp_path / version)
+        assert process.slots == slots
+        assert process.is_hazardous == (version == "0.33.0")
+        running = run_fake(fake_of(tiny_base))
+
+        async def started(running: Running = running) -> VllmServer:
+            return VllmServer(running.url)
+
+        monkeypatch.setattr(process, "start", started)
+        monkeypatch.setattr(VllmProcess, "is_running", True)
+
+        async def check(running: Running = running, process: VllmProcess = process, slots: int = slots) -> None:
+            async with engine_on(tiny_base, tmp_path, processes=[process]) as engine:
+                await engine.load(packed)
+                running.fake.asked.clear()
+                await ask(engine)
+                await ask(engine, packed)
+                stands_for_base = running.fake.asked[0]
+                assert (stands_for_base == "base") == (slots == 4)
+                assert stands_for_base == "base" or stands_for_base in running.fake.adapters
+                assert running.fake.asked[1] == name_of(packed.digest)
+
+        run(check())
+
+
+def test_a_list_of_plugins_to_load_has_ours_added(
+    tiny_base: StoredBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "theirs")
+    given = child(tiny_base, tmp_path)._environment()
+    assert given["VLLM_PLUGINS"] == "theirs,adapterhub_vllm_cpu_lora"
 
 
 def test_a_python_without_vllm_is_refused(tmp_path: Path) -> None:
@@ -481,16 +636,67 @@ def test_the_nearest_rank_vllm_takes() -> None:
         rank_for(513)
 
 
-def test_the_engine_is_chosen_by_name_with_a_reason() -> None:
-    base = BaseName.parse("smollm2-135m-instruct")
-    assert "exact NF4 bits" in str(choose_engine(ServeConfig(base)))
-    auto = choose_engine(ServeConfig(base, engine_kind="auto"))
+def test_the_engine_is_chosen_by_name_with_a_reason(tmp_path: Path) -> None:
+    base, registry = BaseName.parse("smollm2-135m-instruct"), Registry(tmp_path)
+    assert "exact NF4 bits" in str(choose_engine(ServeConfig(base), registry))
+    auto = choose_engine(ServeConfig(base, engine_kind="auto"), registry)
     assert auto.value == "local"
     assert "GPU" in auto.reason
     endpoint = VllmConfig(endpoints=("http://127.0.0.1:1",))
-    assert choose_engine(ServeConfig(base, engine_kind="auto", vllm=endpoint)).value == "vllm"
+    assert choose_engine(ServeConfig(base, engine_kind="auto", vllm=endpoint), registry).value == "vllm"
     with pytest.raises(UsageError, match="--endpoint belongs to vLLM"):
-        choose_engine(ServeConfig(base, vllm=endpoint))
+        choose_engine(ServeConfig(base, vllm=endpoint), registry)
     both = VllmConfig(endpoints=("http://127.0.0.1:1",), python=Path("python"))
     with pytest.raises(UsageError, match="--vllm-python is for a vLLM we start"):
-        choose_engine(ServeConfig(base, engine_kind="vllm", vllm=both))
+        choose_engine(ServeConfig(base, engine_kind="vllm", vllm=both), registry)
+
+
+def test_on_a_gpu_auto_takes_vllm_if_it_serves_the_adapters_given(
+    tiny_base: StoredBase, packed: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_peft_adapter(tmp_path / "dora", tiny_base, rank=4, seed=3, use_dora=True)
+    pack(tmp_path / "dora", base=tiny_base, name="dora")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    base, registry = BaseName.parse(str(tiny_base.path)), Registry(tmp_path)
+    plain = ("plain", AdapterRef.parse(str(packed.path)))
+    config = ServeConfig(base, (plain,), engine_kind="auto", vllm=VllmConfig(python=Path("python")))
+    taken = choose_engine(config, registry)
+    assert (taken.value, "serves the adapters" in taken.reason) == ("vllm", True)
+    without = choose_engine(replace(config, vllm=VllmConfig()), registry)
+    assert (without.value, "no vLLM" in without.reason) == ("local", True)
+    dora = ("d", AdapterRef.parse(str(tmp_path / "dora")))
+    unfit = choose_engine(replace(config, adapters=(plain, dora)), registry)
+    assert (unfit.value, "adapter d uses DoRA" in unfit.reason) == ("local", True)
+
+
+@pytest.mark.parametrize(
+    ("stored", "vllm", "said"),
+    [
+        ({}, VllmConfig(), "bfloat16 weights, computed in bfloat16"),
+        ({}, VllmConfig(arguments=("--quantization", "bitsandbytes")), "nf4 weights, computed in bfloat16"),
+        ({}, VllmConfig(arguments=("--quantization=bitsandbytes",)), "nf4 weights, computed in bfloat16"),
+        ({"quant_method": "awq"}, VllmConfig(), "awq weights, computed in bfloat16"),
+        (
+            {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, VllmConfig(),
+            "fp4 weights, computed in bfloat16",
+        ),
+        ({}, VllmConfig(endpoints=("http://127.0.0.1:1",)), "which they do not tell"),
+    ],
+)  # fmt: skip
+def test_how_the_base_is_held_is_said(tmp_path: Path, stored: dict[str, str], vllm: VllmConfig, said: str) -> None:
+    config = {"quantization_config": stored} if stored else {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = StoredBase(tmp_path, BaseRef("tests/held", None, "fp1:0"))
+    asked = ServeConfig(BaseName.parse(str(tmp_path)), engine_kind="vllm", vllm=vllm)
+    precision = engines._precision(asked, base, "bfloat16")
+    assert said in str(precision)
+    assert precision.is_nf4 == ("nf4" in said)
+
+
+def test_what_killed_servers_left_goes_at_the_next_start(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for number in (gone.pid, os.getpid()):
+        (tmp_path / str(number) / "adapters").mkdir(parents=True)
+    engines._forget_the_dead(tmp_path)
+    assert [folder.name for folder in tmp_path.iterdir()] == [str(os.getpid())]

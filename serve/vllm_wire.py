@@ -1,0 +1,84 @@
+"""A request in the words of vLLM's /v1/completions, and its events as chunks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from adapterhub.errors import EngineStopped
+from serve.engine import Chunk, FinishReason, GenerationRequest, TokenLogprob
+
+
+def body_of(request: GenerationRequest, model: str) -> dict[str, Any]:
+    """A request for /v1/completions, in vLLM's words."""
+    sampling = request.sampling
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": list(request.prompt),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "seed": sampling.seed,
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": sampling.ignore_eos,
+    }
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+    if sampling.constraint is not None:
+        kind = {"json_schema": "json"}.get(sampling.constraint.kind, sampling.constraint.kind)
+        body["structured_outputs"] = {kind: sampling.constraint.text}
+    if sampling.top_logprobs is not None:
+        body |= {"logprobs": sampling.top_logprobs, "return_tokens_as_token_ids": True}
+    return body
+
+
+async def chunks_of(
+    events: AsyncGenerator[dict[str, Any], None], request: GenerationRequest, tokenizer: Any
+) -> AsyncGenerator[Chunk, None]:
+    """vLLM's events as ours. The last chunk waits for the usage, which comes after it."""
+    count, num_shared = 0, 0
+    last: Chunk | None = None
+    async for event in events:
+        details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
+        num_shared = int(details.get("cached_tokens") or num_shared)
+        for choice in event["choices"]:
+            tokens = tuple(choice.get("token_ids") or ())
+            count += len(tokens)
+            logprobs = _logprobs(choice.get("logprobs"), request.sampling.top_logprobs, tokenizer)
+            chunk = Chunk(choice["text"], count, tokens, None, logprobs, num_shared)
+            if choice.get("finish_reason") is None:
+                yield chunk
+            else:
+                last = chunk
+                reason = FinishReason.LENGTH if choice["finish_reason"] == "length" else FinishReason.STOP
+    if last is None:
+        raise EngineStopped("vLLM ended an answer without a finish reason: ask again.")
+    yield Chunk(last.text, last.num_tokens, last.tokens, reason, last.logprobs, num_shared)
+
+
+def _logprobs(found: dict[str, Any] | None, num_top: int | None, tokenizer: Any) -> tuple[TokenLogprob, ...]:
+    """From lists side by side, tokens written as `token_id:NUMBER`."""
+    if found is None or num_top is None:
+        return ()
+
+    def number(text: str) -> int:
+        return int(text.removeprefix("token_id:"))
+
+    def word(token: int) -> str:
+        return str(tokenizer.decode([token]))
+
+    result = []
+    for text, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        strongest = sorted(((number(t), p) for t, p in (top or {}).items()), key=lambda one: -one[1])[:num_top]
+        token = number(text)
+        result.append(TokenLogprob(token, word(token), logprob, tuple((t, word(t), p) for t, p in strongest)))
+    return tuple(result)
