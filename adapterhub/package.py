@@ -128,7 +128,8 @@ def pack(
     _check_same_base(folder, record, base)
     report(f"{len(tensors)} LoRA tensors, rank {config.rank}, {sum(t.info.numel for t in tensors):,} parameters")
 
-    loaded = load_base(base, purpose="serve", dtype=record.quantization.compute_dtype if record else None)
+    # In fp32 the proof is the same on every machine; an engine in another dtype is given that dtype's tolerance.
+    loaded = load_base(base, purpose="serve", dtype="float32")
     with disk_full_is_said(folder):
         if not (folder / TEMPLATE_NAME).exists():
             write_atomic(folder / TEMPLATE_NAME, loaded.tokenizer.chat_template or "")

@@ -46,19 +46,20 @@ def _compare(
         f"{recorded.dtype}): verify it with `adapterhub verify --probe`, or pack it again."
     )
     ours = {token: logprob for token, _, logprob in now[0].top}
-    best, best_logit = then.top_tokens[0], then.top_logits[0]
-    if best not in ours:
+    # Log-probabilities are logits but for a constant: the leads over the best token must agree.
+    known = [(token, logit) for token, logit in zip(then.top_tokens, then.top_logits, strict=True) if token in ours]
+    if not known:
         raise ProbeMismatch(
-            f"{adapter.manifest.name} does not answer {then.prompt!r} as recorded: token {best} is no longer among the "
-            f"{len(ours)} strongest first ones; {likely}"
+            f"{adapter.manifest.name} does not answer {then.prompt!r} as recorded: none of the {len(then.top_tokens)} "
+            f"strongest first tokens is among the {len(ours)} strongest now; {likely}"
         )
-    for token, logit in zip(then.top_tokens, then.top_logits, strict=True):
-        # Log-probabilities are logits but for a constant: the leads over the best token must agree.
-        lead, found = logit - best_logit, ours.get(token, min(ours.values())) - ours[best]
-        if token in ours and abs(lead - found) > 2 * tolerance:
+    best = ours.get(then.top_tokens[0], min(ours.values()))  # no longer listed: at most the weakest that is
+    for token, logit in known:
+        lead, found = logit - then.top_logits[0], ours[token] - best
+        if abs(lead - found) > 2 * tolerance:
             raise ProbeMismatch(
                 f"{adapter.manifest.name} does not answer {then.prompt!r} as recorded: token {token} is {found:.3f} "
-                f"behind the best, recorded {lead:.3f} (tolerance {2 * tolerance}); {likely}"
+                f"from the best, recorded {lead:.3f} (tolerance {2 * tolerance}); {likely}"
             )
     for place, (mine, token, gap) in enumerate(zip(now, then.tokens, then.gaps, strict=True)):
         if gap < 2 * tolerance:

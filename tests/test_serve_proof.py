@@ -66,7 +66,7 @@ def test_other_leads_than_recorded_are_a_mismatch(tiny_base: StoredBase, packed:
     first = probe.answers[0]
     logits = [first.top_logits[0], *(logit - 5 for logit in first.top_logits[1:])]
     changed = first.model_copy(update={"top_logits": logits})
-    with pytest.raises(ProbeMismatch, match="behind the best"):
+    with pytest.raises(ProbeMismatch, match="from the best"):
         _replayed(tiny_base, _with_probe(packed, probe.model_copy(update={"answers": [changed]})))
 
 
