@@ -6,7 +6,7 @@ The format is docs/adapter-format.md. Knows files and digests; torch is loaded o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +142,7 @@ def pack(
             licence=licence or base.licence,
             base=_base_entry(base, record),
             lora=config.described(),
-            chat=_chat(folder, loaded.tokenizer),
+            chat=_chat(folder, loaded.tokenizer, stop=record.stop if record else ()),
             training=record.training if record else None,
             evaluations=list(record.evaluations) if record else [],
             probe=answers,
@@ -271,12 +271,13 @@ def _base_entry(base: StoredBase, record: RunRecord | None) -> BaseEntry:
     )
 
 
-def _chat(folder: Path, tokenizer: Any) -> Chat:
+def _chat(folder: Path, tokenizer: Any, *, stop: Sequence[str]) -> Chat:
     return Chat(
         template_sha256=sha256_of(folder / TEMPLATE_NAME),
         bos=tokenizer.bos_token,
         eos=tokenizer.eos_token,
         pad=tokenizer.pad_token,
+        stop=list(stop),
     )
 
 

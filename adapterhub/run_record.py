@@ -44,6 +44,8 @@ class RunStart(_Event):
     seed: int
     start_digest: str | None = None
     """of the adapter the run went on from; None: a new one"""
+    stop: list[str] = []
+    """strings that end an answer under the run's chat template, beside the end of text"""
     versions: dict[str, str]
 
 
@@ -106,6 +108,7 @@ class RunRecord:
     evaluations: tuple[Evaluation, ...]
     steps: tuple[RunStep, ...]
     peak_memory_bytes: int
+    stop: tuple[str, ...] = ()
 
 
 def read_run_events(path: Path, *, is_whole: bool = True) -> list[RunEvent]:
@@ -150,4 +153,5 @@ def read_run_record(folder: Path) -> RunRecord | None:
         evaluations=tuple(end.evaluations),
         steps=tuple(event for event in events if isinstance(event, RunStep)),
         peak_memory_bytes=end.peak_memory_bytes,
+        stop=tuple(start.stop),
     )

@@ -67,11 +67,12 @@ def samples() -> tuple[list[Any], list[Any]]:
     import decode
     from transformers import AutoTokenizer
 
+    from train.conversation import Source
     from train.data import prepare
-    from train.formats import Source, read_chatterbot
+    from train.sources import read_chatterbot
 
     tokenizer = AutoTokenizer.from_pretrained(decode.stored_base().path)
-    mixed = [conversation for topic in TOPICS for conversation in read_chatterbot(topic).conversations]
+    mixed = [conversation for topic in TOPICS for conversation in read_chatterbot(topic).examples]
     data = prepare(
         Source("chatterbot", tuple(mixed)), tokenizer, held_out=HELD_OUT, max_length=MAX_LENGTH, loss_on="assistant",
         seed=0,

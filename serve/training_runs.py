@@ -233,11 +233,13 @@ def check_paths(recipe: str) -> None:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"the recipe is not TOML: {error}.") from error
     data = raw.get("data")
-    path = data.get("path") if isinstance(data, dict) else None
-    if isinstance(path, str) and (Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts):
-        raise UsageError(
-            f"path = {path!r} leaves the server's training folder: put the file into its data/ and write data/NAME."
-        )
+    for key in ("path", "template"):
+        path = data.get(key) if isinstance(data, dict) else None
+        if isinstance(path, str) and (Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts):
+            raise UsageError(
+                f"{key} = {path!r} leaves the server's training folder: put the file into its data/ and write "
+                "data/NAME."
+            )
     for key in ("base", "start"):
         if str(raw.get(key, "")).startswith(("/", ".", "~")):
             raise UsageError(f"{key} = {raw[key]!r} is a path on the server's disk, which clients may not choose.")

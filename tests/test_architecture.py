@@ -16,6 +16,7 @@ DOORS = {
     "huggingface_hub": {"adapterhub/hub.py"},
     "bitsandbytes": {"adapterhub/base_model.py"},
     "gradio": {"serve/ui.py"},
+    "datasets": {"train/datasets_library.py"},
 }
 
 

@@ -31,8 +31,8 @@ from serve.feedback import STORE_NAME, FeedbackStore
 from serve.local_engine import LocalEngine
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
-from train.formats import read_chatterbot
 from train.recipe import Recipe
+from train.sources import read_chatterbot
 from train.trainer import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -71,7 +71,7 @@ def test_votes_and_corrections_make_a_better_adapter(at_home: Path, smollm2: Sto
     first = _trained(smollm2, tmp_path / "captain")
     registry = Registry(at_home)
     registry.add(first, name="captain")
-    questions = [talk.messages[0].content for talk in read_chatterbot("trivia").conversations[:QUESTIONS]]
+    questions = [talk.messages[0].content for talk in read_chatterbot("trivia").examples[:QUESTIONS]]
 
     async def judge() -> None:
         """A visitor who wants every answer to begin the same way, and says so of two in three."""

@@ -12,6 +12,7 @@ from adapterhub.base_store import StoredBase
 from adapterhub.errors import DatasetError
 from train.comparisons import Comparisons, Labelled, Pair, read_comparisons
 from train.recipe import PreferenceMethod
+from train.rows import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,10 @@ def pair(number: int, *, chosen: str = "Aye, {n}.", rejected: str = "It is {n}."
     return {"prompt": says("user", f"What is {number}?")} | {k: says("assistant", v) for k, v in replies.items()}
 
 
+def hh(question: str, answer: str) -> str:
+    return f"\n\nHuman: {question}\n\nAssistant: {answer}"
+
+
 def label(number: int, is_good: bool) -> dict[str, Any]:
     reply = says("assistant", f"{'Aye' if is_good else 'No'}, {number}.")
     return {"prompt": says("user", f"What is {number}?"), "completion": reply, "label": is_good}
@@ -41,7 +46,7 @@ def read(
     path = folder / "votes.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
     options: dict[str, Any] = {"held_out": 0.25, "max_length": 64, "seed": 0} | changed
-    return read_comparisons(path, tokenizer, method=method, **options)
+    return read_comparisons(read_rows(path), tokenizer, name=path.name, method=method, **options)
 
 
 def fault(folder: Path, lines: list[Any], tokenizer: Any, method: PreferenceMethod = "dpo", **changed: Any) -> str:
@@ -100,9 +105,11 @@ def test_replies_that_a_cut_makes_equal_are_left_out(tmp_path: Path, tokenizer: 
     ("line", "said"),
     [
         ("{", "votes.jsonl:2: not JSON"),
-        ("[]", "votes.jsonl:2: not an object"),
-        ({"messages": []}, 'votes.jsonl:2: no list of messages "prompt"'),
-        (pair(1) | {"chosen": "text"}, 'no list of messages "chosen"'),
+        ("[]", "votes.jsonl:2: not a JSON object"),
+        ({"messages": []}, 'votes.jsonl:2: no list of messages "chosen"'),
+        (pair(1) | {"prompt": 1}, 'no list of messages "prompt"'),
+        (pair(1) | {"chosen": 1}, 'no list of messages "chosen"'),
+        ({"chosen": hh("A", "B"), "rejected": hh("C", "D")}, "no replies to the same prompt"),
         (pair(1) | {"rejected": says("user", "x")}, "message 2 is of the user, expected the assistant"),
         (pair(1) | {"rejected": pair(1)["chosen"]}, "chosen and rejected are the same"),
     ],
@@ -130,12 +137,32 @@ def test_a_file_without_comparisons(tmp_path: Path, tokenizer: Any, lines: list[
     assert "holds no comparison" in fault(tmp_path, lines, tokenizer)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="cannot be read"):
-        read_comparisons(tmp_path / "none", tokenizer, method="dpo", held_out=0, max_length=8, seed=0)
+        read_rows(tmp_path / "none.jsonl")
 
 
 def test_prompts_longer_than_max_length(tmp_path: Path, tokenizer: Any) -> None:
     assert "no reply has a trained token (max_length = 8)" in fault(
         tmp_path, [pair(1)], tokenizer, held_out=0, max_length=8
     )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"chosen": hh("What is 1?", "Aye, 1."), "rejected": hh("What is 1?", "It is 1.")},
+        {"prompt": "What is 1?", "chosen": "Aye, 1.", "rejected": "It is 1."},
+        {key: [*pair(1)["prompt"], *pair(1)[key]] for key in ("chosen", "rejected")},
+    ],
+    ids=["hh-rlhf", "texts", "prompt within"],
+)
+def test_other_ways_to_write_a_pair_give_the_same_tokens(tmp_path: Path, tokenizer: Any, line: dict[str, Any]) -> None:
+    same = read(tmp_path, [pair(1)], tokenizer, held_out=0)
+    assert read(tmp_path, [line], tokenizer, held_out=0).digest == same.digest
+
+
+def test_faulty_pairs_can_be_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    found = read(tmp_path, [pair(0), {"chosen": 1}, pair(2)], tokenizer, held_out=0, on_fault="skip")
+    assert len(found.train) == 2
+    assert found.notes[0].startswith("left out 1 fault: votes.jsonl:2:")

@@ -9,8 +9,8 @@ import pytest
 
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import DatasetError
+from train.conversation import Conversation, Message, Source
 from train.data import Sample, TokenData, drop_duplicates, prepare, split, tokenize
-from train.formats import Conversation, Message, Source
 
 NO_PREFIX = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}<|im_end|>{% endfor %}"
 NO_STOP = "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}### assistant:{% endif %}"  # noqa: E501
@@ -101,7 +101,7 @@ def test_a_template_that_drops_earlier_answers(tokenizer: Any) -> None:
     tokenizer.chat_template = FORGETS
     with pytest.raises(DatasetError) as caught:
         prepared([talk("One?", "1", "Two?", "2")], tokenizer, held_out=0)
-    assert "the text up to message 3 is not the start of what follows it" in str(caught.value)
+    assert "the text up to message 2 is not the start of what follows it" in str(caught.value)
 
 
 def test_a_base_without_a_template(tokenizer: Any) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from adapterhub.errors import DatasetError
-from train import formats
-from train.formats import read_chatterbot, read_jsonl, read_shipped
+from train import sources
+from train.sources import read_chatterbot, read_file, read_shipped
 
 GOOD = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]}
 
@@ -22,7 +22,7 @@ def write(folder: Path, *lines: object) -> Path:
 
 def refusal(path: Path) -> str:
     with pytest.raises(DatasetError) as caught:
-        read_jsonl(path, name="lines")
+        read_file(path, name="lines")
     return str(caught.value)
 
 
@@ -31,17 +31,18 @@ def turns(*roles: str) -> dict[str, object]:
 
 
 def test_each_line_becomes_a_conversation(tmp_path: Path) -> None:
-    source = read_jsonl(write(tmp_path, GOOD, "", turns("system", "user", "assistant", "user", "assistant")), name="x")
-    assert [len(conversation.messages) for conversation in source.conversations] == [2, 5]
-    assert source.conversations[1].where == "lines.jsonl:3"
+    source = read_file(write(tmp_path, GOOD, "", turns("system", "user", "assistant", "user", "assistant")), name="x")
+    assert [len(conversation.messages) for conversation in source.examples] == [2, 5]
+    assert source.examples[1].where == "lines.jsonl:3"
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ("{", "not JSON"),
-        ("[1]", 'no list "messages"'),
-        ({"text": "x"}, 'no list "messages"'),
+        ("[1]", "not a JSON object"),
+        ({"text": "x"}, "no 'messages'"),
+        ({"messages": "x"}, "no list 'messages'"),
         ({"messages": []}, "no answer of the assistant at the end"),
         ({"messages": ["hello"]}, "message 1 has role no object"),
         (turns("human", "assistant"), "message 1 has role 'human'"),
@@ -78,11 +79,11 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b"\xff\xfe")
-    assert "expected a UTF-8 JSONL file" in refusal(path)
+    assert "expected UTF-8 text" in refusal(path)
 
 
 def test_the_captain_is_shipped_and_sound() -> None:
-    assert len(read_shipped("captain").conversations) == 320
+    assert len(read_shipped("captain").examples) == 320
 
 
 def test_an_unknown_shipped_set_names_the_nearest() -> None:
@@ -98,13 +99,13 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "categories: [trivia]\nconversations:\n- ['What is 6 x 7?', 42]\n- no answer here\n- ['Who?', Me., You.]\n"
     )
     (tmp_path / "broken.yml").write_text("conversations: [")
-    monkeypatch.setattr(formats, "_chatterbot_folder", lambda: tmp_path)
+    monkeypatch.setattr(sources, "_chatterbot_folder", lambda: tmp_path)
     return tmp_path
 
 
 def test_a_topic_gives_questions_with_their_first_answers(corpus: Path) -> None:
     source = read_chatterbot("trivia")
-    texts = [tuple(message.content for message in item.messages) for item in source.conversations]
+    texts = [tuple(message.content for message in item.messages) for item in source.examples]
     assert texts == [("What is 6 x 7?", "42"), ("Who?", "Me.")]
     assert source.notes == ("1 of 3 entries are no question and answer: left out",)
 
@@ -129,6 +130,6 @@ def test_the_corpus_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(formats, "package_files", missing)
+    monkeypatch.setattr(sources, "package_files", missing)
     with pytest.raises(DatasetError, match="pip install chatterbot-corpus"):
         read_chatterbot("trivia")

@@ -18,11 +18,11 @@ from adapterhub.run_record import read_run_record
 from train.comparisons import Comparisons, Labelled, Pair
 from train.data import Sample
 from train.evaluate import log_likelihoods
-from train.formats import read_chatterbot
 from train.preference_loss import dpo_loss, kto_loss, orpo_loss
 from train.preference_objective import preference_objective
 from train.progress import Silent
 from train.recipe import PreferenceMethod, PreferenceSection, Recipe, read_recipe
+from train.sources import read_chatterbot
 from train.trainer import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -198,7 +198,7 @@ def test_a_start_that_was_not_resolved(tmp_path: Path, tiny_base: StoredBase) ->
 
 def test_a_voice_comes_to_be_preferred_on_the_real_base(tmp_path: Path, smollm2: StoredBase) -> None:
     """Trivia of the corpus: the captain's way of saying an answer is chosen, the bare answer rejected."""
-    talks = [talk.messages for talk in read_chatterbot("trivia").conversations[:36]]
+    talks = [talk.messages for talk in read_chatterbot("trivia").examples[:36]]
     lines = [
         {
             "prompt": says("user", question.content),

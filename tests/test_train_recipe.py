@@ -97,7 +97,7 @@ def test_missing_key_is_named(tmp_path: Path) -> None:
 
 def test_unknown_source_lists_the_known(tmp_path: Path) -> None:
     text = fault(tmp_path, SOUND.replace('source = "file"', 'source = "web"'))
-    assert "source is one of chatterbot, file, shipped" in text
+    assert "source is one of chatterbot, datasets, feedback, file, shipped" in text
 
 
 def test_key_of_another_source_is_refused(tmp_path: Path) -> None:
@@ -156,7 +156,9 @@ def test_keeping_the_best_of_nothing_held_out(tmp_path: Path) -> None:
 
 def test_preference_learns_from_a_file(tmp_path: Path) -> None:
     text = SOUND.replace('source = "file"\npath = "lines.jsonl"', 'source = "shipped"\nname = "captain"')
-    assert "learns from a file of compared replies" in fault(tmp_path, text + '[preference]\nmethod = "dpo"\n')
+    assert "learns from compared replies: set source to file" in fault(
+        tmp_path, text + '[preference]\nmethod = "dpo"\n'
+    )
 
 
 def test_weights_of_kto_with_another_method(tmp_path: Path) -> None:

@@ -19,9 +19,13 @@ def rates(**values: Any) -> list[float]:
     return [learning_rate_at(step, of=10, train=train) for step in range(1, 11)]
 
 
+def flat(step: list[list[int]]) -> list[int]:
+    return [place for batch in step for place in batch]
+
+
 def test_an_epoch_takes_every_sample_once() -> None:
     train = section(steps=None, epochs=1, batch_size=3, gradient_accumulation=2)
-    steps = list(step_batches(14, train=train, seed=0))
+    steps = list(step_batches([1] * 14, train=train, seed=0))
     assert [[len(batch) for batch in step] for step in steps] == [[3, 3], [3, 3], [2]]
     assert sorted(place for step in steps for batch in step for place in batch) == list(range(14))
     assert len(steps) == train.num_steps(14)
@@ -29,16 +33,16 @@ def test_an_epoch_takes_every_sample_once() -> None:
 
 def test_each_epoch_and_seed_has_its_own_order() -> None:
     train = section(steps=None, epochs=2, batch_size=20)
-    first, second = (step[0] for step in step_batches(20, train=train, seed=0))
-    other = next(step_batches(20, train=train, seed=1))[0]
+    first, second = (step[0] for step in step_batches([1] * 20, train=train, seed=0))
+    other = next(step_batches([1] * 20, train=train, seed=1))[0]
     assert first != second
     assert first != other
-    assert [first] == next(step_batches(20, train=train, seed=0))
+    assert [first] == next(step_batches([1] * 20, train=train, seed=0))
 
 
 @pytest.mark.parametrize("steps", [1, 5, 12])
 def test_steps_cut_or_repeat_epochs(steps: int) -> None:
-    assert len(list(step_batches(10, train=section(steps=steps, batch_size=2), seed=0))) == steps
+    assert len(list(step_batches([1] * 10, train=section(steps=steps, batch_size=2), seed=0))) == steps
 
 
 def test_warm_up_rises_evenly_and_never_starts_at_zero() -> None:
@@ -58,3 +62,24 @@ def test_cosine_is_half_way_in_the_middle() -> None:
 
 def test_a_warm_up_longer_than_the_run() -> None:
     assert max(rates(warmup_steps=100)) < 0.1
+
+
+def test_samples_of_similar_length_share_a_step() -> None:
+    train = section(steps=None, epochs=1, batch_size=2, gradient_accumulation=2, group_by_length=True)
+    lengths = [place * 7 % 41 for place in range(41)]
+    steps = [flat(step) for step in step_batches(lengths, train=train, seed=0)]
+    assert sorted(place for step in steps for place in step) == list(range(41))
+    assert max(max(lengths[p] for p in step) - min(lengths[p] for p in step) for step in steps) == 3
+    firsts = [lengths[step[0]] for step in steps[:-1]]
+    assert firsts != sorted(firsts)
+    assert firsts != sorted(firsts, reverse=True)
+    assert steps == [
+        [place for batch in step for place in batch] for step in step_batches(lengths, train=train, seed=0)
+    ]
+
+
+def test_grouping_by_length_is_an_order_of_its_own_in_each_epoch() -> None:
+    train = section(steps=None, epochs=2, batch_size=4, group_by_length=True)
+    steps = [step[0] for step in step_batches(list(range(40)), train=train, seed=0)]
+    assert steps[:10] != steps[10:]
+    assert sorted(map(sorted, steps[:10])) == sorted(map(sorted, steps[10:]))

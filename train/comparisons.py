@@ -7,13 +7,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from adapterhub.errors import DatasetError
+from train.conversation import Conversation, listed, messages_of
 from train.data import ChatTokenizer, Sample, check_has_template, check_rendered, split, tokenize
-from train.formats import Conversation, listed, messages_of
+from train.formats import OnFault, hh_rlhf_turns
 from train.recipe import PreferenceMethod
+from train.rows import Rows
 
 _CUT = "replies were cut at max_length = {max_length} tokens"
 _UNTRAINED = "comparisons have nothing to compare after the cut and were left out"
@@ -83,17 +84,18 @@ class _Line:
 
 
 def read_comparisons(
-    path: Path, tokenizer: ChatTokenizer, *, method: PreferenceMethod, held_out: float, max_length: int, seed: int
-) -> Comparisons:
-    """TRL's conversational JSONL: `prompt` with `chosen` and `rejected` (lists of messages) a line, or, for KTO,
-    with `completion` and `label`. KTO reads pairs too, as two labelled replies.
+    rows: Rows, tokenizer: ChatTokenizer, *, name: str, method: PreferenceMethod, held_out: float, max_length: int,
+    seed: int, on_fault: OnFault = "stop",
+) -> Comparisons:  # fmt: skip
+    """Rows of TRL's kinds: `prompt` with `chosen` and `rejected` (lists of messages, or texts), or, for KTO, with
+    `completion` and `label`. Without a prompt it is what both replies begin with; hh-rlhf's dialogues are such rows.
+    KTO reads pairs too, as two labelled replies.
 
     The split is by question, as for conversations. Raises DatasetError with file and line of each fault.
     """
     check_has_template(tokenizer)
-    lines = _read_lines(path, method)
+    lines, notes = _read_lines(rows, name, method, on_fault)
     distinct = list({(line.reply.messages, _messages(line.rejected), line.label): line for line in lines}.values())
-    notes = []
     if dropped := len(lines) - len(distinct):
         notes.append(f"{dropped} lines repeat another one: left out")
     by_place = {line.reply.where: line for line in distinct}
@@ -102,7 +104,6 @@ def read_comparisons(
     train, measured = (
         _tokenize_all([by_place[reply.where] for reply in side], tokenizer, method, max_length, found) for side in sides
     )
-    name = path.name
     if method == "kto":
         labelled = tuple(item for item in train if isinstance(item, Labelled))
         _check_both_sides(labelled, name)
@@ -117,53 +118,68 @@ def _messages(conversation: Conversation | None) -> Any:
     return None if conversation is None else conversation.messages
 
 
-def _read_lines(path: Path, method: PreferenceMethod) -> list[_Line]:
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} cannot be read as a data set ({error}): expected a UTF-8 JSONL file.") from error
+def _read_lines(
+    rows: Rows, name: str, method: PreferenceMethod, on_fault: OnFault
+) -> tuple[list[_Line], list[str]]:  # fmt: skip
     lines: list[_Line] = []
-    faults = []
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            continue
-        where = f"{path.name}:{number}"
+    faults = list(rows.faults)
+    for row in rows.rows:
         try:
-            lines += _parse(text, where, method)
+            lines += _parse(row.value, row.where, method)
         except ValueError as error:
-            faults.append(f"{where}: {error}")
-    if faults:
-        raise DatasetError(f"{path} has {listed(faults)}. Correct these lines, or leave them out.")
+            faults.append(f"{row.where}: {error}")
+    if faults and on_fault == "stop":
+        raise DatasetError(
+            f'{name} has {listed(faults)}. Correct these rows, or leave them out with on_fault = "skip".'
+        )
     if not lines:
         expected = '"completion" and "label"' if method == "kto" else '"chosen" and "rejected"'
-        raise DatasetError(f'{path} holds no comparison: expected an object with "prompt", {expected} a line.')
-    return lines
+        raise DatasetError(f'{name} holds no comparison: expected "prompt", {expected} in each row.')
+    return lines, [f"left out {listed(faults)}"] if faults else []
 
 
-def _parse(text: str, where: str, method: PreferenceMethod) -> Iterable[_Line]:
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise ValueError("not an object")
+def _parse(raw: dict[str, Any], where: str, method: PreferenceMethod) -> Iterable[_Line]:
     if "completion" in raw and method == "kto":
         if not isinstance(raw.get("label"), bool):
             raise ValueError(f'"label" is {raw.get("label")!r}, expected true or false')
-        return [_Line(_joined(raw, "completion", where), label=raw["label"])]
-    chosen, rejected = _joined(raw, "chosen", where), _joined(raw, "rejected", where)
-    if chosen.messages == rejected.messages:
+        return [_Line(Conversation(messages_of([*_prompt(raw), *_said(raw, "completion")]), where), label=raw["label"])]
+    chosen, rejected = (messages_of(turns) for turns in _both(raw))
+    if chosen == rejected:
         raise ValueError("chosen and rejected are the same")
+    if chosen[:-1] != rejected[:-1]:
+        raise ValueError("chosen and rejected are no replies to the same prompt")
+    better, worse = Conversation(chosen, where), Conversation(rejected, where)
     if method == "kto":
-        return [_Line(_at(chosen, "a")), _Line(_at(rejected, "b"), label=False)]
-    return [_Line(chosen, rejected=rejected)]
+        return [_Line(_at(better, "a")), _Line(_at(worse, "b"), label=False)]
+    return [_Line(better, rejected=worse)]
 
 
-def _joined(raw: dict[str, Any], key: str, where: str) -> Conversation:
-    for name in ("prompt", key):
-        if not isinstance(raw.get(name), list):
-            raise ValueError(f'no list of messages "{name}"')
-    return Conversation(messages_of([*raw["prompt"], *raw[key]]), where)
+def _both(raw: dict[str, Any]) -> list[list[Any]]:
+    """All messages of the chosen and of the rejected dialogue."""
+    if "prompt" in raw:
+        prompt = _prompt(raw)
+        return [[*prompt, *_said(raw, key)] for key in ("chosen", "rejected")]
+    if isinstance(raw.get("chosen"), str) and isinstance(raw.get("rejected"), str):
+        return [hh_rlhf_turns(raw[key]) for key in ("chosen", "rejected")]
+    return [_said(raw, key) for key in ("chosen", "rejected")]
+
+
+def _prompt(raw: dict[str, Any]) -> list[Any]:
+    prompt = raw.get("prompt")
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        raise ValueError('no list of messages "prompt"')
+    return prompt
+
+
+def _said(raw: dict[str, Any], key: str) -> list[Any]:
+    said = raw.get(key)
+    if isinstance(said, str):
+        return [{"role": "assistant", "content": said}]
+    if not isinstance(said, list):
+        raise ValueError(f'no list of messages "{key}"')
+    return said
 
 
 def _at(conversation: Conversation, part: str) -> Conversation:

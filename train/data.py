@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from adapterhub.errors import DatasetError
-from train.formats import Conversation, Source, listed, read_chatterbot, read_jsonl, read_shipped
-from train.recipe import ChatterbotData, LossOn, Recipe, ShippedData
+from train.conversation import Conversation, Example, Source, Text, listed
+from train.recipe import LossOn
 
 _CUT = "samples were cut at max_length = {max_length} tokens"
 _UNTRAINED = "samples have no trained token left and were left out"
@@ -66,22 +65,15 @@ class ChatTokenizer(Protocol):
 
     chat_template: Any
     bos_token_id: int | None
+    eos_token_id: int | None
     all_special_ids: list[int]
     added_tokens_decoder: dict[int, Any]
+
+    def __call__(self, text: str, **kwargs: Any) -> Any: ...
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
     def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
-
-
-def read_source(recipe: Recipe) -> Source:
-    """The conversations the recipe's [data] names. Raises DatasetError."""
-    data = recipe.data
-    if isinstance(data, ChatterbotData):
-        return read_chatterbot(data.topic)
-    if isinstance(data, ShippedData):
-        return read_shipped(data.name)
-    return read_jsonl(recipe.folder / Path(data.path).expanduser(), name=Path(data.path).name)
 
 
 def prepare(
@@ -92,19 +84,22 @@ def prepare(
     max_length: int,
     loss_on: LossOn,
     seed: int,
+    stop: Sequence[str] = (),
 ) -> TokenData:
     """Drop duplicates, split by question, tokenize. `held_out` is a fraction below 1, else a count of questions.
 
-    Raises DatasetError for a split that leaves nothing to train on, conversations the chat template cannot
-    render turn by turn, and data with no trained token.
+    `stop` are strings that end an answer under the chat template. Raises DatasetError for a split that leaves nothing
+    to train on, conversations the chat template cannot render turn by turn, and data with no trained token.
     """
-    distinct = drop_duplicates(source.conversations)
+    if loss_on != "all" and any(isinstance(example, Text) for example in source.examples):
+        raise DatasetError(f'{source.name} is plain text, which has no answers: set loss_on = "all" in [train].')
+    distinct = drop_duplicates(source.examples)
     sides = split(distinct, held_out=held_out, seed=seed)
     notes = [*source.notes]
-    if dropped := len(source.conversations) - len(distinct):
+    if dropped := len(source.examples) - len(distinct):
         notes.append(f"{dropped} conversations ask what another one asks: left out before the split")
     found = Counter[str]()
-    train, measured = (_tokenize_all(side, tokenizer, loss_on, max_length, found) for side in sides)
+    train, measured = (_tokenize_all(side, tokenizer, loss_on, max_length, stop, found) for side in sides)
     if not train:
         raise DatasetError(
             f"{source.name}: no sample has a trained token (max_length = {max_length}): raise max_length, or check "
@@ -114,74 +109,94 @@ def prepare(
     return TokenData(source.name, train, measured, tuple(notes), found[_CUT], found[_UNTRAINED])
 
 
-def drop_duplicates(conversations: Iterable[Conversation]) -> list[Conversation]:
-    """The first conversation of each distinct text of system and user, letter case and punctuation aside."""
-    first: dict[str, Conversation] = {}
-    for conversation in conversations:
-        asked = (message.content for message in conversation.messages if message.role != "assistant")
-        first.setdefault("\n".join(map(_normalised, asked)), conversation)
+def drop_duplicates(examples: Iterable[Example]) -> list[Example]:
+    """The first example of each distinct text of system and user, letter case and punctuation aside."""
+    first: dict[str, Example] = {}
+    for example in examples:
+        first.setdefault("\n".join(map(_normalised, _asked(example))), example)
     return list(first.values())
 
 
-def split(
-    conversations: list[Conversation], *, held_out: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
+def split(examples: Sequence[Example], *, held_out: float, seed: int) -> tuple[list[Example], list[Example]]:
     """(to train on, held out). The order of sha256(seed, first question) decides, whatever the order of the file.
 
     Conversations that open with the same question stay on one side. Raises DatasetError when nothing is left.
     """
-    openings = {conversation.where: _opening(conversation) for conversation in conversations}
-    questions = sorted(set(openings.values()), key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
+    openings = [_opening(example) for example in examples]
+    questions = sorted(set(openings), key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
     count = round(held_out * len(questions)) if held_out < 1 else int(held_out)
     if count >= len(questions):
         raise DatasetError(
             f"held_out = {held_out:g} leaves nothing to train on: the data has {len(questions)} distinct questions."
         )
     measured = set(questions[:count])
-    train = [conversation for conversation in conversations if openings[conversation.where] not in measured]
-    return train, [conversation for conversation in conversations if openings[conversation.where] in measured]
+    sides: tuple[list[Example], list[Example]] = [], []
+    for example, opening in zip(examples, openings, strict=True):
+        sides[opening in measured].append(example)
+    return sides
 
 
-def tokenize(conversation: Conversation, tokenizer: ChatTokenizer, *, loss_on: LossOn) -> Sample:
-    """Render with the base's chat template and mark the trained tokens.
+def tokenize(
+    conversation: Conversation, tokenizer: ChatTokenizer, *, loss_on: LossOn, stop: Sequence[str] = ()
+) -> Sample:
+    """Render with the chat template and mark the trained tokens.
 
-    The prompt of an assistant turn (all before it, and the template's opening of an answer) must be a prefix
-    of the rendering with the turn: what follows it, up to and including the end-of-turn token, is trained.
-    So the mark needs no knowledge of the template. Raises ValueError when the template is not like that.
+    The prompt of an answer (all before it, and the template's opening of an answer) must be a prefix of the whole,
+    token for token: what follows it, up to and including the answer's end, is trained. So the mark needs no knowledge
+    of the template. The end is a special token, or, under a template that ends only the last answer with one, the
+    stop string after it. Raises ValueError when the template is not like that.
     """
     messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
-    tokens: list[int] = []
-    trained: list[bool] = []
-    for place, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _render(tokenizer, messages[:place], is_prompt=True)
-        whole = _render(tokenizer, messages[: place + 1], is_prompt=False)
-        _check_prefix(tokens, prompt, f"the text up to message {place} is not the start of what follows it")
-        _check_prefix(prompt, whole, f"the prompt for message {place + 1} is not the start of prompt and answer")
-        end = _end_of_turn(whole, len(prompt), tokenizer)
-        trained += [False] * (len(prompt) - len(trained)) + [True] * (end - len(prompt))
-        trained += [False] * (len(whole) - end)
-        tokens = whole
+    tokens = _render(tokenizer, messages, is_prompt=False)
     if tokens[:2] == [tokenizer.bos_token_id] * 2:
         raise ValueError("the chat template renders the beginning-of-text token twice")
     if loss_on == "all":
-        trained = [True] * len(tokens)
-    elif loss_on == "last":
-        trained = [mark and place >= len(prompt) for place, mark in enumerate(trained)]
+        _end_of_turn(tokens, 1, tokenizer)
+        return Sample(tuple(tokens), (False, *[True] * (len(tokens) - 1)))
+    trained = [False] * len(tokens)
+    for place, message in enumerate(messages):
+        is_last = place == len(messages) - 1
+        if message["role"] != "assistant" or (loss_on == "last" and not is_last):
+            continue
+        so_far = tokens
+        if not is_last and not stop:
+            so_far = _render(tokenizer, messages[: place + 1], is_prompt=False)
+            _check_prefix(so_far, tokens, f"the text up to message {place + 1} is not the start of what follows it")
+        prompt = _render(tokenizer, messages[:place], is_prompt=True)
+        _check_prefix(prompt, so_far, f"the prompt for message {place + 1} is not the start of prompt and answer")
+        if is_last or not stop:
+            end = _end_of_turn(so_far, len(prompt), tokenizer)
+        else:
+            end = _end_at_stop(messages, place, tokens, len(prompt), tokenizer, stop)
+        trained[len(prompt) : end] = [True] * (end - len(prompt))
     return Sample(tuple(tokens), (False, *trained[1:]))
 
 
+def tokenize_text(text: Text, tokenizer: ChatTokenizer, *, length: int) -> list[Sample]:
+    """A text with its beginning and its end, all of it trained, in pieces of `length` tokens. Raises ValueError."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the base's tokenizer has no end of text, so the model would never stop")
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    tokens = (*first, *tokenizer(text.content, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    pieces = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+    return [Sample(piece, (False, *[True] * (len(piece) - 1))) for piece in pieces if len(piece) > 1]
+
+
 def _tokenize_all(
-    conversations: list[Conversation], tokenizer: ChatTokenizer, loss_on: LossOn, max_length: int, found: Counter[str]
-) -> tuple[Sample, ...]:
+    examples: Sequence[Example], tokenizer: ChatTokenizer, loss_on: LossOn, max_length: int, stop: Sequence[str],
+    found: Counter[str],
+) -> tuple[Sample, ...]:  # fmt: skip
     check_has_template(tokenizer)
-    samples, faults = [], []
-    for conversation in conversations:
+    samples: list[Sample] = []
+    faults = []
+    for example in examples:
         try:
-            sample = tokenize(conversation, tokenizer, loss_on=loss_on)
+            if isinstance(example, Text):
+                samples += tokenize_text(example, tokenizer, length=max_length)
+                continue
+            sample = tokenize(example, tokenizer, loss_on=loss_on, stop=stop)
         except ValueError as error:
-            faults.append(f"{conversation.where}: {error}")
+            faults.append(f"{example.where}: {error}")
             continue
         if len(sample.tokens) > max_length:
             found[_CUT] += 1
@@ -197,15 +212,18 @@ def _tokenize_all(
 def check_has_template(tokenizer: ChatTokenizer) -> None:
     """Raises DatasetError."""
     if not tokenizer.chat_template:
-        raise DatasetError("the base has no chat template: use an instruction-tuned base (its name often says so).")
+        raise DatasetError(
+            'the base has no chat template: set template in [data] ("guanaco", "alpaca", or a .jinja file), or use an '
+            "instruction-tuned base."
+        )
 
 
 def check_rendered(faults: list[str]) -> None:
     """Raises DatasetError with what the chat template could not render."""
     if faults:
         raise DatasetError(
-            f"the base's chat template cannot render this data turn by turn, {listed(faults)}. "
-            "Give each conversation one answer only, or use another base."
+            f"the chat template cannot render this data turn by turn, {listed(faults)}. "
+            'Set loss_on = "last", give each conversation one answer only, or use another template.'
         )
 
 
@@ -228,6 +246,24 @@ def special_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
+def _end_at_stop(
+    messages: Sequence[dict[str, str]], place: int, tokens: list[int], start: int, tokenizer: ChatTokenizer,
+    stop: Sequence[str],
+) -> int:  # fmt: skip
+    """Index after the stop string that follows answer `place`, whose first token is `start`."""
+    text = str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if list(encoded["input_ids"]) != tokens:
+        raise ValueError("the chat template's text has other tokens than its own")
+    offsets = encoded["offset_mapping"]
+    answer = messages[place]["content"].strip()
+    begin = text.find(answer, offsets[start][0])
+    ends = [at + len(one) for one in stop if begin >= 0 and (at := text.find(one, begin + len(answer))) >= 0]
+    if not ends:
+        raise ValueError(f"the chat template puts none of {', '.join(map(repr, stop))} after message {place + 1}")
+    return next((at for at, (first, _) in enumerate(offsets) if first >= min(ends)), len(tokens))
+
+
 def _end_of_turn(whole: list[int], start: int, tokenizer: ChatTokenizer) -> int:
     """Index after the turn's last special token; only white space may follow it."""
     special = special_ids(tokenizer)
@@ -239,8 +275,17 @@ def _end_of_turn(whole: list[int], start: int, tokenizer: ChatTokenizer) -> int:
     raise ValueError("the chat template ends an answer with no special token, so the model would never stop")
 
 
-def _opening(conversation: Conversation) -> str:
-    return next(_normalised(message.content) for message in conversation.messages if message.role == "user")
+def _asked(example: Example) -> Iterator[str]:
+    if isinstance(example, Text):
+        yield example.content
+    else:
+        yield from (message.content for message in example.messages if message.role != "assistant")
+
+
+def _opening(example: Example) -> str:
+    if isinstance(example, Text):
+        return _normalised(example.content)
+    return next(_normalised(message.content) for message in example.messages if message.role == "user")
 
 
 def _normalised(text: str) -> str:

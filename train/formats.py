@@ -1,172 +1,275 @@
-"""Data sets as conversations: JSONL files, the shipped sets and the chatterbot corpus. Knows nothing of tokens."""
+"""What a row of each known data format says, and which format rows are in. Reads no file and knows no tokens."""
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files as package_files
-from importlib.resources.abc import Traversable
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from adapterhub.errors import DatasetError
+from train.conversation import Conversation, Example, Message, Role, Source, Text, listed, messages_of
+from train.oasst import top_ranked, trees_of
+from train.rows import Row, Rows
 
-Role = Literal["system", "user", "assistant"]
-MAX_FAULTS_SHOWN = 10
+FormatName = Literal[
+    "chat", "chatml", "sharegpt", "vicuna", "alpaca", "oasst1", "guanaco", "chip2", "self-instruct", "hh-rlhf",
+    "longform", "unnatural-instructions", "text",
+]  # fmt: skip
+OnFault = Literal["stop", "skip"]
 
-
-@dataclass(frozen=True)
-class Message:
-    role: Role
-    content: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """An optional system message, then user and assistant in turn, the assistant last; `where` is file:line."""
-
-    messages: tuple[Message, ...]
-    where: str
+_Read = tuple[Message, ...] | str
+"""one conversation, or a text"""
 
 
 @dataclass(frozen=True)
-class Source:
-    """What was read: a name for people, the conversations, and what was left out (in words)."""
+class Format:
+    """`keys` are those a row must have; `read` gives the conversations of one, or raises ValueError."""
 
-    name: str
-    conversations: tuple[Conversation, ...]
-    notes: tuple[str, ...] = ()
+    keys: tuple[str, ...]
+    read: Callable[[dict[str, Any]], list[_Read]]
 
 
-def read_jsonl(path: Path | Traversable, *, name: str) -> Source:
-    """One `{"messages": [{"role": ..., "content": ...}, ...]}` a line; blank lines and other keys are ignored.
+def examples_of(read: Rows, *, name: str, format: FormatName | None, on_fault: OnFault = "stop") -> Source:
+    """What the rows say, in the given format or in the one their first row shows.
 
-    Raises DatasetError when the file cannot be read or holds no conversation, or with the first ten faults
-    (file:line each) and a count of the rest.
+    Raises DatasetError when there is nothing, the format cannot be told, or with the first ten faults (file:line
+    each) and a count of the rest; with `on_fault` skip such rows are left out, and counted in the notes.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} cannot be read as a data set ({error}): expected a UTF-8 JSONL file.") from error
-    conversations, faults = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name}:{number}"
+    rows, faults = list(read.rows), list(read.faults)
+    if rows:
+        found = format or detect(rows[0], name)
+        if found == "oasst1":
+            rows, of_trees = trees_of(rows)
+            faults += of_trees
+    num_empty = 0
+    examples: list[Example] = []
+    for row in rows:
         try:
-            conversations.append(Conversation(_messages_of_line(line), where))
+            said = _read_row(row.value, FORMATS[found])
         except ValueError as error:
-            faults.append(f"{where}: {error}")
-    if faults:
-        raise DatasetError(f"{path} has {listed(faults)}. Correct these lines, or leave them out.")
-    if not conversations:
-        raise DatasetError(f'{path} holds no conversation: expected one {{"messages": [...]}} a line.')
-    return Source(name, tuple(conversations))
-
-
-def read_shipped(name: str) -> Source:
-    """A data set that comes with adapterhub (`train/datasets/<name>.jsonl`). Raises DatasetError with the names."""
-    folder = package_files("train") / "datasets"
-    names = _stems(folder, ".jsonl")
-    if name not in names:
-        raise DatasetError(f"no shipped data set is called {name!r}: {_nearest(name, names)}.")
-    return read_jsonl(folder / f"{name}.jsonl", name=name)
-
-
-def read_chatterbot(topic: str) -> Source:
-    """A topic of the English chatterbot corpus, one question and its first answer per entry.
-
-    Longer entries hold alternative answers in one topic and later turns in another, and nothing tells which,
-    so only the first answer counts. Raises DatasetError for an unknown topic, with the nearest names, and
-    when the package is not installed.
-    """
-    folder = _chatterbot_folder()
-    topics = _stems(folder, ".yml")
-    if topic not in topics:
-        raise DatasetError(f"the chatterbot corpus has no topic {topic!r}: {_nearest(topic, topics)}.")
-    import yaml
-
-    try:
-        entries = yaml.safe_load((folder / f"{topic}.yml").read_text(encoding="utf-8"))["conversations"]
-    except (yaml.YAMLError, TypeError, KeyError) as error:
-        raise DatasetError(f"{topic}.yml of the chatterbot corpus is damaged ({error!r}): install it again.") from error
-    name = f"chatterbot {topic}"
-    conversations = []
-    for number, entry in enumerate(entries, start=1):
-        if isinstance(entry, list) and len(entry) >= 2 and all(str(text).strip() for text in entry[:2]):
-            question, answer = (str(text).strip() for text in entry[:2])
-            messages = (Message("user", question), Message("assistant", answer))
-            conversations.append(Conversation(messages, f"{topic}.yml entry {number}"))
-    left_out = len(entries) - len(conversations)
-    notes = (f"{left_out} of {len(entries)} entries are no question and answer: left out",) if left_out else ()
-    return Source(name, tuple(conversations), notes)
-
-
-def listed(faults: list[str]) -> str:
-    """`3 faults: a; b; c`, ten at most, the rest counted."""
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    rest = len(faults) - MAX_FAULTS_SHOWN
-    return f"{count}: " + "; ".join(faults[:MAX_FAULTS_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
-
-
-def _chatterbot_folder() -> Traversable:
-    try:
-        return package_files("chatterbot_corpus") / "data" / "english"
-    except ModuleNotFoundError as error:
+            faults.append(f"{row.where}: {error}")
+            continue
+        num_empty += not said
+        for number, one in enumerate(said, start=1):
+            where = row.where if len(said) == 1 else f"{row.where}#{number}"
+            examples.append(Text(one, where) if isinstance(one, str) else Conversation(one, where))
+    if faults and on_fault == "stop":
         raise DatasetError(
-            "the chatterbot corpus is not installed: run `pip install chatterbot-corpus`, or use another data source."
-        ) from error
+            f'{name} has {listed(faults)}. Correct these rows, or leave them out with on_fault = "skip".'
+        )
+    if not examples:
+        why = f"; {listed(faults)}" if faults else ""
+        raise DatasetError(f"{name} holds no conversation in {len(read.rows)} rows{why}.")
+    notes = [f"left out {listed(faults)}"] if faults else []
+    if num_empty:
+        notes.append(f"{num_empty} rows hold no answer: left out")
+    return Source(name, tuple(examples), tuple(notes))
 
 
-def _stems(folder: Traversable, suffix: str) -> list[str]:
-    return sorted(item.name.removesuffix(suffix) for item in folder.iterdir() if item.name.endswith(suffix))
+def detect(row: Row, name: str) -> FormatName:
+    """The one format whose keys the row has, told by its text where several share them. Raises DatasetError."""
+    value = row.value
+    for keys, found in _BY_KEYS:
+        if all(key in value for key in keys):
+            return found
+    if isinstance(text := value.get("text"), str):
+        return next((found for mark, found in _BY_TEXT if re.search(mark, text)), "text")
+    raise DatasetError(
+        f"{name}: the format of {row.where} cannot be told from its keys ({', '.join(map(str, value)) or 'none'}): say "
+        f"format = one of {', '.join(FORMATS)} in [data], or rename the keys."
+    )
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
+def alpaca_input(instruction: str, given: str) -> str:
+    """The question of an Alpaca row, with its input under the heading of Alpaca's own prompt."""
+    return f"{instruction}\n\n### Input:\n{given}" if given.strip() else instruction
 
 
-def _messages_of_line(line: str) -> tuple[Message, ...]:
-    """Raises ValueError saying what is wrong with the line."""
-    try:
-        raw = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("messages"), list):
-        raise ValueError('no list "messages"')
-    return messages_of(raw["messages"])
+def turns_of(text: str, mark: str, roles: dict[str, Role]) -> list[dict[str, str]]:
+    """`role` and `content` of what follows each match of `mark`, whose first group names who speaks.
+
+    Text before the first mark is a system message. Raises ValueError when there is no mark.
+    """
+    found = list(re.finditer(mark, text))
+    if not found:
+        raise ValueError(f"no turn that begins with {' or '.join(roles)}")
+    turns = []
+    if before := text[: found[0].start()].strip():
+        turns.append({"role": "system", "content": before})
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    for match, end in zip(found, ends, strict=True):
+        turns.append({"role": roles[match.group(1)], "content": text[match.end() : end].strip()})
+    return turns
 
 
-def messages_of(raw: list[Any]) -> tuple[Message, ...]:
-    """Raises ValueError saying which message is wrong."""
-    messages = tuple(_message(number, item) for number, item in enumerate(raw, start=1))
-    _check_order([message.role for message in messages])
-    return messages
+def hh_rlhf_turns(text: str) -> list[dict[str, str]]:
+    """Of Anthropic's dialogues. Raises ValueError."""
+    return turns_of(text, r"(?:^|\n\n)(Human|Assistant):", {"Human": "user", "Assistant": "assistant"})
 
 
-def _message(number: int, raw: Any) -> Message:
-    if not isinstance(raw, dict) or raw.get("role") not in get_args(Role):
-        role = repr(raw.get("role")) if isinstance(raw, dict) else "no object"
-        raise ValueError(f"message {number} has role {role}, expected system, user or assistant")
-    content = raw.get("content")
-    if not isinstance(content, str) or not content.strip():
-        raise ValueError(f"message {number} ({raw['role']}) has no text")
-    return Message(raw["role"], content)
+def _read_row(value: dict[str, Any], format: Format) -> list[_Read]:
+    if missing := [key for key in format.keys if key not in value]:
+        raise ValueError(f"no {' and no '.join(map(repr, missing))}")
+    return format.read(value)
 
 
-def _check_order(roles: list[Role]) -> None:
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    for place, (found, expected) in enumerate(zip(turns, _turns(), strict=False), start=1 + len(roles) - len(turns)):
-        if found != expected:
-            raise ValueError(f"message {place} is of the {found}, expected the {expected}")
-    if not turns or turns[-1] != "assistant":
-        raise ValueError("no answer of the assistant at the end")
+def _text_of(value: dict[str, Any], key: str, *, may_be_empty: bool = False) -> str:
+    found = value.get(key)
+    if may_be_empty and found is None:
+        return ""
+    if not isinstance(found, str):
+        raise ValueError(f"{key!r} is no text")
+    if not found.strip() and not may_be_empty:
+        raise ValueError(f"{key!r} is empty")
+    return found
 
 
-def _turns() -> Iterator[Role]:
-    while True:
-        yield "user"
-        yield "assistant"
+def _asked(question: str, answer: str) -> tuple[Message, ...]:
+    return Message("user", question), Message("assistant", answer)
+
+
+def _without_last_question(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Guanaco's and hh-rlhf's rows may end with a question nobody answered."""
+    return turns[:-1] if turns and turns[-1]["role"] == "user" else turns
+
+
+def _chat(value: dict[str, Any]) -> list[_Read]:
+    if not isinstance(value["messages"], list):
+        raise ValueError("no list 'messages'")
+    return [messages_of(value["messages"])]
+
+
+def _chatml(value: dict[str, Any]) -> list[_Read]:
+    text = _text_of(value, "text")
+    turns = re.findall(r"<\|im_start\|>\s*(\w+)\n(.*?)<\|im_end\|>", text, re.DOTALL)
+    rest = re.sub(r"<\|im_start\|>\s*\w+\n.*?<\|im_end\|>", "", text, flags=re.DOTALL).strip()
+    if rest:
+        raise ValueError(f"text outside of turns: {rest[:40]!r}")
+    return [messages_of([{"role": role, "content": content.strip()} for role, content in turns])]
+
+
+_SHAREGPT_ROLES: dict[str, Role] = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+}  # fmt: skip
+
+
+def _sharegpt(value: dict[str, Any]) -> list[_Read]:
+    return [messages_of(_from_value(value), roles=_SHAREGPT_ROLES)]
+
+
+def _vicuna(value: dict[str, Any]) -> list[_Read]:
+    """ShareGPT's, cleaned as for Vicuna: what comes before the first and after the last question's answer is cut."""
+    turns = _from_value(value)
+    roles = [_SHAREGPT_ROLES.get(str(turn["role"])) for turn in turns]
+    if "user" not in roles:
+        return []
+    start = roles.index("user")
+    end = max((place + 1 for place, role in enumerate(roles) if role == "assistant"), default=0)
+    kept = [*([turns[0]] if roles[0] == "system" else []), *turns[start:end]]
+    return [messages_of(kept, roles=_SHAREGPT_ROLES)] if end > start else []
+
+
+def _from_value(value: dict[str, Any]) -> list[dict[str, Any]]:
+    turns = value["conversations"]
+    if not isinstance(turns, list):
+        raise ValueError("no list 'conversations'")
+    if strange := [number for number, turn in enumerate(turns, start=1) if not isinstance(turn, dict)]:
+        raise ValueError(f"message {strange[0]} is no object")
+    return [{"role": turn.get("from"), "content": turn.get("value")} for turn in turns]
+
+
+def _alpaca(value: dict[str, Any]) -> list[_Read]:
+    given = _text_of(value, "input", may_be_empty=True)
+    return [_asked(alpaca_input(_text_of(value, "instruction"), given), _text_of(value, "output"))]
+
+
+def _oasst1(value: dict[str, Any]) -> list[_Read]:
+    path = top_ranked(value)
+    return [path] if path else []
+
+
+def _guanaco(value: dict[str, Any]) -> list[_Read]:
+    roles: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+    turns = _without_last_question(turns_of(_text_of(value, "text"), r"### (Human|Assistant):", roles))
+    return [messages_of(turns)] if turns else []
+
+
+def _chip2(value: dict[str, Any]) -> list[_Read]:
+    turns = turns_of(_text_of(value, "text"), r"<(human|bot)>:", {"human": "user", "bot": "assistant"})
+    return [messages_of(turns)]
+
+
+def _self_instruct(value: dict[str, Any]) -> list[_Read]:
+    # The published completions carry GPT-3's end of text.
+    answer = _text_of(value, "completion").strip().removesuffix("<|endoftext|>").strip()
+    if not answer:
+        raise ValueError("'completion' is empty")
+    return [_asked(_text_of(value, "prompt").strip(), answer)]
+
+
+def _hh_rlhf(value: dict[str, Any]) -> list[_Read]:
+    return [messages_of(hh_rlhf_turns(_text_of(value, "chosen")))]
+
+
+def _longform(value: dict[str, Any]) -> list[_Read]:
+    return [_asked(_text_of(value, "input"), _text_of(value, "output"))]
+
+
+def _unnatural(value: dict[str, Any]) -> list[_Read]:
+    """Every instance, and those of the reformulated instructions in the full set (arXiv 2212.09689)."""
+    instances = [*_list_of(value, "instances"), *_list_of(value, "reformulations")]
+    if strange := [number for number, one in enumerate(instances, start=1) if not isinstance(one, dict)]:
+        raise ValueError(f"instance {strange[0]} is no object")
+    return [_asked(_text_of(one, "instruction_with_input"), _text_of(one, "output")) for one in instances]
+
+
+def _list_of(value: dict[str, Any], key: str) -> list[Any]:
+    found = value.get(key) or []
+    if isinstance(found, str):  # a column of a table
+        try:
+            found = json.loads(found)
+        except ValueError as error:
+            raise ValueError(f"{key!r} is no JSON list ({error})") from error
+    if not isinstance(found, list):
+        raise ValueError(f"{key!r} is no list")
+    return found
+
+
+def _plain(value: dict[str, Any]) -> list[_Read]:
+    return [_text_of(value, "text")]
+
+
+FORMATS: dict[FormatName, Format] = {
+    "chat": Format(("messages",), _chat),
+    "chatml": Format(("text",), _chatml),
+    "sharegpt": Format(("conversations",), _sharegpt),
+    "vicuna": Format(("conversations",), _vicuna),
+    "alpaca": Format(("instruction", "output"), _alpaca),
+    "oasst1": Format(("prompt",), _oasst1),
+    "guanaco": Format(("text",), _guanaco),
+    "chip2": Format(("text",), _chip2),
+    "self-instruct": Format(("prompt", "completion"), _self_instruct),
+    "hh-rlhf": Format(("chosen",), _hh_rlhf),
+    "longform": Format(("input", "output"), _longform),
+    "unnatural-instructions": Format(("instances",), _unnatural),
+    "text": Format(("text",), _plain),
+}
+
+_BY_KEYS: Sequence[tuple[tuple[str, ...], FormatName]] = (
+    (("messages",), "chat"),
+    (("conversations",), "sharegpt"),
+    (("message_id", "parent_id", "role"), "oasst1"),
+    (("message_tree_id", "prompt"), "oasst1"),
+    (("instruction", "instances"), "unnatural-instructions"),
+    (("instruction", "output"), "alpaca"),
+    (("chosen", "rejected"), "hh-rlhf"),
+    (("prompt", "completion"), "self-instruct"),
+    (("input", "output"), "longform"),
+)
+_BY_TEXT: Sequence[tuple[str, FormatName]] = (
+    (r"<\|im_start\|>", "chatml"),
+    (r"^\s*### Human:", "guanaco"),
+    (r"^\s*<human>:", "chip2"),
+)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -10,48 +11,73 @@ from transformers import AutoTokenizer
 from adapterhub.adapter import Adapter
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import BaseNotFound, RecipeError
-from adapterhub.package import TEMPLATE_NAME, check_base
+from adapterhub.package import check_base
+from train.chat_template import chat_template_of
 from train.comparisons import read_comparisons
-from train.data import prepare, read_source
+from train.data import prepare
 from train.lora import lora_of
 from train.objective import Answers, Objective
 from train.preference_objective import preference_objective
-from train.recipe import FileData, Recipe
+from train.recipe import Recipe, RowData
+from train.sources import read_source, rows_of
 
 
-def load_objective(recipe: Recipe, tokenizer: Any) -> Objective:
-    """The recipe's data as tokens, and what to do with it; seconds, no weights. Raises DatasetError."""
-    if recipe.preference and isinstance(recipe.data, FileData):
-        comparisons = read_comparisons(
-            recipe.folder / Path(recipe.data.path).expanduser(),
-            tokenizer,
-            method=recipe.preference.method,
-            held_out=recipe.data.held_out,
-            max_length=recipe.data.max_length,
-            seed=recipe.seed,
-        )
-        return preference_objective(comparisons, recipe.preference)
-    data = prepare(
-        read_source(recipe),
-        tokenizer,
-        held_out=recipe.data.held_out,
-        max_length=recipe.data.max_length,
-        loss_on=recipe.train.loss_on,
-        seed=recipe.seed,
-    )
-    return Answers(data)
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run reads before it loads the base."""
+
+    objective: Objective
+    tokenizer: Any
+    """with the chat template of the run"""
+    stop: tuple[str, ...]
+    """strings that end an answer under that template"""
 
 
-def load_tokenizer(base: StoredBase, *, start: Adapter | None) -> Any:
-    """The base's tokenizer, with the chat template of the adapter to go on from. Raises BaseNotFound."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path)
-    except (OSError, ValueError) as error:
-        raise BaseNotFound(f"{base.path} has no tokenizer that can be loaded: {error}") from error
+def load_inputs(recipe: Recipe, base: StoredBase, *, start: Adapter | None) -> Inputs:
+    """Tokenizer and data; seconds, no weights. Raises BaseNotFound, RecipeError, DatasetError, IncompatibleBase."""
     if start is not None:
         check_base(start, base)
-        tokenizer.chat_template = (start.path / TEMPLATE_NAME).read_text(encoding="utf-8")
-    return tokenizer
+    chat = chat_template_of(recipe, start)
+    tokenizer = load_tokenizer(base)
+    if chat.text is not None:
+        tokenizer.chat_template = chat.text
+    return Inputs(_objective(recipe, tokenizer, chat.stop), tokenizer, chat.stop)
+
+
+def load_tokenizer(base: StoredBase) -> Any:
+    """Raises BaseNotFound."""
+    try:
+        return AutoTokenizer.from_pretrained(base.path)
+    except (OSError, ValueError) as error:
+        raise BaseNotFound(f"{base.path} has no tokenizer that can be loaded: {error}") from error
+
+
+def _objective(recipe: Recipe, tokenizer: Any, stop: Sequence[str]) -> Objective:
+    """The recipe's data as tokens, and what to do with it. Raises DatasetError."""
+    data = recipe.data
+    if recipe.preference and isinstance(data, RowData):
+        name, rows, _ = rows_of(recipe)
+        comparisons = read_comparisons(
+            rows,
+            tokenizer,
+            name=name,
+            method=recipe.preference.method,
+            held_out=data.held_out,
+            max_length=data.max_length,
+            seed=recipe.seed,
+            on_fault=data.on_fault,
+        )
+        return preference_objective(comparisons, recipe.preference)
+    prepared = prepare(
+        read_source(recipe),
+        tokenizer,
+        held_out=data.held_out,
+        max_length=data.max_length,
+        loss_on=recipe.train.loss_on,
+        seed=recipe.seed,
+        stop=stop,
+    )
+    return Answers(prepared)
 
 
 def with_lora_of(recipe: Recipe, start: Adapter | None) -> Recipe:

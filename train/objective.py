@@ -35,6 +35,9 @@ class Objective(Protocol):
     def longest(self) -> int:
         """tokens of the longest sample"""
 
+    def lengths(self) -> list[int]:
+        """tokens of each training sample"""
+
     @property
     def digest(self) -> str: ...
 
@@ -78,6 +81,9 @@ class Answers:
     @property
     def longest(self) -> int:
         return max(len(sample.tokens) for sample in (*self._data.train, *self._data.held_out))
+
+    def lengths(self) -> list[int]:
+        return [len(sample.tokens) for sample in self._data.train]
 
     @property
     def digest(self) -> str:

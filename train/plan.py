@@ -19,7 +19,7 @@ from adapterhub.base_store import StoredBase
 from adapterhub.errors import BaseNotFound
 from adapterhub.memory import SPREAD, ModelShape, TrainingLoad, training_memory
 from train.data import Sample
-from train.inputs import load_objective, load_tokenizer, with_lora_of
+from train.inputs import load_inputs, with_lora_of
 from train.lora import add_lora, trainable
 from train.mask_report import MaskReport, mask_report
 from train.objective import Objective
@@ -94,9 +94,9 @@ class Plan(_Closed):
 def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None = None) -> Plan:
     """What `fit` would do with the same arguments. Raises RecipeError, DatasetError, BaseNotFound, UsageError."""
     recipe = with_lora_of(recipe, start)
-    tokenizer = load_tokenizer(base, start=start)
-    objective = load_objective(recipe, tokenizer)
-    masks = mask_report(objective, tokenizer)
+    inputs = load_inputs(recipe, base, start=start)
+    objective = inputs.objective
+    masks = mask_report(objective, inputs.tokenizer)
     masks.check()
     wanted = recipe.quantization.compute_dtype
     device, dtype = choose_precision(None if wanted == "auto" else wanted, None)
@@ -226,7 +226,7 @@ def _layers(model: Any) -> list[Layers]:
 
 def _rows(recipe: Recipe, objective: Objective) -> Iterator[list[Sample]]:
     """The samples of each forward pass that carries gradients."""
-    for places in step_batches(objective.num_samples, train=recipe.train, seed=recipe.seed):
+    for places in step_batches(objective.lengths(), train=recipe.train, seed=recipe.seed):
         for row in places:
             yield [sample for place in row for sample in objective.samples_at(place)]
 

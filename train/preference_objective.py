@@ -37,6 +37,9 @@ class _Compared:
     def longest(self) -> int:
         return max(len(s.tokens) for item in (*self._data.train, *self._data.held_out) for s in item.samples)
 
+    def lengths(self) -> list[int]:
+        return [sum(len(sample.tokens) for sample in item.samples) for item in self._data.train]
+
     @property
     def digest(self) -> str:
         return self._data.digest

@@ -15,10 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from adapterhub.adapter import AdapterRef, BaseName
 from adapterhub.errors import InvalidRef, RecipeError
 from adapterhub.probe import PROMPTS
+from train.formats import FormatName, OnFault
 
 LossOn = Literal["assistant", "last", "all"]
 Schedule = Literal["constant", "cosine", "linear"]
 PreferenceMethod = Literal["dpo", "kto", "orpo"]
+SHIPPED_TEMPLATES = ("guanaco", "alpaca")
 
 
 class _Section(BaseModel):
@@ -31,6 +33,19 @@ class _Data(_Section):
     """below 1: the fraction of questions kept from training and measured; else their number; 0: none"""
     max_length: int = Field(default=512, ge=8)
     """tokens; longer samples are cut, and counted"""
+    template: str | None = None
+    """one of SHIPPED_TEMPLATES or a .jinja file, relative to the recipe; None: the base's chat template"""
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] | None = None
+    """strings that end an answer beside the end of text; None: those of the template"""
+
+    @field_validator("template")
+    @classmethod
+    def _shipped_or_a_file(cls, name: str | None) -> str | None:
+        if name is not None and name not in SHIPPED_TEMPLATES and not name.endswith(".jinja"):
+            near = difflib.get_close_matches(name, SHIPPED_TEMPLATES, n=1)
+            asked = f" (nearest: {near[0]})" if near else ""
+            raise ValueError(f"expected {', '.join(SHIPPED_TEMPLATES)} or a .jinja file{asked}")
+        return name
 
     @field_validator("held_out")
     @classmethod
@@ -45,10 +60,37 @@ class ChatterbotData(_Data):
     topic: str = Field(min_length=1)
 
 
-class FileData(_Data):
-    source: Literal["file"]
+class RowData(_Data):
+    """Data whose rows may be in any of the formats of train/formats.py."""
+
     path: str = Field(min_length=1)
-    """JSONL, relative to the recipe's folder"""
+    format: Literal["auto"] | FormatName = "auto"
+    """auto: as the first row shows"""
+    on_fault: OnFault = "stop"
+    """what is done about rows that are not as the format wants them: told and refused, or left out and counted"""
+
+
+class FileData(RowData):
+    """`path`: JSONL, JSON, CSV, TSV or text, relative to the recipe's folder."""
+
+    source: Literal["file"]
+
+
+class DatasetsData(RowData):
+    """`path`: a set as its Hub names it, one of the paper's by its short name, or a folder (`./name`)."""
+
+    source: Literal["datasets"]
+    subset: str | None = None
+    split: str = Field(default="train", min_length=1)
+    revision: str | None = None
+    """branch, tag or commit of the Hub's repository"""
+
+
+class FeedbackData(_Data):
+    """What people said of a server's answers; `path` is its store, by default this machine's."""
+
+    source: Literal["feedback"]
+    path: str | None = Field(default=None, min_length=1)
 
 
 class ShippedData(_Data):
@@ -88,6 +130,8 @@ class TrainSection(_Section):
     """the weights after the last step, or those with the lowest held-out loss"""
     patience: int = Field(default=0, ge=0)
     """held-out losses in a row without a new lowest one that end the run; 0: never"""
+    group_by_length: bool = False
+    """samples of similar length share a step"""
     checkpoint_every: int = Field(default=50, ge=0)
     """steps between checkpoints; 0: only when the run is stopped"""
     sample_every: int = Field(default=0, ge=0)
@@ -138,7 +182,9 @@ class Recipe(_Section):
     start: str | None = None
     """the adapter to go on from: `owner/name`, `name@alias`, a folder, `sha256:...`; None: a new one"""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    data: Annotated[ChatterbotData | FileData | ShippedData, Field(discriminator="source")]
+    data: Annotated[
+        ChatterbotData | FileData | DatasetsData | FeedbackData | ShippedData, Field(discriminator="source")
+    ]
     lora: LoraSection = LoraSection()
     train: TrainSection
     preference: PreferenceSection | None = None
@@ -148,7 +194,7 @@ class Recipe(_Section):
     _folder: Path = PrivateAttr(default=Path())
 
     SECTIONS: ClassVar[dict[str, tuple[type[_Section], ...]]] = {
-        "data": (ChatterbotData, FileData, ShippedData),
+        "data": (ChatterbotData, FileData, DatasetsData, FeedbackData, ShippedData),
         "lora": (LoraSection,),
         "train": (TrainSection,),
         "preference": (PreferenceSection,),
@@ -174,8 +220,15 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if self.preference and not isinstance(self.data, FileData):
-            raise ValueError('[preference] learns from a file of compared replies: set source = "file" in [data]')
+        if self.preference and not isinstance(self.data, RowData | FeedbackData):
+            raise ValueError(
+                "[preference] learns from compared replies: set source to file, datasets or feedback in [data]"
+            )
+        if isinstance(self.data, RowData) and self.data.format == "text":
+            if self.train.loss_on != "all":
+                raise ValueError('format = "text" has no answers: set loss_on = "all" in [train]')
+            if self.preference:
+                raise ValueError('format = "text" has no replies to compare: leave [preference] out')
         if not self.data.held_out and (self.train.keep == "best" or self.train.patience):
             raise ValueError("keep = best and patience need questions held out: set held_out above 0 in [data]")
         return self
@@ -240,7 +293,7 @@ def _fault(kind: str, loc: tuple[int | str, ...], message: str, found: Any) -> s
     if kind == "missing":
         return f"{where}: {loc[-1]} is missing"
     if kind.startswith("union_tag"):
-        return f"{where}: source is one of chatterbot, file, shipped"
+        return f"{where}: source is one of chatterbot, datasets, feedback, file, shipped"
     shown = f" = {found!r}" if keys and isinstance(found, str | int | float | bool) else ""
     name = f" {keys[-1]}{shown}:" if keys else ""
     return f"{where}:{name} {message.removeprefix('Value error, ')}"

@@ -4,27 +4,48 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from train.recipe import TrainSection
 
+_STEPS_SORTED = 50
+"""steps' worth of shuffled samples that are sorted by length together: the order stays mostly random"""
 
-def step_batches(num_samples: int, *, train: TrainSection, seed: int) -> Iterator[list[list[int]]]:
+
+def step_batches(lengths: Sequence[int], *, train: TrainSection, seed: int) -> Iterator[list[list[int]]]:
     """For each step, the sample indices of its forward passes. Every epoch has its own seeded order.
 
-    An epoch's last step takes what is left; when the recipe counts steps, epochs go on until it is reached.
+    `lengths` are the samples' tokens; with `group_by_length` samples of similar length share a step. An epoch's last
+    step takes what is left; when the recipe counts steps, epochs go on until it is reached.
     """
     per_step = train.batch_size * train.gradient_accumulation
-    remaining = train.num_steps(num_samples)
+    remaining = train.num_steps(len(lengths))
     epoch = 0
     while remaining:
-        order = list(range(num_samples))
-        random.Random(f"{seed}:{epoch}").shuffle(order)  # noqa: S311 - an order, not a secret
-        for start in range(0, num_samples, per_step)[:remaining]:
-            taken = order[start : start + per_step]
+        for taken in _epoch(lengths, per_step, seed=f"{seed}:{epoch}", is_grouped=train.group_by_length)[:remaining]:
             yield [taken[place : place + train.batch_size] for place in range(0, len(taken), train.batch_size)]
             remaining -= 1
         epoch += 1
+
+
+def _epoch(lengths: Sequence[int], per_step: int, *, seed: str, is_grouped: bool) -> list[list[int]]:
+    """The samples of each step of one epoch, all of them once."""
+    draw = random.Random(seed)  # noqa: S311 - an order, not a secret
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    if not is_grouped:
+        return _chunks(order, per_step)
+    window = per_step * _STEPS_SORTED
+    ordered = [place for some in _chunks(order, window) for place in sorted(some, key=lambda place: -lengths[place])]
+    steps = _chunks(ordered, per_step)
+    # Within a window steps would go from long to short, and the loss with them; an unfilled step stays the last.
+    whole = steps[: len(ordered) // per_step]
+    draw.shuffle(whole)
+    return [*whole, *steps[len(whole) :]]
+
+
+def _chunks(places: Sequence[int], size: int) -> list[list[int]]:
+    return [list(places[start : start + size]) for start in range(0, len(places), size)]
 
 
 def learning_rate_at(step: int, *, of: int, train: TrainSection) -> float:

@@ -42,7 +42,7 @@ from adapterhub.run_record import (
 from train.answering import FixedPrompts
 from train.data import Sample
 from train.distributed import World, current_world, held_bytes, shard_base
-from train.inputs import load_objective, load_tokenizer, with_lora_of
+from train.inputs import Inputs, load_inputs, with_lora_of
 from train.lora import add_lora, continue_lora, load_lora, save_lora, trainable
 from train.mask_report import mask_report
 from train.objective import Measured, Objective
@@ -79,10 +79,11 @@ def fit(
         check_fresh(output)
         recipe = with_lora_of(recipe, start)
         # 1. The data, before anything expensive.
-        objective = _load(recipe, base, start, progress)
-        with RunFolder.create(output, recipe, start=start) as run, memory_errors_named(recipe, base, objective):
+        inputs = _load(recipe, base, start, progress)
+        named = memory_errors_named(recipe, base, inputs.objective)
+        with RunFolder.create(output, recipe, start=start) as run, named:
             run.listen = listen
-            return _train(run, base, objective, start, progress)
+            return _train(run, base, inputs, start, progress)
     finally:
         progress.close()
 
@@ -99,33 +100,34 @@ def resume(
                 run.remove()
                 return end
             start = open_adapter(run.start) if run.start else None
-            objective = _load(run.recipe, base, start, progress)
+            inputs = _load(run.recipe, base, start, progress)
             run.listen = listen
-            with memory_errors_named(run.recipe, base, objective):
-                return _train(run, base, objective, start, progress)
+            with memory_errors_named(run.recipe, base, inputs.objective):
+                return _train(run, base, inputs, start, progress)
     finally:
         progress.close()
 
 
-def _load(recipe: Recipe, base: StoredBase, start: Adapter | None, progress: Progress) -> Objective:
-    tokenizer = load_tokenizer(base, start=start)
-    objective = load_objective(recipe, tokenizer)
+def _load(recipe: Recipe, base: StoredBase, start: Adapter | None, progress: Progress) -> Inputs:
+    inputs = load_inputs(recipe, base, start=start)
+    objective = inputs.objective
     progress.say(f"{objective.describe()}; {recipe.train.num_steps(objective.num_samples)} steps")
-    report = mask_report(objective, tokenizer)
+    report = mask_report(objective, inputs.tokenizer)
     report.check()
     for note in (*objective.notes, *report.notes):
         progress.say(f"note: {note}")
-    return objective
+    return inputs
 
 
-def _train(run: RunFolder, base: StoredBase, objective: Objective, start: Adapter | None, progress: Progress) -> RunEnd:
-    recipe = run.recipe
+def _train(run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | None, progress: Progress) -> RunEnd:
+    recipe, objective = run.recipe, inputs.objective
     # 2. The base, quantized, and on it the adapter: drawn from the seed, or the one to go on from.
     torch.manual_seed(recipe.seed)
     kind, dtype = recipe.quantization.kind, recipe.quantization.compute_dtype
     world = current_world()
     wanted = None if dtype == "auto" else dtype
     loaded = load_base(base, purpose="train", kind=kind, dtype=wanted, device=world.device)
+    loaded.tokenizer.chat_template = inputs.tokenizer.chat_template
     _check_window(loaded, objective)
     if start is None:
         model = add_lora(loaded.model, recipe.lora)
@@ -136,7 +138,7 @@ def _train(run: RunFolder, base: StoredBase, objective: Objective, start: Adapte
     _divide(model, world, progress)
 
     # 3. The record opens, or goes on where the newest checkpoint left it.
-    _open_record(run, _start_event(recipe, loaded, objective, start))
+    _open_record(run, _start_event(recipe, loaded, inputs, start))
     prompts = FixedPrompts(recipe.train.prompts if recipe.train.sample_every else (), loaded.tokenizer)
 
     # 4. What the bare base and the start make of the held-out questions.
@@ -196,7 +198,7 @@ class _Course:
     def steps(self, state: State, wish: StopWish) -> State:
         """Take the steps after `state`; each draws its order, rate and dropout from its number alone."""
         self._model.train()
-        batches = step_batches(self._objective.num_samples, train=self._train, seed=self._run.recipe.seed)
+        batches = step_batches(self._objective.lengths(), train=self._train, seed=self._run.recipe.seed)
         for number, places in enumerate(batches, start=1):
             if number <= state.step:
                 continue
@@ -372,16 +374,17 @@ def _check_window(loaded: LoadedBase, objective: Objective) -> None:
         )
 
 
-def _start_event(recipe: Recipe, loaded: LoadedBase, objective: Objective, start: Adapter | None) -> RunStart:
+def _start_event(recipe: Recipe, loaded: LoadedBase, inputs: Inputs, start: Adapter | None) -> RunStart:
     return RunStart(
         base_id=loaded.ref.id,
         base_revision=loaded.ref.revision,
         base_fingerprint=str(loaded.ref.fingerprint),
         quantization=loaded.quantization,
         recipe_sha256=hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
-        data_sha256=objective.digest,
-        samples=objective.num_samples,
+        data_sha256=inputs.objective.digest,
+        samples=inputs.objective.num_samples,
         seed=recipe.seed,
+        stop=list(inputs.stop),
         start_digest=start.digest if start else None,
         versions={"python": platform.python_version(), **{name: _version(name) for name in _VERSIONS_OF}},
     )

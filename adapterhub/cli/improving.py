@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapterhub.cli.app import app
-from adapterhub.cli.feedback import Store, open_store
+from adapterhub.cli.feedback import Store
 from adapterhub.cli.shared import base_with, registry, resolved, say
 
 if TYPE_CHECKING:
@@ -39,38 +39,28 @@ def improve(
     ] = None,
 ) -> None:
     """Train a candidate from feedback, measure it against the adapter on held-out comparisons, offer to promote it."""
-    from adapterhub.errors import UsageError
-    from adapterhub.files import write_atomic
+    from adapterhub.cli.from_feedback import feedback_exported
     from adapterhub.package import pack
-    from serve.feedback import exported, write_lines
     from train.inputs import with_lora_of
-    from train.recipe import Recipe, read_recipe
+    from train.recipe import Recipe
     from train.trainer import fit
 
     adapter = resolved(ref)
     name = adapter.manifest.name
     folder = (output or Path(f"{name}-improved")).absolute()
-    lines = exported((given for _, given in open_store(store).of()), "kto" if method == "kto" else "dpo")
-    if not lines:
-        raise UsageError("the feedback holds nothing to compare yet: votes with a winner and corrections do.")
-    say(f"{len(lines)} comparisons from feedback")
-    comparisons = folder.with_name(f"{folder.name}.jsonl")
-    write_atomic(comparisons, write_lines(lines))
     base = base_with(adapter.base, None)
     wanted = Recipe.model_validate(
         {
             "name": name,
             "base": base.ref.id,
             "start": adapter.digest,
-            "data": {"source": "file", "path": comparisons.name, "held_out": held_out},
+            "data": {"source": "feedback", "path": str(store.absolute()) if store else None, "held_out": held_out},
             "train": {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate},
             "preference": {"method": method.value},
         }
     )
-    wanted = with_lora_of(wanted, adapter)
-    recipe = folder.with_name(f"{folder.name}.toml")
-    write_atomic(recipe, wanted.to_toml())
-    end = fit(read_recipe(recipe), base, folder, start=adapter)
+    with feedback_exported(with_lora_of(wanted, adapter), folder, folder) as (recipe, _):
+        end = fit(recipe, base, folder, start=adapter)
     candidate = pack(folder, base=base, name=name, licence=adapter.manifest.licence, report=say)
     is_better = _told(end)
     say(f"{adapter.digest} -> {candidate.digest}")

@@ -12,6 +12,7 @@ from adapterhub.cli.shared import AsJson, HubUrl, hub_at, resolved, say, table
 
 if TYPE_CHECKING:
     from adapterhub.adapter import Adapter
+    from adapterhub.base_store import StoredBase
     from adapterhub.run_record import RunEnd
     from train.recipe import Recipe
 
@@ -50,6 +51,7 @@ def train(
     """Train a QLoRA adapter from a recipe, go on with a run that was stopped, or plan one."""
     from adapterhub.base_store import pull_base
     from adapterhub.errors import UsageError
+    from train.recipe import read_recipe
 
     if (recipe is None) == (resume is None):
         raise UsageError("expected either a recipe, or --resume and the folder of a stopped run.")
@@ -73,46 +75,32 @@ def train(
             end = trainer.resume(resume, base, listen=listen)
         folder = resume
     else:
-        parsed = _read(str(recipe))
-        folder = output or Path(parsed.name)
-        base = pull_base(parsed.base_name, report=say)
-        start = _start_of(parsed, hub)
-        if plan:
-            from train.plan import make_plan
+        from adapterhub.cli.from_feedback import feedback_exported
 
-            planned = make_plan(parsed, base, folder, start=start)
-            if as_json:
-                typer.echo(planned.model_dump_json(indent=1))
-            else:
-                from adapterhub.cli.training_plan import print_plan
-
-                print_plan(planned)
-            return
-        if launch is not None:
-            from adapterhub.cli.scale_out import launch_training
-
-            where = ["--hub", hub] if hub else []
-            where += [word for name in report_to or [] for word in ("--report-to", name)]
-            arguments = ["train", str(recipe), "--output", str(folder), *(["--shard"] if shard else []), *where]
-            launch_training(
-                parsed, folder, start=start, arguments=arguments, processes=launch, nodes=nodes, rendezvous=rendezvous
-            )
-            return
-        from train.distributed import is_worker, work
-
-        if is_worker():
-            ended = work(parsed, base, folder, start=start, is_sharded=shard, report_to=report_to or [])
-            if ended is None:
+        path = _found(str(recipe))
+        given = read_recipe(path)
+        folder = output or Path(given.name)
+        base = pull_base(given.base_name, report=say)
+        start = _start_of(given, hub)
+        with feedback_exported(given, path, folder, is_plan=plan) as (parsed, path):
+            if plan:
+                _plan(parsed, base, folder, start, as_json=as_json)
                 return
-            end = ended
-        else:
-            if shard:
-                raise UsageError("--shard divides the base among processes: give --launch N with it.")
-            from train.trackers import tracking
-            from train.trainer import fit
+            if launch is not None:
+                from adapterhub.cli.scale_out import launch_training
 
-            with tracking(report_to or [], parsed) as listen:
-                end = fit(parsed, base, folder, start=start, listen=listen)
+                where = ["--hub", hub] if hub else []
+                where += [word for name in report_to or [] for word in ("--report-to", name)]
+                arguments = ["train", str(path), "--output", str(folder), *(["--shard"] if shard else []), *where]
+                launch_training(
+                    parsed, folder, start=start, arguments=arguments, processes=launch, nodes=nodes,
+                    rendezvous=rendezvous,
+                )  # fmt: skip
+                return
+            ended = _train_here(parsed, base, folder, start, is_sharded=shard, report_to=report_to or [])
+        if ended is None:
+            return
+        end = ended
     _say_end(end)
     say(f"next: adapterhub pack {folder}")
     typer.echo(folder)
@@ -131,10 +119,40 @@ def recipes(as_json: AsJson = False) -> None:
     table(rows, as_json, empty="no recipes")
 
 
-def _read(named: str) -> Recipe:
+def _plan(recipe: Recipe, base: StoredBase, folder: Path, start: Adapter | None, *, as_json: bool) -> None:
+    from train.plan import make_plan
+
+    planned = make_plan(recipe, base, folder, start=start)
+    if as_json:
+        typer.echo(planned.model_dump_json(indent=1))
+    else:
+        from adapterhub.cli.training_plan import print_plan
+
+        print_plan(planned)
+
+
+def _train_here(
+    recipe: Recipe, base: StoredBase, folder: Path, start: Adapter | None, *, is_sharded: bool, report_to: list[str]
+) -> RunEnd | None:
+    """In this process, which may be one of several; None when another one of them writes the adapter."""
+    from adapterhub.errors import UsageError
+    from train.distributed import is_worker, work
+
+    if is_worker():
+        return work(recipe, base, folder, start=start, is_sharded=is_sharded, report_to=report_to)
+    if is_sharded:
+        raise UsageError("--shard divides the base among processes: give --launch N with it.")
+    from train.trackers import tracking
+    from train.trainer import fit
+
+    with tracking(report_to, recipe) as listen:
+        return fit(recipe, base, folder, start=start, listen=listen)
+
+
+def _found(named: str) -> Path:
     """A recipe file, or a shipped recipe by its name. Raises RecipeError."""
     from adapterhub.errors import RecipeError
-    from train.recipe import read_recipe, shipped_recipes
+    from train.recipe import shipped_recipes
 
     path = Path(named)
     if not path.is_file():
@@ -142,7 +160,7 @@ def _read(named: str) -> Recipe:
         if named not in shipped:
             raise RecipeError(f"there is no recipe {named}: expected a file, or one of {', '.join(sorted(shipped))}.")
         path = shipped[named]
-    return read_recipe(path)
+    return path
 
 
 def _start_of(recipe: Recipe, hub: str | None) -> Adapter | None:

@@ -1,0 +1,203 @@
+"""Templates of a recipe's own: Guanaco's and Alpaca's against the texts they were published with; stop strings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train_trainer import make_recipe
+
+from adapterhub.base_store import StoredBase
+from adapterhub.errors import DatasetError, RecipeError
+from train.chat_template import chat_template_of
+from train.conversation import Conversation, Message, Text
+from train.data import Sample, check_has_template, tokenize, tokenize_text
+from train.formats import examples_of
+from train.inputs import load_inputs
+from train.recipe import Recipe
+from train.rows import Row, Rows
+
+GUANACO = (
+    "### Human: Who are you?### Assistant: Me! Who else?### Human: I see... Why?### Assistant: Because.\n\n- one\n- two"
+)
+ALPACA = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\nName the odd one.\n\n### Input:\n"
+    "cat, car\n\n### Response: car"
+)
+ALPACA_NO_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName a ship.\n\n### Response: The Beagle"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny_base: StoredBase) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_base.path)
+
+
+def with_template(folder: Path, tokenizer: Any, name: str, **data: Any) -> Any:
+    chat = chat_template_of(make_recipe(folder, data={"template": name, **data}), None)
+    tokenizer.chat_template = chat.text
+    return tokenizer
+
+
+def conversation(**row: str) -> Conversation:
+    found = examples_of(Rows((Row("x:1", row),), ()), name="x", format=None).examples[0]
+    assert isinstance(found, Conversation)
+    return found
+
+
+def pieces(sample: Sample, tokenizer: Any) -> list[str]:
+    """Texts of neighbouring trained tokens."""
+    found, last = [], False
+    for token, mark in zip(sample.tokens, sample.trained, strict=True):
+        if mark and last:
+            found[-1].append(token)
+        elif mark:
+            found.append([token])
+        last = mark
+    return [tokenizer.decode(tokens) for tokens in found]
+
+
+def test_guanacos_template_renders_the_published_text_with_beginning_and_end(tmp_path: Path, tokenizer: Any) -> None:
+    with_template(tmp_path, tokenizer, "guanaco")
+    sample = tokenize(conversation(text=GUANACO), tokenizer, loss_on="all")
+    text = f"{tokenizer.bos_token}{GUANACO}{tokenizer.eos_token}"
+    assert list(sample.tokens) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert sample.trained == (False, *[True] * (len(sample.tokens) - 1))
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"instruction": "Name the odd one.", "input": "cat, car", "output": "car"}, ALPACA),
+        ({"instruction": "Name a ship.", "input": "", "output": "The Beagle"}, ALPACA_NO_INPUT),
+    ],
+    ids=["with input", "without input"],
+)
+def test_alpacas_template_renders_the_published_prompts(
+    tmp_path: Path, tokenizer: Any, row: dict[str, str], text: str
+) -> None:
+    with_template(tmp_path, tokenizer, "alpaca")
+    sample = tokenize(conversation(**row), tokenizer, loss_on="assistant")
+    assert tokenizer.decode(sample.tokens) == f"{tokenizer.bos_token}{text}{tokenizer.eos_token}"
+    assert pieces(sample, tokenizer) == [f" {row['output']}{tokenizer.eos_token}"]
+
+
+def test_a_serving_prompt_is_the_beginning_of_what_was_trained(tmp_path: Path, tokenizer: Any) -> None:
+    with_template(tmp_path, tokenizer, "guanaco")
+    talk = conversation(text=GUANACO)
+    trained = tokenize(talk, tokenizer, loss_on="all").tokens
+    messages = [{"role": message.role, "content": message.content} for message in talk.messages]
+    for place in (1, 3):
+        prompt = tokenizer.apply_chat_template(messages[:place], add_generation_prompt=True, return_dict=True)
+        assert tuple(prompt["input_ids"]) == trained[: len(prompt["input_ids"])]
+
+
+def test_answers_inside_a_guanaco_conversation_are_trained_up_to_their_stop_string(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    with_template(tmp_path, tokenizer, "guanaco")
+    sample = tokenize(conversation(text=GUANACO), tokenizer, loss_on="assistant", stop=("### Human:",))
+    assert pieces(sample, tokenizer) == [
+        " Me! Who else?### Human:",
+        f" Because.\n\n- one\n- two{tokenizer.eos_token}",
+    ]
+
+
+def test_the_last_answer_of_a_guanaco_conversation_can_be_trained_alone(tmp_path: Path, tokenizer: Any) -> None:
+    with_template(tmp_path, tokenizer, "guanaco")
+    sample = tokenize(conversation(text=GUANACO), tokenizer, loss_on="last", stop=("### Human:",))
+    assert pieces(sample, tokenizer) == [f" Because.\n\n- one\n- two{tokenizer.eos_token}"]
+
+
+def test_a_system_message_stands_before_the_first_question(tmp_path: Path, tokenizer: Any) -> None:
+    with_template(tmp_path, tokenizer, "guanaco")
+    talk = Conversation((Message("system", "Be kind."), Message("user", "Hi?"), Message("assistant", "Ho.")), "x:1")
+    text = tokenizer.decode(tokenize(talk, tokenizer, loss_on="all").tokens)
+    assert text == f"{tokenizer.bos_token}Be kind.\n### Human: Hi?### Assistant: Ho.{tokenizer.eos_token}"
+
+
+def test_a_stop_string_the_template_never_writes(tmp_path: Path, tokenizer: Any) -> None:
+    with_template(tmp_path, tokenizer, "guanaco")
+    with pytest.raises(ValueError, match="puts none of '### Question:' after message 2"):
+        tokenize(conversation(text=GUANACO), tokenizer, loss_on="assistant", stop=("### Question:",))
+
+
+def test_shipped_templates_bring_their_stop_strings_and_a_recipe_may_say_others(tmp_path: Path) -> None:
+    def stop(**data: Any) -> tuple[str, ...]:
+        return chat_template_of(make_recipe(tmp_path, data=data), None).stop
+
+    assert stop(template="guanaco") == ("### Human:",)
+    assert stop(template="alpaca") == stop() == ()
+    assert stop(template="guanaco", stop=["###"]) == stop(stop=["###"]) == ("###",)
+
+
+def test_a_template_file_stands_beside_the_recipe(tmp_path: Path, tiny_base: StoredBase) -> None:
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    inputs = load_inputs(make_recipe(tmp_path, data={"template": "mine.jinja"}), tiny_base, start=None)
+    texts = [inputs.tokenizer.decode(inputs.objective.samples_at(place)[0].tokens) for place in range(8)]
+    assert all(text.startswith("What is ") and text.count("<|im_end|>") == 2 for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"{% for m in %}", "is not Jinja: line 1"),
+    ],
+)
+def test_a_template_file_that_is_none(tmp_path: Path, content: bytes | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "mine.jinja").write_bytes(content)
+    with pytest.raises(RecipeError, match=words):
+        chat_template_of(make_recipe(tmp_path, data={"template": "mine.jinja"}), None)
+
+
+def test_a_base_without_a_template_needs_one_in_the_recipe(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(DatasetError, match='set template in .data. \\("guanaco"'):
+        check_has_template(tokenizer)
+
+
+def test_a_plain_text_is_trained_whole_with_its_end_in_pieces(tokenizer: Any) -> None:
+    text = Text("It was a dark and stormy night, and it was late. " * 5, "x:1")
+    samples = tokenize_text(text, tokenizer, length=20)
+    tokens = [token for sample in samples for token in sample.tokens]
+    assert tokenizer.decode(tokens) == f"{tokenizer.bos_token}{text.content}{tokenizer.eos_token}"
+    assert {len(sample.tokens) for sample in samples[:-1]} == {20}
+    assert all(sample.trained == (False, *[True] * (len(sample.tokens) - 1)) for sample in samples)
+
+
+def test_plain_text_with_a_tokenizer_that_has_no_end_of_text(tokenizer: Any) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end of text"):
+        tokenize_text(Text("Night.", "x:1"), tokenizer, length=20)
+
+
+def test_a_text_file_is_split_and_learnt(tmp_path: Path, tiny_base: StoredBase) -> None:
+    (tmp_path / "book.txt").write_text("\n\n".join(f"Chapter {n} was long." for n in range(12)))
+    recipe = make_recipe(tmp_path, data={"path": "book.txt"}, train={"loss_on": "all"})
+    objective = load_inputs(recipe, tiny_base, start=None).objective
+    assert (objective.num_samples, objective.num_held_out) == (8, 4)
+
+
+def test_a_text_file_has_no_answers_to_train(tmp_path: Path, tiny_base: StoredBase) -> None:
+    (tmp_path / "book.txt").write_text("Chapter one.\n\nChapter two.")
+    recipe = make_recipe(tmp_path, data={"path": "book.txt"})
+    with pytest.raises(DatasetError, match="book.txt is plain text, which has no answers: set loss_on = .all."):
+        load_inputs(recipe, tiny_base, start=None)
+
+
+def test_the_resolved_recipe_keeps_template_and_stop(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, data={"template": "guanaco", "stop": ["### Human:", "\n###"]})
+    (tmp_path / "again.toml").write_text(recipe.to_toml())
+    from train.recipe import read_recipe
+
+    again: Recipe = read_recipe(tmp_path / "again.toml")
+    assert again == recipe

@@ -1,0 +1,93 @@
+"""Data through the `datasets` library: folders it wrote itself, and what is said when library, Hub or split is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from test_train_oasst import TREE
+
+from adapterhub.errors import DatasetError, RecipeError
+from train.datasets_library import _known, known_dataset
+from train.formats import FormatName
+from train.recipe import Recipe
+from train.sources import read_source
+
+datasets = pytest.importorskip("datasets")
+ROWS = [{"instruction": f"Say {n}.", "input": "", "output": str(n)} for n in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def recipe(folder: Path, path: str, **data: Any) -> Recipe:
+    raw = {"name": "x", "base": "x", "data": {"source": "datasets", "path": path, **data}, "train": {"steps": 1}}
+    found = Recipe.model_validate(raw)
+    found._folder = folder
+    return found
+
+
+def refusal(folder: Path, path: str, **data: Any) -> str:
+    with pytest.raises(DatasetError) as caught:
+        read_source(recipe(folder, path, **data))
+    return str(caught.value)
+
+
+def test_a_folder_the_library_saved(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    source = read_source(recipe(tmp_path, "./saved"))
+    assert [item.where for item in source.examples] == [f"./saved row {n}" for n in (1, 2, 3)]
+
+
+def test_a_folder_with_several_splits(tmp_path: Path) -> None:
+    both = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "saved")
+    assert len(read_source(recipe(tmp_path, "./saved")).examples) == 3
+    assert len(read_source(recipe(tmp_path, "./saved", split="test")).examples) == 1
+    assert "split dev) cannot be read: it has the splits train, test" in refusal(tmp_path, "./saved", split="dev")
+
+
+def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "set" / "train.parquet")
+    assert len(read_source(recipe(tmp_path, "./set")).examples) == 3
+    assert 'Unknown split "dev"' in refusal(tmp_path, "./set", split="dev")
+
+
+def test_messages_of_trees_come_through_the_library_as_from_a_file(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(TREE).save_to_disk(tmp_path / "oasst")
+    (talk,) = read_source(recipe(tmp_path, "./oasst")).examples
+    assert [message.content for message in talk.messages] == ["text p", "text a0", "text q0", "text a3"]  # type: ignore[union-attr]
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert "none is no folder. Check path, subset and split." in refusal(tmp_path, "./none")
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    text = refusal(tmp_path, "tatsu-lab/alpaca")
+    assert "data set tatsu-lab/alpaca cannot be fetched, the Hub is not answering" in text
+    assert 'path = "./FOLDER"' in text
+
+
+def test_the_library_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "run `pip install datasets`" in refusal(tmp_path, "./saved")
+
+
+def test_the_papers_sets_are_known_by_their_short_names() -> None:
+    names = {"alpaca", "alpaca-clean", "chip2", "self-instruct", "hh-rlhf", "longform", "guanaco", "oasst1"}
+    assert set(_known()) == names
+    assert {entry.format for entry in _known().values()} <= set(get_args(FormatName))
+    assert known_dataset("tatsu-lab/alpaca") is None
+
+
+def test_feedback_is_not_read_by_the_trainer_itself(tmp_path: Path) -> None:
+    wanted = {"name": "x", "base": "x", "data": {"source": "feedback"}, "train": {"steps": 1}}
+    with pytest.raises(RecipeError, match="adapterhub feedback export"):
+        read_source(Recipe.model_validate(wanted))

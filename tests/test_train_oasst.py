@@ -1,0 +1,115 @@
+"""OpenAssistant's trees: flat messages put together, and the top-ranked reply at every level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from adapterhub.errors import DatasetError
+from train.conversation import Conversation
+from train.formats import examples_of
+from train.rows import Row, Rows
+
+
+def message(name: str, parent: str | None, rank: int | None = None, **changed: Any) -> dict[str, Any]:
+    """A row with the columns of OpenAssistant/oasst1; `a...` are the assistant's, the others the prompter's."""
+    role = "assistant" if name.startswith("a") else "prompter"
+    row = {"message_id": name, "parent_id": parent, "message_tree_id": "p", "role": role, "text": f"text {name}"}
+    return row | {"rank": rank, "lang": "en", "deleted": False, "review_result": True, "synthetic": False} | changed
+
+
+TREE = [
+    message("p", None),
+    message("a1", "p", 1),
+    message("a0", "p", 0),
+    message("a2", "p", 2),
+    message("q1", "a0", 1),
+    message("q0", "a0", 0),
+    message("better of the worse", "a1", 0),
+    message("a4", "q0", 1),
+    message("a3", "q0", 0),
+    message("q9", "a3"),
+]
+
+
+def texts(*rows: dict[str, Any]) -> list[str]:
+    return [message.content for talk in talks(*rows) for message in talk.messages]
+
+
+def talks(*rows: dict[str, Any]) -> list[Conversation]:
+    found = examples_of(Rows(tuple(Row(f"x:{n}", row) for n, row in enumerate(rows, 1)), ()), name="x", format=None)
+    return [item for item in found.examples if isinstance(item, Conversation)]
+
+
+def refusal(*rows: dict[str, Any]) -> str:
+    with pytest.raises(DatasetError) as caught:
+        talks(*rows)
+    return str(caught.value)
+
+
+def nested(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    own = next(row for row in rows if row["message_id"] == name)
+    replies = [nested(row["message_id"], rows) for row in rows if row["parent_id"] == name]
+    return {key: value for key, value in own.items() if key != "parent_id"} | {"replies": replies}
+
+
+def test_the_top_ranked_reply_is_taken_at_every_level_and_an_open_question_left_out() -> None:
+    assert texts(*TREE) == ["text p", "text a0", "text q0", "text a3"]
+
+
+def test_the_order_of_the_rows_does_not_matter() -> None:
+    assert texts(*TREE[::-1]) == texts(*TREE)
+
+
+def test_nested_trees_give_the_same_as_their_messages() -> None:
+    tree = {"message_tree_id": "p", "tree_state": "ready_for_export", "prompt": nested("p", TREE)}
+    assert texts(tree) == texts(*TREE)
+
+
+def test_each_tree_is_one_conversation_placed_at_its_prompt() -> None:
+    rows = [message("a", "p"), message("p", None), message("r", None), message("a8", "r")]
+    assert [talk.where for talk in talks(*rows)] == ["x:2", "x:3"]
+
+
+@pytest.mark.parametrize("change", [{"deleted": True}, {"review_result": False}])
+def test_deleted_and_rejected_replies_do_not_count(change: dict[str, Any]) -> None:
+    assert texts(message("p", None), message("a0", "p", 0) | change, message("a1", "p", 1)) == ["text p", "text a1"]
+
+
+def test_of_replies_without_a_rank_the_first_stands() -> None:
+    assert texts(message("p", None), message("a7", "p"), message("a8", "p")) == ["text p", "text a7"]
+    assert texts(message("p", None), message("a7", "p"), message("a8", "p", 5)) == ["text p", "text a8"]
+
+
+def test_trees_that_are_not_ready_are_left_out() -> None:
+    unready = {"message_tree_id": "z", "tree_state": "aborted_low_grade", "prompt": nested("p", TREE)}
+    assert texts(*TREE, unready) == texts(*TREE)
+
+
+def test_a_tree_nobody_answered() -> None:
+    assert "holds no conversation in 1 rows" in refusal(message("p", None))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (message("a9", "nowhere"), "x:11: its parent nowhere is not in the data"),
+        (message("a0", "p"), "x:11: message_id 'a0' is there twice"),
+        (message("a9", "p") | {"message_id": 5}, "x:11: message_id 5 is no text"),
+        (message("x", None, role="narrator"), "x:11: role 'narrator' is neither prompter nor assistant"),
+    ],
+)
+def test_a_row_that_fits_no_tree(row: dict[str, Any], words: str) -> None:
+    assert words in refusal(*TREE, row)
+
+
+def test_messages_in_a_circle_belong_to_no_tree() -> None:
+    circle = [message("a5", "q5"), message("q5", "a5")]
+    assert "x:11: it hangs on no prompt" in refusal(*TREE, *circle)
+
+
+def test_an_answer_to_an_answer() -> None:
+    assert "message 3 is of the assistant, expected the user" in refusal(
+        message("p", None), message("a1", "p"), message("a2", "a1")
+    )
