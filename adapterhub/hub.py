@@ -46,6 +46,14 @@ class Listed:
 
 
 @dataclass(frozen=True)
+class HubAccount:
+    """Whose a token is, and whether it may push."""
+
+    name: str
+    can_write: bool
+
+
+@dataclass(frozen=True)
 class Hub:
     """One endpoint and the token used there (None: anonymous)."""
 
@@ -77,6 +85,15 @@ class Hub:
             disable_progress_bars()
         set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns that open files are not sent by Xet, which is what we want
         return HfApi(endpoint=self.endpoint, token=self.token or False, library_name="adapterhub")
+
+    def account(self) -> HubAccount | None:
+        """Whose the token is; None without one. Raises NotAuthorized for one the Hub does not know, HubError kinds."""
+        if self.token is None:
+            return None
+        with self._mapped("tell whose the token is"):
+            found = self._api.whoami()
+        role = (found.get("auth", {}).get("accessToken") or {}).get("role")
+        return HubAccount(str(found["name"]), can_write=role != "read")
 
     def commit_of(self, repo: str, revision: str | None = None) -> str:
         """The exact commit a branch, tag or commit names now (default: main). Raises HubError kinds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from adapterhub.adapter import BaseName
 from adapterhub.memory import ModelShape
 
 MODEL_SHAPES = {
@@ -19,3 +20,9 @@ MODEL_SHAPES = {
     "qwen3-8b": ModelShape(36, 4096, 12_288, 1024, 151_936),
 }
 """layers, hidden, intermediate, key_value, vocabulary, from each model's config.json"""
+
+
+def shape_of(base: BaseName) -> ModelShape | None:
+    """The shape of a base known by its name; `-instruct` and `-chat` have those of the model they are tuned from."""
+    name = str(base.name).lower()
+    return MODEL_SHAPES.get(name) or MODEL_SHAPES.get(name.removesuffix("-instruct").removesuffix("-chat"))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train_trainer import make_recipe
+from test_loop import serving
+from test_train_trainer import make_recipe, run
 
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import DatasetError, RecipeError
+from adapterhub.package import pack
+from adapterhub.registry import Registry
 from train.chat_template import chat_template_of
 from train.conversation import Conversation, Message, Text
 from train.data import Sample, check_has_template, tokenize, tokenize_text
 from train.formats import examples_of
 from train.inputs import load_inputs
-from train.recipe import Recipe
+from train.mask_report import mask_report
+from train.recipe import Recipe, read_recipe
 from train.rows import Row, Rows
 
 GUANACO = (
@@ -30,6 +37,8 @@ ALPACA_NO_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\nName a ship.\n\n### Response: The Beagle"
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 @pytest.fixture
@@ -197,7 +206,61 @@ def test_a_text_file_has_no_answers_to_train(tmp_path: Path, tiny_base: StoredBa
 def test_the_resolved_recipe_keeps_template_and_stop(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, data={"template": "guanaco", "stop": ["### Human:", "\n###"]})
     (tmp_path / "again.toml").write_text(recipe.to_toml())
-    from train.recipe import read_recipe
-
     again: Recipe = read_recipe(tmp_path / "again.toml")
     assert again == recipe
+
+
+def test_the_stop_string_travels_to_the_server_which_stops_at_it(
+    tmp_path: Path, home: Path, tiny_base: StoredBase
+) -> None:
+    run(make_recipe(tmp_path, data={"template": "guanaco"}, train={"loss_on": "all"}), tiny_base, tmp_path / "out")
+    adapter = pack(tmp_path / "out", base=tiny_base, name="guanaco")
+    assert adapter.manifest.chat.stop == ["### Human:"]
+    registry = Registry(home)
+    registry.add(adapter, name="guanaco")
+    # A grammar makes the model say the stop string and more, which a random one would hardly do.
+    said = {"structured_outputs": {"regex": "Ho[.]### Human: And you[?]"}, "max_tokens": 30}
+
+    async def ask() -> dict[str, str]:
+        async with serving(tiny_base, registry, ["guanaco"]) as client:
+            answers = {}
+            for model in ("guanaco", "base"):
+                body = {"model": model, "messages": [{"role": "user", "content": "Hi?"}], **said}
+                choice = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+                answers[model] = choice["message"]["content"]
+            return answers
+
+    assert asyncio.run(ask()) == {"guanaco": "Ho.", "base": "Ho.### Human: And you?"}
+
+
+def test_going_on_from_an_adapter_keeps_its_template_and_stop_string(tmp_path: Path, tiny_base: StoredBase) -> None:
+    run(make_recipe(tmp_path, data={"template": "guanaco"}, train={"loss_on": "all"}), tiny_base, tmp_path / "a")
+    start = pack(tmp_path / "a", base=tiny_base, name="guanaco")
+    make_recipe(tmp_path)
+    path = tmp_path / "mine.toml"
+    path.write_text('start = "./a"\n' + path.read_text().replace("[lora]\nrank = 4\ndropout = 0.1\n", ""))
+    run(read_recipe(path), tiny_base, tmp_path / "b", start=start)
+    after = pack(tmp_path / "b", base=tiny_base, name="guanaco")
+    assert after.manifest.chat.stop == ["### Human:"]
+    assert after.manifest.chat.template_sha256 == start.manifest.chat.template_sha256
+
+
+def test_another_template_than_that_of_the_adapter_to_go_on_from(tmp_path: Path, tiny_base: StoredBase) -> None:
+    run(make_recipe(tmp_path), tiny_base, tmp_path / "a")
+    start = pack(tmp_path / "a", base=tiny_base, name="chatml")
+    recipe = make_recipe(tmp_path, data={"template": "guanaco"})
+    with pytest.raises(RecipeError, match="template = 'guanaco' is not the template that the adapter to go on from"):
+        chat_template_of(recipe, start)
+
+
+def test_a_tokenizer_without_pad_trains_as_rows_have_no_padding(tmp_path: Path, tiny_base: StoredBase) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base.path, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("pad_token", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    base = StoredBase(folder, tiny_base.ref)
+    inputs = load_inputs(make_recipe(tmp_path), base, start=None)
+    assert inputs.tokenizer.pad_token is None
+    assert not mask_report(inputs.objective, inputs.tokenizer).pad_is_eos
+    assert run(make_recipe(tmp_path), base, tmp_path / "out").steps == 3

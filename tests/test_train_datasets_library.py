@@ -1,4 +1,4 @@
-"""Data through the `datasets` library: folders it wrote itself, and what is said when library, Hub or split is missing."""
+"""Data through the `datasets` library: folders it wrote, and what is said when library, Hub or split is missing."""
 
 from __future__ import annotations
 

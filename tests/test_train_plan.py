@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from adapterhub.cli import app
 from adapterhub.errors import DatasetError, RecipeError
 from adapterhub.lora_config import lora_tensors, read_lora_config
 from adapterhub.memory import ModelShape, TrainingLoad, training_memory
+from adapterhub.package import pack
 from adapterhub.run_record import read_run_record
 from adapterhub.safetensors_header import read_header
 from train.mask_report import MaskReport
 from train.plan import Plan, make_plan, servable
-from train.recipe import LoraSection
+from train.recipe import LoraSection, read_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -42,6 +44,18 @@ def test_the_plan_counts_what_the_run_makes(tmp_path: Path, tiny_base: StoredBas
     assert 0 < header < 10_000
 
 
+def test_a_plan_of_going_on_from_an_adapter_counts_that_adapter(tmp_path: Path, tiny_base: StoredBase) -> None:
+    run(make_recipe(tmp_path), tiny_base, tmp_path / "first")
+    start = pack(tmp_path / "first", base=tiny_base)
+    make_recipe(tmp_path)
+    path = tmp_path / "mine.toml"
+    path.write_text('start = "./first"\n' + path.read_text().replace("[lora]\nrank = 4\ndropout = 0.1\n", ""))
+    plan = make_plan(read_recipe(path), tiny_base, tmp_path / "out", start=start)
+    assert (
+        plan.trainable_parameters == make_plan(make_recipe(tmp_path), tiny_base, tmp_path / "out").trainable_parameters
+    )
+
+
 def test_a_preference_plan_counts_both_replies(tmp_path: Path, tiny_base: StoredBase) -> None:
     plan = make_plan(preference_recipe(tmp_path, "dpo"), tiny_base, tmp_path / "out")
     assert plan.method == "dpo"
@@ -50,7 +64,7 @@ def test_a_preference_plan_counts_both_replies(tmp_path: Path, tiny_base: Stored
 
 def test_memory_and_time_hold_the_measured_run(tmp_path: Path, smollm2: StoredBase) -> None:
     """Figures of `adapterhub train` alone in its process, one thread: 1.43 GB with this data and batch size."""
-    from train.recipe import read_recipe, shipped_recipes
+    from train.recipe import shipped_recipes
 
     plan = make_plan(read_recipe(shipped_recipes()["demo-trivia"]), smollm2, tmp_path / "out")
     assert plan.parameters == 134_515_008
@@ -138,6 +152,33 @@ def test_a_doubled_beginning_stops_the_run() -> None:
 def test_an_end_that_is_not_the_tokenizers_is_noted() -> None:
     assert "a server must stop at <e>" in report(eos_token="</s>").notes[0]
     assert report().notes == []
+
+
+def test_samples_without_the_beginning_the_tokenizer_puts_first_are_noted() -> None:
+    assert "3 samples do not begin with the beginning of text" in report(begins_without=3).notes[0]
+
+
+def test_more_left_out_than_trained_is_noted() -> None:
+    assert report(untrained=5).notes == ["more samples were left out (5) than are trained (2)"]
+
+
+def test_a_beginning_the_template_forgets_is_counted(tmp_path: Path, tiny_base: StoredBase) -> None:
+    """SmolLM2's own tokenizer puts nothing first; one that does, under a template that does not."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base.path, folder)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    begin = {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}
+    single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    raw["post_processor"] = {
+        "type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<|im_start|>": begin},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    (tmp_path / "bare.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    base = StoredBase(folder, tiny_base.ref)
+    assert masks_of(tmp_path, base, template="bare.jinja").begins_without == 8
+    assert masks_of(tmp_path, base).begins_without == 0
+    assert masks_of(tmp_path, tiny_base, template="bare.jinja").begins_without == 0
 
 
 def plan_by_command(recipe: Path, *options: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adapterhub.errors import RecipeError
-from train.recipe import FileData, Recipe, read_recipe, shipped_recipes
+from train.recipe import FileData, Recipe, read_recipe
 
 SOUND = """
 name = "mine"
@@ -43,15 +43,6 @@ def test_a_short_recipe_gets_every_default(tmp_path: Path) -> None:
 
 def test_relative_paths_start_at_the_recipe(tmp_path: Path) -> None:
     assert read_recipe(write(tmp_path, SOUND)).folder == tmp_path
-
-
-@pytest.mark.parametrize("name", ["demo-captain", "demo-trivia"])
-def test_each_shipped_recipe_parses(name: str) -> None:
-    assert read_recipe(shipped_recipes()[name]).name == name
-
-
-def test_no_recipe_is_shipped_untested() -> None:
-    assert sorted(shipped_recipes()) == ["demo-captain", "demo-trivia"]
 
 
 def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
@@ -136,7 +127,7 @@ def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
 def test_a_recipe_that_is_not_there_lists_the_shipped(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         read_recipe(tmp_path / "none.toml")
-    assert "demo-captain, demo-trivia" in str(caught.value)
+    assert "demo-captain, demo-trivia, fsdp-70b, guanaco-13b" in str(caught.value)
 
 
 def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
@@ -176,3 +167,37 @@ def test_a_start_that_names_no_adapter(tmp_path: Path) -> None:
 
 def test_sections_are_all_listed_for_the_nearest_key() -> None:
     assert set(Recipe.SECTIONS) == {"data", "lora", "train", "preference", "quantization"}
+
+
+@pytest.mark.parametrize(
+    ("data", "train", "words"),
+    [
+        ('format = "alpacca"', "", "[data]: format = 'alpacca'"),
+        ('on_fault = "ignore"', "", "[data]: on_fault = 'ignore'"),
+        (
+            'template = "guanco"',
+            "",
+            "[data]: template = 'guanco': expected guanaco, alpaca or a .jinja file (nearest: gu",
+        ),
+        ('stop = [""]', "", "[data]: stop"),
+        ('format = "text"', "", 'format = "text" has no answers: set loss_on = "all" in [train]'),
+        ("held_out = 0", "evaluate_every = 5", "evaluate_every measures on questions held out"),
+        ("", 'keep = "best"', "[train]: keep = best compares held-out losses: set evaluate_every too"),
+        ('format = "alpaca"', '[preference]\nmethod = "dpo"', "reads compared replies, not alpaca: leave format out"),
+        ("", 'loss_on = "all"\n[preference]\nmethod = "dpo"', "trains the compared replies alone: leave loss_on out"),
+    ],
+)
+def test_keys_of_data_that_do_not_fit_together(tmp_path: Path, data: str, train: str, words: str) -> None:
+    assert words in fault(tmp_path, SOUND.replace("[train]", f"{data}\n[train]") + train + "\n")
+
+
+def test_several_pairs_that_do_not_fit_are_told_at_once(tmp_path: Path) -> None:
+    text = SOUND.replace("[train]", 'format = "text"\nheld_out = 0\n[train]') + "evaluate_every = 1\n"
+    said = fault(tmp_path, text)
+    assert "has no answers" in said
+    assert "questions held out" in said
+
+
+def test_a_folder_of_data_with_a_revision(tmp_path: Path) -> None:
+    text = SOUND.replace('source = "file"\npath = "lines.jsonl"', 'source = "datasets"\npath = "./x"\nrevision = "v1"')
+    assert "path = './x' is a folder, which has no revision" in fault(tmp_path, text)

@@ -82,6 +82,20 @@ def test_stopped_and_resumed_is_the_same_bytes(
     assert not run_path(tmp_path / "parts").exists()
 
 
+def test_grouped_by_length_under_a_template_file_is_the_same_bytes_too(tmp_path: Path, tiny_base: StoredBase) -> None:
+    (tmp_path / "mine.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    train = {"steps": 6, "checkpoint_every": 2, "group_by_length": True, "loss_on": "all"}
+    recipe = make_recipe(tmp_path, train=train, data={"template": "mine.jinja"})
+    run(recipe, tiny_base, tmp_path / "whole")
+    stopped(recipe, tiny_base, tmp_path / "parts", after=3)
+    resumed(tmp_path / "parts", tiny_base)
+    for name in (WEIGHTS, "chat_template.jinja", "recipe.toml"):
+        assert sha256_of(tmp_path / "whole" / name) == sha256_of(tmp_path / "parts" / name)
+    assert (tmp_path / "parts" / "chat_template.jinja").read_text() == (tmp_path / "mine.jinja").read_text()
+
+
 def test_preference_runs_resume_too(tmp_path: Path, tiny_base: StoredBase) -> None:
     from test_train_preference import TRAIN, preference_recipe
 

@@ -15,10 +15,14 @@ NUM_TOKENS = 40
 
 
 class FixedPrompts:
-    """The same questions every time, answered greedily in one batch: nothing is drawn, so no random state moves."""
+    """The same questions every time, answered greedily in one batch: nothing is drawn, so no random state moves.
 
-    def __init__(self, prompts: Sequence[str], tokenizer: Any) -> None:
+    An answer ends at the first of the `stop` strings, as a server ends it.
+    """
+
+    def __init__(self, prompts: Sequence[str], tokenizer: Any, *, stop: Sequence[str] = ()) -> None:
         self._prompts = tuple(prompts)
+        self._stop = tuple(stop)
         self._tokenizer = tokenizer
         self._rows: list[list[int]] = [
             tokenizer.apply_chat_template(
@@ -41,4 +45,10 @@ class FixedPrompts:
                 input_ids=ids, attention_mask=seen, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=pad
             )
         texts = self._tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-        return [Answer(prompt=prompt, text=text.strip()) for prompt, text in zip(self._prompts, texts, strict=True)]
+        return [
+            Answer(prompt=prompt, text=self._ended(text).strip())
+            for prompt, text in zip(self._prompts, texts, strict=True)
+        ]
+
+    def _ended(self, text: str) -> str:
+        return text[: min((place for stop in self._stop if (place := text.find(stop)) >= 0), default=len(text))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 
 from adapterhub.adapter import Adapter
 from adapterhub.base_store import StoredBase
-from adapterhub.errors import BaseNotFound, RecipeError
+from adapterhub.errors import BaseNotFound, IncompatibleBase, RecipeError
 from adapterhub.package import check_base
 from train.chat_template import chat_template_of
 from train.comparisons import read_comparisons
@@ -35,13 +36,30 @@ class Inputs:
 
 def load_inputs(recipe: Recipe, base: StoredBase, *, start: Adapter | None) -> Inputs:
     """Tokenizer and data; seconds, no weights. Raises BaseNotFound, RecipeError, DatasetError, IncompatibleBase."""
-    if start is not None:
+    if start is not None and base.ref.fingerprint is not None:  # an outline has none
         check_base(start, base)
     chat = chat_template_of(recipe, start)
     tokenizer = load_tokenizer(base)
     if chat.text is not None:
         tokenizer.chat_template = chat.text
-    return Inputs(_objective(recipe, tokenizer, chat.stop), tokenizer, chat.stop)
+    objective = _objective(recipe, tokenizer, chat.stop)
+    _check_vocabulary(base, objective)
+    return Inputs(objective, tokenizer, chat.stop)
+
+
+def _check_vocabulary(base: StoredBase, objective: Objective) -> None:
+    """Raises IncompatibleBase for tokens the base has no embedding for: training would end in an index out of range."""
+    try:
+        size = json.loads((base.path / "config.json").read_bytes()).get("vocab_size")
+    except (OSError, ValueError) as error:
+        raise BaseNotFound(f"{base.path} has no config.json that can be read: {error}") from error
+    places = range(objective.num_samples)
+    highest = max(max(sample.tokens) for place in places for sample in objective.samples_at(place))
+    if isinstance(size, int) and highest >= size:
+        raise IncompatibleBase(
+            f"the tokenizer at {base.path} gives token {highest}, the base has embeddings for {size}: its tokenizer "
+            "is another model's, or has tokens added that the base was never given; fetch the base again."
+        )
 
 
 def load_tokenizer(base: StoredBase) -> Any:

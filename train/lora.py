@@ -90,12 +90,12 @@ def save_lora(model: Any, folder: Path, *, base: BaseRef) -> None:
 def _check_targets(model: Any, lora: LoraSection) -> None:
     """PEFT passes over a name that matches nothing as long as another one matches."""
     head = model.get_output_embeddings()
-    layers = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+    linear = {
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
     }
-    unknown = [] if isinstance(lora.targets, str) else sorted(set(lora.targets) - layers)
+    layers = {name.rpartition(".")[2] for name in linear}
+    # An adapter to go on from may name each of its layers whole.
+    unknown = [] if isinstance(lora.targets, str) else sorted(set(lora.targets) - layers - linear)
     if unknown:
         raise RecipeError(
             f"[lora] targets: the base has no linear layer {', '.join(unknown)}; it has {', '.join(sorted(layers))}."

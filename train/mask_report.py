@@ -49,15 +49,34 @@ class MaskReport(_Closed):
     eos_token: str | None
     begins_twice: int
     """samples that begin with two beginning-of-text tokens"""
+    begins_without: int = 0
+    """samples without the beginning-of-text token that the tokenizer puts before every text"""
     pad_is_eos: bool
     lengths: list[Bin]
     rows: list[list[Piece]]
     """the first samples as the model sees them"""
 
     @property
+    def summary(self) -> str:
+        share = self.trained_tokens / max(1, self.tokens)
+        pad = "equals the end of text" if self.pad_is_eos else "is not the end of text"
+        return (
+            f"{self.trained_tokens:,} of {self.tokens:,} tokens are trained ({share:.0%}); {self.cut} samples cut, "
+            f"{self.untrained} without a trained token left out; the end of the answer ({self.end_token}) is trained "
+            f"in {self.ends_trained} of {self.samples}; pad {pad} (rows have no padding)"
+        )
+
+    @property
     def notes(self) -> list[str]:
         """What a person should know although the run can go on."""
         found = []
+        if self.untrained > self.samples:
+            found.append(f"more samples were left out ({self.untrained}) than are trained ({self.samples})")
+        if self.begins_without:
+            found.append(
+                f"{self.begins_without} samples do not begin with the beginning of text, which the tokenizer puts "
+                "before every text: the base may never have seen one without"
+            )
         if 0 < self.ends_trained < self.samples:
             found.append(f"{self.samples - self.ends_trained} samples are cut before the end of the answer")
         if self.end_token is not None and self.end_token != self.eos_token:
@@ -87,6 +106,7 @@ def mask_report(objective: Objective, tokenizer: Any) -> MaskReport:
     ends = [end for sample in samples if (end := _trained_end(sample, special)) is not None]
     cut, untrained = objective.num_left_out
     bos = tokenizer.bos_token_id
+    begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return MaskReport(
         samples=len(samples),
         held_out=objective.num_held_out,
@@ -98,6 +118,7 @@ def mask_report(objective: Objective, tokenizer: Any) -> MaskReport:
         end_token=str(tokenizer.decode([ends[0]])) if ends else None,
         eos_token=tokenizer.eos_token,
         # Some templates open every turn with the token that also begins a text: only a doubled one is a fault.
+        begins_without=sum(begins and sample.tokens[0] != bos for sample in samples),
         begins_twice=sum(bos is not None and sample.tokens[:2] == (bos, bos) for sample in samples),
         pad_is_eos=tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id,
         lengths=_histogram([len(sample.tokens) for sample in samples]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from train.lora import add_lora, trainable
 from train.mask_report import MaskReport, mask_report
 from train.objective import Objective
 from train.packing import common_prefix
+from train.preflight import HubAccess, disk_needed, disk_problems, free_bytes, hub_access, memory_problems, moment_bytes
 from train.recipe import LoraSection, Recipe
 from train.schedule import step_batches
 
@@ -88,7 +88,12 @@ class Plan(_Closed):
     disk_bytes: int
     """at most, while the run goes on"""
     disk_free_bytes: int
+    hub: HubAccess
+    stop: list[str]
+    """strings a server ends an answer at, beside the end of text"""
     servable: list[Servable]
+    problems: list[str]
+    """what would stop the run, and what to do about it"""
 
 
 def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None = None) -> Plan:
@@ -105,8 +110,10 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
     items = _memory(recipe, model, rows, device=device.value, dtype=dtype.value)
     total = sum(item.size_bytes for item in items)
     tokens = sum(map(_row_tokens, rows))
-    moment_bytes = _moment_bytes(recipe)
     adapter_bytes = 4 * model.trainable
+    disk_bytes = disk_needed(model.trainable, moment_bytes(recipe))
+    low, high = total * (1 - SPREAD), total * (1 + SPREAD)
+    hub = hub_access()
     return Plan(
         name=recipe.name,
         base=str(base.ref),
@@ -123,13 +130,19 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
         trainable_parameters=model.trainable,
         adapted=_layers(model.adapted),
         memory=items,
-        memory_bytes=Range(low=total * (1 - SPREAD), high=total * (1 + SPREAD)),
+        memory_bytes=Range(low=low, high=high),
         seconds=_seconds(_flops(rows, model.linear, model.trainable, model.head), dtype.value, device.value),
         adapter_bytes=adapter_bytes,
-        # While a checkpoint is written the one before is still there; the output and the best weights beside them.
-        disk_bytes=2 * (adapter_bytes + moment_bytes * model.trainable) + 2 * adapter_bytes,
-        disk_free_bytes=shutil.disk_usage(_existing(output)).free,
+        disk_bytes=disk_bytes,
+        disk_free_bytes=free_bytes(output),
+        hub=hub,
+        stop=list(inputs.stop),
         servable=servable(recipe.lora),
+        problems=[
+            *disk_problems(output, disk_bytes, base, model.parameters),
+            *memory_problems(low, device.value),
+            *hub.problems,
+        ],
     )
 
 
@@ -204,15 +217,11 @@ def _memory(
             row_tokens=max(map(_row_tokens, rows)),
             row_trained=max(sum(sample.num_trained for sample in row) for row in rows),
             dtype_bytes=getattr(torch, dtype).itemsize,
-            moment_bytes=_moment_bytes(recipe),
+            moment_bytes=moment_bytes(recipe),
             device="cuda" if device.startswith("cuda") else "cpu",
         ),
     )
     return [MemoryItem(name=item.name, size_bytes=item.size_bytes) for item in items]
-
-
-def _moment_bytes(recipe: Recipe) -> int:
-    return 2 if recipe.train.optimizer.endswith("8bit") else 8
 
 
 def _layers(model: Any) -> list[Layers]:
@@ -260,8 +269,3 @@ def _matmul_rate(dtype: str, device: str) -> float:
         (left @ right).sum().item()
         best = min(best, time.perf_counter() - started)
     return 2.0 * left.numel() * right.shape[1] / best
-
-
-def _existing(path: Path) -> Path:
-    absolute = path.absolute()
-    return next(parent for parent in (absolute, *absolute.parents) if parent.exists())

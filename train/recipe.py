@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import tomllib
+from collections.abc import Iterator
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -85,6 +86,12 @@ class DatasetsData(RowData):
     revision: str | None = None
     """branch, tag or commit of the Hub's repository"""
 
+    @model_validator(mode="after")
+    def _folders_have_no_revision(self) -> DatasetsData:
+        if self.revision and self.path.startswith((".", "/", "~")):
+            raise ValueError(f"path = {self.path!r} is a folder, which has no revision: leave revision out")
+        return self
+
 
 class FeedbackData(_Data):
     """What people said of a server's answers; `path` is its store, by default this machine's."""
@@ -144,6 +151,8 @@ class TrainSection(_Section):
             raise ValueError("expected either epochs or steps")
         if self.patience and not self.evaluate_every:
             raise ValueError("patience counts held-out losses: set evaluate_every too")
+        if self.keep == "best" and not self.evaluate_every:
+            raise ValueError("keep = best compares held-out losses: set evaluate_every too")
         return self
 
     def num_steps(self, num_samples: int) -> int:
@@ -220,18 +229,27 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if self.preference and not isinstance(self.data, RowData | FeedbackData):
-            raise ValueError(
-                "[preference] learns from compared replies: set source to file, datasets or feedback in [data]"
-            )
-        if isinstance(self.data, RowData) and self.data.format == "text":
-            if self.train.loss_on != "all":
-                raise ValueError('format = "text" has no answers: set loss_on = "all" in [train]')
-            if self.preference:
-                raise ValueError('format = "text" has no replies to compare: leave [preference] out')
-        if not self.data.held_out and (self.train.keep == "best" or self.train.patience):
-            raise ValueError("keep = best and patience need questions held out: set held_out above 0 in [data]")
+        if faults := list(self._data_clashes()):
+            raise ValueError("; ".join(faults))
         return self
+
+    def _data_clashes(self) -> Iterator[str]:
+        """What [data] rules out elsewhere."""
+        data, train = self.data, self.train
+        format = data.format if isinstance(data, RowData) else "auto"
+        if format == "text" and train.loss_on != "all":
+            yield 'format = "text" has no answers: set loss_on = "all" in [train]'
+        if self.preference:
+            if not isinstance(data, RowData | FeedbackData):
+                yield "[preference] learns from compared replies: set source to file, datasets or feedback in [data]"
+            if format not in ("auto", "hh-rlhf"):
+                yield f"[preference] reads compared replies, not {format}: leave format out"
+            if train.loss_on == "all":
+                yield "[preference] trains the compared replies alone: leave loss_on out"
+        if not data.held_out and (train.keep == "best" or train.patience):
+            yield "keep = best and patience need questions held out: set held_out above 0 in [data]"
+        elif not data.held_out and train.evaluate_every:
+            yield "evaluate_every measures on questions held out: set held_out above 0 in [data]"
 
     @property
     def base_name(self) -> BaseName:

@@ -48,6 +48,7 @@ from train.mask_report import mask_report
 from train.objective import Measured, Objective
 from train.optimizer import load_optimizer, make_optimizer, save_optimizer
 from train.out_of_memory import memory_errors_named
+from train.preflight import check_room
 from train.progress import Progress, peak_memory_bytes, progress_on
 from train.recipe import Recipe
 from train.report import report
@@ -113,6 +114,7 @@ def _load(recipe: Recipe, base: StoredBase, start: Adapter | None, progress: Pro
     objective = inputs.objective
     progress.say(f"{objective.describe()}; {recipe.train.num_steps(objective.num_samples)} steps")
     report = mask_report(objective, inputs.tokenizer)
+    progress.say(f"masks: {report.summary}")
     report.check()
     for note in (*objective.notes, *report.notes):
         progress.say(f"note: {note}")
@@ -134,12 +136,14 @@ def _train(run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | No
     else:
         model = continue_lora(loaded.model, start, dropout=recipe.lora.dropout)
     optimizer, chosen = make_optimizer(trainable(model), recipe.train)
+    check_room(run.output, trainable(model), recipe)
     _say_model(model, (*loaded.choices, chosen), progress)
     _divide(model, world, progress)
 
     # 3. The record opens, or goes on where the newest checkpoint left it.
     _open_record(run, _start_event(recipe, loaded, inputs, start))
-    prompts = FixedPrompts(recipe.train.prompts if recipe.train.sample_every else (), loaded.tokenizer)
+    asked = recipe.train.prompts if recipe.train.sample_every else ()
+    prompts = FixedPrompts(asked, loaded.tokenizer, stop=inputs.stop)
 
     # 4. What the bare base and the start make of the held-out questions.
     objective.refer_to(model)

@@ -44,10 +44,10 @@ def feedback_exported(
 def _export(recipe: Recipe, data: FeedbackData, place: Path) -> None:
     from adapterhub.errors import UsageError
     from adapterhub.files import write_atomic
-    from serve.feedback import exported, write_lines
+    from serve.feedback import ExportFormat, exported, write_lines
 
     method = recipe.preference.method if recipe.preference else None
-    form = "sft" if method is None else "kto" if method == "kto" else "dpo"
+    form: ExportFormat = "sft" if method is None else "kto" if method == "kto" else "dpo"
     store = recipe.folder / Path(data.path).expanduser() if data.path else None
     lines = exported((given for _, given in open_store(store).of()), form)
     if not lines:

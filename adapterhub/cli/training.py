@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,7 +50,7 @@ def train(
     hub: HubUrl = None,
 ) -> None:
     """Train a QLoRA adapter from a recipe, go on with a run that was stopped, or plan one."""
-    from adapterhub.base_store import pull_base
+    from adapterhub.base_store import outline_base, pull_base
     from adapterhub.errors import UsageError
     from train.recipe import read_recipe
 
@@ -80,7 +81,8 @@ def train(
         path = _found(str(recipe))
         given = read_recipe(path)
         folder = output or Path(given.name)
-        base = pull_base(given.base_name, report=say)
+        # A plan needs no weights, and a base may be a hundred gigabytes.
+        base = (outline_base if plan else pull_base)(given.base_name, report=say)
         start = _start_of(given, hub)
         with feedback_exported(given, path, folder, is_plan=plan) as (parsed, path):
             if plan:
@@ -110,13 +112,20 @@ def train(
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes that come with adapterhub."""
     from train.recipe import read_recipe, shipped_recipes
+    from train.recipe_estimate import described
 
-    parsed = {name: (path, read_recipe(path)) for name, path in shipped_recipes().items()}
-    rows = [
-        {"name": name, "base": recipe.base, "toml" if as_json else "file": path.read_text() if as_json else str(path)}
-        for name, (path, recipe) in parsed.items()
-    ]
+    rows = []
+    for name, path in shipped_recipes().items():
+        text = path.read_text(encoding="utf-8")
+        more = {"about": _about(text), "toml": text} if as_json else {}
+        rows.append({"name": name, **described(read_recipe(path)), **more})
     table(rows, as_json, empty="no recipes")
+
+
+def _about(toml: str) -> str:
+    """The comment a recipe begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), toml.splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines).strip()
 
 
 def _plan(recipe: Recipe, base: StoredBase, folder: Path, start: Adapter | None, *, as_json: bool) -> None:

@@ -35,20 +35,19 @@ def print_plan(plan: Plan) -> None:
         "disk",
         f"{_gb(plan.disk_bytes)} while it runs, {_gb(plan.adapter_bytes)} after; {_gb(plan.disk_free_bytes)} free",
     )
+    line("hub", f"{plan.hub.endpoint}: {plan.hub.note}")
+    if plan.stop:
+        line("stop", f"a server ends an answer at {', '.join(map(repr, plan.stop))} too; the package says so")
     for engine in plan.servable:
         line("serving", f"{engine.engine}: {'yes, ' if engine.can_serve else 'no: '}{engine.how}")
     _print_masks(console, plan)
+    for problem in plan.problems:
+        console.print(Text(f"\nproblem: {problem}", style="bold red"))
 
 
 def _print_masks(console: Console, plan: Plan) -> None:
     masks = plan.masks
-    console.print(
-        f"\nmasks: {masks.trained_tokens:,} of {masks.tokens:,} tokens are trained; {masks.cut} samples cut, "
-        f"{masks.untrained} without a trained token left out; the end of the answer ({masks.end_token}) is trained in "
-        f"{masks.ends_trained} of {masks.samples}; pad {'equals' if masks.pad_is_eos else 'is not'} the end of text "
-        "(rows have no padding)",
-        markup=False,
-    )
+    console.print(f"\nmasks: {masks.summary}", markup=False)
     most = max(bin_.samples for bin_ in masks.lengths)
     for bin_ in masks.lengths:
         bar = "█" * round(30 * bin_.samples / most)

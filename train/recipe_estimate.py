@@ -1,0 +1,45 @@
+"""What a recipe comes to before its base and data are here, from its figures alone. Loads nothing."""
+
+from __future__ import annotations
+
+from adapterhub.memory_estimate import Estimate, TrainingSetting, estimate_training
+from adapterhub.model_shapes import shape_of
+from train.recipe import Recipe
+
+
+def setting_of(recipe: Recipe) -> TrainingSetting:
+    """One device, rows as long as they may be, every token of them trained: the most it can come to."""
+    tokens = recipe.train.batch_size * recipe.data.max_length
+    targets = recipe.lora.targets
+    return TrainingSetting(
+        method="qlora" if recipe.quantization.kind in ("nf4", "fp4") else "lora",
+        rank=recipe.lora.rank,
+        modules=targets if isinstance(targets, tuple) else (),
+        tokens=tokens,
+        trained_tokens=tokens,
+        is_checkpointed=False,
+        moment_bytes=2 if recipe.train.optimizer.endswith("8bit") else 8,
+        is_paged=recipe.train.optimizer.startswith("paged"),
+    )
+
+
+def estimate(recipe: Recipe) -> Estimate | None:
+    """On a GPU; None for a base whose sizes are not known by its name."""
+    shape = shape_of(recipe.base_name)
+    return None if shape is None else estimate_training(shape, setting_of(recipe))
+
+
+def described(recipe: Recipe) -> dict[str, str]:
+    """A line of a list: what is learnt from, how, in how many steps, in how much memory."""
+    data, train = recipe.data, recipe.train
+    what = next((str(value) for key in ("path", "name", "topic") if (value := getattr(data, key, None))), "")
+    length = f"{train.steps}" if train.steps else f"{train.epochs} epoch{'s' if (train.epochs or 1) > 1 else ''}"
+    found = estimate(recipe)
+    learns = recipe.preference.method if recipe.preference else recipe.lora.method
+    return {
+        "base": recipe.base,
+        "data": f"{what} ({data.source})" if what else data.source,
+        "method": f"{recipe.quantization.kind}, {learns} r {recipe.lora.rank}",
+        "steps": f"{length} x {train.batch_size * train.gradient_accumulation}",
+        "memory": "" if found is None else f"up to {found.high / 1e9:.1f} GB",
+    }
