@@ -2,7 +2,7 @@
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-vllm check bench docs lock clean
+.PHONY: setup demo test test-vllm check bench screenshots docs lock clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,10 @@ check: setup  ## style and types
 bench: setup  ## decode speed against PEFT and transformers, and adapters that are not resident; under five minutes
 	@$(VENV)/bin/python benchmarks/decode.py --rounds 2 --tokens 12
 	@$(VENV)/bin/python benchmarks/residency.py --rounds 2
+
+screenshots: setup  ## a picture of every tab of the page, before a real server
+	@scripts/browser.sh
+	@$(VENV)/bin/python scripts/screenshots.py
 
 docs: setup  ## regenerate docs/cli.md from the command itself
 	$(VENV)/bin/typer adapterhub.cli utils docs --name adapterhub --title "The command adapterhub" --output docs/cli.md

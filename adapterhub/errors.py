@@ -6,7 +6,8 @@
       BaseNotFound              no such base model                                  exit 3   404
       PackageError              the folder is not a sound adapter package           exit 4   422
         MissingFile  UnexpectedFile  UnsafeFile  DigestMismatch
-        InvalidManifest  InvalidTensors  SignatureInvalid
+        InvalidManifest  InvalidTensors  SignatureInvalid  InvalidBundle
+        BundleTooLarge (413)
       Incompatible              sound, but not for this base or this engine         exit 5   422
         IncompatibleBase  AdapterUnsupported  AdapterNoEffect  RankTooLarge  ProbeMismatch
       HubError                  the other side of the network                       exit 1   502
@@ -87,6 +88,14 @@ class InvalidTensors(PackageError):
 
 class SignatureInvalid(PackageError):
     code = "adapter_signature_invalid"
+
+
+class InvalidBundle(PackageError):
+    code = "adapter_bundle_invalid"
+
+
+class BundleTooLarge(PackageError):
+    http_status, code = 413, "adapter_bundle_too_large"
 
 
 class Incompatible(AdapterHubError):

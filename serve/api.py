@@ -22,6 +22,7 @@ from serve.catalog import Published
 from serve.routes_adapters import adapter_routes
 from serve.routes_feedback import feedback_routes
 from serve.routes_training import training_routes
+from serve.workshop import Workshop
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +106,15 @@ def create_app(services: Services, keys: ApiKeys) -> FastAPI:
     if services.feedback is not None:
         app.include_router(feedback_routes(services.feedback, asking, lambda names: _served(services, names)))
     if services.training is not None:
-        app.include_router(training_routes(services.training, managing))
+        app.include_router(training_routes(services.training, managing, _workshop(services)))
     _add_error_handlers(app, services)
     return app
+
+
+def _workshop(services: Services) -> Workshop | None:
+    if services.training is None or services.feedback is None or services.registry is None:
+        return None
+    return Workshop(services.training, services.feedback, services.registry, services.catalog)
 
 
 def _served(services: Services, names: list[str] | None) -> list[str]:

@@ -13,6 +13,7 @@ from adapterhub.errors import AdapterHubError
 from serve.page_api import PageClient
 from serve.page_lines import escape
 from serve.page_models import QUIET, trouble
+from serve.page_moves import difference_html, history_html, short_digest
 from serve.page_sign_in import key_of
 from serve.page_tables import facts_table, note_html, rows_table
 
@@ -45,17 +46,16 @@ class AdaptersTab:
                 self._draw_one()
             with gr.Column(min_width=300):
                 self._draw_more()
-        listed = [self._table, self._ref]
+        listed = [self._table, self._ref, self._a, self._b]
         asked = [self._search, self._base]
         tab.select(self._list, asked, listed, **QUIET)
         tab.select(self._rights, None, [*self._buttons.values(), self._why], **QUIET)
-        gr.on([self._search.input, self._base.input], self._list, asked, listed, **QUIET)
+        gr.on([self._search.change, self._base.change], self._list, asked, listed, **QUIET)
         self._ref.input(self._inspect, [self._ref], [self._facts, self._name], **QUIET)
         self._connect(asked, listed)
 
     def _draw_one(self) -> None:
-        self._ref = gr.Dropdown([], value=None, label="Adapter", interactive=True, elem_id="adapter-ref")
-        self._ref.preprocess = lambda payload: payload
+        self._ref = _adapter_box("Adapter", elem_id="adapter-ref")
         with gr.Row(elem_classes="small-buttons"):
             self._button("verify", "Verify")
             self._history = gr.Button("History", size="md", scale=0, min_width=104)
@@ -76,12 +76,18 @@ class AdaptersTab:
             with gr.Row(elem_classes="line"):
                 self._pulled = gr.Textbox(label="From the Hub", placeholder="owner/name[@revision]", min_width=180)
                 self._button("pull", "Pull")
-            self._file = gr.File(label="A bundle (.tar), verified before it is kept", file_types=[".tar"], height=120)
-            self._button("upload", "Upload")
+            self._file = gr.File(
+                label="A packed folder as .zip, verified before it is kept", file_types=[".zip"], height=120
+            )
+            with gr.Row(elem_classes="line"):
+                self._uploaded_as = gr.Textbox(
+                    label="Name", placeholder="the package's own", min_width=180, elem_id="uploaded-as"
+                )
+                self._button("upload", "Upload")
         with gr.Accordion("What changed between two", open=True):
             with gr.Row(elem_classes="line"):
-                self._a = gr.Textbox(label="From", min_width=120, elem_id="diff-a")
-                self._b = gr.Textbox(label="To", min_width=120, elem_id="diff-b")
+                self._a = _adapter_box("From", elem_id="diff-a", min_width=120)
+                self._b = _adapter_box("To", elem_id="diff-b", min_width=120)
                 self._compare = gr.Button("Show", size="md", scale=0, min_width=104)
             self._diff = gr.HTML(elem_id="adapter-diff", padding=False)
 
@@ -97,7 +103,7 @@ class AdaptersTab:
             ("promote", self._promote, [self._ref, self._alias]),
             ("rollback", self._rollback, [self._ref, self._alias]),
             ("pull", self._pull, [self._pulled]),
-            ("upload", self._upload, [self._file]),
+            ("upload", self._upload, [self._file, self._uploaded_as]),
         ):
             click = self._buttons[act].click(handler, inputs, [self._said], **_SLOW)
             click.then(self._list, asked, listed, **QUIET)
@@ -106,14 +112,15 @@ class AdaptersTab:
 
     # What there is
 
-    async def _list(self, search: str, base: str, request: gr.Request) -> tuple[str, Any]:
+    async def _list(self, search: str, base: str, request: gr.Request) -> tuple[Any, ...]:
         try:
             found = await self._client.get("adapters", key_of(request), search=search, base=base)
         except AdapterHubError as error:
-            return note_html(str(error)), gr.skip()
+            return note_html(str(error)), *(gr.skip(),) * 3
         entries = found["data"]
         table = rows_table(_COLUMNS, (_row(entry) for entry in entries), caption=f"{len(entries)} adapters")
-        return table or "<p>No adapter matches.</p>", gr.update(choices=[entry["name"] for entry in entries])
+        choices = gr.update(choices=[entry["name"] for entry in entries])
+        return table or "<p>No adapter matches.</p>", choices, choices, choices
 
     async def _rights(self, request: gr.Request) -> tuple[Any, ...]:
         key = key_of(request)
@@ -129,10 +136,10 @@ class AdaptersTab:
 
     async def _show_history(self, ref: str | None, request: gr.Request) -> str:
         name = (ref or "").partition("@")[0]
-        return await self._shown(self._client.get("adapters/history", key_of(request), name=name), _history_html)
+        return await self._shown(self._client.get("adapters/history", key_of(request), name=name), history_html)
 
     async def _show_diff(self, a: str, b: str, request: gr.Request) -> str:
-        return await self._shown(self._client.get("adapters/diff", key_of(request), a=a, b=b), facts_table)
+        return await self._shown(self._client.get("adapters/diff", key_of(request), a=a, b=b), difference_html)
 
     async def _shown(self, asked: Awaitable[Any], draw: Any) -> str:
         try:
@@ -154,27 +161,25 @@ class AdaptersTab:
 
     async def _promote(self, ref: str, alias: str, request: gr.Request) -> str:
         name = (ref or "").partition("@")[0]
-        body = {"name": name, "to": ref, "alias": alias}
-        return await self._done("adapters/promote", f"{name}@{alias} now means {ref}.", request, **body)
+        said = f"{name}@{alias} leads where {ref} leads."
+        return await self._done("adapters/promote", said, request, ref=ref, alias=alias)
 
     async def _rollback(self, ref: str, alias: str, request: gr.Request) -> str:
         name = (ref or "").partition("@")[0]
-        said = f"{name}@{alias} means what it meant before."
+        said = f"{name}@{alias} leads where it led before."
         return await self._done("adapters/rollback", said, request, name=name, alias=alias)
 
     async def _pull(self, ref: str, request: gr.Request) -> str:
         return await self._done("adapters/pull", f"{ref} is here.", request, ref=ref)
 
-    async def _upload(self, path: str | None, request: gr.Request) -> str:
+    async def _upload(self, path: str | None, name: str, request: gr.Request) -> str:
         if not path:
-            return trouble("choose a bundle first.")
+            return trouble("choose a .zip first.")
         try:
-            await self._client.send_file("adapters/upload", key_of(request), file=Path(path))
+            kept = await self._client.send_file("adapters/upload", key_of(request), file=Path(path), name=name.strip())
         except AdapterHubError as error:
             return trouble(str(error))
-        finally:
-            Path(path).unlink(missing_ok=True)
-        return "✓ verified and kept."
+        return f"✓ verified and kept as {escape(kept['name'])}."
 
     async def _done(self, path: str, said: str, request: gr.Request, **body: str) -> str:
         if not all(body.values()):
@@ -186,16 +191,18 @@ class AdaptersTab:
         return f"✓ {escape(said)}"
 
 
-_COLUMNS = ("name", "aliases", "digest", "base", "rank", "method", "licence", "served as")
+def _adapter_box(label: str, *, elem_id: str, **options: Any) -> Any:
+    """Any reference may be typed; what is here is offered."""
+    drawn = gr.Dropdown(
+        [], value=None, label=label, allow_custom_value=True, interactive=True, elem_id=elem_id, **options
+    )
+    drawn.preprocess = lambda payload: payload
+    return drawn
+
+
+_COLUMNS = ("name", "digest", "base", "rank", "method", "licence", "served as")
 
 
 def _row(entry: dict[str, Any]) -> tuple[Any, ...]:
-    digest = str(entry.get("digest") or "")[:19]
     middle = (entry.get(name) for name in ("base", "rank", "method", "licence"))
-    return (entry["name"], entry.get("aliases") or [], digest, *middle, entry.get("loaded_as"))
-
-
-def _history_html(found: dict[str, Any]) -> str:
-    entries = found.get("data") or []
-    columns = list(entries[0]) if entries else []
-    return rows_table(columns, ([entry.get(name) for name in columns] for entry in entries), caption="History")
+    return (entry["name"], short_digest(entry.get("digest")), *middle, entry.get("loaded_as"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from serve.chat_client import (
 
 Messages = list[dict[str, str]]
 Verdict = Literal["a", "b", "tie", "both_bad"]
+_PIECE_BYTES = 1 << 20
 
 
 class PageClient:
@@ -104,11 +106,11 @@ class PageClient:
         """The JSON that POST /v1/`path` gives; a plain text as it is."""
         return await self._call("post", path, key, body=body)
 
-    async def send_file(self, path: str, key: str | None, *, file: Path) -> Any:
-        """POST a file as a form's `file`; read as it is sent."""
-        options = {"headers": {"Content-Type": "multipart/form-data"}}
-        with file.open("rb") as content:
-            return await self._call("post", path, key, body={}, files={"file": (file.name, content)}, options=options)
+    async def send_file(self, path: str, key: str | None, *, file: Path, **query: str | None) -> Any:
+        """POST a file as the body; read as it is sent."""
+        given = {name: value for name, value in query.items() if value}
+        options = {"headers": {"Content-Type": "application/octet-stream"}, "params": given}
+        return await self._call("post", path, key, content=_pieces(file), options=options)
 
     async def refusal(self, path: str, key: str | None) -> str | None:
         """Why this key may not POST to `path`, or None where it may. Asks with a body that can have no effect."""
@@ -135,3 +137,9 @@ class PageClient:
             if isinstance(error, openai.NotFoundError) and code in (None, "not_found"):
                 raise ServeError(f"the server at {self.url} does not offer this (no /v1/{path}).") from error
             raise said_in_one_line(error, self.url) from error
+
+
+async def _pieces(file: Path) -> AsyncIterator[bytes]:
+    with file.open("rb") as content:
+        while piece := await asyncio.to_thread(content.read, _PIECE_BYTES):
+            yield piece

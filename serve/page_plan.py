@@ -62,7 +62,36 @@ def run_html(run: dict[str, Any]) -> str:
         parts.append(f"held-out loss {held_out[-1][1]:.3f}")
     said = f'<p class="run">{" · ".join(parts)}</p>'
     message = f"<p>{html.escape(run['message'])}</p>" if run.get("message") else ""
-    return said + message + loss_plot(steps, held_out)
+    judged = "".join(f"<p>{html.escape(_verdict(one))}</p>" for one in run.get("evaluations", ()))
+    return said + message + judged + loss_plot(steps, held_out) + _samples(run.get("sampled") or [])
+
+
+def _samples(sampled: list[dict[str, Any]]) -> str:
+    """The fixed prompts, and what the base and the newest adapter say to them."""
+    if not sampled:
+        return ""
+    first, last = sampled[0], sampled[-1]
+    columns = ["prompt", "base" if first["step"] == 0 else f"after step {first['step']}"]
+    rows = [[one["prompt"], one["text"]] for one in first["answers"]]
+    if last is not first:
+        columns.append(f"after step {last['step']}")
+        for row, one in zip(rows, last["answers"], strict=False):
+            row.append(one["text"])
+    return rows_table(columns, rows, caption="Samples")
+
+
+def _verdict(evaluation: dict[str, Any]) -> str:
+    """What the run came to, where nothing was learnt from."""
+    tuned = evaluation.get("preference")
+    if tuned is not None:
+        return (
+            f"On {tuned['pairs']} held-out pairs the better reply is the likelier one in "
+            f"{tuned['accuracy_before']:.0%} before, {tuned['accuracy_after']:.0%} after."
+        )
+    return (
+        f"Held-out loss on {evaluation['data']}: {evaluation['base_loss']:.3f} for the base, "
+        f"{evaluation['adapter_loss']:.3f} with the adapter."
+    )
 
 
 def _duration(seconds: float) -> str:

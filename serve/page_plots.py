@@ -74,8 +74,18 @@ def loss_plot(steps: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, 
         f'<text x="{_WIDTH - right}" y="{_HEIGHT - 8}" text-anchor="end">step {last}</text>'
     )
     said = f"Loss from {points[0][1]:.3f} at step {first} to {points[-1][1]:.3f} at step {last}"
-    drawn = grid + line(points, "trained") + line(measured, "held-out") + ends
+    drawn = grid + line(points, "trained") + line(measured, "held-out") + ends + _legend(has_held_out=bool(measured))
     return _svg(drawn, height=_HEIGHT, said=said)
+
+
+def _legend(*, has_held_out: bool) -> str:
+    """What the lines are, above their right end, where a falling loss leaves room."""
+    kinds = [("trained", "trained on")] + ([("held-out", "held out")] if has_held_out else [])
+    return "".join(
+        f'<polyline class="{kind}" points="{_WIDTH - 130},{22 + 22 * at} {_WIDTH - 98},{22 + 22 * at}"/>'
+        f'<text x="{_WIDTH - 90}" y="{26 + 22 * at}">{label}</text>'
+        for at, (kind, label) in enumerate(kinds)
+    )
 
 
 def _grid_line(tick: float, y: float, left: float, right: float) -> str:
@@ -102,4 +112,5 @@ def _tick(x: float, bottom: float, label: str) -> str:
 
 def _svg(inside: str, *, height: float, said: str) -> str:
     label = html.escape(said)
-    return f'<svg class="plot" viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{label}">{inside}</svg>'
+    drawn = f'<svg class="plot" viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{label}">{inside}</svg>'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="Plot">{drawn}</div>'

@@ -23,6 +23,7 @@ addEventListener("click", (event) => {
     // A flag with one choice needs no menu.
     const flag = event.target.closest?.(".extra-feedback > button");
     flag?.parentElement.querySelector(".extra-feedback-option")?.click();
+    polishSoon();
 });
 // What Gradio leaves without a name, or as a button within a button.
 const polish = () => {
@@ -31,13 +32,19 @@ const polish = () => {
         one.ariaLabel = one.title = "Say what it should have said";
     });
     document.querySelectorAll(".said:not([aria-live])").forEach((one) => one.setAttribute("aria-live", "polite"));
+    document.querySelectorAll("button.label-wrap").forEach((one) => {
+        one.querySelectorAll(".icon").forEach((icon) => { icon.ariaHidden = "true"; });
+        const inside = one.parentElement.querySelector('[data-testid="accordion-content"]');
+        one.ariaExpanded = String(inside?.style.display !== "none");
+    });
 };
 let polishing = false;
-new MutationObserver(() => {
+const polishSoon = () => {
     if (polishing) return;
     polishing = true;
     requestAnimationFrame(() => { polishing = false; polish(); });
-}).observe(document, { subtree: true, childList: true });
+};
+new MutationObserver(polishSoon).observe(document, { subtree: true, childList: true });
 window.adapterhub = {
     text: (message) => typeof message.content === "string"
         ? message.content : message.content.map((block) => block.text ?? "").join(""),

@@ -79,19 +79,20 @@ body.dark { --dim: var(--neutral-300); --marked: #713f12; --held-out: #fbbf24; }
 .line button { margin-bottom: 12px; white-space: nowrap; }
 .small-buttons button { flex: 0 1 auto !important; font-weight: 500; }
 .said { font-size: 0.875rem; }
-.said:empty { display: none; }
+/* Nothing to say takes no room, but stays where a screen reader listens. */
+.block.said:not(:has(.md:not(:empty))) { height: 0; border: 0; padding: 0; margin-top: calc(-1 * var(--layout-gap)); }
 .trouble { font-size: 0.875rem; }
 
 .chat-main { height: calc(100dvh - 138px); min-height: 420px; flex-wrap: nowrap !important; }
 #chat { flex: 1 1 0 !important; height: auto !important; min-height: 200px; }
 #chat, #chat .bubble-wrap { border: none !important; background: transparent !important; }
-#chat .message-wrap { max-width: 860px; margin: 0 auto; }
+#chat .message-wrap { max-width: 900px; margin: 0 auto; }
 #chat .placeholder { text-align: center; }
 #chat .message { font-size: 1rem; line-height: 1.6; color: var(--body-text-color); }
 #chat .bot.message { background: transparent; border: none; box-shadow: none; padding-left: 0; padding-right: 0; }
 #chat .user.message { background: var(--neutral-100); border-color: transparent; box-shadow: none; }
 .dark #chat .user.message { background: var(--neutral-700); }
-#chat .message-buttons .icon-button-wrapper { border: none; box-shadow: none; background: transparent; }
+#chat .icon-button-wrapper { border: none; box-shadow: none; background: transparent; }
 #chat .thought-group { border: none; background: transparent; padding: 0; margin: 0; }
 #chat .thought-group .title { padding: 0; opacity: 1; }
 #chat .prose, #chat .prose * { opacity: 1; }
@@ -104,7 +105,7 @@ body:not(.dark) #chat .token.string { color: #3f6212; }
 .composer { max-width: 860px; width: 100%; margin: 0 auto; align-items: flex-end; gap: 8px !important; }
 .composer.wide { max-width: none; }
 .composer, .composer > * { flex-wrap: nowrap !important; }
-.composer button { height: 46px; }
+.composer button { height: 48px; }
 .composer textarea { min-height: 46px !important; font-size: 1rem; padding: 11px 14px !important; }
 .chat-main > .said, #correcting { max-width: 860px; width: 100%; margin: 0 auto; }
 
@@ -116,7 +117,7 @@ body:not(.dark) #chat .token.string { color: #3f6212; }
 #card td:first-child { width: 5.5rem; color: var(--body-text-color-subdued); }
 #hint { color: var(--body-text-color-subdued); font-size: 0.8125rem; }
 
-.asking { align-items: flex-start; }
+.asking { align-items: flex-start; flex-wrap: wrap !important; }
 .panels > .column { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: 16px; }
 .panel-head h2, #plan h2 { margin: 0; font-size: 1rem; }
 #plan :is(h2, .scroll, ul) { margin-top: 20px; }
@@ -142,7 +143,7 @@ table.plain tbody th { font-weight: 600; }
 table.facts tbody th { font-weight: 400; color: var(--body-text-color-subdued); width: 9rem; }
 table.facts td { overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
-.plot { width: 100%; max-width: 760px; height: auto; display: block; }
+.plot { width: 100%; min-width: 520px; max-width: 760px; height: auto; display: block; }
 .plot text { font: 13px var(--font); fill: var(--body-text-color); }
 .plot .grid { stroke: var(--border-color-primary); stroke-width: 1; }
 .plot .interval { stroke: var(--primary-600); stroke-width: 3; stroke-linecap: round; }

@@ -9,6 +9,8 @@ import gradio as gr
 
 from adapterhub.errors import AdapterHubError
 from serve.page_api import PageClient
+from serve.page_improve import ImproveBox
+from serve.page_lines import escape
 from serve.page_models import QUIET, choices_of, trouble
 from serve.page_plan import plan_html, run_html
 from serve.page_recipe import FIELDS, Field, read_fields, with_field
@@ -32,15 +34,16 @@ class TrainTab:
         self._client = client
         with gr.Row(elem_classes="train-columns"):
             with gr.Column(scale=1, min_width=300):
+                self._improve = ImproveBox(client)
                 self._draw_recipe()
             with gr.Column(scale=1, min_width=300):
                 self._draw_run()
         self._recipes = gr.State({})
         self._timer = gr.Timer(_POLL_S, active=False)
-        opened = [self._shipped, self._recipes, self._runs, self._start, self._plan, self._said]
+        opened = [self._shipped, self._recipes, self._runs, self._start, self._plan, self._improve.begin, self._said]
         tab.select(self._opened, [self._shipped], opened, **QUIET)
         self._connect_recipe()
-        self._connect_run()
+        self._connect_run(tab)
         self._try.click(self._tried, [self._runs], [self._done, tabs, compared], **_SLOW)
 
     def _draw_recipe(self) -> None:
@@ -60,25 +63,30 @@ class TrainTab:
         self._runs = gr.Dropdown([], value=None, label="Run", interactive=True, elem_id="run")
         self._runs.preprocess = lambda payload: payload
         self._run = gr.HTML(elem_id="run-state", padding=False)
-        with gr.Row(elem_classes="small-buttons"):
+        with gr.Row(elem_classes="small-buttons", elem_id="run-actions"):
             self._stop = gr.Button("Stop the run", variant="stop", interactive=False, min_width=100, size="md")
             self._resume = gr.Button("Resume", interactive=False, min_width=100, size="md")
-            self._try = gr.Button("Compare with its base", variant="primary", interactive=False, size="md")
+            self._try = gr.Button("Compare", variant="primary", interactive=False, size="md")
+            self._promote = gr.Button("Promote", interactive=False, min_width=100, size="md")
         self._done = gr.Markdown(elem_classes="said")
         self._planned = gr.HTML(elem_id="plan", padding=False)
 
     def _connect_recipe(self) -> None:
         filled = [self._toml, *self._fields, self._command, self._said]
         self._shipped.input(self._chosen, [self._shipped, self._recipes], filled, **QUIET)
-        self._toml.input(self._read, [self._toml], [*self._fields, self._command, self._said], **QUIET)
+        # Gradio tells of keys, not of a paste: that is read when the box is left.
+        typed = [self._toml.input, self._toml.blur]
+        gr.on(typed, self._read, [self._toml], [*self._fields, self._command, self._said], **QUIET)
         for field, widget in zip(FIELDS, self._fields, strict=True):
             widget.input(self._setting(field), [self._toml, widget], [self._toml, self._command], **QUIET)
         self._plan.click(self._make_plan, [self._toml], [self._planned], **_SLOW)
         js = f"(toml) => ({SAVE_FILE})('recipe.toml', 'application/toml', toml)"
         self._save.click(None, [self._toml], None, js=js, api_visibility="private")
 
-    def _connect_run(self) -> None:
-        shown = [self._run, self._stop, self._resume, self._try, self._timer]
+    def _connect_run(self, tab: Any) -> None:
+        shown = [self._run, self._stop, self._resume, self._try, self._promote, self._timer]
+        self._improve.connect(tab, self._runs).then(self._show, [self._runs], shown, **QUIET)
+        self._promote.click(self._promoted, [self._runs], [self._done], **_SLOW)
         started = self._start.click(self._begin, [self._toml], [self._runs, self._said], **_SLOW)
         started.then(self._show, [self._runs], shown, **QUIET)
         self._runs.input(self._show, [self._runs], shown, **QUIET)
@@ -95,10 +103,10 @@ class TrainTab:
             recipes = {one["name"]: one["toml"] for one in (await self._client.get("training/recipes", key))["data"]}
             runs = (await self._client.get("training/runs", key))["data"]
         except AdapterHubError as error:
-            off = gr.update(interactive=False)
-            return gr.skip(), gr.skip(), gr.skip(), off, off, trouble(str(error))
-        on = gr.update(interactive=True)
-        return gr.update(choices=list(recipes), value=shipped), recipes, gr.update(choices=_choices(runs)), on, on, ""
+            off = (gr.update(interactive=False),) * 3
+            return gr.skip(), gr.skip(), gr.skip(), *off, trouble(str(error))
+        on = (gr.update(interactive=True),) * 3
+        return gr.update(choices=list(recipes), value=shipped), recipes, gr.update(choices=_choices(runs)), *on, ""
 
     def _chosen(self, name: str, recipes: dict[str, str]) -> tuple[Any, ...]:
         toml = recipes.get(name, "")
@@ -145,26 +153,36 @@ class TrainTab:
 
     async def _show(self, name: str | None, request: gr.Request) -> tuple[Any, ...]:
         """The run as it stands; the page asks again every second while it goes on."""
-        off = gr.update(interactive=False)
+        off = (gr.update(interactive=False),) * 4
         if not name:
-            return "", off, off, off, gr.Timer(active=False)
+            return "", *off, gr.Timer(active=False)
         try:
             run = await self._client.get(f"training/runs/{name}", key_of(request))
         except AdapterHubError as error:
-            return note_html(str(error)), off, off, off, gr.Timer(active=False)
+            return note_html(str(error)), *off, gr.Timer(active=False)
         status = run["status"]
         may = (gr.update(interactive=status in states) for states in (("running",), ("stopped", "failed"), ("done",)))
-        return run_html(run), *may, gr.Timer(active=status == "running")
+        promote = gr.update(interactive=status == "done" and bool(run.get("improves")))
+        return run_html(run), *may, promote, gr.Timer(active=status == "running")
+
+    async def _promoted(self, run: str, request: gr.Request) -> str:
+        try:
+            promoted = await self._client.post(f"training/runs/{run}/promote", key_of(request))
+        except AdapterHubError as error:
+            return trouble(str(error))
+        return f"✓ {escape(promoted['name'])} leads to the candidate now."
 
     async def _tried(self, run: str, request: gr.Request) -> tuple[str, Any, Any]:
-        """Publish the run's adapter, and turn to Compare with it and the base picked."""
+        """Publish the run's adapter, and turn to Compare with it and what it came from picked."""
         key = key_of(request)
         try:
             published = await self._client.post(f"training/runs/{run}/publish", key)
             models = await self._client.models(key)
+            improves = (await self._client.get(f"training/runs/{run}", key)).get("improves")
         except AdapterHubError as error:
             return trouble(str(error)), gr.skip(), gr.skip()
-        picked = gr.update(choices=choices_of(models), value=[models[0].name, published["name"]])
+        before = improves if improves in [model.name for model in models] else models[0].name
+        picked = gr.update(choices=choices_of(models), value=[before, published["name"]])
         return "", gr.Tabs(selected="compare"), picked
 
 

@@ -1,24 +1,47 @@
-"""HTTP of the adapters this machine keeps: list, inspect, verify, pull. What they are is the registry's to say."""
+"""HTTP of the adapters this machine keeps: what there is, bringing in, moving aliases. The registry does all of it."""
 
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
 
-from fastapi import APIRouter, params
+from fastapi import APIRouter, Header, Query, Request, params
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapterhub.adapter import Adapter, AdapterRef
-from adapterhub.errors import UsageError
+from adapterhub.bundle import MAX_BYTES, opened_bundle
+from adapterhub.difference import difference
+from adapterhub.errors import AdapterNotFound, BundleTooLarge, Conflict, UsageError
+from adapterhub.files import disk_full_is_said, hold
+from adapterhub.name_log import Move
 from adapterhub.registry import DEFAULT_REVISION, Entry, Registry
 from serve.catalog import Catalog
+from serve.feedback import owner_of
+
+Authorization = Annotated[str | None, Header()]
 
 
 class RefBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
     ref: str = Field(min_length=1, max_length=500)
+
+
+class PromoteBody(RefBody):
+    alias: str = Field(min_length=1, max_length=100)
+    expect: str | None = Field(None, max_length=100)
+    """the digest the alias leads to now, or `nothing`: else 409"""
+
+
+class RollbackBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(min_length=1, max_length=500)
+    alias: str = Field(min_length=1, max_length=100)
+    expect: str | None = Field(None, max_length=100)
 
 
 def adapter_routes(
@@ -44,14 +67,106 @@ def adapter_routes(
         adapter = await asyncio.to_thread(_local, registry, body.ref)
         return JSONResponse({"name": adapter.manifest.name, "digest": adapter.digest})
 
+    @router.get("/diff", dependencies=asking)
+    async def diff(a: str, b: str) -> Response:
+        def work() -> dict[str, Any]:
+            return asdict(difference(_local(registry, a), _local(registry, b)))
+
+        return JSONResponse(await asyncio.to_thread(work))
+
+    @router.get("/history", dependencies=asking)
+    async def history(name: str) -> Response:
+        moves = await asyncio.to_thread(registry.history, name)
+        return JSONResponse({"data": [_move(move) for move in moves]})
+
+    _add_bringing_in(router, registry, managing)
+    _add_moving(router, registry, managing)
+    return router
+
+
+def _add_bringing_in(router: APIRouter, registry: Registry, managing: Sequence[params.Depends]) -> None:
     @router.post("/pull", dependencies=managing)
-    async def pull(body: RefBody) -> Response:
+    async def pull(body: RefBody, authorization: Authorization = None) -> Response:
         if registry.hub is None:
             raise UsageError("this server knows no Hub: start it with --hub URL.")
-        adapter = await asyncio.to_thread(registry.pull, AdapterRef.parse(body.ref), registry.hub)
+        by = _actor(authorization)
+        adapter = await asyncio.to_thread(registry.pull, AdapterRef.parse(body.ref), registry.hub, by=by)
         return JSONResponse({"name": adapter.manifest.name, "digest": adapter.digest}, status_code=201)
 
-    return router
+    @router.post("/upload", dependencies=managing)
+    async def upload(
+        request: Request, name: Annotated[str | None, Query(max_length=200)] = None, authorization: Authorization = None
+    ) -> Response:
+        """The body is a packed folder as one .zip. Kept only when all of it is as it was packed."""
+        registry.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=registry.root, prefix=".pull-") as folder, hold(Path(folder)):
+            path = Path(folder) / "package.zip"
+            await _receive(request, path)
+            adapter = await asyncio.to_thread(_kept, registry, path, name, by=_actor(authorization))
+        return JSONResponse({"name": name or adapter.manifest.name, "digest": adapter.digest}, status_code=201)
+
+
+def _add_moving(router: APIRouter, registry: Registry, managing: Sequence[params.Depends]) -> None:
+    """What is served stays as it was loaded; names that requests use are the catalog's."""
+
+    @router.post("/promote", dependencies=managing)
+    async def promote(body: PromoteBody, authorization: Authorization = None) -> Response:
+        ref, by = AdapterRef.parse(body.ref), _actor(authorization)
+        return JSONResponse(
+            _move(await asyncio.to_thread(registry.promote, ref, body.alias, expect=body.expect, by=by))
+        )
+
+    @router.post("/rollback", dependencies=managing)
+    async def rollback(body: RollbackBody, authorization: Authorization = None) -> Response:
+        by = _actor(authorization)
+        return JSONResponse(
+            _move(await asyncio.to_thread(registry.rollback, body.name, body.alias, expect=body.expect, by=by))
+        )
+
+
+def _actor(authorization: str | None) -> str | None:
+    """Who the history says it was: as much of a key as tells it from others. None: this process."""
+    return f"key {owner_of(authorization)[:8]}" if authorization else None
+
+
+def _move(move: Move) -> dict[str, Any]:
+    return {
+        "at": move.at,
+        "by": move.by,
+        "act": move.act,
+        "revision": move.revision,
+        "before": move.before,
+        "after": move.after,
+    }
+
+
+async def _receive(request: Request, path: Path) -> None:
+    """The body, written as it comes. Raises BundleTooLarge as soon as it is, StorageFull."""
+    received = 0
+    too_large = BundleTooLarge(f"an upload holds at most {MAX_BYTES:,} bytes: push the adapter to a Hub and pull it.")
+    if int(request.headers.get("content-length") or 0) > MAX_BYTES:
+        raise too_large
+    with disk_full_is_said(path), path.open("wb") as file:
+        async for piece in request.stream():
+            received += len(piece)
+            if received > MAX_BYTES:
+                raise too_large
+            file.write(piece)
+
+
+def _kept(registry: Registry, path: Path, name: str | None, *, by: str | None) -> Adapter:
+    """Raises Conflict where the name leads to something else already: nobody's name moves by an upload."""
+    with opened_bundle(path, path.parent) as adapter:
+        called = AdapterRef.parse(name or adapter.manifest.name)
+        if called.name is None or called.revision is not None:
+            raise UsageError(f"{name} is no name to keep an adapter under: give ?name=NAME.")
+        try:
+            there = Registry(registry.root).resolve(called).digest
+        except AdapterNotFound:
+            there = adapter.digest
+        if there != adapter.digest:
+            raise Conflict(f"{called} leads to {there[:19]} here: upload under another name (?name=NAME).")
+        return registry.add(adapter, name=called.name, origin="upload", by=by)
 
 
 def _local(registry: Registry, text: str) -> Adapter:
@@ -67,7 +182,6 @@ def _row(entry: Entry, served: dict[str, str]) -> dict[str, Any]:
     return {
         "name": entry.name if is_default else f"{entry.name}@{entry.revision}",
         "revision": entry.revision,
-        "aliases": [],
         "digest": entry.digest,
         "base": entry.about.base,
         "rank": entry.about.rank,

@@ -10,7 +10,9 @@ from fastapi import APIRouter, params
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve.improvement import Improvement, Method
 from serve.training_runs import TrainingRun, TrainingRuns
+from serve.workshop import Workshop
 
 
 class RecipeBody(BaseModel):
@@ -19,8 +21,20 @@ class RecipeBody(BaseModel):
     """TOML"""
 
 
-def training_routes(runs: TrainingRuns, managing: Sequence[params.Depends]) -> APIRouter:
-    """The routes below /v1/training; `managing` lets administrators in."""
+class ImproveBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    adapter: str = Field(min_length=1, max_length=500)
+    method: Method = Method.dpo
+    steps: int = Field(Improvement.steps, ge=1, le=10_000)
+
+
+def training_routes(
+    runs: TrainingRuns, managing: Sequence[params.Depends], workshop: Workshop | None = None
+) -> APIRouter:
+    """The routes below /v1/training; `managing` lets administrators in.
+
+    Without a workshop, runs begin from recipes alone and what they make stays in its folder.
+    """
     router = APIRouter(prefix="/v1/training", dependencies=managing)
 
     @router.get("/recipes")
@@ -52,7 +66,24 @@ def training_routes(runs: TrainingRuns, managing: Sequence[params.Depends]) -> A
     async def resume(name: str) -> Response:
         return JSONResponse(_summary(await runs.resume(name)))
 
+    if workshop is not None:
+        _add_workshop(router, workshop)
     return router
+
+
+def _add_workshop(router: APIRouter, workshop: Workshop) -> None:
+    @router.post("/improve")
+    async def improve(body: ImproveBody) -> Response:
+        run = await workshop.improve(body.adapter, Improvement(body.method, body.steps))
+        return JSONResponse(_summary(run), status_code=201)
+
+    @router.post("/runs/{name}/publish")
+    async def publish(name: str) -> Response:
+        return JSONResponse({"name": await workshop.publish(name)}, status_code=201)
+
+    @router.post("/runs/{name}/promote")
+    async def promote(name: str) -> Response:
+        return JSONResponse({"name": await workshop.promote(name)})
 
 
 def _summary(run: TrainingRun) -> dict[str, Any]:
@@ -62,6 +93,7 @@ def _summary(run: TrainingRun) -> dict[str, Any]:
         "created": run.created,
         "num_steps": len(run.steps),
         "loss": run.steps[-1].loss if run.steps else None,
+        "improves": run.improves,
         "output": str(run.output) if run.output else None,
         "message": run.message,
     }
@@ -73,4 +105,6 @@ def _whole(run: TrainingRun) -> dict[str, Any]:
         "recipe": run.recipe,
         "steps": [step.model_dump(exclude={"event"}) for step in run.steps],
         "held_out": [{"step": measured.step, "loss": measured.loss} for measured in run.measured],
+        "sampled": [sampled.model_dump(exclude={"event"}) for sampled in run.sampled],
+        "evaluations": [evaluation.model_dump() for evaluation in run.end.evaluations] if run.end else [],
     }

@@ -28,7 +28,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from adapterhub.errors import TrainingBusy, TrainingRunNotFound, UsageError
 from adapterhub.files import write_atomic
-from adapterhub.run_record import LOG_NAME, RunEvent, RunMeasured, RunStep, read_run_events
+from adapterhub.manifest import MANIFEST_NAME
+from adapterhub.run_record import LOG_NAME, RunEnd, RunEvent, RunMeasured, RunSampled, RunStep, read_run_events
 
 Status = Literal["running", "stopped", "failed", "done"]
 
@@ -46,6 +47,7 @@ class _Record(BaseModel):
     started: float
     """of the process, by the system's clock of processes: a pid alone may be another's by now"""
     is_stop_wanted: bool = False
+    improves: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class TrainingRun:
     recipe: str
     steps: tuple[RunStep, ...]
     measured: tuple[RunMeasured, ...]
+    sampled: tuple[RunSampled, ...]
+    end: RunEnd | None
+    """what it came to"""
+    improves: str | None
+    """the name of the adapter whose feedback it learns from"""
     output: Path | None
     """the adapter's folder, once it is complete"""
     message: str
@@ -68,7 +75,7 @@ class TrainingRuns:
     """Owns `folder`. Children outlive the server, which finds them again by their records."""
 
     def __init__(self, folder: Path, command: Path | None = None) -> None:
-        self._folder = folder
+        self.folder = folder
         self._command = command or Path(sys.executable).with_name("adapterhub")
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._starting = asyncio.Lock()
@@ -81,7 +88,7 @@ class TrainingRuns:
     async def plan(self, recipe: str) -> dict[str, Any]:
         """What `adapterhub train --plan` says of a recipe. Raises UsageError with its refusal."""
         check_paths(recipe)
-        path = self._folder / f"plan-{secrets.token_hex(4)}.toml"
+        path = self.folder / f"plan-{secrets.token_hex(4)}.toml"
         write_atomic(path, recipe)
         try:
             found = json.loads(await self._ask("train", str(path), "--plan", "--json"))
@@ -89,15 +96,25 @@ class TrainingRuns:
             path.unlink()
         return dict(found)
 
-    async def start(self, recipe: str) -> TrainingRun:
+    async def start(self, recipe: str, *, improves: str | None = None) -> TrainingRun:
         """Raises UsageError for a recipe that reaches beyond the data folder, TrainingBusy."""
         check_paths(recipe)
         async with self._starting:
             self._check_idle()
             name = f"run-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-            write_atomic(self._folder / f"{name}.toml", recipe)
-            self._launch(name, str(self._folder / f"{name}.toml"), "--output", str(self._folder / name))
+            write_atomic(self.folder / f"{name}.toml", recipe)
+            self._launch(name, *self._anew(name), improves=improves)
             return self.get(name)
+
+    async def pack(self, name: str) -> None:
+        """Make what a run left a package. Raises TrainingRunNotFound, UsageError where there is nothing to pack yet."""
+        run = await asyncio.to_thread(self.get, name)
+        if run.output is None:
+            raise UsageError(f"run {name} is {run.status}, not done: there is nothing to pack yet.")
+        async with self._starting:
+            if not (run.output / MANIFEST_NAME).is_file():
+                called = tomllib.loads(run.recipe).get("name", name)
+                await self._ask("pack", str(run.output), "--name", str(called))
 
     async def resume(self, name: str) -> TrainingRun:
         """Raises TrainingRunNotFound, TrainingBusy, and UsageError for a run that is complete."""
@@ -108,9 +125,9 @@ class TrainingRuns:
             self._check_idle()
             # A run that had no checkpoint yet left nothing to go on from.
             if any(self._run_folder(name).glob("step-*")):
-                self._launch(name, "--resume", str(self._folder / name))
+                self._launch(name, "--resume", str(self.folder / name), improves=run.improves)
             else:
-                self._launch(name, str(self._folder / f"{name}.toml"), "--output", str(self._folder / name))
+                self._launch(name, *self._anew(name), improves=run.improves)
             return self.get(name)
 
     def stop(self, name: str) -> TrainingRun:
@@ -123,22 +140,25 @@ class TrainingRuns:
 
     def all(self) -> list[TrainingRun]:
         """Newest first."""
-        names = [path.stem for path in self._folder.glob("run-*.json")]
+        names = [path.stem for path in self.folder.glob("run-*.json")]
         return sorted((self.get(name) for name in names), key=lambda run: (run.created, run.id), reverse=True)
 
     def get(self, name: str) -> TrainingRun:
         """Raises TrainingRunNotFound."""
         record = self._read(name)
-        output = self._folder / name
+        output = self.folder / name
         is_complete = (output / LOG_NAME).is_file()
         events = self._events(output if is_complete else self._run_folder(name))
         return TrainingRun(
             id=name,
             created=record.created,
             status=self._status(record, is_complete=is_complete),
-            recipe=(self._folder / f"{name}.toml").read_text(encoding="utf-8"),
+            recipe=(self.folder / f"{name}.toml").read_text(encoding="utf-8"),
             steps=tuple(event for event in events if isinstance(event, RunStep)),
             measured=tuple(event for event in events if isinstance(event, RunMeasured)),
+            sampled=tuple(event for event in events if isinstance(event, RunSampled)),
+            end=next((event for event in events if isinstance(event, RunEnd)), None) if is_complete else None,
+            improves=record.improves,
             output=output if is_complete else None,
             message=self._last_line(name),
         )
@@ -151,22 +171,25 @@ class TrainingRuns:
         return "stopped" if record.is_stop_wanted else "failed"
 
     def _check_idle(self) -> None:
-        for path in self._folder.glob("run-*.json"):
+        for path in self.folder.glob("run-*.json"):
             if self._is_alive(self._read(path.stem)):
                 raise TrainingBusy(f"run {path.stem} is going on, and there is one at a time: stop it, or wait.")
 
-    def _launch(self, name: str, *arguments: str) -> None:
+    def _anew(self, name: str) -> tuple[str, ...]:
+        return str(self.folder / f"{name}.toml"), "--output", str(self.folder / name)
+
+    def _launch(self, name: str, *arguments: str, improves: str | None) -> None:
         """In a process group of its own: a Ctrl-C meant for the server does not reach it, a stop reaches all of it."""
-        with (self._folder / f"{name}.log").open("ab") as log:
+        with (self.folder / f"{name}.log").open("ab") as log:
             child = subprocess.Popen(
                 [self._command, "train", *arguments],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         self._children[name] = child
         started = _start_of_process(child.pid) or 0.0
-        earlier = self._folder / f"{name}.json"
+        earlier = self.folder / f"{name}.json"
         created = self._read(name).created if earlier.is_file() else int(time.time())
-        self._write(_Record(id=name, created=created, pid=child.pid, started=started))
+        self._write(_Record(id=name, created=created, pid=child.pid, started=started, improves=improves))
 
     def _is_alive(self, record: _Record) -> bool:
         child = self._children.get(record.id)
@@ -199,19 +222,19 @@ class TrainingRuns:
             return []
 
     def _run_folder(self, name: str) -> Path:
-        return self._folder / f"{name}.run"
+        return self.folder / f"{name}.run"
 
     def _last_line(self, name: str) -> str:
-        path = self._folder / f"{name}.log"
+        path = self.folder / f"{name}.log"
         if not path.is_file():
             return ""
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         # The command ends with advice for a terminal and the folder for a script.
-        told = [line for line in lines if not line.startswith("next: ") and line != str(self._folder / name)]
+        told = [line for line in lines if not line.startswith("next: ") and line != str(self.folder / name)]
         return _last_line("\n".join(told))
 
     def _read(self, name: str) -> _Record:
-        path = self._folder / f"{name}.json"
+        path = self.folder / f"{name}.json"
         if "/" in name or not name.startswith("run-") or not path.is_file():
             raise TrainingRunNotFound(f"there is no training run {name}: GET /v1/training/runs lists them.")
         try:
@@ -220,7 +243,7 @@ class TrainingRuns:
             raise TrainingRunNotFound(f"the record of run {name} is damaged: remove {path.name}.") from error
 
     def _write(self, record: _Record) -> None:
-        write_atomic(self._folder / f"{record.id}.json", record.model_dump_json())
+        write_atomic(self.folder / f"{record.id}.json", record.model_dump_json())
 
 
 def check_paths(recipe: str) -> None:

@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapterhub.bundle import MAX_BYTES
 from adapterhub.errors import UsageError
 from adapterhub.listening import is_loopback, listen, url_of
 from serve.page_adapters import AdaptersTab
@@ -63,6 +64,7 @@ def mount_page(app: FastAPI, api_url: str, *, needs_key: bool) -> None:
         show_error=False,
         run_history=False,
         ssr_mode=False,
+        max_file_size=MAX_BYTES,
         footer_links=[],
     )
 
@@ -74,7 +76,7 @@ def build_page(client: PageClient, *, needs_key: bool) -> gr.Blocks:
         with gr.Row(elem_classes="top", equal_height=True):
             gr.Markdown("# adapterhub", elem_id="title")
             if needs_key:
-                gr.Markdown(f"[Sign out]({PAGE_PATH}/sign-out)", elem_id="sign-out")
+                gr.HTML(f'<a href="{PAGE_PATH}/sign-out">Sign out</a>', elem_id="sign-out", padding=False)
         with gr.Tabs() as tabs:
             with gr.Tab("Chat", id="chat"):
                 chat_tab(blocks, client)

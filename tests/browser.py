@@ -45,6 +45,12 @@ def turn_to(page: Page, tab: str) -> None:
     page.get_by_role("tab", name=tab).click()
 
 
+def sign_in(page: Page, key: str) -> None:
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("tab", name="Chat")).to_be_visible()
+
+
 def pick(page: Page, name: str) -> None:
     picker(page).click()
     page.get_by_role("option", name=name).click()

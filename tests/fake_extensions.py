@@ -29,7 +29,20 @@ epochs = 1
 batch_size = 8
 learning_rate = 2e-3
 """
+_DIFFERENCE: dict[str, Any] = {
+    "config": [{"fact": "rank", "before": "8", "after": "16"}], "provenance": [],
+    "metrics": [{"fact": "loss on sea_tales", "before": "1.09", "after": None}],
+    "layers": [
+        {"module": "layers.0.q_proj", "norm_before": 0.5, "norm_after": 0.75, "distance": 0.6},
+        {"module": "layers.1.q_proj", "norm_before": 0.5, "norm_after": 0.5, "distance": 0.0},
+    ],
+}  # fmt: skip
+_EVALUATION = {"data": "captain", "tokens": 900, "base_loss": 3.2, "adapter_loss": 1.1, "preference": None}
 _DIGEST = "sha256:" + "0123456789abcdef" * 4
+_MOVES = [
+    {"at": "2026-11-01T10:00:00+00:00", "by": "me", "act": act, "revision": revision, "before": None, "after": _DIGEST}
+    for act, revision in (("add", "main"), ("promote", "stable"))
+]
 _PLAN: dict[str, Any] = {
     "method": "sft", "dtype": "float32", "device": "cpu", "base": "tests/tiny", "steps": 35, "tokens": 14052,
     "data": "captain: 280 samples to train on, 40 held out", "notes": ["pad equals the end of text"],
@@ -74,14 +87,17 @@ class Extensions:
             ("training/runs/{name}/stop", self._stop, True),
             ("training/runs/{name}/resume", self._resume, True),
             ("training/runs/{name}/publish", lambda body: JSONResponse({"name": "captain"}), True),
+            ("training/runs/{name}/promote", lambda body: JSONResponse({"name": "captain"}), True),
+            ("training/improve", self._improve, True),
         ):
             app.post(f"/v1/{path}")(self._posting(path, act, is_admin=is_admin))
         for path, give in (
             ("ratings", self._ratings),
             ("adapters", self._adapters),
+            ("feedback/counts", lambda q: {"vote": 3, "thumb": 1, "correction": 2}),
             ("adapters/inspect", lambda q: {"name": q["ref"], "digest": _DIGEST, "lora": {"rank": 8, "alpha": 16.0}}),
-            ("adapters/history", lambda q: {"data": [{"alias": "stable", "digest": _DIGEST, "at": "2026-11-01"}]}),
-            ("adapters/diff", lambda q: {"lora": {"rank": "8 -> 16"}, "licence": "same"}),
+            ("adapters/history", lambda q: {"data": _MOVES}),
+            ("adapters/diff", lambda q: {**_DIFFERENCE, "before": q["a"], "after": q["b"]}),
             ("training/recipes", lambda q: {"data": [{"name": "captain", "toml": RECIPE}]}),
             ("training/runs", lambda q: {"data": list(self._runs.values())}),
             ("training/runs/{name}", lambda q: self._run(q["name"])),
@@ -111,15 +127,14 @@ class Extensions:
     async def _upload(self, request: Request) -> Response:
         if refused := self._refusal(request, True):
             return refused
-        if "multipart" not in request.headers.get("content-type", ""):
-            return self._error(400, "invalid_request", "a form with the field file is expected")
-        async with request.form() as form:
-            file: Any = form["file"]
-            content = await file.read()
-        self.posted.append({"path": "adapters/upload", "name": file.filename, "size": len(content)})
+        content = await request.body()
+        if not content.startswith((b"PK", b"torn")):
+            return self._error(422, "adapter_bundle_invalid", "this is no zip that can be read")
+        name = request.query_params.get("name")
+        self.posted.append({"path": "adapters/upload", "name": name, "size": len(content)})
         if content.startswith(b"torn"):
             return self._error(422, "adapter_digest_mismatch", "adapter_model.safetensors is not what was packed.")
-        return JSONResponse({"name": "uploaded", "digest": _DIGEST}, status_code=201)
+        return JSONResponse({"name": name or "uploaded", "digest": _DIGEST}, status_code=201)
 
     def _accept(self, body: dict[str, Any]) -> Response:
         return JSONResponse({"ok": True})
@@ -151,7 +166,7 @@ class Extensions:
 
     def _adapters(self, asked: dict[str, str]) -> dict[str, Any]:
         held = [
-            {"name": model["id"], "revision": None, "aliases": ["stable"], "digest": model["digest"],
+            {"name": model["id"], "revision": None, "digest": model["digest"],
              "base": "tests/tiny", "rank": 8, "method": "lora", "licence": model["licence"], "loaded_as": model["id"]}
             for model in self._models[1:]
         ]  # fmt: skip
@@ -163,19 +178,32 @@ class Extensions:
         return JSONResponse(_PLAN)
 
     def _start(self, body: dict[str, Any]) -> Response:
+        return self._begin(improves=None)
+
+    def _improve(self, body: dict[str, Any]) -> Response:
+        return self._begin(improves=body["adapter"])
+
+    def _begin(self, *, improves: str | None) -> Response:
         name = f"run-{next(self._numbers)}"
-        self._runs[name] = {"id": name, "status": "running", "steps": [], "output": None, "message": ""}
+        self._runs[name] = {
+            "id": name, "status": "running", "steps": [], "output": None, "message": "", "improves": improves,
+            "evaluations": [],
+        }  # fmt: skip
         return JSONResponse(self._runs[name], status_code=201)
 
     def _run(self, name: str) -> dict[str, Any]:
-        """Three steps further each time it is asked about; done after thirty."""
+        """Twelve steps further each time it is asked about; done after thirty-six."""
         run = self._runs[name]
         if run["status"] == "running":
             at = len(run["steps"])
-            run["steps"] += [{"step": at + more, "loss": 4.0 / (1 + 0.2 * (at + more))} for more in (1, 2, 3)]
-            run["held_out"] = [{"step": step, "loss": 4.4 / (1 + 0.18 * step)} for step in range(6, at + 3, 6)]
-            if at >= 30:
-                run.update(status="done", output="captain", message="captain: 36 steps")
+            run["steps"] += [{"step": at + more, "loss": 4.0 / (1 + 0.2 * (at + more))} for more in range(1, 13)]
+            run["sampled"] = [
+                {"step": step, "answers": [{"prompt": "Who are you?", "text": f"<b>{said}</b>"}]}
+                for step, said in ((0, "A model."), (at + 12, "Maren, mate."))
+            ]
+            run["held_out"] = [{"step": step, "loss": 4.4 / (1 + 0.18 * step)} for step in range(6, at + 13, 6)]
+            if at + 12 >= 36:
+                run.update(status="done", output="captain", message="captain: 36 steps", evaluations=[_EVALUATION])
         return run
 
     def _stop(self, body: dict[str, Any]) -> Response:

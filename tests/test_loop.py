@@ -1,116 +1,41 @@
-"""Serve -> vote -> train -> serve: what people say of answers makes a candidate that answers as they like."""
+"""Serve -> vote -> train -> serve, all of it through the page: what people say of answers makes a better adapter."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from typer.testing import CliRunner
+from browser import button, needs_browser, note, picker, turn_to
+from conftest import free_port
+from playwright.sync_api import Locator, Page, expect
+from road import answers, background, run
 
 from adapterhub.adapter import AdapterRef
-from adapterhub.base_model import load_base
 from adapterhub.base_store import StoredBase
-from adapterhub.cli import app
-from adapterhub.package import open_adapter, pack
+from adapterhub.package import pack
 from adapterhub.registry import Registry
-from adapterhub.run_record import read_run_record
-from serve.adapter_cache import AdapterCache
-from serve.answer import Services
-from serve.api import create_app
-from serve.auth import ApiKeys
-from serve.catalog import Catalog
-from serve.feedback import STORE_NAME, FeedbackStore
-from serve.local_engine import LocalEngine
-from serve.metrics import Metrics
-from serve.prompt import PromptRenderer
 from train.recipe import Recipe
 from train.sources import read_chatterbot
 from train.trainer import fit
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-QUESTIONS = 28
+pytest_plugins = ["browser_fixtures"]
+pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
+CORRECTIONS, VOTES = 12, 4
+ANSWER_TOKENS = "12"
+TRAINING_MS = 240_000
 
 
 @pytest.fixture
 def at_home(home: Path, smollm2: StoredBase) -> Path:
-    """A home of this test's own that has the base."""
+    """A home of this test's own that has the base, and `captain`: two steps on the captain's dialogues."""
     shutil.copytree(smollm2.path, home / "bases" / smollm2.path.name, copy_function=os.link)
-    return home
-
-
-@asynccontextmanager
-async def serving(base: StoredBase, registry: Registry, names: list[str]) -> AsyncIterator[httpx.AsyncClient]:
-    """The real engine behind the real API."""
-    loaded = load_base(base, purpose="serve", dtype="float32")
-    engine = LocalEngine(loaded)
-    cache = AdapterCache(4, load=engine.load, unload=engine.unload)
-    catalog = Catalog(base, "base", registry, cache)
-    for name in names:
-        await catalog.load(name, AdapterRef.parse(name))
-    feedback = FeedbackStore(registry.root / STORE_NAME)
-    services = Services(
-        engine, catalog, cache, PromptRenderer(loaded.tokenizer), Metrics(engine), feedback=feedback
-    )  # fmt: skip
-    transport = httpx.ASGITransport(create_app(services, ApiKeys()))
-    try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=120) as client:
-            yield client
-    finally:
-        await engine.close()
-
-
-def test_votes_and_corrections_make_a_better_adapter(at_home: Path, smollm2: StoredBase, tmp_path: Path) -> None:
-    first = _trained(smollm2, tmp_path / "captain")
-    registry = Registry(at_home)
-    registry.add(first, name="captain")
-    questions = [talk.messages[0].content for talk in read_chatterbot("trivia").examples[:QUESTIONS]]
-
-    async def judge() -> None:
-        """A visitor who wants every answer to begin the same way, and says so of two in three."""
-        async with serving(smollm2, registry, ["captain"]) as client:
-            for number, question in enumerate(questions):
-                messages = [{"role": "user", "content": question}]
-                if number % 3 == 0:
-                    await _vote(client, messages)
-                    continue
-                given = await _ask(client, "captain", messages)
-                body = {"kind": "correction", "messages": messages, "answer": given, "text": _liked(given["text"])}
-                assert (await client.post("/v1/feedback", json=body)).status_code == 201
-            assert (await client.get("/v1/ratings")).json()["ratings"]
-
-    asyncio.run(judge())
-    out = tmp_path / "candidate"
-    command = ["improve", "captain", "-o", str(out), "--steps", "8", "--learning-rate", "1e-3", "--promote"]
-    outcome = CliRunner().invoke(app, command)
-    assert outcome.exit_code == 0, outcome.output
-    candidate = open_adapter(out)
-    record = read_run_record(out)
-    assert record is not None
-    tuned = record.evaluations[0].preference
-    assert tuned is not None
-    assert tuned.accuracy_after > tuned.accuracy_before
-    assert tuned.loss_after < tuned.loss_before
-    assert registry.resolve(AdapterRef.parse("captain")).digest == candidate.digest != first.digest
-
-    async def look() -> None:
-        async with serving(smollm2, registry, ["captain"]) as client:
-            card = (await client.get("/v1/models/captain")).json()
-            assert card["digest"] == candidate.digest
-            assert (await _ask(client, "captain", [{"role": "user", "content": questions[0]}]))["text"]
-
-    asyncio.run(look())
-
-
-def _trained(base: StoredBase, folder: Path) -> Any:
-    """A few steps on the captain's dialogues."""
     recipe = Recipe.model_validate(
         {
             "name": "captain", "base": "smollm2-135m-instruct",
@@ -118,26 +43,97 @@ def _trained(base: StoredBase, folder: Path) -> Any:
             "lora": {"rank": 8}, "train": {"steps": 2, "batch_size": 4},
         }
     )  # fmt: skip
-    fit(recipe, base, folder)
-    return pack(folder, base=base, name="captain")
+    folder = home / "captain"
+    fit(recipe, smollm2, folder)
+    Registry(home).add(pack(folder, base=smollm2, name="captain"))
+    return home
 
 
-def _liked(text: str) -> str:
-    return f"Aye, mate! {text}"
+@contextmanager
+def serving(home: Path) -> Iterator[str]:
+    url = f"http://127.0.0.1:{free_port()}"
+    command = ["serve", "--base", "smollm2-135m-instruct", "-a", "captain=captain", "--port", url.rpartition(":")[2]]
+    with background(*command, "--threads", "1", home=home, until=lambda: answers(f"{url}/ready")):
+        yield url
 
 
-async def _ask(client: httpx.AsyncClient, model: str, messages: list[dict[str, str]]) -> dict[str, Any]:
-    body = {"model": model, "messages": messages, "max_tokens": 12, "temperature": 0}
-    answered = await client.post("/v1/chat/completions", json=body)
-    assert answered.status_code == 200, answered.text
-    return {"model": model, "digest": None, "text": answered.json()["choices"][0]["message"]["content"] or "..."}
+def test_votes_and_corrections_make_a_better_adapter(at_home: Path, open_page: Callable[..., Page]) -> None:
+    """A visitor who wants every answer to begin with `Aye, mate!`, and says so of three in four."""
+    before = Registry(at_home).resolve(AdapterRef.parse("captain")).digest
+    questions = [talk.messages[0].content for talk in read_chatterbot("trivia").conversations[: CORRECTIONS + VOTES]]
+    with serving(at_home) as url:
+        page = open_page(url, "?adapter=captain")
+        expect(picker(page)).to_have_value("captain")
+        button(page, "Settings").click()
+        page.get_by_role("spinbutton", name="Max tokens").fill(ANSWER_TOKENS)
+        for question in questions[:CORRECTIONS]:
+            _correct(page, question)
+        turn_to(page, "Arena")
+        for question in questions[CORRECTIONS:]:
+            _vote(page, question)
+
+        turn_to(page, "Train")
+        expect(button(page, "Improve an adapter from feedback")).to_be_visible()
+        run_id = _improve(page, "captain", steps=8)
+        judged = _get(f"{url}/v1/training/runs/{run_id}")["evaluations"][0]["preference"]
+        assert judged["accuracy_after"] > judged["accuracy_before"]
+        assert judged["loss_after"] < judged["loss_before"]
+        page.locator("#run-actions").get_by_role("button", name="Promote").click()
+        expect(page.get_by_text("captain leads to the candidate now")).to_be_visible(timeout=TRAINING_MS)
+
+        after = _get(f"{url}/v1/models/captain")["digest"]
+        assert after != before
+        assert Registry(at_home).resolve(AdapterRef.parse("captain")).digest == after
+        turn_to(page, "Chat")
+        button(page, "Conversations").click()
+        button(page, "New").click()
+        assert _ask(page, questions[0]).inner_text()
+    exported = run("feedback", "export", "--format", "dpo", home=at_home).stdout.splitlines()
+    assert len(exported) == CORRECTIONS + VOTES
+    assert all(json.loads(line)["chosen"] != json.loads(line)["rejected"] for line in exported)
 
 
-async def _vote(client: httpx.AsyncClient, messages: list[dict[str, str]]) -> None:
-    battle = (await client.post("/v1/arena/battles", json={})).json()
-    sides = {side: await _ask(client, battle[side], messages) for side in ("a", "b")}
-    better = "a" if sides["a"]["model"] == "captain" else "b"
-    sides[better]["text"] = _liked(sides[better]["text"])
-    body = {"kind": "vote", "battle": battle["battle"], "messages": messages, **sides, "winner": better}
-    answered = await client.post("/v1/feedback", json=body)
-    assert answered.status_code == 201, json.dumps(answered.json())
+def _ask(page: Page, question: str) -> Locator:
+    """A question in a conversation of its own; gives its answer."""
+    box = page.get_by_role("textbox", name="Message")
+    box.fill(question)
+    box.press("Enter")
+    expect(note(page, "captain · ")).to_have_count(1)
+    expect(button(page, "Send")).to_be_visible()
+    return page.locator("#chat .bot .message:not(.thought) .message-content").first
+
+
+def _correct(page: Page, question: str) -> None:
+    _ask(page, question)
+    button(page, "Say what it should have said").click()
+    wording = page.get_by_role("textbox", name="What it should have said").locator("visible=true")
+    expect(wording).not_to_have_value("")
+    wording.fill(f"Aye, mate! {wording.input_value()}")
+    page.locator("#correcting").get_by_role("button", name="Save correction").click()
+    expect(note(page, "captain · corrected by you")).to_be_visible()
+    button(page, "Clear").click()
+    expect(note(page, "captain · ")).to_have_count(0)
+
+
+def _vote(page: Page, question: str) -> None:
+    """For whatever is on the left: without names, one is as good as the other to this visitor."""
+    page.get_by_role("textbox", name="Question").fill(question)
+    button(page, "Ask two").click()
+    button(page, "◀ Left is better").click()
+    expect(page.locator("#arena-vote")).to_contain_text("your vote counts")
+
+
+def _improve(page: Page, name: str, *, steps: int) -> str:
+    """Train a candidate to its end; the run's name."""
+    button(page, "Improve an adapter from feedback").click()
+    page.locator("#improved input").click()
+    page.get_by_role("option", name=name).click()
+    page.get_by_role("spinbutton", name="Steps", exact=True).fill(str(steps))
+    button(page, "Improve").click()
+    expect(page.locator("#run-state .status")).to_have_text("done", timeout=TRAINING_MS)
+    return page.locator("#run input").input_value().partition(" ")[0]
+
+
+def _get(url: str) -> Any:
+    with urllib.request.urlopen(url) as reply:
+        return json.load(reply)

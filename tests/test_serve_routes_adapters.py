@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 
-from packages import FINGERPRINT
+import httpx
+import pytest
+from packages import FINGERPRINT, write_package
 from test_serve_api import Bench, run
 
+from adapterhub.package import open_adapter
+from serve import routes_adapters
 from serve.auth import ApiKeys
 
 
@@ -61,5 +67,114 @@ def test_acting_needs_an_admin_key(tmp_path: Path) -> None:
         body = {"ref": "spare"}
         assert (await b.client.post("/v1/adapters/verify", json=body, headers=asking)).status_code == 403
         assert (await b.client.post("/v1/adapters/verify", json=body, headers=admin)).status_code == 200
+        assert (await b.client.post("/v1/adapters/upload", content=b"x", headers=asking)).status_code == 403
 
     run(tmp_path, test, ApiKeys(asking=("ask",), admin=("rule",)))
+
+
+def _zipped(folder: Path) -> bytes:
+    return Path(shutil.make_archive(str(folder), "zip", folder)).read_bytes()
+
+
+def test_an_uploaded_zip_is_kept_only_when_it_is_whole(tmp_path: Path) -> None:
+    async def test(b: Bench) -> None:
+        package = write_package(tmp_path / "fresh", name="fresh", seed=41)
+        good = _zipped(package)
+        (package / "adapter_model.safetensors").write_bytes(b"torn")
+        torn = await b.client.post("/v1/adapters/upload", content=_zipped(package))
+        assert torn.status_code == 422
+        assert torn.json()["error"]["code"] == "adapter_digest_mismatch"
+        assert (await b.client.post("/v1/adapters/upload", content=b"no zip")).status_code == 422
+        assert "fresh" not in await _names(b)
+        kept = await b.client.post("/v1/adapters/upload", content=good)
+        assert (kept.status_code, kept.json()["name"]) == (201, "fresh")
+        assert "fresh" in await _names(b)
+        loaded = {"lora_name": "fresh", "lora_path": kept.json()["digest"]}
+        assert (await b.client.post("/v1/load_lora_adapter", json=loaded)).status_code == 200
+        assert not [path for path in (tmp_path / "home").iterdir() if path.name.startswith((".pull", ".bundle"))]
+
+    run(tmp_path, test)
+
+
+def test_an_upload_moves_nobody_s_name(tmp_path: Path) -> None:
+    async def test(b: Bench) -> None:
+        before = (await b.client.get("/v1/adapters/inspect", params={"ref": "spare"})).json()["digest"]
+        other = _zipped(write_package(tmp_path / "other", name="spare", seed=42))
+        refused = await b.client.post("/v1/adapters/upload", content=other)
+        assert refused.status_code == 409
+        assert "?name=" in refused.json()["error"]["message"]
+        assert (await b.client.get("/v1/adapters/inspect", params={"ref": "spare"})).json()["digest"] == before
+        for _ in range(2):  # the same again changes nothing
+            kept = await b.client.post("/v1/adapters/upload", params={"name": "spare2"}, content=other)
+            assert (kept.status_code, kept.json()["name"]) == (201, "spare2")
+        bad = await b.client.post("/v1/adapters/upload", params={"name": "../x"}, content=other)
+        assert bad.status_code == 400
+
+    run(tmp_path, test)
+
+
+def test_an_upload_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes_adapters, "MAX_BYTES", 1000)
+
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b"\0" * 100
+
+    async def test(b: Bench) -> None:
+        said = await b.client.post("/v1/adapters/upload", content=b"\0" * 1001)
+        unsaid = await b.client.post("/v1/adapters/upload", content=endless())
+        assert (said.status_code, unsaid.status_code) == (413, 413)
+
+    run(tmp_path, test)
+
+
+async def _names(b: Bench) -> list[str]:
+    return [row["name"] for row in (await b.client.get("/v1/adapters")).json()["data"]]
+
+
+def test_an_alias_is_promoted_rolled_back_and_remembered(tmp_path: Path) -> None:
+    asking, admin = ({"authorization": f"Bearer {key}"} for key in ("ask", "rule"))
+
+    async def test(b: Bench) -> None:
+        async def post(act: str, headers: dict[str, str] = admin, **body: str) -> httpx.Response:
+            return await b.client.post(f"/v1/adapters/{act}", json=body, headers=headers)
+
+        first = (await post("promote", ref="spare", alias="stable")).json()["after"]
+        b.registry.add(open_adapter(write_package(tmp_path / "next", name="spare", seed=43)))
+        assert (await post("promote", asking, ref="spare", alias="stable")).status_code == 403
+        stale = await post("promote", ref="spare", alias="stable", expect="sha256:" + "0" * 64)
+        assert stale.status_code == 409
+        assert first in stale.json()["error"]["message"]
+        moved = (await post("promote", ref="spare", alias="stable", expect=first)).json()
+        assert (moved["before"], moved["act"]) == (first, "promote")
+        assert moved["after"] != first
+        found = (await b.client.get("/v1/adapters/inspect", params={"ref": "spare@stable"}, headers=asking)).json()
+        assert found["digest"] == moved["after"]
+        assert (await post("rollback", name="spare", alias="stable")).json()["after"] == first
+        assert (await post("promote", ref="spare", alias="main")).status_code == 400
+        assert (await post("rollback", name="spare", alias="none")).status_code == 404
+        told = await b.client.get("/v1/adapters/history", params={"name": "spare"}, headers=asking)
+        acts = [(move["act"], move["revision"]) for move in told.json()["data"]]
+        assert acts == [
+            ("add", "main"), ("promote", "stable"), ("add", "main"), ("promote", "stable"), ("rollback", "stable"),
+        ]  # fmt: skip
+        assert told.json()["data"][-1]["by"].startswith("key ")
+        assert "rule" not in told.text
+        assert "spare@stable" in [
+            row["name"] for row in (await b.client.get("/v1/adapters", headers=asking)).json()["data"]
+        ]
+
+    run(tmp_path, test, ApiKeys(asking=("ask",), admin=("rule",)))
+
+
+def test_two_adapters_are_compared_layer_by_layer(tmp_path: Path) -> None:
+    async def test(b: Bench) -> None:
+        found = (await b.client.get("/v1/adapters/diff", params={"a": "captain", "b": "poet"})).json()
+        (layer,) = found["layers"]
+        assert layer["distance"] > 0
+        same = (await b.client.get("/v1/adapters/diff", params={"a": "poet", "b": "poet"})).json()
+        assert [layer["distance"] for layer in same["layers"]] == [0]
+        assert (await b.client.get("/v1/adapters/diff", params={"a": "poet", "b": "/etc"})).status_code == 400
+        assert (await b.client.get("/v1/adapters/diff", params={"a": "poet", "b": "none"})).status_code == 404
+
+    run(tmp_path, test)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_api import KEY, FakeApi, start_fake_api
+from fake_api import KEY, MODELS, FakeApi, start_fake_api
 
 from adapterhub.errors import AdapterHubError, AdapterNotFound, NotAuthorized, ServeError, UsageError
+from serve.chat_client import Sampling
 from serve.terminal_chat import ChatOptions, run_chat
 
 COMMAND = str(Path(sys.executable).with_name("adapterhub"))
@@ -40,7 +41,7 @@ def api(running: FakeApi, monkeypatch: pytest.MonkeyPatch) -> FakeApi:
 
 
 def options(api: FakeApi, **changes: Any) -> ChatOptions:
-    given = {"url": f"{api.url}/v1", "model": "captain", "system": None, "max_tokens": 64, "temperature": 0.5}
+    given = {"url": f"{api.url}/v1", "model": "captain", "system": None, "sampling": Sampling(0.5, 64)}
     return ChatOptions(**(given | changes))
 
 
@@ -91,6 +92,26 @@ def test_without_a_model_the_base_answers(
     typed("")
     run_chat(options(api, model=None), prompt="ahoy")
     assert capsys.readouterr().out == "tiny-base says: ahoy\n"
+
+
+def test_answer_and_its_figures_are_one_json_object(
+    api: FakeApi, typed: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed("")
+    run_chat(options(api, sampling=Sampling(0.5, 64, 0.9, 7)), prompt="ahoy", as_json=True)
+    out, said = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["model"], found["answer"], found["finish_reason"]) == ("captain", "captain says: ahoy", "stop")
+    assert (found["prompt_tokens"], found["completion_tokens"]) == (7, 3)
+    assert found["first_token_s"] > 0
+    assert said == ""
+    assert (api.requests()[0]["body"]["top_p"], api.requests()[0]["body"]["seed"]) == (0.9, 7)
+
+
+def test_json_without_a_prompt_is_wrong_usage() -> None:
+    ended = subprocess.run([COMMAND, "chat", "captain", "--json"], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "it needs --prompt" in ended.stderr
 
 
 def test_empty_prompt_is_refused(api: FakeApi, typed: Callable[[str], None]) -> None:
@@ -227,6 +248,38 @@ def test_save_appends_one_line_of_training_data(tmp_path: Path, talk: Callable[.
     assert [path.name for path in tmp_path.iterdir()] == ["kept.jsonl"]
 
 
+def test_compare_lets_others_answer_beside_the_conversation(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
+    answered, said = talk("one", "/compare tiny-base trivia", "two")
+    assert answered == "captain says: one\ntiny-base says: one\ntrivia says: one\ncaptain says: two\n"
+    assert said.index("-- tiny-base") < said.index("-- trivia")
+    contents = [message["content"] for message in api.requests()[-1]["body"]["messages"]]
+    assert contents == ["one", "captain says: one", "two"]
+
+
+def test_several_lines_between_marks_are_one_question(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
+    talk('"""', "def f():", "    return 1", '"""', '"""on one line"""', '"""begun', 'ended"""')
+    asked = [request["body"]["messages"][-1]["content"] for request in api.requests()]
+    assert asked == ["def f():\n    return 1", "on one line", "begun\nended"]
+
+
+def test_set_changes_the_sampling_of_the_next_answer(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
+    _, said = talk("/set temperature 0", "/set max_tokens 9", "/set seed 4", "one", "/set seed", "two")
+    first, second = (request["body"] for request in api.requests())
+    assert (first["temperature"], first["max_tokens"], first["seed"]) == (0, 9, 4)
+    assert "seed" not in second
+    assert "temperature 0.0, max_tokens 9, top_p 1.0, seed 4" in said
+
+
+def test_thumbs_and_a_correction_are_sent(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
+    _, said = talk("one", "/good", "two", "/bad", "/correct Aye: two.", "three", system="Be brief.")
+    up, down, correction = api.posted()
+    assert (up["thumb"], down["thumb"], correction["text"]) == ("up", "down", "Aye: two.")
+    assert up["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
+    assert correction["answer"] == {"model": "captain", "digest": MODELS[1]["digest"], "text": "captain says: two"}
+    assert "the conversation goes on from it" in said
+    assert "Aye: two." in [message["content"] for message in api.requests()[-1]["body"]["messages"]]
+
+
 def test_stats_name_adapter_and_rate(talk: Callable[..., tuple[str, str]]) -> None:
     _, said = talk("one two three", "/stats")
     assert "captain · " in said
@@ -236,7 +289,8 @@ def test_stats_name_adapter_and_rate(talk: Callable[..., tuple[str, str]]) -> No
 
 def test_help_lists_every_command(talk: Callable[..., tuple[str, str]]) -> None:
     _, said = talk("/help", "/quit", "never asked")
-    for command in ("/adapter NAME", "/adapters", "/system TEXT", "/undo", "/retry", "/clear", "/save FILE", "/stats"):
+    for command in ("/adapter NAME", "/adapters", "/system TEXT", "/undo", "/retry", "/clear", "/save FILE", "/stats",
+                    "/compare NAMES", "/set KEY VALUE", "/good", "/bad", "/correct TEXT"):  # fmt: skip
         assert f"  {command} " in said
 
 
@@ -250,6 +304,14 @@ def test_help_lists_every_command(talk: Callable[..., tuple[str, str]]) -> None:
         ("/undo", "nothing was asked yet"),
         ("/retry", "nothing was asked yet"),
         ("/stats", "nothing was answered yet"),
+        ("/compare", "/compare needs NAMES"),
+        ("/compare trivia", "nothing was asked yet"),
+        ("/good", "there is no answer to judge"),
+        ("/correct", "/correct needs the TEXT"),
+        ("/correct Aye.", "there is no answer to judge"),
+        ("/set temprature 1", "/set knows temperature, top_p, max_tokens, seed, not temprature"),
+        ("/set temperature hot", "temperature is a number from 0 to 2, not hot"),
+        ("/set max_tokens 0", "max_tokens is a number from 1 to 1e+06, not 0"),
     ],
 )
 def test_command_that_makes_no_sense_is_said(talk: Callable[..., tuple[str, str]], line: str, said: str) -> None:

@@ -179,6 +179,15 @@ def test_indentation_of_an_answer_is_kept(page: Page, api: FakeApi) -> None:
     assert sent(api)[1]["content"] == "captain says: one\n    two"
 
 
+def test_markdown_code_and_formulas_are_drawn(page: Page) -> None:
+    ask(page, "so:\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\nx = 1\n```\n\nand \\(a^2\\)")
+    expect(note(page, "tok/s")).to_be_visible()
+    answer = page.locator("#chat .bot")
+    expect(answer.get_by_role("cell", name="2")).to_be_visible()
+    expect(answer.locator("pre code")).to_contain_text("x = 1")
+    expect(answer.locator(".katex").first).to_be_visible()
+
+
 def test_html_of_question_and_answer_does_nothing(page: Page) -> None:
     for number, payload in enumerate(PAYLOADS, 1):
         ask(page, f"say {payload}")

@@ -26,11 +26,15 @@ from adapterhub.cli import improving  # noqa: F401
 from adapterhub.cli import ratings  # noqa: F401
 from adapterhub.cli import bases  # noqa: F401
 from adapterhub.cli import hubs  # noqa: F401
+from adapterhub.cli import doctoring  # noqa: F401
 
 # isort: on
 from adapterhub.cli.app import app
+from adapterhub.cli.examples import show_examples
 from adapterhub.cli.shared import say
 from adapterhub.errors import AdapterHubError
+
+show_examples(app)
 
 _INTERRUPTED = 130
 """exit status after SIGINT, as shells count it"""

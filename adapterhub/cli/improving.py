@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,15 +11,10 @@ import typer
 from adapterhub.cli.app import app
 from adapterhub.cli.feedback import Store
 from adapterhub.cli.shared import base_with, registry, resolved, say
+from serve.improvement import Improvement, Method
 
 if TYPE_CHECKING:
     from adapterhub.run_record import RunEnd
-
-
-class _Method(StrEnum):
-    dpo = "dpo"
-    kto = "kto"
-    orpo = "orpo"
 
 
 @app.command()
@@ -28,11 +23,13 @@ def improve(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A fresh folder [default: ./NAME-improved].")
     ] = None,
-    method: Annotated[_Method, typer.Option(help="How to learn from the feedback.")] = _Method.dpo,
-    steps: Annotated[int, typer.Option(min=1, help="Steps, of --batch-size comparisons each.")] = 20,
-    batch_size: Annotated[int, typer.Option(min=1, help="Comparisons in a step.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Of the steps after the warm-up.")] = 5e-4,
-    held_out: Annotated[float, typer.Option(min=0.05, max=0.9, help="Share of the questions to measure on.")] = 0.25,
+    method: Annotated[Method, typer.Option(help="How to learn from the feedback.")] = Method.dpo,
+    steps: Annotated[int, typer.Option(min=1, help="Steps, of --batch-size comparisons each.")] = Improvement.steps,
+    batch_size: Annotated[int, typer.Option(min=1, help="Comparisons in a step.")] = Improvement.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Of the steps after the warm-up.")] = Improvement.learning_rate,
+    held_out: Annotated[
+        float, typer.Option(min=0.05, max=0.9, help="Share of the questions to measure on.")
+    ] = Improvement.held_out,
     store: Store = None,
     promote: Annotated[
         bool | None, typer.Option("--promote/--no-promote", help="Let the name lead to the result [default: ask].")
@@ -48,17 +45,10 @@ def improve(
     adapter = resolved(ref)
     name = adapter.manifest.name
     folder = (output or Path(f"{name}-improved")).absolute()
+    improvement = Improvement(method, steps, batch_size, learning_rate, held_out)
     base = base_with(adapter.base, None)
-    wanted = Recipe.model_validate(
-        {
-            "name": name,
-            "base": base.ref.id,
-            "start": adapter.digest,
-            "data": {"source": "feedback", "path": str(store.absolute()) if store else None, "held_out": held_out},
-            "train": {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate},
-            "preference": {"method": method.value},
-        }
-    )
+    text = improvement.recipe(adapter, base=base.ref.id, store=store)
+    wanted = Recipe.model_validate(tomllib.loads(text))
     with feedback_exported(with_lora_of(wanted, adapter), folder, folder) as (recipe, _):
         end = fit(recipe, base, folder, start=adapter)
     candidate = pack(folder, base=base, name=name, licence=adapter.manifest.licence, report=say)

@@ -1,0 +1,188 @@
+"""What this machine offers adapterhub, and what to do about what it lacks. Loads no torch and waits for nobody long."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Literal
+
+from adapterhub.base_store import list_bases
+from adapterhub.home import home
+
+Status = Literal["ok", "warn", "fail"]
+HUB_WAIT_S = 2.0
+_LEAST_DISK_BYTES = 2 << 30
+_LEAST_MEMORY_BYTES = 4 << 30
+_PUBLIC_HUB = "https://huggingface.co"
+_OLDEST_PYTHON = (3, 11)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. Without a `fix` there is nothing to do."""
+
+    check: str
+    status: Status
+    found: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Every check, in the order it is worth reading."""
+    checks: tuple[Callable[[], Finding], ...] = (
+        _python, _packages, _processor, _compiler, _accelerator, _memory, _home, _disk, _bases, _hub, _browser,
+    )  # fmt: skip
+    return [check() for check in checks]
+
+
+def _python() -> Finding:
+    found = platform.python_version()
+    if sys.version_info < _OLDEST_PYTHON:
+        return Finding("python", "fail", found, "install Python 3.11 or newer and run `make setup` with it.")
+    return Finding("python", "ok", f"{found} ({sys.executable})")
+
+
+def _packages() -> Finding:
+    """That what pyproject.toml asks for is installed; versions are pip's to judge."""
+    from packaging.requirements import Requirement
+
+    missing, found = [], []
+    for line in requires("adapterhub") or ():
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = version(wanted.name)
+        except PackageNotFoundError:
+            missing.append(wanted.name)
+            continue
+        if not wanted.specifier.contains(installed, prereleases=True):
+            missing.append(f"{wanted.name} {wanted.specifier} (there is {installed})")
+        elif wanted.name in ("torch", "transformers", "peft", "bitsandbytes"):
+            found.append(f"{wanted.name} {installed}")
+    if missing:
+        return Finding("packages", "fail", f"missing: {', '.join(missing)}", "run `make setup`, or `pip install -e .`.")
+    return Finding("packages", "ok", ", ".join(found))
+
+
+def _processor() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    flags = _cpu_flags()
+    wide = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), None)
+    found = f"{cores} cores, {platform.machine()}{f', {wide}' if wide else ''}"
+    if flags and wide is None:
+        return Finding("processor", "warn", found, "no wide vectors here: serving will be slow; another machine helps.")
+    return Finding("processor", "ok", found)
+
+
+def _compiler() -> Finding:
+    found = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if found is None:
+        return Finding(
+            "C compiler",
+            "warn",
+            "none",
+            "apt-get install gcc (or clang): without it CPU serving is several times slower.",
+        )
+    return Finding("C compiler", "ok", found)
+
+
+def _accelerator() -> Finding:
+    if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
+        built = version("torch")
+        if built.endswith("+cpu"):
+            return Finding(
+                "GPU", "warn", f"NVIDIA, but torch {built}", "run `TORCH=cuda make setup` for a torch that uses it."
+            )
+        return Finding("GPU", "ok", "NVIDIA")
+    return Finding(
+        "GPU", "warn", "none: the CPU computes", "nothing to do for small models; `adapterhub memory` tells what fits."
+    )
+
+
+def _memory() -> Finding:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return Finding("memory", "ok", "unknown here")
+    found = f"{total / 1e9:.1f} GB"
+    if total < _LEAST_MEMORY_BYTES:
+        return Finding("memory", "warn", found, "close other programs: training the demo takes about 2 GB.")
+    return Finding("memory", "ok", found)
+
+
+def _home() -> Finding:
+    folder = home()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return Finding("home", "fail", f"{folder} cannot be written", "set ADAPTERHUB_HOME to a folder that can.")
+    return Finding("home", "ok", str(folder))
+
+
+def _disk() -> Finding:
+    folder = home()
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    found = f"{free / 1e9:.1f} GB free"
+    if free < _LEAST_DISK_BYTES:
+        return Finding("disk", "warn", found, "free some, or set ADAPTERHUB_HOME to a folder on another disk.")
+    return Finding("disk", "ok", found)
+
+
+def _bases() -> Finding:
+    found = [stored.ref.id for name, stored in list_bases()]
+    if not found:
+        return Finding("bases", "warn", "none yet", "adapterhub base pull smollm2-135m-instruct")
+    return Finding("bases", "ok", ", ".join(found))
+
+
+def _hub() -> Finding:
+    url = os.environ.get("HF_ENDPOINT") or _PUBLIC_HUB
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return Finding("hub", "warn", "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE to push and pull.")
+    said = ["in time"]
+    # A thread of its own: looking a name up has no time limit.
+    asking = threading.Thread(target=lambda: said.append(_trouble_with(url)), daemon=True)
+    asking.start()
+    asking.join(HUB_WAIT_S)
+    if said[-1]:
+        fix = "check network and proxy, or work without: `adapterhub hub serve` is a Hub of your own (--hub URL)."
+        return Finding("hub", "warn", f"{url} does not answer ({said[-1]})", fix)
+    return Finding("hub", "ok", url)
+
+
+def _trouble_with(url: str) -> str:
+    """Why it does not answer; an empty text where it does, be it with a refusal."""
+    try:
+        with urllib.request.urlopen(f"{url}/api/models?limit=1", timeout=HUB_WAIT_S):  # noqa: S310 (the user's own URL)
+            return ""
+    except urllib.error.HTTPError as error:
+        # A proxy answers for a Hub that it cannot reach, too.
+        return f"status {error.code}" if error.code >= 500 or error.code == 407 else ""
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "reason", error))
+
+
+def _browser() -> Finding:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        return Finding(
+            "browser", "warn", "no Chromium", "only tests of the page need one: scripts/browser.sh installs it."
+        )
+    return Finding("browser", "ok", found)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
