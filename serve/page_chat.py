@@ -24,9 +24,6 @@ from serve.page_talk import Talk, Widgets
 
 CONCURRENT_ANSWERS = 64
 """what the engine batches and queues; Gradio's own default is 1"""
-_STORAGE_KEY = "adapterhub.conversations.1"
-_STORAGE_SECRET = "adapterhub"  # noqa: S105  not secret: Gradio encrypts with something, and by default with what a restart loses
-
 _HINT = "**Enter** sends, **Shift+Enter** starts a line, **Esc** stops, **Ctrl+K** goes to the adapters."
 _PLACEHOLDER = "### Ask something\nSwitch the adapter whenever you like: the next answer is by the one picked."
 
@@ -38,11 +35,7 @@ def chat_tab(blocks: Any, client: PageClient) -> None:
             side = _draw_models() | _draw_conversations() | _draw_settings()
         with gr.Column(scale=4, min_width=300, elem_classes="chat-main"):
             talk = _draw_talk() | _draw_composer()
-    state = {
-        "saved": gr.BrowserState([], storage_key=_STORAGE_KEY, secret=_STORAGE_SECRET),
-        "corrected_at": gr.State(None),
-    }
-    widgets = Widgets(**side, **talk, **state)
+    widgets = Widgets(**side, **talk, corrected_at=gr.State(None))
     _connect_models(blocks, widgets, Models(client))
     _connect_conversations(blocks, widgets)
     _connect_talk(widgets, Talk(client, widgets))
@@ -151,8 +144,8 @@ def _connect_models(blocks: Any, on: Widgets, models: Models) -> None:
 
 def _connect_conversations(blocks: Any, on: Widgets) -> None:
     here = {"api_visibility": "private"}
-    blocks.load(None, [on.saved], [on.kept], js=LIST, **here)
-    on.forget.click(None, [on.saved, on.kept], [on.saved, on.kept, on.chat], js=FORGET, **here)
+    gr.on([blocks.load, on.kept.focus], None, None, [on.kept], js=LIST, **here)
+    on.forget.click(None, [on.kept], [on.kept, on.chat], js=FORGET, **here)
     on.as_json.click(None, [on.chat, on.system], None, js=EXPORT_JSON, **here)
     on.as_markdown.click(None, [on.chat, on.system], None, js=EXPORT_MARKDOWN, **here)
 
@@ -165,8 +158,8 @@ def _connect_talk(on: Widgets, talk: Talk) -> None:
     asking = quiet | {"concurrency_limit": CONCURRENT_ANSWERS, "trigger_mode": "multiple"}
     kept = {
         "fn": None,
-        "inputs": [on.saved, on.kept, on.chat],
-        "outputs": [on.saved, on.kept],
+        "inputs": [on.kept, on.chat],
+        "outputs": [on.kept],
         "js": KEEP,
         "api_visibility": "private",
     }
@@ -177,7 +170,7 @@ def _connect_talk(on: Widgets, talk: Talk) -> None:
     on.chat.clear(talk.clear, set(), **at_once).then(None, None, [on.kept], js="() => null", api_visibility="private")
     on.stop.click(talk.stop, {on.chat}, **at_once)
     # The run ends first: what it still draws must not land in the other conversation.
-    opened = {"fn": None, "inputs": [on.saved, on.kept], "outputs": [on.chat], "js": OPEN, "api_visibility": "private"}
+    opened = {"fn": None, "inputs": [on.kept], "outputs": [on.chat], "js": OPEN, "api_visibility": "private"}
     on.kept.input(talk.leave, set(), **at_once).then(**opened)
     nothing = {"js": "() => [[], null]", "api_visibility": "private"}
     on.fresh.click(talk.leave, set(), **at_once).then(None, None, [on.chat, on.kept], **nothing)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-CONVERSATIONS_KEPT = 50
+_CONVERSATIONS_KEPT = 50
+_STORAGE_KEY = "adapterhub.conversations.1"
 
-HEAD = """
+HEAD = (
+    f'<script>const CONVERSATIONS_KEPT = {_CONVERSATIONS_KEPT}, STORAGE_KEY = "{_STORAGE_KEY}";</script>'
+    """
 <script>
 addEventListener("keydown", (event) => {
     const stop = [...document.querySelectorAll("button.stop")].find((button) => button.offsetParent);
@@ -49,6 +52,16 @@ window.adapterhub = {
     text: (message) => typeof message.content === "string"
         ? message.content : message.content.map((block) => block.text ?? "").join(""),
     isNote: (message) => Boolean(message.metadata?.title),
+    // Read anew each time: another tab may have written.
+    kept: () => {
+        try { return JSON.parse(localStorage.getItem(STORAGE_KEY)) ?? []; } catch { return []; }
+    },
+    keep: (all) => {
+        for (let kept = all.slice(0, CONVERSATIONS_KEPT); ; kept = kept.slice(0, -1)) {
+            try { localStorage.setItem(STORAGE_KEY, JSON.stringify(kept)); return kept; }
+            catch (full) { if (kept.length < 2) return kept; }  // the oldest go first
+        }
+    },
     choices: (kept) => kept.map((one) => [one.title, one.id]),
     save: (name, type, text) => {
         const link = document.createElement("a");
@@ -74,22 +87,24 @@ window.adapterhub = {
 };
 </script>
 """
+)
 
-KEEP = f"""(saved, id, chat) => {{
-    if (!chat?.length) return [saved, {{ __type__: "update" }}];
-    const now = {{ id: id ?? Date.now().toString(36), title: adapterhub.title(chat), messages: chat }};
-    const all = [now, ...(saved ?? []).filter((one) => one.id !== now.id)].slice(0, {CONVERSATIONS_KEPT});
-    return [all, {{ __type__: "update", choices: adapterhub.choices(all), value: now.id }}];
-}}"""
-"""inputs: saved, the current conversation's id, its messages; outputs: saved, the list of them"""
+KEEP = """(id, chat) => {
+    if (!chat?.length) return { __type__: "update" };
+    const now = { id: id ?? Date.now().toString(36), title: adapterhub.title(chat), messages: chat };
+    const all = adapterhub.keep([now, ...adapterhub.kept().filter((one) => one.id !== now.id)]);
+    return { __type__: "update", choices: adapterhub.choices(all), value: now.id };
+}"""
+"""inputs: the current conversation's id, its messages; output: the list of them"""
 
-LIST = '(saved) => ({ __type__: "update", choices: adapterhub.choices(saved ?? []) })'
+LIST = '() => ({ __type__: "update", choices: adapterhub.choices(adapterhub.kept()) })'
 
-OPEN = "(saved, id) => (saved ?? []).find((one) => one.id === id)?.messages ?? []"
+# Gradio takes a list for one value an output, so the one value goes in a list.
+OPEN = "(id) => [adapterhub.kept().find((one) => one.id === id)?.messages ?? []]"
 
-FORGET = """(saved, id) => {
-    const all = (saved ?? []).filter((one) => one.id !== id);
-    return [all, { __type__: "update", choices: adapterhub.choices(all), value: null }, []];
+FORGET = """(id) => {
+    const all = adapterhub.keep(adapterhub.kept().filter((one) => one.id !== id));
+    return [{ __type__: "update", choices: adapterhub.choices(all), value: null }, []];
 }"""
 
 EXPORT_JSON = """(chat, system) => {

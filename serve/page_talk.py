@@ -60,8 +60,6 @@ class Widgets:
     box: Any
     send: Any
     stop: Any
-    saved: Any
-    """conversations in the browser"""
     corrected_at: Any
     """where in the conversation the answer is that is being corrected"""
 
@@ -87,6 +85,8 @@ class Talk:
         self._on = on
         self._runs = Runs()
         self._feedback = Feedback(client)
+        self._nothing: Updates = {on.chat: gr.skip()}
+        """an empty dictionary is an error to Gradio, and then nothing that was to follow does"""
 
     async def send(self, given: Given, request: gr.Request) -> AsyncGenerator[Updates, None]:
         yield {self._on.box: ""}  # in any case: Gradio takes an end without a drawing for a drawing of nothing
@@ -115,7 +115,7 @@ class Talk:
 
     def clear(self, given: Given, request: gr.Request) -> Updates:
         self._runs.end(request.session_hash, Ending.CLEARED)
-        return {}  # the browser has cleared it already
+        return self._nothing  # the browser has cleared it already
 
     def leave(self, given: Given, request: gr.Request) -> Updates:
         """The visitor turns to another conversation, which the browser draws."""
@@ -124,7 +124,7 @@ class Talk:
 
     def stop(self, given: Given, request: gr.Request) -> Updates:
         if self._runs.end(request.session_hash, Ending.STOPPED):
-            return {}  # the run draws its own end
+            return self._nothing  # the run draws its own end
         return self._draw(settled(read_lines(given[self._on.chat])))  # the server was restarted meanwhile
 
     async def liked(self, given: Given, request: gr.Request, event: gr.LikeData) -> Updates:

@@ -27,7 +27,7 @@ from train.trainer import fit
 
 pytest_plugins = ["browser_fixtures"]
 pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
-CORRECTIONS, VOTES = 12, 4
+CORRECTIONS, VOTES = 9, 3
 ANSWER_TOKENS = "12"
 TRAINING_MS = 240_000
 
@@ -60,7 +60,7 @@ def serving(home: Path) -> Iterator[str]:
 def test_votes_and_corrections_make_a_better_adapter(at_home: Path, open_page: Callable[..., Page]) -> None:
     """A visitor who wants every answer to begin with `Aye, mate!`, and says so of three in four."""
     before = Registry(at_home).resolve(AdapterRef.parse("captain")).digest
-    questions = [talk.messages[0].content for talk in read_chatterbot("trivia").conversations[: CORRECTIONS + VOTES]]
+    questions = [talk.messages[0].content for talk in read_chatterbot("trivia").examples[: CORRECTIONS + VOTES]]
     with serving(at_home) as url:
         page = open_page(url, "?adapter=captain")
         expect(picker(page)).to_have_value("captain")
@@ -74,7 +74,7 @@ def test_votes_and_corrections_make_a_better_adapter(at_home: Path, open_page: C
 
         turn_to(page, "Train")
         expect(button(page, "Improve an adapter from feedback")).to_be_visible()
-        run_id = _improve(page, "captain", steps=8)
+        run_id = _improve(page, "captain", steps=6)
         judged = _get(f"{url}/v1/training/runs/{run_id}")["evaluations"][0]["preference"]
         assert judged["accuracy_after"] > judged["accuracy_before"]
         assert judged["loss_after"] < judged["loss_before"]

@@ -77,6 +77,7 @@ def train(
         folder = resume
     else:
         from adapterhub.cli.from_feedback import feedback_exported
+        from train.inputs import with_lora_of
 
         path = _found(str(recipe))
         given = read_recipe(path)
@@ -84,6 +85,8 @@ def train(
         # A plan needs no weights, and a base may be a hundred gigabytes.
         base = (outline_base if plan else pull_base)(given.base_name, report=say)
         start = _start_of(given, hub)
+        # Written down before it is read again, so that it says what the adapter to go on from has.
+        given = with_lora_of(given, start)
         with feedback_exported(given, path, folder, is_plan=plan) as (parsed, path):
             if plan:
                 _plan(parsed, base, folder, start, as_json=as_json)
