@@ -118,6 +118,12 @@ def test_answers_inside_a_guanaco_conversation_are_trained_up_to_their_stop_stri
     ]
 
 
+def test_more_stop_strings_do_not_change_where_answers_end(tokenizer: Any) -> None:
+    talk = conversation(text=GUANACO)
+    plain, stopped = (tokenize(talk, tokenizer, loss_on="assistant", stop=stop) for stop in ((), ("###",)))
+    assert plain == stopped
+
+
 def test_the_last_answer_of_a_guanaco_conversation_can_be_trained_alone(tmp_path: Path, tokenizer: Any) -> None:
     with_template(tmp_path, tokenizer, "guanaco")
     sample = tokenize(conversation(text=GUANACO), tokenizer, loss_on="last", stop=("### Human:",))
@@ -174,13 +180,16 @@ def test_a_base_without_a_template_needs_one_in_the_recipe(tmp_path: Path, token
         check_has_template(tokenizer)
 
 
-def test_a_plain_text_is_trained_whole_with_its_end_in_pieces(tokenizer: Any) -> None:
+@pytest.mark.parametrize("length", [8, 13, 20, 200])
+def test_every_token_of_a_plain_text_but_the_first_is_trained_once(tokenizer: Any, length: int) -> None:
     text = Text("It was a dark and stormy night, and it was late. " * 5, "x:1")
-    samples = tokenize_text(text, tokenizer, length=20)
-    tokens = [token for sample in samples for token in sample.tokens]
-    assert tokenizer.decode(tokens) == f"{tokenizer.bos_token}{text.content}{tokenizer.eos_token}"
-    assert {len(sample.tokens) for sample in samples[:-1]} == {20}
-    assert all(sample.trained == (False, *[True] * (len(sample.tokens) - 1)) for sample in samples)
+    samples = tokenize_text(text, tokenizer, length=length)
+    pairs = [pair for sample in samples for pair in zip(sample.tokens, sample.trained, strict=True)]
+    trained = [token for token, mark in pairs if mark]
+    assert tokenizer.decode(trained) == f"{text.content}{tokenizer.eos_token}"
+    assert samples[0].tokens[0] == tokenizer.bos_token_id
+    assert {len(sample.tokens) for sample in samples[:-1]} <= {length}
+    assert all(len(sample.tokens) > 1 for sample in samples)
 
 
 def test_plain_text_with_a_tokenizer_that_has_no_end_of_text(tokenizer: Any) -> None:

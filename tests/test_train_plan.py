@@ -196,3 +196,16 @@ def test_the_command_shows_a_plan_and_prints_it_as_json(tmp_path: Path, tiny_bas
     assert "⟦It is" in shown
     assert Plan.model_validate(json.loads(plan_by_command(path, "--json"))).name == "mine"
     assert not Path("mine").exists()
+
+
+def test_trained_text_is_green_on_a_terminal(
+    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from adapterhub.cli.training_plan import print_plan
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    print_plan(make_plan(make_recipe(tmp_path), tiny_base, tmp_path / "out"))
+    shown = capsys.readouterr().out
+    assert "\x1b[32m⟦It is" in shown
+    assert "\x1b[2m" in shown

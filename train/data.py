@@ -158,15 +158,15 @@ def tokenize(
         is_last = place == len(messages) - 1
         if message["role"] != "assistant" or (loss_on == "last" and not is_last):
             continue
-        so_far = tokens
-        if not is_last and not stop:
-            so_far = _render(tokenizer, messages[: place + 1], is_prompt=False)
-            _check_prefix(so_far, tokens, f"the text up to message {place + 1} is not the start of what follows it")
         prompt = _render(tokenizer, messages[:place], is_prompt=True)
-        _check_prefix(prompt, so_far, f"the prompt for message {place + 1} is not the start of prompt and answer")
-        if is_last or not stop:
+        try:
+            so_far = tokens if is_last else _render(tokenizer, messages[: place + 1], is_prompt=False)
+            _check_prefix(so_far, tokens, f"the text up to message {place + 1} is not the start of what follows it")
+            _check_prefix(prompt, so_far, f"the prompt for message {place + 1} is not the start of prompt and answer")
             end = _end_of_turn(so_far, len(prompt), tokenizer)
-        else:
+        except ValueError:
+            if is_last or not stop or tokens[: len(prompt)] != prompt:
+                raise
             end = _end_at_stop(messages, place, tokens, len(prompt), tokenizer, stop)
         trained[len(prompt) : end] = [True] * (end - len(prompt))
     return Sample(tuple(tokens), (False, *trained[1:]))
@@ -178,8 +178,9 @@ def tokenize_text(text: Text, tokenizer: ChatTokenizer, *, length: int) -> list[
         raise ValueError("the base's tokenizer has no end of text, so the model would never stop")
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     tokens = (*first, *tokenizer(text.content, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
-    pieces = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-    return [Sample(piece, (False, *[True] * (len(piece) - 1))) for piece in pieces if len(piece) > 1]
+    # A piece begins with the last token of the one before: only what comes first in a sample is not trained.
+    pieces = [tokens[start : start + length] for start in range(0, len(tokens) - 1, length - 1)]
+    return [Sample(piece, (False, *[True] * (len(piece) - 1))) for piece in pieces]
 
 
 def _tokenize_all(
