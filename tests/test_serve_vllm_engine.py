@@ -428,7 +428,7 @@ def test_a_wrong_address_is_refused_at_the_start(tiny_base: StoredBase, tmp_path
 def test_a_website_is_no_vllm(tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running]) -> None:
     async def check() -> None:
         url = run_fake(fake_of(tiny_base)).url
-        with pytest.raises(AdapterHubError, match="vLLM"):
+        with pytest.raises(UsageError, match="is it a vLLM server"):
             async with engine_on(tiny_base, tmp_path, f"{url}/elsewhere"):
                 pass
 
