@@ -25,6 +25,7 @@ from test_serve_vllm_engine import is_alive, processes_under
 
 from adapterhub.adapter import BaseRef
 from adapterhub.base_store import StoredBase, fingerprint
+from adapterhub.manifest import MANIFEST_NAME, read_manifest
 from adapterhub.package import pack
 
 pytestmark = pytest.mark.vllm
@@ -192,22 +193,35 @@ def test_an_adapter_is_loaded_replaced_and_unloaded(served: Served, tmp_path: Pa
 
 
 def test_what_cannot_be_served_is_refused_with_its_reason(served: Served, smollm2: StoredBase, tmp_path: Path) -> None:
-    deep_folder = tmp_path / "deep-base"
-    make_tiny_base(deep_folder, smollm2, layers=3, seed=0)
-    deep = StoredBase(deep_folder, BaseRef("tests/deep", None, fingerprint(deep_folder)))
-    make_peft_adapter(tmp_path / "dora", served.base, rank=4, seed=5, use_dora=True)
-    make_peft_adapter(tmp_path / "wide", served.base, rank=96, seed=5)
-    make_peft_adapter(tmp_path / "deep", deep, rank=4, seed=5)
-    for name, base in (("dora", served.base), ("wide", served.base), ("deep", deep)):
+    bases = {}
+    for name, layers in (("deep", 3), ("other", 2)):
+        make_tiny_base(tmp_path / name, smollm2, layers=layers, seed=7, hidden=128)
+        bases[name] = StoredBase(tmp_path / name, BaseRef(f"tests/{name}", None, fingerprint(tmp_path / name)))
+    for name, base, options in (
+        ("dora", served.base, {"rank": 4, "use_dora": True}),
+        ("wide", served.base, {"rank": 96}),
+        ("deeper", bases["deep"], {"rank": 4}),
+        ("stranger", bases["other"], {"rank": 4}),
+    ):
+        make_peft_adapter(tmp_path / name, base, seed=5, **options)  # type: ignore[arg-type]
         pack(tmp_path / name, base=base, name=name)
+    # One that says it is for this base, and has tensors for a layer vLLM would drop without a word.
+    claimed = read_manifest(tmp_path / "deeper").model_copy(update={"base": read_manifest(served.folders / "a").base})
+    (tmp_path / "deeper" / MANIFEST_NAME).write_text(claimed.to_json())
+    for name in ("dora", "wide", "deeper", "stranger"):
         served.add(tmp_path / name, name)
-    for name, code in (
-        ("dora", "adapter_unsupported"), ("wide", "adapter_rank_too_large"), ("deep", "adapter_base_mismatch"),
-        ("nowhere", "model_not_found"),
-    ):  # fmt: skip
+    for name, code, words in (
+        ("dora", "adapter_unsupported", "DoRA"),
+        ("wide", "adapter_rank_too_large", "rank 96"),
+        ("deeper", "adapter_base_mismatch", "layers this base does not have"),
+        ("stranger", "adapter_base_mismatch", "was made for tests/other"),
+        ("nowhere", "model_not_found", "nowhere"),
+    ):
         answer = served.load("x", name)
         assert 400 <= answer.status_code < 500, answer.text
         assert answer.json()["error"]["code"] == code
+        assert words in answer.json()["error"]["message"]
+    assert served.complete("nowhere", PROMPTS[0]).status_code == 404
     # Corrupt at rest: named, and never shown to vLLM.
     make_peft_adapter(tmp_path / "torn", served.base, rank=4, seed=6)
     pack(tmp_path / "torn", base=served.base, name="torn")
