@@ -700,3 +700,9 @@ def test_what_killed_servers_left_goes_at_the_next_start(tmp_path: Path) -> None
         (tmp_path / str(number) / "adapters").mkdir(parents=True)
     engines._forget_the_dead(tmp_path)
     assert [folder.name for folder in tmp_path.iterdir()] == [str(os.getpid())]
+
+
+def test_a_dtype_there_is_not_is_refused_before_vllm_starts(tiny_base: StoredBase, tmp_path: Path, home: Path) -> None:
+    asked = ServeConfig(BaseName.parse(str(tiny_base.path)), engine_kind="vllm", dtype="half")
+    with pytest.raises(UsageError, match="'half' is not one of"):
+        run(engines.start_engine(asked, tiny_base, Registry(tmp_path), report=lambda line: None))
