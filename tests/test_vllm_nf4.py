@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from test_vllm_real import Served, model_of, serving
 
 from adapterhub.base_model import load_base
 from adapterhub.base_store import StoredBase
-from adapterhub.manifest import MANIFEST_NAME, read_manifest
+from adapterhub.manifest import MANIFEST_NAME
 from adapterhub.package import pack
 
 pytestmark = pytest.mark.vllm
@@ -114,17 +113,17 @@ def test_answers_are_the_references_up_to_its_first_near_tie(
     assert min(compared.values()) >= 12, compared
 
 
-def test_a_proof_it_does_not_repeat_is_refused(served: Served, folders: Path, tmp_path: Path) -> None:
+def test_a_proof_it_does_not_repeat_is_refused(served: Served, tmp_path: Path) -> None:
     """On NF4 a difference is a fault; on other weights it is a note."""
     liar = tmp_path / "liar"
-    shutil.copytree(folders / "adapters" / "a", liar)
-    manifest = read_manifest(liar)
+    make_peft_adapter(liar, served.base, rank=8, seed=9)
+    manifest = pack(liar, base=served.base, name="liar").manifest
     assert manifest.probe is not None
     first = manifest.probe.answers[0]
     logits = [first.top_logits[0], *(logit - 5 for logit in first.top_logits[1:])]
     answers = [first.model_copy(update={"top_logits": logits}), *manifest.probe.answers[1:]]
     probe = manifest.probe.model_copy(update={"answers": answers})
-    (liar / MANIFEST_NAME).write_text(manifest.model_copy(update={"probe": probe, "name": "liar"}).to_json())
+    (liar / MANIFEST_NAME).write_text(manifest.model_copy(update={"probe": probe}).to_json())
     served.add(liar, "liar")
     answer = served.load("liar", "liar")
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "adapter_probe_mismatch")
