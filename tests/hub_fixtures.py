@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from adapterhub.hubserver.auth import Account, Tokens
+from adapterhub.hubserver.quotas import Limits
 
 _SERVE = """
-import sys
+import json, sys
 from pathlib import Path
+from adapterhub.hubserver.quotas import Limits
 from adapterhub.hubserver.server import serve_hub
-serve_hub(Path(sys.argv[1]), port=0, tokens_file=Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+limits = Limits(**json.loads(sys.argv[2]))
+serve_hub(Path(sys.argv[1]), port=0, limits=limits, tokens_file=Path(sys.argv[3]) if len(sys.argv) > 3 else None)
 """
 _READY = "hub ready at "
 
@@ -38,32 +43,39 @@ PEOPLE = Tokens.of(
 
 
 @contextlib.contextmanager
-def start_hub(root: Path, tokens: Tokens | None = None) -> Iterator[str]:
+def start_hub(root: Path, tokens: Tokens | None = None, limits: Limits | None = None) -> Iterator[str]:
     """Serve the folder `root` on a free port and yield the address; stopped at the end.
 
     Without `tokens` it is the single-user hub: its write token, good for every owner, is in `root/token`.
     """
-    with spawn_hub(root, tokens) as process:
+    with spawn_hub(root, tokens, limits) as process:
         try:
-            yield _wait_until_ready(process)
+            yield wait_until_ready(process)
         finally:
             process.terminate()
+            # Before the pipe is closed under the thread that reads it.
+            process.wait()
 
 
-def spawn_hub(root: Path, tokens: Tokens | None = None) -> subprocess.Popen[str]:
+def spawn_hub(root: Path, tokens: Tokens | None = None, limits: Limits | None = None) -> subprocess.Popen[str]:
     """The bare process of `start_hub`; what it says is on its `stderr`."""
-    arguments = [str(root)]
-    if tokens is not None:
-        tokens.save(root / "tokens.json")
-        arguments.append(str(root / "tokens.json"))
     checkout = str(Path(__file__).resolve().parent.parent)
     paths = [checkout, *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-c", _SERVE, *arguments]
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(hub_command(root, tokens, limits), env=env, stderr=subprocess.PIPE, text=True)
 
 
-def _wait_until_ready(process: subprocess.Popen[str]) -> str:
+def hub_command(root: Path, tokens: Tokens | None = None, limits: Limits | None = None) -> list[str]:
+    """What starts a hub over the folder `root`; the tokens are written into it."""
+    arguments = [str(root), json.dumps(asdict(limits or Limits()))]
+    if tokens is not None:
+        tokens.save(root / "tokens.json")
+        arguments.append(str(root / "tokens.json"))
+    return [sys.executable, "-c", _SERVE, *arguments]
+
+
+def wait_until_ready(process: subprocess.Popen[str]) -> str:
+    """The address, once it answers."""
     assert process.stderr is not None
     said = []
     for line in process.stderr:

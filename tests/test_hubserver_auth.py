@@ -61,7 +61,7 @@ def test_tokens_file_can_be_toml(tmp_path: Path) -> None:
     [
         ("{", "not usable"),
         ("[]", "not usable"),
-        (json.dumps({"token": [{"sha256": "xyz", "user": "a", "role": "admin"}]}), "token.0.role"),
+        (json.dumps({"token": [{"sha256": "xyz", "user": "a", "role": "root"}]}), "token.0.role"),
         (json.dumps({"token": [{"sha256": "0" * 64, "user": "a", "role": "read", "rol": 1}]}), "token.0.rol"),
         (json.dumps({"token": [{"sha256": "0" * 64, "user": "a/b", "role": "read"}]}), "'a/b'"),
     ],

@@ -97,9 +97,9 @@ def test_unknown_address_is_not_found(url: str, path: str) -> None:
 
 
 def test_other_kinds_of_repository_are_not_found(url: str) -> None:
-    reply = ask(url, "GET", "/api/datasets/alice/data")
+    reply = ask(url, "GET", "/api/spaces/alice/app")
     assert (reply.status_code, reply.headers["X-Error-Code"]) == (404, "RepoNotFound")
-    assert "models only" in reply.headers["X-Error-Message"]
+    assert "no spaces" in reply.headers["X-Error-Message"]
 
 
 def test_head_of_a_model_has_no_body(url: str) -> None:
@@ -226,11 +226,6 @@ def test_unreadable_commit_is_refused(url: str, body: bytes, said: str) -> None:
 def test_too_large_a_file_inside_a_commit_is_refused(url: str) -> None:
     reply = commit(url, HEADER, file_line("big", bytes(11 << 20)))
     assert (reply.status_code, "send larger ones by LFS" in reply.json()["error"]) == (413, True)
-
-
-def test_pull_request_is_refused(url: str) -> None:
-    reply = commit(url, HEADER, file_line("a", b"a"), query="?create_pr=1")
-    assert (reply.status_code, "no pull requests" in reply.json()["error"]) == (400, True)
 
 
 def test_commit_to_a_missing_branch_is_refused(url: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterhub.hubserver.commits import Commit, DeleteFile, DeleteFolder, FileEntry, PutFile, files_after
+from adapterhub.hubserver.commits import Commit, DeleteFile, DeleteFolder, FileEntry, NewCommit, PutFile, files_after
 from adapterhub.hubserver.git_ids import blob_id, lfs_pointer, tree_ids
 from adapterhub.hubserver.names import RepoId, check_path, check_ref
 from adapterhub.hubserver.refusals import (
@@ -46,7 +46,7 @@ def put(store: HubStore, path: str, data: bytes = b"text") -> PutFile:
 
 
 def commit(store: HubStore, *changes: PutFile | DeleteFile | DeleteFolder, parent: str | None = None) -> Commit:
-    return store.commit(REPO, "main", changes=changes, author="alice", title="a change", parent=parent)
+    return store.commit(REPO, "main", changes=changes, new=NewCommit("alice", "a change", parent=parent))
 
 
 def upload(store: HubStore, data: bytes, sha256: str, *, size_bytes: int) -> None:
@@ -178,7 +178,7 @@ def test_stale_parent_is_refused_and_changes_nothing(store: HubStore, repo: Repo
 def test_commit_that_changes_nothing_returns_the_head(store: HubStore, repo: RepoId) -> None:
     head = commit(store, put(store, "a"))
     assert commit(store, put(store, "a")) == head
-    assert len(store.history(store.repo(repo), "main")) == 2
+    assert len(list(store.history(store.repo(repo), "main"))) == 2
 
 
 def test_two_stores_on_one_folder_see_each_other(tmp_path: Path) -> None:

@@ -287,9 +287,12 @@ def test_chunks_and_shard_become_an_lfs_object(url: str, root: Path) -> None:
     assert list((root / "uploads").iterdir()) == []
 
 
-@pytest.mark.parametrize("who", [BOB, READER])
-def test_token_is_for_writers_only(url: str, who: str) -> None:
-    assert ask(url, "GET", f"/api/models/{REPO}/xet-write-token/main", who).status_code == 403
+@pytest.mark.parametrize(
+    ("who", "revision", "status"),
+    [(BOB, "main", 403), (READER, "main", 403), (READER, "main?create_pr=1", 403), (BOB, "main?create_pr=1", 200)],
+)
+def test_token_is_for_writers_and_for_proposals(url: str, who: str, revision: str, status: int) -> None:
+    assert ask(url, "GET", f"/api/models/{REPO}/xet-write-token/{revision}", who).status_code == status
 
 
 @pytest.mark.parametrize("path", [f"/v1/xorbs/default/{XORB}", "/v1/shards"])

@@ -428,7 +428,7 @@ def test_a_wrong_address_is_refused_at_the_start(tiny_base: StoredBase, tmp_path
 def test_a_website_is_no_vllm(tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running]) -> None:
     async def check() -> None:
         url = run_fake(fake_of(tiny_base)).url
-        with pytest.raises(UsageError, match="is it a vLLM server"):
+        with pytest.raises(AdapterHubError, match="vLLM"):
             async with engine_on(tiny_base, tmp_path, f"{url}/elsewhere"):
                 pass
 
@@ -680,7 +680,7 @@ def test_on_a_gpu_auto_takes_vllm_if_it_serves_the_adapters_given(
             {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, VllmConfig(),
             "fp4 weights, computed in bfloat16",
         ),
-        ({}, VllmConfig(endpoints=("http://127.0.0.1:1",)), "of a precision its servers do not tell"),
+        ({}, VllmConfig(endpoints=("http://127.0.0.1:1",)), "which they do not tell"),
     ],
 )  # fmt: skip
 def test_how_the_base_is_held_is_said(tmp_path: Path, stored: dict[str, str], vllm: VllmConfig, said: str) -> None:
@@ -690,7 +690,7 @@ def test_how_the_base_is_held_is_said(tmp_path: Path, stored: dict[str, str], vl
     asked = ServeConfig(BaseName.parse(str(tmp_path)), engine_kind="vllm", vllm=vllm)
     precision = engines._precision(asked, base, "bfloat16")
     assert said in str(precision)
-    assert (precision.weights == "nf4") == ("nf4" in said)
+    assert precision.is_nf4 == ("nf4" in said)
 
 
 def test_what_killed_servers_left_goes_at_the_next_start(tmp_path: Path) -> None:
@@ -700,9 +700,3 @@ def test_what_killed_servers_left_goes_at_the_next_start(tmp_path: Path) -> None
         (tmp_path / str(number) / "adapters").mkdir(parents=True)
     engines._forget_the_dead(tmp_path)
     assert [folder.name for folder in tmp_path.iterdir()] == [str(os.getpid())]
-
-
-def test_a_dtype_there_is_not_is_refused_before_vllm_starts(tiny_base: StoredBase, tmp_path: Path, home: Path) -> None:
-    asked = ServeConfig(BaseName.parse(str(tiny_base.path)), engine_kind="vllm", dtype="half")
-    with pytest.raises(UsageError, match="'half' is not one of"):
-        run(engines.start_engine(asked, tiny_base, Registry(tmp_path), report=lambda line: None))

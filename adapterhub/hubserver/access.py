@@ -8,17 +8,45 @@ from urllib.parse import unquote
 
 from fastapi import Depends, Request
 from pydantic import AfterValidator
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from adapterhub.hubserver.auth import Account, Tokens
 from adapterhub.hubserver.catalog import Catalog
+from adapterhub.hubserver.discussions import Discussions
 from adapterhub.hubserver.names import RepoId
-from adapterhub.hubserver.refusals import InvalidToken, LoginNeeded, NoWriteRight, RepoHidden, RepoMissing
+from adapterhub.hubserver.quotas import Quotas
+from adapterhub.hubserver.refusals import (
+    AccessNotGranted,
+    AccessNotGrantedToAnybody,
+    InvalidToken,
+    LoginNeeded,
+    NoWriteRight,
+    RepoHidden,
+    RepoMissing,
+)
 from adapterhub.hubserver.store import HubStore, Repo
 from adapterhub.hubserver.tickets import Signer
 from adapterhub.hubserver.xet_store import XetStore
 
 READ = ["GET", "HEAD"]
 """Mirrors ask HEAD of every page they GET."""
+
+
+class _Kinds(StringConvertor):
+    regex = "models|datasets"
+
+
+class _Prefix(StringConvertor):
+    regex = "(?:datasets/)?"
+
+
+register_url_convertor("kinds", _Kinds())
+register_url_convertor("prefix", _Prefix())
+
+REPO = "/api/{kinds:kinds}/{namespace}/{name}"
+"""How the address of everything about a repository begins."""
+FILES = "/{prefix:prefix}{namespace}/{name}"
+"""How the address of its files and pages begins."""
 
 
 def _decoded(part: str) -> str:
@@ -35,6 +63,8 @@ class Hub:
 
     store: HubStore
     catalog: Catalog
+    discussions: Discussions
+    quotas: Quotas
     xet: XetStore
     tokens: Tokens
     signer: Signer
@@ -51,6 +81,12 @@ HubHere = Annotated[Hub, Depends(_hub)]
 
 
 def _caller(request: Request, hub: HubHere) -> Account | None:
+    caller = _account(request, hub)
+    request.state.user = caller.user if caller is not None else None
+    return caller
+
+
+def _account(request: Request, hub: Hub) -> Account | None:
     header = request.headers.get("authorization")
     if header is None:
         return None
@@ -84,12 +120,25 @@ def can_see(caller: Account | None, repo: Repo) -> bool:
     return not repo.private or (caller is not None and caller.is_member_of(repo.repo_id.namespace))
 
 
+def can_read_files(caller: Account | None, repo: Repo) -> bool:
+    """Whether somebody who sees the repository may have its files: all may, unless it is gated."""
+    if repo.gated is None or (caller is not None and caller.is_member_of(repo.repo_id.namespace)):
+        return True
+    request = repo.access.get(caller.user) if caller is not None else None
+    return request is not None and request.status == "accepted"
+
+
 def check_can_write(user: Account, namespace: str) -> None:
     """Raises NoWriteRight."""
-    if user.role != "write":
-        raise NoWriteRight(f"the token of '{user.user}' can only read; this needs one with the role 'write'.")
+    check_is_writer(user)
     if not user.can_write(namespace):
         raise NoWriteRight(f"'{user.user}' may not write below '{namespace}/'.")
+
+
+def check_is_writer(user: Account) -> None:
+    """Raises NoWriteRight for a token that only reads."""
+    if not user.is_writer:
+        raise NoWriteRight(f"the token of '{user.user}' can only read; this needs one with the role 'write'.")
 
 
 def find_repo(hub: Hub, caller: Account | None, *, repo_id: RepoId) -> Repo:
@@ -108,15 +157,48 @@ def find_repo(hub: Hub, caller: Account | None, *, repo_id: RepoId) -> Repo:
     raise RepoMissing(f"no repository {repo_id} here that '{caller.user}' can see.")
 
 
-def _readable(namespace: Part, name: Part, hub: HubHere, caller: Caller) -> Repo:
-    return find_repo(hub, caller, repo_id=RepoId(namespace, name))
+def _addressed(request: Request, namespace: Part, name: Part) -> RepoId:
+    kinds = request.path_params.get("kinds") or request.path_params.get("prefix") or ""
+    return RepoId(namespace, name, "dataset" if kinds.startswith("datasets") else "model")
+
+
+AddressedRepo = Annotated[RepoId, Depends(_addressed)]
+"""The name in the path, whether or not there is such a repository"""
+
+
+def _visible(repo_id: AddressedRepo, hub: HubHere, caller: Caller) -> Repo:
+    return find_repo(hub, caller, repo_id=repo_id)
+
+
+Visible = Annotated[Repo, Depends(_visible)]
+"""The repository in the path; the caller may know of it, and of its files' names"""
+
+
+def _readable(repo: Visible, caller: Caller) -> Repo:
+    if can_read_files(caller, repo):
+        return repo
+    if caller is None:
+        raise AccessNotGrantedToAnybody(f"{repo.id} is gated: send a token of somebody who was granted access.")
+    raise AccessNotGranted(
+        f"{repo.id} is gated and '{caller.user}' has not been granted access: ask for it with "
+        f"POST /{repo.id}/ask-access, or ask its owner."
+    )
 
 
 Readable = Annotated[Repo, Depends(_readable)]
-"""The repository in the path; the caller may see it"""
+"""The repository in the path; the caller may have its files"""
 
 
-def _writable(repo: Readable, user: User) -> Repo:
+def _contributable(repo: Readable, user: User) -> Repo:
+    check_is_writer(user)
+    return repo
+
+
+Contributable = Annotated[Repo, Depends(_contributable)]
+"""The repository in the path; the caller may propose changes to it"""
+
+
+def _writable(repo: Visible, user: User) -> Repo:
     check_can_write(user, repo.repo_id.namespace)
     return repo
 

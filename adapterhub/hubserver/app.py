@@ -13,12 +13,24 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from adapterhub import __version__
 from adapterhub.errors import AdapterHubError
-from adapterhub.hubserver import routes_files, routes_repos, routes_uploads, routes_xet
+from adapterhub.hubserver import (
+    pages,
+    routes_discussions,
+    routes_files,
+    routes_gates,
+    routes_lfs,
+    routes_refs,
+    routes_repos,
+    routes_uploads,
+    routes_xet,
+)
 from adapterhub.hubserver.access import READ, Hub
+from adapterhub.hubserver.audit import Audited, AuditLog
 from adapterhub.hubserver.auth import Tokens, kept_secret
 from adapterhub.hubserver.catalog import Catalog
+from adapterhub.hubserver.discussions import Discussions
+from adapterhub.hubserver.quotas import Limits, Quotas
 from adapterhub.hubserver.refusals import Refusal
 from adapterhub.hubserver.store import HubStore
 from adapterhub.hubserver.tickets import Signer
@@ -28,10 +40,13 @@ MAX_JSON_BYTES = 8 << 20
 """of a request without files"""
 
 
-def create_hub_app(root: Path, tokens: Tokens, *, public_url: str | None = None) -> FastAPI:
+def create_hub_app(
+    root: Path, tokens: Tokens, *, public_url: str | None = None, limits: Limits | None = None
+) -> FastAPI:
     """A Hub-compatible server over the folder `root`, which is made when missing.
 
     `public_url`: the address clients use, when it differs from the one requests name (a proxy).
+    What changes anything is noted in `root/audit.jsonl`.
     """
     root.mkdir(parents=True, exist_ok=True)
     store = HubStore(root)
@@ -49,21 +64,29 @@ def create_hub_app(root: Path, tokens: Tokens, *, public_url: str | None = None)
     app.state.hub = Hub(
         store=store,
         catalog=Catalog(store),
+        discussions=Discussions(store),
+        quotas=Quotas(store, root, limits or Limits()),
         xet=XetStore(root, store.objects),
         tokens=tokens,
         signer=Signer(kept_secret(root / "upload.secret")),
         public_url=public_url,
     )
     app.add_middleware(_RawPathRouting)
-    app.add_api_route("/", _identity, methods=READ)
+    app.add_middleware(Audited, log=AuditLog(root / "audit.jsonl"))
     app.add_api_route("/health", _health, methods=READ)
-    for routes in (routes_repos, routes_uploads, routes_xet, routes_files):
+    for routes in (
+        routes_repos,
+        routes_refs,
+        routes_discussions,
+        routes_gates,
+        routes_uploads,
+        routes_lfs,
+        routes_xet,
+        routes_files,
+        pages,
+    ):
         app.include_router(routes.router)
     return app
-
-
-def _identity() -> dict[str, str]:
-    return {"server": "adapterhub", "version": __version__, "speaks": "Hugging Face Hub API, models only"}
 
 
 def _health() -> dict[str, str]:

@@ -22,6 +22,8 @@ from adapterhub.hubserver.names import check_namespace
 from adapterhub.hubserver.refusals import BadName, InvalidToken
 
 ANY_NAMESPACE = "*"
+Role = Literal["read", "write", "admin"]
+"""an admin may see and change everything, and look after the hub"""
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Account:
     """What a token stands for: a user, and what the user may do with it. Raises BadName for an unusable name."""
 
     user: str
-    role: Literal["read", "write"] = "write"
+    role: Role = "write"
     namespaces: tuple[str, ...] = ()
-    """owners besides the user itself whose repositories it may see and, with role write, change; '*' is all"""
+    """owners besides the user itself whose repositories it may see and, unless it only reads, change; '*' is all"""
 
     def __post_init__(self) -> None:
         for name in (self.user, *self.namespaces):
@@ -39,10 +41,19 @@ class Account:
                 check_namespace(name)
 
     def is_member_of(self, namespace: str) -> bool:
-        return namespace == self.user or namespace in self.namespaces or ANY_NAMESPACE in self.namespaces
+        return (
+            namespace == self.user
+            or namespace in self.namespaces
+            or ANY_NAMESPACE in self.namespaces
+            or self.role == "admin"
+        )
 
     def can_write(self, namespace: str) -> bool:
-        return self.role == "write" and self.is_member_of(namespace)
+        return self.is_writer and self.is_member_of(namespace)
+
+    @property
+    def is_writer(self) -> bool:
+        return self.role != "read"
 
 
 class _TokenLine(BaseModel):
@@ -50,7 +61,7 @@ class _TokenLine(BaseModel):
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     user: str
-    role: Literal["read", "write"]
+    role: Role
     namespaces: tuple[str, ...] = ()
 
 

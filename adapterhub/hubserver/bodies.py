@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 
 from adapterhub.hubserver.refusals import TooLarge
 
 _PIECE = 1 << 20
 
 
-async def pieces(request: Request) -> AsyncIterator[bytes]:
-    """The body in pieces of about 1 MiB: a thread switch for each 64 KiB would cost more than the write."""
+async def pour(request: Request, write: Callable[[bytes], None]) -> None:
+    """Hand the body to `write` in pieces of about 1 MiB, in a thread: one is written while the next comes in.
+
+    Raises what `write` raises, and ClientDisconnect.
+    """
+    writing: asyncio.Future[None] | None = None
     held = bytearray()
-    async for chunk in request.stream():
-        held += chunk
-        if len(held) >= _PIECE:
-            yield bytes(held)
-            held.clear()
-    yield bytes(held)
+    try:
+        async for chunk in request.stream():
+            held += chunk
+            # A thread switch for each 64 KiB would cost more than the write.
+            if len(held) >= _PIECE:
+                if writing is not None:
+                    await writing
+                writing = asyncio.ensure_future(run_in_threadpool(write, bytes(held)))
+                held.clear()
+    finally:
+        # Also when the client has gone: nobody may close the file under the thread that writes.
+        if writing is not None:
+            await writing
+    if held:
+        await run_in_threadpool(write, bytes(held))
 
 
 async def lines(request: Request, *, max_line_bytes: int) -> AsyncIterator[bytes]:

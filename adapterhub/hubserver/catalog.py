@@ -10,6 +10,7 @@ from functools import lru_cache
 from adapterhub.hubserver import wire
 from adapterhub.hubserver.cards import ADAPTER_CONFIG_NAME, CARD_NAME, MAX_DESCRIBING_BYTES, Facts, facts_of
 from adapterhub.hubserver.commits import Commit, FileEntry
+from adapterhub.hubserver.names import Kind
 from adapterhub.hubserver.refusals import RevisionMissing
 from adapterhub.hubserver.store import DEFAULT_BRANCH, HubStore, Repo
 
@@ -18,7 +19,7 @@ MAX_PAGE = 1000
 
 @dataclass(frozen=True)
 class Query:
-    """Which models to list; every condition must hold."""
+    """Which models, or data sets, to list; every condition must hold."""
 
     tags: tuple[str, ...] = ()
     author: str | None = None
@@ -28,6 +29,8 @@ class Query:
     """`createdAt`; anything else is by last change, as nothing else is counted here. Newest first"""
     limit: int = MAX_PAGE
     skip: int = 0
+    kind: Kind = "model"
+    gated: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Catalog:
         """One page of the models that match."""
         found = [
             (repo, commit)
-            for repo, commit in self._heads()
-            if can_see(repo) and _is_asked(repo, query) and set(query.tags) <= set(self._facts_at(commit).tags)
+            for repo, commit in self._heads(query.kind)
+            if can_see(repo) and _is_asked(repo, query) and set(query.tags) <= set(self.facts_at(commit).tags)
         ]
         found.sort(key=lambda model: model[0].created_s if query.sort == "createdAt" else model[1].time_s, reverse=True)
         end = query.skip + query.limit
@@ -57,14 +60,15 @@ class Catalog:
 
     def model(self, repo: Repo, commit: Commit, *, siblings: list[wire.Sibling] | None = None) -> wire.Model:
         """What is told of a model at a commit."""
-        facts = self._facts_at(commit)
+        facts = self.facts_at(commit)
         bases = [wire.BaseModelName(id=name) for name in facts.base_models]
         return wire.Model(
-            id=repo.id,
-            model_id=repo.id,
+            id=repo.repo_id.full_name,
+            model_id=repo.repo_id.full_name,
             author=repo.repo_id.namespace,
             sha=commit.sha,
             private=repo.private,
+            gated=repo.gated or False,
             created_at=wire.iso_time(repo.created_s),
             last_modified=wire.iso_time(commit.time_s),
             tags=list(facts.tags),
@@ -77,13 +81,14 @@ class Catalog:
             siblings=siblings,
         )
 
-    def _heads(self) -> Iterator[tuple[Repo, Commit]]:
-        for repo in self._store.repos():
+    def _heads(self, kind: Kind) -> Iterator[tuple[Repo, Commit]]:
+        for repo in self._store.repos(kind):
             # Somebody may delete one while we look.
             with contextlib.suppress(RevisionMissing):
                 yield repo, self._store.commit_at(repo, DEFAULT_BRANCH)
 
-    def _facts_at(self, commit: Commit) -> Facts:
+    def facts_at(self, commit: Commit) -> Facts:
+        """What the card and the adapter's config say at a commit."""
         has_safetensors = any(path.endswith(".safetensors") for path in commit.files)
         return self._facts(commit.files.get(CARD_NAME), commit.files.get(ADAPTER_CONFIG_NAME), has_safetensors)
 
@@ -102,6 +107,8 @@ class Catalog:
 
 def _is_asked(repo: Repo, query: Query) -> bool:
     if query.author is not None and repo.repo_id.namespace != query.author:
+        return False
+    if query.gated is not None and query.gated is (repo.gated is None):
         return False
     return query.search is None or query.search.lower() in repo.id.lower()
 

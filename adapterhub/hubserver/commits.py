@@ -90,6 +90,17 @@ class Commit(BaseModel):
 
 
 @dataclass(frozen=True)
+class NewCommit:
+    """What is said of a commit that is about to be made."""
+
+    author: str
+    title: str
+    description: str = ""
+    parent: str | None = None
+    """the (possibly shortened) commit the branch must be at: compare and swap"""
+
+
+@dataclass(frozen=True)
 class PutFile:
     path: str
     entry: FileEntry

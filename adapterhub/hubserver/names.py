@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from adapterhub.hubserver.refusals import BadName
 
@@ -16,12 +17,16 @@ _SHA1 = re.compile(r"[0-9a-f]{40}")
 _RESERVED_NAMESPACES = frozenset({"api", "datasets", "health", "models", "spaces", "v1"})
 
 
+Kind = Literal["model", "dataset"]
+
+
 @dataclass(frozen=True)
 class RepoId:
-    """`namespace/name` of a repository; both parts are safe as folder names."""
+    """`namespace/name` of a repository and what it holds; both parts are safe as folder names."""
 
     namespace: str
     name: str
+    kind: Kind = "model"
 
     def __post_init__(self) -> None:
         check_namespace(self.namespace)
@@ -31,12 +36,18 @@ class RepoId:
 
     @classmethod
     def parse(cls, text: str) -> RepoId:
-        """Read `namespace/name`. Raises BadName."""
-        namespace, _, name = text.partition("/")
-        return cls(namespace, name)
+        """Read what `str` gives: `namespace/name`, or `datasets/namespace/name`. Raises BadName."""
+        kind: Kind = "dataset" if text.startswith("datasets/") else "model"
+        namespace, _, name = text.removeprefix("datasets/").partition("/")
+        return cls(namespace, name, kind)
+
+    @property
+    def full_name(self) -> str:
+        """What clients call it; a model and a data set may share one."""
+        return f"{self.namespace}/{self.name}"
 
     def __str__(self) -> str:
-        return f"{self.namespace}/{self.name}"
+        return f"datasets/{self.full_name}" if self.kind == "dataset" else self.full_name
 
 
 def check_namespace(name: str) -> str:

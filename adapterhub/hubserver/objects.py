@@ -9,7 +9,7 @@ import secrets
 import time
 from pathlib import Path
 
-from adapterhub.files import disk_full_is_said, write_atomic
+from adapterhub.files import disk_full_is_said, sha256_of, write_atomic
 from adapterhub.hubserver.git_ids import blob_id
 from adapterhub.hubserver.refusals import TooLarge, UploadMismatch
 
@@ -74,28 +74,63 @@ class Upload:
         self._spool.close()
 
 
+class PartWriter:
+    """One part of an object, written where it belongs; parts may come at once and in any order."""
+
+    def __init__(self, path: Path, *, start: int, end: int) -> None:
+        self._path, self._at, self._end = path, start, end
+        self._file = path.open("r+b", buffering=0)
+        self._file.seek(start)
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def write(self, piece: bytes) -> None:
+        """Raises TooLarge past the end of the part, StorageFull."""
+        self._at += len(piece)
+        if self._at > self._end:
+            raise TooLarge("the part is larger than announced.")
+        with disk_full_is_said(self._path):
+            while piece:
+                piece = piece[self._file.write(piece) :]
+
+    def check_complete(self) -> None:
+        """Flush to disk. Raises UploadMismatch for a part that is too short."""
+        if self._at != self._end:
+            raise UploadMismatch(f"the part lacks {self._end - self._at} bytes; send it again.")
+        os.fsync(self._file.fileno())
+
+
 class ObjectStore:
     """`objects/git/<sha1>` for small files, `objects/lfs/<sha256>` for large ones, below one folder."""
 
     def __init__(self, root: Path) -> None:
-        self._git = root / "objects" / "git"
-        self._lfs = root / "objects" / "lfs"
+        self.git_folder = root / "objects" / "git"
+        self.lfs_folder = root / "objects" / "lfs"
         self._parts = root / "uploads"
-        for folder in (self._git, self._lfs, self._parts):
+        for folder in (self.git_folder, self.lfs_folder, self._parts):
             folder.mkdir(parents=True, exist_ok=True)
 
     def put_blob(self, data: bytes) -> str:
         """Store a small file, return its git blob id."""
         oid = blob_id(data)
-        if not self.blob_path(oid).exists():
+        # Young again: what a commit under way counts on is not removed as unused.
+        if not _touched(self.blob_path(oid)):
             write_atomic(self.blob_path(oid), data)
         return oid
 
     def blob_path(self, oid: str) -> Path:
-        return self._git / oid
+        return self.git_folder / oid
+
+    def touch_lfs(self, sha256: str) -> bool:
+        """Whether there is such a large object; it counts as young again."""
+        return _touched(self.lfs_path(sha256))
 
     def lfs_path(self, sha256: str) -> Path:
-        return self._lfs / sha256
+        return self.lfs_folder / sha256
 
     def begin_upload(self, sha256: str, *, size_bytes: int) -> Upload:
         """Open the way in for one large object; the caller closes it."""
@@ -106,6 +141,34 @@ class ObjectStore:
         """Open the way to any other file; the caller closes it."""
         return Spool(target, self._parts / f"{secrets.token_hex(16)}.part", max_bytes=max_bytes)
 
+    def new_parts(self) -> str:
+        """Make room for an object that comes in parts; returns the name to say with each."""
+        name = secrets.token_hex(16)
+        (self._parts / f"{name}.part").touch()
+        return name
+
+    def open_part(self, name: str, *, start: int, end: int) -> PartWriter:
+        """Write one part, `start` to `end` bytes into the object. Raises UploadMismatch for one no longer here."""
+        return PartWriter(self._parts_path(name), start=start, end=end)
+
+    def finish_parts(self, name: str, *, sha256: str, size_bytes: int) -> None:
+        """Check an object whose parts are all here and make it visible. Raises UploadMismatch, then all is dropped."""
+        path = self._parts_path(name)
+        came = (path.stat().st_size, sha256_of(path))
+        if came != (size_bytes, sha256):
+            path.unlink(missing_ok=True)
+            raise UploadMismatch(
+                f"the parts make {came[0]} bytes with sha256 {came[1]}; announced were {size_bytes} bytes with "
+                f"sha256 {sha256}. Nothing was stored; upload it again."
+            )
+        path.replace(self.lfs_path(sha256))
+
+    def _parts_path(self, name: str) -> Path:
+        path = self._parts / f"{name}.part"
+        if not path.exists():
+            raise UploadMismatch("this upload was finished or dropped; start it again.")
+        return path
+
     def sweep_uploads(self, *, older_than_s: float) -> None:
         """Remove what uploads of a killed process left behind."""
         limit = time.time() - older_than_s
@@ -113,3 +176,11 @@ class ObjectStore:
             with contextlib.suppress(FileNotFoundError):
                 if part.stat().st_mtime < limit:
                     part.unlink()
+
+
+def _touched(path: Path) -> bool:
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True

@@ -12,9 +12,14 @@ Refusal (an AdapterHubError)                                        400
     RepoHidden     the same, said to somebody without a token       401   RepoNotFound
   RevisionMissing  no such branch, tag or commit                    404   RevisionNotFound
   EntryMissing     no such file or folder at that commit            404   EntryNotFound
+  AccessNotGranted a gated repository, and nobody let the user in   403   GatedRepo
+    AccessNotGrantedToAnybody   the same, without a token           401   GatedRepo
+  DiscussionMissing  no discussion or pull request of this number   404
   AlreadyExists    the name is taken                                409
+  MergeConflict    both sides changed the same files                409
   StaleParent      somebody else committed first                    412
   TooLarge         more bytes than allowed                          413
+    QuotaExceeded  more than the repository or its owner may keep   413
   StoreBusy        the lock on a repository was not free in time    503
 """
 
@@ -91,7 +96,23 @@ class EntryMissing(Refusal):
         self.headers["X-Repo-Commit"] = commit_sha
 
 
+class AccessNotGranted(Refusal):
+    http_status, hub_code = 403, "GatedRepo"
+
+
+class AccessNotGrantedToAnybody(AccessNotGranted):
+    http_status = 401
+
+
+class DiscussionMissing(Refusal):
+    http_status = 404
+
+
 class AlreadyExists(Refusal):
+    http_status = 409
+
+
+class MergeConflict(Refusal):
     http_status = 409
 
 
@@ -101,6 +122,10 @@ class StaleParent(Refusal):
 
 class TooLarge(Refusal):
     http_status = 413
+
+
+class QuotaExceeded(TooLarge):
+    pass
 
 
 class StoreBusy(Refusal):

@@ -9,13 +9,19 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse
 
 from adapterhub.hubserver import wire
-from adapterhub.hubserver.access import READ, HubHere, Part, Readable
+from adapterhub.hubserver.access import FILES, READ, REPO, HubHere, Part, Readable, Visible
 from adapterhub.hubserver.catalog import tree_file
 from adapterhub.hubserver.commits import Commit
 from adapterhub.hubserver.refusals import EntryMissing, Refusal
 
 router = APIRouter()
 _MAX_FORM_FIELDS = 10_000
+
+
+class _Download(FileResponse):
+    # A thread switch for each 64 KiB costs more than the read.
+    chunk_size = 1 << 20
+
 
 TreeEntry = wire.TreeFile | wire.TreeFolder
 
@@ -33,11 +39,9 @@ def _tree(commit: Commit, folder: str) -> list[TreeEntry]:
     return sorted(entries, key=lambda entry: entry.path)
 
 
-@router.api_route("/api/models/{namespace}/{name}/tree/{revision}", methods=READ)
-@router.api_route("/api/models/{namespace}/{name}/tree/{revision}/{path:path}", methods=READ)
-def list_tree(
-    repo: Readable, revision: Part, hub: HubHere, path: Part = "", recursive: bool = False
-) -> list[TreeEntry]:
+@router.api_route(REPO + "/tree/{revision}", methods=READ)
+@router.api_route(REPO + "/tree/{revision}/{path:path}", methods=READ)
+def list_tree(repo: Visible, revision: Part, hub: HubHere, path: Part = "", recursive: bool = False) -> list[TreeEntry]:
     folder = path.strip("/")
     entries = _tree(hub.store.commit_at(repo, revision), folder)
     return entries if recursive else [entry for entry in entries if entry.path.rpartition("/")[0] == folder]
@@ -51,20 +55,22 @@ async def _form_paths(request: Request) -> list[str]:
     return form.get("paths", [])
 
 
-@router.post("/api/models/{namespace}/{name}/paths-info/{revision}")
+@router.post(REPO + "/paths-info/{revision}")
 def paths_info(
-    repo: Readable, revision: Part, hub: HubHere, paths: Annotated[list[str], Depends(_form_paths)]
+    repo: Visible, revision: Part, hub: HubHere, paths: Annotated[list[str], Depends(_form_paths)]
 ) -> list[TreeEntry]:
     """The entries among the asked paths that exist."""
     asked = {path.strip("/") for path in paths}
     return [entry for entry in _tree(hub.store.commit_at(repo, revision), "") if entry.path in asked]
 
 
-@router.api_route("/{namespace}/{name}/resolve/{revision}/{path:path}", methods=READ)
+@router.api_route(FILES + "/resolve/{revision}/{path:path}", methods=READ)
 def download(repo: Readable, revision: Part, path: Part, hub: HubHere) -> FileResponse:
     """A file's bytes, whole or by Range. The browser is told to run nothing in it."""
     commit = hub.store.commit_at(repo, revision)
     entry = commit.file(path)
+    if not hub.store.can_read(repo.repo_id, entry):
+        raise EntryMissing(f"{path!r} was removed from {repo.id} for good.", commit_sha=commit.sha)
     headers = {
         "ETag": f'"{entry.content_id}"',
         "X-Repo-Commit": commit.sha,
@@ -73,7 +79,7 @@ def download(repo: Readable, revision: Part, path: Part, hub: HubHere) -> FileRe
     }
     if entry.sha256 is not None:
         headers |= {"X-Linked-Etag": f'"{entry.sha256}"', "X-Linked-Size": str(entry.size)}
-    return FileResponse(
+    return _Download(
         hub.store.path_of(entry),
         headers=headers,
         media_type="application/octet-stream",

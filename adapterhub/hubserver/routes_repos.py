@@ -1,4 +1,4 @@
-"""Routes about users and repositories as a whole: who am I, make, find, describe, name versions.
+"""Routes about users and repositories as a whole: who am I, make, move, find, describe.
 
 Touches no file bytes.
 """
@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from adapterhub.hubserver import wire
 from adapterhub.hubserver.access import (
     READ,
+    REPO,
     BaseUrl,
     Caller,
     Hub,
@@ -21,6 +22,7 @@ from adapterhub.hubserver.access import (
     Part,
     Readable,
     User,
+    Visible,
     Writable,
     can_see,
     check_can_write,
@@ -30,7 +32,7 @@ from adapterhub.hubserver.auth import ANY_NAMESPACE, Account
 from adapterhub.hubserver.cards import parse_card
 from adapterhub.hubserver.catalog import MAX_PAGE, sibling_details, sibling_names
 from adapterhub.hubserver.catalog import Query as ModelQuery
-from adapterhub.hubserver.names import RepoId
+from adapterhub.hubserver.names import Kind, RepoId
 from adapterhub.hubserver.refusals import AlreadyExists, BadCard, Refusal, RepoHidden, RepoMissing
 from adapterhub.hubserver.store import DEFAULT_BRANCH, Repo
 
@@ -49,16 +51,20 @@ def whoami(user: User) -> wire.Whoami:
 
 
 def _named(request: wire.RepoName, user: Account) -> RepoId:
-    if request.type not in (None, "model"):
-        raise Refusal(f"this hub holds models only, no {request.type!r} repositories.")
-    return RepoId(request.organization or user.user, request.name)
+    return RepoId(request.organization or user.user, request.name, _kind(request.type))
+
+
+def _kind(type: str | None) -> Kind:
+    if type not in (None, "model", "dataset"):
+        raise Refusal(f"this hub holds models and data sets, no {type!r} repositories.")
+    return "dataset" if type == "dataset" else "model"
 
 
 @router.post("/api/repos/create", response_model=wire.RepoUrl)
 def create_repo(request: wire.CreateRepo, user: User, hub: HubHere, base_url: BaseUrl) -> wire.RepoUrl | JSONResponse:
     repo_id = _named(request, user)
     check_can_write(user, repo_id.namespace)
-    reply = wire.RepoUrl(url=f"{base_url}/{repo_id}", name=str(repo_id))
+    reply = wire.RepoUrl(url=f"{base_url}/{repo_id}", name=repo_id.full_name)
     private = request.visibility == "private" or request.private
     try:
         hub.store.create_repo(repo_id, author=user.user, private=private)
@@ -75,17 +81,52 @@ def delete_repo(request: wire.RepoName, user: User, hub: HubHere) -> None:
     hub.store.delete_repo(repo.repo_id)
 
 
-@router.put("/api/models/{namespace}/{name}/settings")
+@router.post("/api/repos/move")
+def move_repo(request: wire.MoveRepo, user: User, hub: HubHere) -> None:
+    source, target = (_parsed(name, _kind(request.type)) for name in (request.from_repo, request.to_repo))
+    repo = find_repo(hub, user, repo_id=source)
+    check_can_write(user, source.namespace)
+    check_can_write(user, target.namespace)
+    hub.store.move_repo(repo.repo_id, target)
+
+
+def _parsed(full_name: str, kind: Kind) -> RepoId:
+    namespace, _, name = full_name.partition("/")
+    return RepoId(namespace, name, kind)
+
+
+@router.post(REPO + "/duplicate", response_model=wire.DuplicateReply)
+def duplicate_repo(
+    request: wire.DuplicateRepo, repo: Readable, user: User, hub: HubHere, base_url: BaseUrl
+) -> wire.DuplicateReply | JSONResponse:
+    target = _parsed(request.repository, repo.repo_id.kind)
+    check_can_write(user, target.namespace)
+    # What is private stays so unless said otherwise.
+    private = repo.private if request.visibility is None else request.visibility == "private"
+    reply = wire.DuplicateReply(url=f"{base_url}/{target}")
+    try:
+        hub.store.duplicate_repo(repo.repo_id, target, private=private)
+    except AlreadyExists as error:
+        return JSONResponse({"error": str(error), **reply.model_dump(by_alias=True)}, status_code=409)
+    return reply
+
+
+@router.put(REPO + "/settings")
 def change_settings(request: wire.Settings, repo: Writable, hub: HubHere) -> wire.SettingsReply:
     private = request.private if request.visibility is None else request.visibility == "private"
-    if private is None:
-        raise Refusal("the only setting here is visibility: 'public' or 'private'.")
-    hub.store.set_private(repo.repo_id, private=private)
-    return wire.SettingsReply(private=private)
+    changes: dict[str, object] = {} if private is None else {"private": private}
+    if request.gated is not None:
+        changes["gated"] = request.gated or None
+    if not changes:
+        raise Refusal("nothing to set: the settings here are visibility ('public', 'private') and gated.")
+    hub.store.change(repo.repo_id, **changes)
+    changed = hub.store.repo(repo.repo_id)
+    return wire.SettingsReply(private=changed.private, gated=changed.gated or False)
 
 
-@router.api_route("/api/models", methods=READ)
+@router.api_route("/api/{kinds:kinds}", methods=READ)
 def list_models(
+    kinds: str,
     request: Request,
     response: Response,
     hub: HubHere,
@@ -99,13 +140,15 @@ def list_models(
     limit: Annotated[int, Query(ge=1)] = MAX_PAGE,
     skip: Annotated[int, Query(ge=0)] = 0,
     full: bool = False,
+    gated: bool | None = None,
 ) -> list[wire.Model]:
     tags = (*(filter or ()), *(() if pipeline_tag is None else (pipeline_tag,)))
-    query = ModelQuery(tags, author, search, sort, min(limit, MAX_PAGE), skip)
+    kind: Kind = "dataset" if kinds == "datasets" else "model"
+    query = ModelQuery(tags, author, search, sort, min(limit, MAX_PAGE), skip, kind, gated)
     page = hub.catalog.page(query, can_see=lambda repo: can_see(caller, repo))
     if page.next_skip is not None:
         kept = [(key, value) for key, value in request.query_params.multi_items() if key != "skip"]
-        address = f"{base_url}/api/models?{urlencode([*kept, ('skip', str(page.next_skip))])}"
+        address = f"{base_url}/api/{kinds}?{urlencode([*kept, ('skip', str(page.next_skip))])}"
         response.headers["Link"] = f'<{address}>; rel="next"'
     return [
         hub.catalog.model(repo, commit, siblings=sibling_names(commit) if full else None)
@@ -119,70 +162,24 @@ def _describe(hub: Hub, repo: Repo, *, revision: str, has_blobs: bool) -> wire.M
     return hub.catalog.model(repo, commit, siblings=siblings)
 
 
-@router.api_route("/api/models/{namespace}/{name}", methods=READ)
-def model_info(repo: Readable, hub: HubHere, blobs: bool = False) -> wire.Model:
+@router.api_route(REPO, methods=READ)
+def model_info(repo: Visible, hub: HubHere, blobs: bool = False) -> wire.Model:
     return _describe(hub, repo, revision=DEFAULT_BRANCH, has_blobs=blobs)
 
 
-@router.api_route("/api/models/{namespace}/{name}/revision/{revision}", methods=READ)
-def model_info_at(repo: Readable, revision: Part, hub: HubHere, blobs: bool = False) -> wire.Model:
+@router.api_route(REPO + "/revision/{revision}", methods=READ)
+def model_info_at(repo: Visible, revision: Part, hub: HubHere, blobs: bool = False) -> wire.Model:
     return _describe(hub, repo, revision=revision, has_blobs=blobs)
 
 
-@router.api_route("/api/models/{namespace}/{name}/auth-check", methods=READ)
+@router.api_route(REPO + "/auth-check", methods=READ)
 def check_readable(repo: Readable) -> None:
     """200 when the caller may see the repository."""
 
 
-@router.api_route("/api/models/{namespace}/{name}/auth-check/write", methods=READ)
+@router.api_route(REPO + "/auth-check/write", methods=READ)
 def check_writable(repo: Writable) -> None:
     """200 when the caller may change the repository."""
-
-
-@router.api_route("/api/models/{namespace}/{name}/refs", methods=READ)
-def list_refs(repo: Readable) -> wire.Refs:
-    return wire.Refs(
-        branches=[_ref("heads", name, sha) for name, sha in repo.branches.items()],
-        tags=[_ref("tags", name, sha) for name, sha in repo.tags.items()],
-    )
-
-
-def _ref(kind: str, name: str, sha: str) -> wire.Ref:
-    return wire.Ref(name=name, ref=f"refs/{kind}/{name}", target_commit=sha)
-
-
-@router.api_route("/api/models/{namespace}/{name}/commits/{revision}", methods=READ)
-def list_commits(repo: Readable, revision: Part, hub: HubHere) -> list[wire.CommitItem]:
-    return [
-        wire.CommitItem(
-            id=commit.sha,
-            title=commit.title,
-            message=commit.description,
-            date=wire.iso_time(commit.time_s),
-            authors=[wire.CommitAuthor(user=commit.author)],
-        )
-        for commit in hub.store.history(repo, revision)
-    ]
-
-
-@router.post("/api/models/{namespace}/{name}/branch/{branch}")
-def create_branch(request: wire.NewBranch, repo: Writable, branch: Part, hub: HubHere) -> None:
-    hub.store.create_branch(repo.repo_id, branch, start=request.starting_point or DEFAULT_BRANCH)
-
-
-@router.delete("/api/models/{namespace}/{name}/branch/{branch}")
-def delete_branch(repo: Writable, branch: Part, hub: HubHere) -> None:
-    hub.store.delete_branch(repo.repo_id, branch)
-
-
-@router.post("/api/models/{namespace}/{name}/tag/{revision}")
-def create_tag(request: wire.NewTag, repo: Writable, revision: Part, hub: HubHere) -> None:
-    hub.store.create_tag(repo.repo_id, request.tag, target=revision)
-
-
-@router.delete("/api/models/{namespace}/{name}/tag/{tag}")
-def delete_tag(repo: Writable, tag: Part, hub: HubHere) -> None:
-    hub.store.delete_tag(repo.repo_id, tag)
 
 
 @router.post("/api/validate-yaml")
@@ -195,7 +192,7 @@ def validate_card(request: wire.Card, response: Response) -> wire.CardReport:
     return wire.CardReport()
 
 
-@router.api_route("/api/models/{name}", methods=READ)
+@router.api_route("/api/{kinds:kinds}/{name}", methods=READ)
 @router.api_route("/{name}/resolve/{rest:path}", methods=READ)
 def one_word_name(name: Part, caller: Caller) -> None:
     """The public Hub has a few models without an owner (`gpt2`); here there are none."""
@@ -203,10 +200,8 @@ def one_word_name(name: Part, caller: Caller) -> None:
     raise RepoHidden(message) if caller is None else RepoMissing(message)
 
 
-@router.api_route("/api/datasets/{rest:path}", methods=READ)
 @router.api_route("/api/spaces/{rest:path}", methods=READ)
-@router.api_route("/datasets/{rest:path}", methods=READ)
 @router.api_route("/spaces/{rest:path}", methods=READ)
 def other_kinds() -> None:
-    """Nothing but models is kept here."""
-    raise RepoMissing("this hub holds models only: no data sets and no spaces.")
+    """Spaces are programs; nothing is run here."""
+    raise RepoMissing("this hub holds models and data sets only: no spaces.")

@@ -1,4 +1,4 @@
-"""Routes that bring files in: how to send each, the bytes of large ones, and the commit.
+"""Routes that bring files in: how to send each, and the commit.
 
 Holds at most one small file in memory per request.
 """
@@ -7,126 +7,124 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
-from urllib.parse import urlencode
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
+from pathspec import GitIgnoreSpec
 from pydantic import ValidationError
 
 from adapterhub.hubserver import wire
-from adapterhub.hubserver.access import BaseUrl, Hub, HubHere, Part, User, Writable
-from adapterhub.hubserver.bodies import lines, pieces
-from adapterhub.hubserver.commits import Change, Commit, DeleteFile, DeleteFolder, FileEntry, PutFile
-from adapterhub.hubserver.names import RepoId, check_path
+from adapterhub.hubserver.access import (
+    REPO,
+    BaseUrl,
+    Contributable,
+    Hub,
+    HubHere,
+    Part,
+    User,
+    check_can_write,
+)
+from adapterhub.hubserver.bodies import lines
+from adapterhub.hubserver.cards import MAX_DESCRIBING_BYTES
+from adapterhub.hubserver.commits import Change, Commit, DeleteFile, DeleteFolder, FileEntry, NewCommit, PutFile
+from adapterhub.hubserver.names import check_path
 from adapterhub.hubserver.refusals import Refusal, UploadMismatch
-from adapterhub.hubserver.store import Repo
-from adapterhub.hubserver.tickets import UploadTicket
+from adapterhub.hubserver.store import PULL_PREFIX, Repo
 
 MAX_REGULAR_BYTES = 10 << 20
 """files up to this size travel inside the commit; larger ones by LFS"""
-MAX_OBJECT_BYTES = 50 * 10**9
-"""what clients fetch over plain HTTP at most"""
 MAX_COMMIT_BYTES = 1 << 30
 _MAX_LINE_BYTES = MAX_REGULAR_BYTES * 4 // 3 + (64 << 10)
-_LFS_CONTENT_TYPE = "application/vnd.git-lfs+json"
 
 router = APIRouter()
 
 
-@router.post("/api/models/{namespace}/{name}/preupload/{revision}")
-def preupload(request: wire.Preupload, repo: Writable, revision: Part, hub: HubHere) -> wire.PreuploadReply:
+@router.post(REPO + "/preupload/{revision}")
+def preupload(request: wire.Preupload, repo: Contributable, revision: Part, hub: HubHere) -> wire.PreuploadReply:
     """Say for each file how to send it, and what is there now so that unchanged files stay at home."""
     head = hub.store.commit_at(repo, revision)
-    return wire.PreuploadReply(files=[_upload_mode(file, head) for file in request.files])
+    ignored = _ignore_rules(request, head, hub)
+    return wire.PreuploadReply(files=[_upload_mode(file, head, ignored) for file in request.files])
 
 
-def _upload_mode(file: wire.PreuploadFile, head: Commit) -> wire.PreuploadAnswer:
+def _ignore_rules(request: wire.Preupload, head: Commit, hub: Hub) -> GitIgnoreSpec:
+    """The rules of the `.gitignore` that comes with the upload, else of the one that is here."""
+    text, kept = request.git_ignore, head.files.get(".gitignore")
+    if text is None and kept is not None and kept.size <= MAX_DESCRIBING_BYTES:
+        text = hub.store.path_of(kept).read_bytes().decode("utf-8", "replace")
+    try:
+        return GitIgnoreSpec.from_lines((text or "").splitlines())
+    except ValueError as error:
+        raise Refusal(f"the .gitignore cannot be read: {error}") from None
+
+
+def _upload_mode(file: wire.PreuploadFile, head: Commit, ignored: GitIgnoreSpec) -> wire.PreuploadAnswer:
     current = head.files.get(check_path(file.path))
     return wire.PreuploadAnswer(
         path=file.path,
         upload_mode="regular" if file.size <= MAX_REGULAR_BYTES else "lfs",
+        should_ignore=ignored.match_file(file.path),
         oid=current.content_id if current is not None else None,
     )
 
 
-@router.post(
-    "/{namespace}/{name}.git/info/lfs/objects/batch",
-    # Clients take the mere presence of "error" for an error.
-    response_model_exclude_none=True,
-)
-def lfs_batch(request: wire.LfsBatch, repo: Writable, hub: HubHere, base_url: BaseUrl) -> wire.LfsReply:
-    """Where to send each large object that this repository does not have yet."""
-    return wire.LfsReply(
-        objects=[_lfs_answer(wanted, repo.repo_id, hub=hub, base_url=base_url) for wanted in request.objects]
-    )
-
-
-def _lfs_answer(wanted: wire.LfsObject, repo_id: RepoId, *, hub: Hub, base_url: str) -> wire.LfsAnswer:
-    if wanted.size > MAX_OBJECT_BYTES:
-        fault = wire.LfsFault(code=413, message=f"larger than {MAX_OBJECT_BYTES} bytes, the most taken here")
-        return wire.LfsAnswer(oid=wanted.oid, size=wanted.size, error=fault)
-    if hub.store.has_lfs(repo_id, wanted.oid):
-        return wire.LfsAnswer(oid=wanted.oid, size=wanted.size)
-    ticket = hub.signer.ticket(repo_id, wanted.oid, size_bytes=wanted.size)
-    query = {"size": ticket.size_bytes, "expires": ticket.expires_s, "signature": hub.signer.signature(ticket)}
-    actions = wire.LfsActions(
-        upload=wire.LfsAction(href=f"{base_url}/api/uploads/{repo_id}/{wanted.oid}?{urlencode(query)}"),
-        verify=wire.LfsAction(href=f"{base_url}/{repo_id}.git/info/lfs/verify"),
-    )
-    return wire.LfsAnswer(oid=wanted.oid, size=wanted.size, actions=actions)
-
-
-@router.put("/api/uploads/{namespace}/{name}/{sha256}", max_body_size=MAX_OBJECT_BYTES)
-async def receive_object(
-    request: Request, namespace: Part, name: Part, sha256: Part, hub: HubHere, size: int, expires: int, signature: str
-) -> None:
-    """The bytes of one object; the signed address is the permission."""
-    ticket = UploadTicket(RepoId(namespace, name), sha256, size, expires)
-    hub.signer.check(ticket, signature)
-    hub.store.repo(ticket.repo_id)
-    with contextlib.closing(hub.store.objects.begin_upload(sha256, size_bytes=size)) as upload:
-        async for piece in pieces(request):
-            await run_in_threadpool(upload.write, piece)
-        await run_in_threadpool(upload.finish)
-    hub.store.mark_lfs(ticket.repo_id, sha256)
-
-
-@router.post("/{namespace}/{name}.git/info/lfs/verify")
-def verify_object(request: wire.LfsObject, repo: Writable, hub: HubHere) -> None:
-    """200 when the object is here with that size."""
-    entry = hub.store.lfs_entry(repo.repo_id, request.oid)
-    if entry.size != request.size:
-        raise UploadMismatch(f"the object {request.oid} has {entry.size} bytes here, not {request.size}.")
-
-
-@router.post("/api/models/{namespace}/{name}/commit/{branch}", max_body_size=MAX_COMMIT_BYTES)
+@router.post(REPO + "/commit/{branch}", max_body_size=MAX_COMMIT_BYTES)
 async def commit(
-    request: Request, repo: Writable, branch: Part, user: User, hub: HubHere, base_url: BaseUrl, create_pr: str = ""
+    request: Request,
+    repo: Contributable,
+    branch: Part,
+    user: User,
+    hub: HubHere,
+    base_url: BaseUrl,
+    create_pr: str = "",
 ) -> wire.CommitReply:
     """Lines of JSON: a header, then the changes in order."""
-    if create_pr:
-        raise Refusal("there are no pull requests here: commit to a branch of your own.")
-    header, changes = None, []
+    pull = branch.removeprefix(PULL_PREFIX) if branch.startswith(PULL_PREFIX) else None
+    if pull is not None and pull.isdecimal():
+        author = (await run_in_threadpool(hub.discussions.get, repo, int(pull))).author
+        if author != user.user:
+            check_can_write(user, repo.repo_id.namespace)
+    elif not create_pr:
+        check_can_write(user, repo.repo_id.namespace)
+    header, changes, small_bytes = None, list[Change](), 0
     async for line in lines(request, max_line_bytes=_MAX_LINE_BYTES):
         parsed = _parse_line(line)
         if isinstance(parsed, wire.HeaderLine):
             header = parsed.value
         else:
-            changes.append(await run_in_threadpool(_change, parsed, hub, repo))
+            change = await run_in_threadpool(_change, parsed, hub, repo)
+            changes.append(change)
+            if isinstance(change, PutFile) and change.entry.sha256 is None:
+                small_bytes += change.entry.size
     if header is None:
         raise Refusal("the commit has no header line.")
-    done = await run_in_threadpool(
-        hub.store.commit,
-        repo.repo_id,
-        branch.removeprefix("refs/heads/"),
-        changes=changes,
-        author=user.user,
-        title=header.summary,
-        description=header.description,
-        parent=header.parent_commit,
-    )
-    return wire.CommitReply(commit_oid=done.sha, commit_url=f"{base_url}/{repo.id}/commit/{done.sha}")
+    await run_in_threadpool(hub.quotas.check, repo.repo_id, added_bytes=small_bytes)
+    new = NewCommit(user.user, header.summary, header.description, header.parent_commit)
+    return await run_in_threadpool(_commit, hub, repo, branch, changes, new, f"{base_url}/{repo.id}", bool(create_pr))
+
+
+def _commit(
+    hub: Hub, repo: Repo, branch: str, changes: list[Change], new: NewCommit, address: str, is_new_pull: bool
+) -> wire.CommitReply:
+    repo_id, base = repo.repo_id, branch.removeprefix("refs/heads/")
+    pull_url, number = None, branch.removeprefix(PULL_PREFIX)
+    if is_new_pull:
+        pull = hub.discussions.open(
+            repo_id,
+            author=new.author,
+            title=new.title,
+            description=new.description,
+            is_pull=True,
+            base=base,
+            first=(changes, new),
+        )
+        assert pull.head is not None
+        sha, pull_url = pull.head, f"{address}/discussions/{pull.num}"
+    elif number != branch and number.isdecimal():
+        sha = hub.discussions.commit(repo_id, int(number), changes=changes, new=new).sha
+    else:
+        sha = hub.store.commit(repo_id, base, changes=changes, new=new).sha
+    return wire.CommitReply(commit_oid=sha, commit_url=f"{address}/commit/{sha}", pull_request_url=pull_url)
 
 
 def _parse_line(line: bytes) -> wire.HeaderLine | wire.ChangeLine:

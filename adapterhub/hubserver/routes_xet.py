@@ -13,19 +13,30 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from adapterhub.hubserver import wire
-from adapterhub.hubserver.access import READ, BaseUrl, Hub, HubHere, Part, User, Writable
-from adapterhub.hubserver.bodies import pieces
+from adapterhub.hubserver.access import READ, REPO, BaseUrl, Contributable, Hub, HubHere, Part, User, check_can_write
+from adapterhub.hubserver.bodies import pour
 from adapterhub.hubserver.objects import Spool
 from adapterhub.hubserver.refusals import InvalidToken
+from adapterhub.hubserver.store import PULL_PREFIX
 from adapterhub.hubserver.tickets import XET_LIFETIME_S, XetTicket
 from adapterhub.hubserver.xet_format import MAX_SHARD_BYTES, MAX_XORB_BYTES, shard_files, xorb_chunks
 
 router = APIRouter()
 
 
-@router.api_route("/api/models/{namespace}/{name}/xet-write-token/{revision}", methods=READ)
-def write_token(repo: Writable, user: User, response: Response, hub: HubHere, base_url: BaseUrl) -> wire.XetToken:
+@router.api_route(REPO + "/xet-write-token/{revision}", methods=READ)
+def write_token(
+    repo: Contributable,
+    revision: Part,
+    user: User,
+    response: Response,
+    hub: HubHere,
+    base_url: BaseUrl,
+    create_pr: str = "",
+) -> wire.XetToken:
     """Where to send chunks, and the token for it; said in headers and in the body."""
+    if not create_pr and not revision.startswith(PULL_PREFIX):
+        check_can_write(user, repo.repo_id.namespace)
     ticket = XetTicket(repo.repo_id, user.user, int(time.time()) + XET_LIFETIME_S)
     reply = wire.XetToken(access_token=hub.signer.xet_token(ticket), exp=ticket.expires_s, cas_url=base_url)
     response.headers["X-Xet-Cas-Url"] = reply.cas_url
@@ -38,7 +49,9 @@ def _ticket(request: Request, hub: HubHere) -> XetTicket:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         raise InvalidToken
-    return hub.signer.xet_ticket(token.strip())
+    ticket = hub.signer.xet_ticket(token.strip())
+    request.state.user = ticket.user
+    return ticket
 
 
 Ticket = Annotated[XetTicket, Depends(_ticket)]
@@ -48,8 +61,7 @@ Ticket = Annotated[XetTicket, Depends(_ticket)]
 async def receive_xorb(request: Request, xorb: Part, ticket: Ticket, hub: HubHere) -> wire.XorbReply:
     """Packed chunks, kept for the files that name them."""
     with contextlib.closing(hub.xet.begin_xorb(ticket.user, xorb)) as spool:
-        async for piece in pieces(request):
-            await run_in_threadpool(spool.write, piece)
+        await pour(request, spool.write)
         await run_in_threadpool(_keep_xorb, spool)
     return wire.XorbReply(was_inserted=True)
 
@@ -63,8 +75,7 @@ def _keep_xorb(spool: Spool) -> None:
 async def receive_shard(request: Request, ticket: Ticket, hub: HubHere) -> wire.ShardReply:
     """Which files the chunks make: each is put together, checked and stored."""
     with contextlib.closing(hub.xet.begin_shard()) as spool:
-        async for piece in pieces(request):
-            await run_in_threadpool(spool.write, piece)
+        await pour(request, spool.write)
         await run_in_threadpool(_take_in, spool, ticket, hub)
     return wire.ShardReply(result=1)
 
@@ -73,5 +84,8 @@ def _take_in(spool: Spool, ticket: XetTicket, hub: Hub) -> None:
     hub.store.repo(ticket.repo_id)
     spool.file.seek(0)
     for file in shard_files(spool.file):
+        hub.quotas.check(
+            ticket.repo_id, added_bytes=0 if hub.store.has_lfs(ticket.repo_id, file.sha256) else file.size_bytes
+        )
         hub.xet.rebuild(file, user=ticket.user)
         hub.store.mark_lfs(ticket.repo_id, file.sha256)

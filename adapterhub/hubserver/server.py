@@ -14,6 +14,7 @@ from adapterhub.files import write_atomic
 from adapterhub.hubserver.app import create_hub_app
 from adapterhub.hubserver.auth import ANY_NAMESPACE, Account, Tokens, kept_secret
 from adapterhub.hubserver.objects import ObjectStore
+from adapterhub.hubserver.quotas import Limits
 from adapterhub.hubserver.tickets import UPLOAD_LIFETIME_S
 from adapterhub.listening import is_loopback, listen, url_of
 
@@ -23,7 +24,12 @@ _SHUTDOWN_S = 5
 
 
 def serve_hub(
-    root: Path, *, host: str = "127.0.0.1", port: int = DEFAULT_PORT, tokens_file: Path | None = None
+    root: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = DEFAULT_PORT,
+    tokens_file: Path | None = None,
+    limits: Limits | None = None,
 ) -> None:
     """Serve the hub over the folder `root` until interrupted.
 
@@ -40,7 +46,7 @@ def serve_hub(
     root.mkdir(parents=True, exist_ok=True)
     tokens = _local_tokens(root / "token") if tokens_file is None else Tokens.load(tokens_file)
     with listen(host, port) as listener:
-        app = create_hub_app(root, tokens)
+        app = create_hub_app(root, tokens, limits=limits)
         ObjectStore(root).sweep_uploads(older_than_s=UPLOAD_LIFETIME_S)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_S, lifespan="off"

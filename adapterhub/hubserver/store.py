@@ -1,7 +1,8 @@
 """Repositories on disk: refs, commits and who has shown which large object. Knows no users' rights and no HTTP.
 
-Below the root: `objects/` (bytes), `repos/<namespace>/<name>/` with `repo.json` (the refs, written last),
-`commits/<sha>.json` and `lfs/<sha256>` (empty marks), `locks/`, and `uploads/` and `trash/` for what is under way.
+Below the root: `objects/` (bytes), `repos/<namespace>/<name>/` (data sets: `datasets/...`) with `repo.json` (the refs,
+written last), `commits/<sha>.json`, `discussions/<n>.json` and `lfs/<sha256>` (empty marks), `locks/`, and `uploads/`
+and `trash/` for what is under way.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from adapterhub.files import write_atomic
-from adapterhub.hubserver.commits import Change, Commit, FileEntry, files_after
+from adapterhub.hubserver.commits import Change, Commit, FileEntry, NewCommit, files_after
+from adapterhub.hubserver.discussion import Discussion
 from adapterhub.hubserver.git_ids import blob_id, lfs_pointer
-from adapterhub.hubserver.names import RepoId, check_ref, is_commit_sha
+from adapterhub.hubserver.names import Kind, RepoId, check_ref, is_commit_sha
 from adapterhub.hubserver.objects import ObjectStore
 from adapterhub.hubserver.refusals import (
     AlreadyExists,
@@ -38,6 +40,21 @@ RefKind = Literal["branches", "tags"]
 _LOCK_TIMEOUT_S = 30.0
 
 
+Gate = Literal["auto", "manual"]
+AccessStatus = Literal["pending", "accepted", "rejected"]
+PULL_PREFIX = "refs/pr/"
+
+
+class AccessRequest(BaseModel):
+    """What became of somebody's wish to have the files of a gated repository."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    status: AccessStatus
+    time_s: int
+    """seconds since 1970"""
+
+
 class Repo(BaseModel):
     """What `repo.json` holds: a moment's view of a repository."""
 
@@ -51,6 +68,14 @@ class Repo(BaseModel):
     """name -> commit sha"""
     tags: dict[str, str]
     """name -> commit sha"""
+    gated: Gate | None = None
+    """its files are for those who asked: who asks gets them ('auto'), or an owner decides ('manual')"""
+    access: dict[str, AccessRequest] = {}
+    """user -> what became of the wish"""
+    merged: dict[int, str] = {}
+    """number of a pull request -> the commit it became; written together with the branch"""
+    blob_bytes: int = 0
+    """of all small files that were ever committed, for quotas"""
 
     @property
     def repo_id(self) -> RepoId:
@@ -70,6 +95,11 @@ class Repo(BaseModel):
             return revision
         raise self.missing(revision)
 
+    def grown(self, head: Commit, commit: Commit) -> Repo:
+        """With the small files counted that a commit brought."""
+        added = sum(e.size for p, e in commit.files.items() if e.sha256 is None and head.files.get(p) != e)
+        return self.model_copy(update={"blob_bytes": self.blob_bytes + added})
+
     def missing(self, revision: str) -> RevisionMissing:
         known = ", ".join([*self.branches, *self.tags][:10])
         return RevisionMissing(f"{self.id} has no revision {revision!r}; it has {known}.")
@@ -80,10 +110,10 @@ class HubStore:
 
     def __init__(self, root: Path) -> None:
         self.objects = ObjectStore(root)
-        self._repos = root / "repos"
+        self._repos = {"model": root / "repos", "dataset": root / "datasets"}
         self._locks = root / "locks"
         self._trash = root / "trash"
-        for folder in (self._repos, self._locks, self._trash):
+        for folder in (*self._repos.values(), self._locks, self._trash):
             folder.mkdir(parents=True, exist_ok=True)
         # A commit never changes, so its record can be kept once read.
         self._read_commit = lru_cache(maxsize=256)(_read_commit)
@@ -98,44 +128,72 @@ class HubStore:
             branches={DEFAULT_BRANCH: first.sha},
             tags={},
         )
-        with self._locked(repo_id):
-            if (self._folder(repo_id) / "repo.json").exists():
+        with self.locked(repo_id):
+            if (self.folder(repo_id) / "repo.json").exists():
                 raise AlreadyExists(f"the repository {repo_id} exists already.")
-            (self._folder(repo_id) / "lfs").mkdir(parents=True, exist_ok=True)
-            self._save_commit(repo_id, first)
-            self._save(repo)
+            (self.folder(repo_id) / "lfs").mkdir(parents=True, exist_ok=True)
+            self.save_commit(repo_id, first)
+            self.save(repo)
         return repo
 
     def delete_repo(self, repo_id: RepoId) -> None:
         """Remove a repository; the objects stay. Raises RepoMissing."""
-        with self._locked(repo_id):
+        with self.locked(repo_id):
             self.repo(repo_id)
             trash = self._trash / secrets.token_hex(8)
-            self._folder(repo_id).rename(trash)
+            self.folder(repo_id).rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
 
     def repo(self, repo_id: RepoId) -> Repo:
         """The repository as it is now. Raises RepoMissing."""
         try:
-            return Repo.model_validate_json((self._folder(repo_id) / "repo.json").read_bytes())
+            repo = Repo.model_validate_json((self.folder(repo_id) / "repo.json").read_bytes())
         except FileNotFoundError:
             raise RepoMissing(f"no repository {repo_id} here.") from None
+        # The folder says the name: moving a repository is one rename.
+        return repo.model_copy(update={"id": str(repo_id)})
 
-    def repos(self) -> Iterator[Repo]:
-        """All repositories, by name."""
-        for record in sorted(self._repos.glob("*/*/repo.json")):
+    def repos(self, kind: Kind, namespace: str = "*") -> Iterator[Repo]:
+        """All repositories of a kind, or those of one owner, by name."""
+        for record in sorted(self._repos[kind].glob(f"{namespace}/*/repo.json")):
             # Somebody may delete one while we look.
             with contextlib.suppress(RepoMissing):
-                yield self.repo(RepoId(record.parent.parent.name, record.parent.name))
+                yield self.repo(RepoId(record.parent.parent.name, record.parent.name, kind))
 
-    def set_private(self, repo_id: RepoId, *, private: bool) -> None:
-        """Change who sees it. Raises RepoMissing."""
-        with self._locked(repo_id):
-            self._save(self.repo(repo_id).model_copy(update={"private": private}))
+    def move_repo(self, source: RepoId, target: RepoId) -> None:
+        """Give it another name or owner. Raises RepoMissing, AlreadyExists."""
+        with self._both_locked(source, target):
+            self.repo(source)
+            self.folder(target).parent.mkdir(parents=True, exist_ok=True)
+            self.folder(source).rename(self.folder(target))
+
+    def duplicate_repo(self, source: RepoId, target: RepoId, *, private: bool) -> None:
+        """Copy a repository with its history, without its discussions. Raises RepoMissing, AlreadyExists."""
+        with self._both_locked(source, target):
+            copy = self.repo(source).model_copy(
+                update={"id": str(target), "private": private, "created_s": int(time.time()), "gated": None}
+                | {"access": {}, "merged": {}}
+            )
+            self.folder(target).mkdir(parents=True, exist_ok=True)
+            for part in ("commits", "lfs"):
+                shutil.copytree(self.folder(source) / part, self.folder(target) / part, dirs_exist_ok=True)
+            self.save(copy)
+
+    def change(self, repo_id: RepoId, **changes: object) -> None:
+        """Set fields of the repository's record: `private`, `gated`. Raises RepoMissing."""
+        with self.locked(repo_id):
+            self.save(self.repo(repo_id).model_copy(update=changes))
+
+    def set_access(self, repo_id: RepoId, user: str, *, status: AccessStatus) -> None:
+        """Note what became of somebody's wish to have the files. Raises RepoMissing."""
+        with self.locked(repo_id):
+            repo = self.repo(repo_id)
+            request = AccessRequest(status=status, time_s=int(time.time()))
+            self.save(repo.model_copy(update={"access": {**repo.access, user: request}}))
 
     def commit_at(self, repo: Repo, revision: str) -> Commit:
         """The commit a revision names. Raises RevisionMissing."""
-        path = self._commit_path(repo.repo_id, repo.sha_of(revision))
+        path = self._commit_path(repo.repo_id, self._sha_of(repo, revision))
         try:
             # Asked each time: the record may be remembered from a repository of this name that was deleted.
             path.stat()
@@ -143,52 +201,65 @@ class HubStore:
         except FileNotFoundError:
             raise repo.missing(revision) from None
 
-    def history(self, repo: Repo, revision: str) -> list[Commit]:
-        """The commit and its ancestors, newest first. Raises RevisionMissing."""
-        commits = [self.commit_at(repo, revision)]
-        while commits[-1].parents:
-            commits.append(self.commit_at(repo, commits[-1].parents[0]))
-        return commits
+    def _sha_of(self, repo: Repo, revision: str) -> str:
+        number = revision.removeprefix(PULL_PREFIX)
+        if number == revision or not number.isdecimal():
+            return repo.sha_of(revision)
+        try:
+            record = self.folder(repo.repo_id) / "discussions" / f"{int(number)}.json"
+            head = Discussion.model_validate_json(record.read_bytes()).head
+        except FileNotFoundError:
+            raise repo.missing(revision) from None
+        if head is None:
+            raise repo.missing(revision)
+        return head
 
-    def commit(
-        self,
-        repo_id: RepoId,
-        branch: str,
-        *,
-        changes: Iterable[Change],
-        author: str,
-        title: str,
-        description: str = "",
-        parent: str | None = None,
-    ) -> Commit:
+    def history(self, repo: Repo, revision: str) -> Iterator[Commit]:
+        """The commit and its ancestors, newest first. Raises RevisionMissing."""
+        commit = self.commit_at(repo, revision)
+        yield commit
+        while commit.parents:
+            commit = self.commit_at(repo, commit.parents[0])
+            yield commit
+
+    def commit(self, repo_id: RepoId, branch: str, *, changes: Iterable[Change], new: NewCommit) -> Commit:
         """Add a commit to a branch; when nothing changes, return the head as it is.
 
-        `parent`: the (possibly shortened) commit the head must be, else StaleParent: compare and swap.
-        Raises also RepoMissing, RevisionMissing, BadName and EntryMissing.
+        Raises StaleParent, RepoMissing, RevisionMissing, BadName and EntryMissing.
         """
-        with self._locked(repo_id):
+        with self.locked(repo_id):
             repo = self.repo(repo_id)
             if branch not in repo.branches:
                 raise repo.missing(branch)
-            head = self.commit_at(repo, branch)
-            if parent is not None and not head.sha.startswith(parent.lower()):
-                raise StaleParent(
-                    f"'{branch}' of {repo_id} is at {head.sha}, not at the expected parent {parent}: somebody "
-                    "committed first. Look at their change and try again."
-                )
-            files = files_after(head, changes)
-            if files == head.files:
-                return head
-            commit = Commit.create(
-                files,
-                (head.sha,),
-                author=author,
-                title=title,
-                description=description,
-                time_s=int(time.time()),
+            head = self.commit_at(repo, f"refs/heads/{branch}")
+            commit = self.add_commit(repo, head, changes=changes, new=new)
+            if commit != head:
+                branches = {**repo.branches, branch: commit.sha}
+                self.save(repo.grown(head, commit).model_copy(update={"branches": branches}))
+        return commit
+
+    def add_commit(self, repo: Repo, head: Commit, *, changes: Iterable[Change], new: NewCommit) -> Commit:
+        """Write the commit after `head`, which no ref names yet; `head` itself when nothing changes.
+
+        The caller holds the lock. Raises StaleParent, BadName and EntryMissing.
+        """
+        if new.parent is not None and not head.sha.startswith(new.parent.lower()):
+            raise StaleParent(
+                f"{repo.id} is at {head.sha}, not at the expected parent {new.parent}: somebody committed first. "
+                "Look at their change and try again."
             )
-            self._save_commit(repo_id, commit)
-            self._save(repo.model_copy(update={"branches": {**repo.branches, branch: commit.sha}}))
+        files = files_after(head, changes)
+        if files == head.files:
+            return head
+        commit = Commit.create(
+            files,
+            (head.sha,),
+            author=new.author,
+            title=new.title,
+            description=new.description,
+            time_s=int(time.time()),
+        )
+        self.save_commit(repo.repo_id, commit)
         return commit
 
     def create_branch(self, repo_id: RepoId, branch: str, *, start: str) -> None:
@@ -221,7 +292,27 @@ class HubStore:
 
         Objects are shared on disk, but knowing a sha256 must not be enough to read another repository's file.
         """
-        return self._lfs_mark(repo_id, sha256).exists() and self.objects.lfs_path(sha256).exists()
+        return self._lfs_mark(repo_id, sha256).exists() and self.objects.touch_lfs(sha256)
+
+    def can_read(self, repo_id: RepoId, entry: FileEntry) -> bool:
+        """Whether the bytes of a file may be had from this repository."""
+        return entry.sha256 is None or self._lfs_mark(repo_id, entry.sha256).exists()
+
+    def lfs_marks(self, repo_id: RepoId) -> dict[str, tuple[int, float]]:
+        """sha256 of every object uploaded to this repository -> its bytes, and when (seconds since 1970)."""
+        found = {}
+        for mark in (self.folder(repo_id) / "lfs").glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                found[mark.name] = (self.objects.lfs_path(mark.name).stat().st_size, mark.stat().st_mtime)
+        return found
+
+    def drop_lfs(self, repo_id: RepoId, sha256: str) -> None:
+        """Forget that the object was uploaded here; it cannot be read from this repository any more."""
+        self._lfs_mark(repo_id, sha256).unlink(missing_ok=True)
+
+    def stored_bytes(self, repo: Repo) -> int:
+        """What a quota counts: large objects once each, and every small file ever committed."""
+        return repo.blob_bytes + sum(size for size, _ in self.lfs_marks(repo.repo_id).values())
 
     def lfs_entry(self, repo_id: RepoId, sha256: str) -> FileEntry:
         """The entry of an uploaded object. Raises UploadMismatch when it was never uploaded here."""
@@ -237,27 +328,27 @@ class HubStore:
         return self.objects.blob_path(entry.blob)
 
     def _add_ref(self, repo_id: RepoId, kind: RefKind, *, name: str, target: str) -> None:
-        with self._locked(repo_id):
+        with self.locked(repo_id):
             repo = self.repo(repo_id)
             refs = repo.refs(kind)
             if check_ref(name) in refs:
                 raise AlreadyExists(f"{repo_id} already has '{name}' among its {kind}, at {refs[name]}.")
             sha = self.commit_at(repo, target).sha
-            self._save(repo.model_copy(update={kind: {**refs, name: sha}}))
+            self.save(repo.model_copy(update={kind: {**refs, name: sha}}))
 
     def _drop_ref(self, repo_id: RepoId, kind: RefKind, *, name: str) -> None:
-        with self._locked(repo_id):
+        with self.locked(repo_id):
             repo = self.repo(repo_id)
             refs = repo.refs(kind)
             if name not in refs:
                 raise repo.missing(name)
             left = {ref: sha for ref, sha in refs.items() if ref != name}
-            self._save(repo.model_copy(update={kind: left}))
+            self.save(repo.model_copy(update={kind: left}))
 
     @contextlib.contextmanager
-    def _locked(self, repo_id: RepoId) -> Iterator[None]:
+    def locked(self, repo_id: RepoId) -> Iterator[None]:
         """One writer per repository, over all processes. The lock outlives the repository's folder."""
-        path = self._locks / repo_id.namespace / f"{repo_id.name}.lock"
+        path = self._locks / f"{repo_id}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, timeout=_LOCK_TIMEOUT_S)
         try:
@@ -269,19 +360,32 @@ class HubStore:
         finally:
             lock.release()
 
-    def _folder(self, repo_id: RepoId) -> Path:
-        return self._repos / repo_id.namespace / repo_id.name
+    @contextlib.contextmanager
+    def _both_locked(self, source: RepoId, target: RepoId) -> Iterator[None]:
+        """For what makes `target` out of `source`. Raises AlreadyExists."""
+        # Always in the same order, or two who swap names would wait for each other.
+        first, second = sorted((source, target), key=str)
+        with self.locked(first), self.locked(second) if first != second else contextlib.nullcontext():
+            if (self.folder(target) / "repo.json").exists():
+                raise AlreadyExists(f"the repository {target} exists already.")
+            yield
+
+    def folder(self, repo_id: RepoId) -> Path:
+        """Where everything of a repository but its objects lies."""
+        return self._repos[repo_id.kind] / repo_id.namespace / repo_id.name
 
     def _commit_path(self, repo_id: RepoId, sha: str) -> Path:
-        return self._folder(repo_id) / "commits" / f"{sha}.json"
+        return self.folder(repo_id) / "commits" / f"{sha}.json"
 
     def _lfs_mark(self, repo_id: RepoId, sha256: str) -> Path:
-        return self._folder(repo_id) / "lfs" / sha256
+        return self.folder(repo_id) / "lfs" / sha256
 
-    def _save(self, repo: Repo) -> None:
-        write_atomic(self._folder(repo.repo_id) / "repo.json", repo.model_dump_json(indent=1))
+    def save(self, repo: Repo) -> None:
+        """Write the refs and settings; the caller holds the lock."""
+        write_atomic(self.folder(repo.repo_id) / "repo.json", repo.model_dump_json(indent=1))
 
-    def _save_commit(self, repo_id: RepoId, commit: Commit) -> None:
+    def save_commit(self, repo_id: RepoId, commit: Commit) -> None:
+        """Write a commit that no ref names yet."""
         write_atomic(self._commit_path(repo_id, commit.sha), commit.model_dump_json())
 
 

@@ -23,6 +23,10 @@ class UploadTicket:
     size_bytes: int
     expires_s: int
     """seconds since 1970"""
+    spool: str = ""
+    """where its parts are gathered; empty when it comes in one piece"""
+    part: int = 0
+    """counted from 1; 0 is the whole"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Signer:
 
     def signature(self, ticket: UploadTicket) -> str:
         """Hex signature over all parts of the ticket."""
-        return self._sign(f"upload {ticket.repo_id} {ticket.sha256} {ticket.size_bytes} {ticket.expires_s}")
+        whole = f"upload {ticket.repo_id} {ticket.sha256} {ticket.size_bytes} {ticket.expires_s}"
+        return self._sign(f"{whole} {ticket.spool} {ticket.part}" if ticket.spool else whole)
 
     def check(self, ticket: UploadTicket, signature: str) -> None:
         """Raises UploadRefused for a forged or an expired ticket."""

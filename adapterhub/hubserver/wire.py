@@ -21,14 +21,16 @@ def iso_time(time_s: int) -> str:
     return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
-class _Shape(BaseModel):
+class Shape(BaseModel):
+    """Fields are spelt in camel case on the way."""
+
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True)
 
 
 # Requests
 
 
-class RepoName(_Shape):
+class RepoName(Shape):
     name: str
     organization: str | None = None
     type: str | None = None
@@ -40,86 +42,123 @@ class CreateRepo(RepoName):
     """the older way to say it"""
 
 
-class Settings(_Shape):
+class Settings(Shape):
     visibility: Literal["public", "private"] | None = None
     private: bool | None = None
+    gated: Literal["auto", "manual", False] | None = None
 
 
-class NewBranch(_Shape):
+class MoveRepo(Shape):
+    from_repo: str
+    to_repo: str
+    type: str | None = None
+
+
+class DuplicateRepo(Shape):
+    repository: str
+    visibility: Literal["public", "private"] | None = None
+
+
+class SquashBranch(Shape):
+    message: str = Field(default="Super-squash branch using huggingface_hub", max_length=1000)
+
+
+class LfsDeletions(Shape):
+    sha: list[_Sha256] = Field(max_length=1000)
+    rewrite_history: bool = True
+
+
+class LfsFilesBatch(Shape):
+    deletions: LfsDeletions
+
+
+class NewBranch(Shape):
     starting_point: str | None = None
 
 
-class NewTag(_Shape):
+class NewTag(Shape):
     tag: str
 
 
-class Card(_Shape):
+class Card(Shape):
     content: str
 
 
-class PreuploadFile(_Shape):
+class PreuploadFile(Shape):
     path: str
     size: _Size
 
 
-class Preupload(_Shape):
+class Preupload(Shape):
     files: list[PreuploadFile] = Field(max_length=256)
+    git_ignore: str | None = Field(default=None, max_length=100_000)
 
 
-class LfsObject(_Shape):
+class LfsObject(Shape):
     oid: _Sha256
     size: _Size
 
 
-class LfsBatch(_Shape):
+class LfsBatch(Shape):
     operation: Literal["upload"]
+    transfers: list[str] = ["basic"]
     objects: list[LfsObject] = Field(max_length=1000)
 
 
-class CommitHeader(_Shape):
+class LfsPart(Shape):
+    part_number: int
+    etag: str
+
+
+class LfsParts(Shape):
+    oid: _Sha256
+    parts: list[LfsPart] = Field(max_length=10_000)
+
+
+class CommitHeader(Shape):
     summary: str = Field(min_length=1, max_length=1000)
     description: str = Field(default="", max_length=100_000)
     parent_commit: str | None = Field(default=None, pattern=r"^[A-Fa-f0-9]{5,40}$")
 
 
-class CommitFile(_Shape):
+class CommitFile(Shape):
     path: str
     content: str
     encoding: Literal["base64", "utf-8"] = "utf-8"
 
 
-class CommitLfsFile(_Shape):
+class CommitLfsFile(Shape):
     path: str
     algo: Literal["sha256"] = "sha256"
     oid: _Sha256
     size: _Size | None = None
 
 
-class CommitPath(_Shape):
+class CommitPath(Shape):
     path: str
 
 
-class HeaderLine(_Shape):
+class HeaderLine(Shape):
     key: Literal["header"]
     value: CommitHeader
 
 
-class FileLine(_Shape):
+class FileLine(Shape):
     key: Literal["file"]
     value: CommitFile
 
 
-class LfsFileLine(_Shape):
+class LfsFileLine(Shape):
     key: Literal["lfsFile"]
     value: CommitLfsFile
 
 
-class DeletedFileLine(_Shape):
+class DeletedFileLine(Shape):
     key: Literal["deletedFile"]
     value: CommitPath
 
 
-class DeletedFolderLine(_Shape):
+class DeletedFolderLine(Shape):
     key: Literal["deletedFolder"]
     value: CommitPath
 
@@ -134,21 +173,21 @@ COMMIT_LINE: TypeAdapter[HeaderLine | ChangeLine] = TypeAdapter(
 # Replies
 
 
-class OrgReply(_Shape):
+class OrgReply(Shape):
     name: str
 
 
-class AccessToken(_Shape):
+class AccessToken(Shape):
     display_name: str
     role: str
 
 
-class WhoamiAuth(_Shape):
+class WhoamiAuth(Shape):
     type: str = "access_token"
     access_token: AccessToken
 
 
-class Whoami(_Shape):
+class Whoami(Shape):
     type: str = "user"
     name: str
     fullname: str
@@ -156,44 +195,61 @@ class Whoami(_Shape):
     auth: WhoamiAuth
 
 
-class RepoUrl(_Shape):
+class RepoUrl(Shape):
     url: str
     name: str
 
 
-class SettingsReply(_Shape):
+class SettingsReply(Shape):
     private: bool
+    gated: Literal["auto", "manual", False]
 
 
-class SiblingLfs(_Shape):
+class DuplicateReply(Shape):
+    url: str
+    files_copy_pending: bool = False
+
+
+class LfsFile(Shape):
+    file_oid: str
+    """sha256"""
+    filename: str
+    oid: str
+    """git id of the pointer"""
+    pushed_at: str
+    ref: str | None
+    size: int
+
+
+class SiblingLfs(Shape):
     sha256: str
     size: int
     pointer_size: int
 
 
-class Sibling(_Shape):
+class Sibling(Shape):
     rfilename: str
     size: int | None = None
     blob_id: str | None = None
     lfs: SiblingLfs | None = None
 
 
-class BaseModelName(_Shape):
+class BaseModelName(Shape):
     id: str
 
 
-class BaseModels(_Shape):
+class BaseModels(Shape):
     relation: str
     models: list[BaseModelName]
 
 
-class Model(_Shape):
+class Model(Shape):
     id: str
     model_id: str
     author: str
     sha: str
     private: bool
-    gated: bool = False
+    gated: Literal["auto", "manual", False] = False
     disabled: bool = False
     created_at: str
     last_modified: str
@@ -207,13 +263,13 @@ class Model(_Shape):
     siblings: list[Sibling] | None = None
 
 
-class TreeLfs(_Shape):
+class TreeLfs(Shape):
     oid: str
     size: int
     pointer_size: int
 
 
-class TreeFile(_Shape):
+class TreeFile(Shape):
     type: Literal["file"] = "file"
     path: str
     oid: str
@@ -221,48 +277,54 @@ class TreeFile(_Shape):
     lfs: TreeLfs | None = None
 
 
-class TreeFolder(_Shape):
+class TreeFolder(Shape):
     type: Literal["directory"] = "directory"
     path: str
     oid: str
     size: int = 0
 
 
-class Ref(_Shape):
+class Ref(Shape):
     name: str
     ref: str
     target_commit: str
 
 
-class Refs(_Shape):
+class Refs(Shape):
     branches: list[Ref]
     tags: list[Ref]
     converts: list[Ref] = []
     pull_requests: list[Ref] = []
 
 
-class CommitAuthor(_Shape):
+class CommitAuthor(Shape):
     user: str
 
 
-class CommitItem(_Shape):
+class CommitWords(Shape):
+    title: str
+    message: str
+
+
+class CommitItem(Shape):
     id: str
     title: str
     message: str
     date: str
     authors: list[CommitAuthor]
+    formatted: CommitWords | None = None
 
 
-class CardFault(_Shape):
+class CardFault(Shape):
     message: str
 
 
-class CardReport(_Shape):
+class CardReport(Shape):
     errors: list[CardFault] = []
     warnings: list[CardFault] = []
 
 
-class PreuploadAnswer(_Shape):
+class PreuploadAnswer(Shape):
     path: str
     upload_mode: Literal["lfs", "regular"]
     should_ignore: bool = False
@@ -270,26 +332,26 @@ class PreuploadAnswer(_Shape):
     """content id of the file as it is now"""
 
 
-class PreuploadReply(_Shape):
+class PreuploadReply(Shape):
     files: list[PreuploadAnswer]
 
 
-class LfsAction(_Shape):
+class LfsAction(Shape):
     href: str
     header: dict[str, str] = {}
 
 
-class LfsActions(_Shape):
+class LfsActions(Shape):
     upload: LfsAction
     verify: LfsAction
 
 
-class LfsFault(_Shape):
+class LfsFault(Shape):
     code: int
     message: str
 
 
-class LfsAnswer(_Shape):
+class LfsAnswer(Shape):
     oid: str
     size: int
     actions: LfsActions | None = None
@@ -297,12 +359,12 @@ class LfsAnswer(_Shape):
     error: LfsFault | None = None
 
 
-class LfsReply(_Shape):
+class LfsReply(Shape):
     transfer: str = "basic"
     objects: list[LfsAnswer]
 
 
-class XetToken(_Shape):
+class XetToken(Shape):
     access_token: str
     exp: int
     cas_url: str
@@ -317,7 +379,8 @@ class ShardReply(BaseModel):
     """0: known before, 1: taken in"""
 
 
-class CommitReply(_Shape):
+class CommitReply(Shape):
     success: bool = True
     commit_oid: str
     commit_url: str
+    pull_request_url: str | None = None

@@ -1,0 +1,147 @@
+"""Routes of LFS: where to send large objects, whole or in parts, and their bytes.
+
+The bytes come without a token: their address is signed and expires.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Annotated
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.concurrency import run_in_threadpool
+
+from adapterhub.errors import AdapterHubError
+from adapterhub.hubserver import wire
+from adapterhub.hubserver.access import FILES, AddressedRepo, BaseUrl, Contributable, Hub, HubHere, Part
+from adapterhub.hubserver.bodies import pour
+from adapterhub.hubserver.names import RepoId
+from adapterhub.hubserver.refusals import TooLarge, UploadMismatch
+from adapterhub.hubserver.tickets import UploadTicket
+
+MAX_OBJECT_BYTES = 50 * 10**9
+"""what clients fetch over plain HTTP at most"""
+_UPLOADS = "/api/uploads/{prefix:prefix}{namespace}/{name}/{sha256}"
+
+router = APIRouter()
+
+
+@router.post(
+    FILES + ".git/info/lfs/objects/batch",
+    # Clients take the mere presence of "error" for an error.
+    response_model_exclude_none=True,
+)
+def lfs_batch(request: wire.LfsBatch, repo: Contributable, hub: HubHere, base_url: BaseUrl) -> wire.LfsReply:
+    """Where to send each large object that this repository does not have yet."""
+    is_in_parts = "multipart" in request.transfers and any(
+        wanted.size > hub.quotas.limits.part_bytes for wanted in request.objects
+    )
+    offer = _Offer(hub, repo.repo_id, base_url, is_in_parts)
+    # One transfer holds for the whole batch; a small object is then one part.
+    transfer = "multipart" if is_in_parts else "basic"
+    return wire.LfsReply(transfer=transfer, objects=[offer.answer(wanted) for wanted in request.objects])
+
+
+@dataclass(frozen=True)
+class _Offer:
+    hub: Hub
+    repo_id: RepoId
+    base_url: str
+    is_in_parts: bool
+
+    def answer(self, wanted: wire.LfsObject) -> wire.LfsAnswer:
+        try:
+            actions = self._actions(wanted)
+        except AdapterHubError as error:
+            fault = wire.LfsFault(code=error.http_status, message=str(error))
+            return wire.LfsAnswer(oid=wanted.oid, size=wanted.size, error=fault)
+        return wire.LfsAnswer(oid=wanted.oid, size=wanted.size, actions=actions)
+
+    def _actions(self, wanted: wire.LfsObject) -> wire.LfsActions | None:
+        if wanted.size > MAX_OBJECT_BYTES:
+            raise TooLarge(f"larger than {MAX_OBJECT_BYTES} bytes, the most taken here.")
+        if self.hub.store.has_lfs(self.repo_id, wanted.oid):
+            return None
+        self.hub.quotas.check(self.repo_id, added_bytes=wanted.size)
+        ticket = self.hub.signer.ticket(self.repo_id, wanted.oid, size_bytes=wanted.size)
+        upload = wire.LfsAction(href=self._address(ticket))
+        if self.is_in_parts:
+            ticket = replace(ticket, spool=self.hub.store.objects.new_parts())
+            part_bytes = self.hub.quotas.limits.part_bytes
+            header = {"chunk_size": str(part_bytes)}
+            for number in range(1, ceil(wanted.size / part_bytes) + 1):
+                header[str(number)] = self._address(replace(ticket, part=number))
+            upload = wire.LfsAction(href=self._address(ticket), header=header)
+        verify = wire.LfsAction(href=f"{self.base_url}/{self.repo_id}.git/info/lfs/verify")
+        return wire.LfsActions(upload=upload, verify=verify)
+
+    def _address(self, ticket: UploadTicket) -> str:
+        query: dict[str, str | int] = {"size": ticket.size_bytes, "expires": ticket.expires_s}
+        if ticket.spool:
+            query |= {"spool": ticket.spool, "part": ticket.part}
+        query |= {"signature": self.hub.signer.signature(ticket)}
+        return f"{self.base_url}/api/uploads/{self.repo_id}/{ticket.sha256}?{urlencode(query)}"
+
+
+def _ticket(
+    repo_id: AddressedRepo,
+    sha256: Part,
+    hub: HubHere,
+    size: int,
+    expires: int,
+    signature: str,
+    spool: str = "",
+    part: int = 0,
+) -> UploadTicket:
+    ticket = UploadTicket(repo_id, sha256, size, expires, spool, part)
+    hub.signer.check(ticket, signature)
+    hub.store.repo(ticket.repo_id)
+    return ticket
+
+
+Ticket = Annotated[UploadTicket, Depends(_ticket)]
+
+
+@router.put(_UPLOADS, max_body_size=MAX_OBJECT_BYTES)
+async def receive_object(request: Request, response: Response, ticket: Ticket, hub: HubHere) -> None:
+    """The bytes of one object, or of one part of it; the signed address is the permission."""
+    if ticket.spool:
+        response.headers["ETag"] = f'"{ticket.part}"'
+        await _receive_part(request, ticket, hub)
+        return
+    with contextlib.closing(hub.store.objects.begin_upload(ticket.sha256, size_bytes=ticket.size_bytes)) as upload:
+        await pour(request, upload.write)
+        await run_in_threadpool(upload.finish)
+    hub.store.mark_lfs(ticket.repo_id, ticket.sha256)
+
+
+async def _receive_part(request: Request, ticket: UploadTicket, hub: Hub) -> None:
+    part_bytes = hub.quotas.limits.part_bytes
+    start = (ticket.part - 1) * part_bytes
+    end = min(start + part_bytes, ticket.size_bytes)
+    if not 0 <= start < end:
+        raise UploadMismatch("this address stands for the whole object: send its parts to their own.")
+    with hub.store.objects.open_part(ticket.spool, start=start, end=end) as part:
+        await pour(request, part.write)
+        part.check_complete()
+
+
+@router.post(_UPLOADS)
+def finish_parts(request: wire.LfsParts, ticket: Ticket, hub: HubHere) -> None:
+    """All parts are here: check the whole, and make it visible."""
+    count = ceil(ticket.size_bytes / hub.quotas.limits.part_bytes)
+    if not ticket.spool or ticket.part or [part.part_number for part in request.parts] != list(range(1, count + 1)):
+        raise UploadMismatch(f"the object has {count} parts; name each once, in order.")
+    hub.store.objects.finish_parts(ticket.spool, sha256=ticket.sha256, size_bytes=ticket.size_bytes)
+    hub.store.mark_lfs(ticket.repo_id, ticket.sha256)
+
+
+@router.post(FILES + ".git/info/lfs/verify")
+def verify_object(request: wire.LfsObject, repo: Contributable, hub: HubHere) -> None:
+    """200 when the object is here with that size."""
+    entry = hub.store.lfs_entry(repo.repo_id, request.oid)
+    if entry.size != request.size:
+        raise UploadMismatch(f"the object {request.oid} has {entry.size} bytes here, not {request.size}.")

@@ -1,0 +1,355 @@
+"""Looking after a hub: quotas, the audit log, uploads in parts, removal of what is unused, pages to look at."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_fixtures import ALICE, BOB, LFS_UPLOADS_WARN, PEOPLE, start_hub
+from huggingface_hub import CommitOperationAdd, HfApi, get_session
+from typer.testing import CliRunner
+
+from adapterhub.cli import app
+from adapterhub.errors import StorageFull
+from adapterhub.hubserver.commits import DeleteFile, NewCommit, PutFile
+from adapterhub.hubserver.discussions import Discussions
+from adapterhub.hubserver.history import squash
+from adapterhub.hubserver.names import RepoId
+from adapterhub.hubserver.quotas import Limits, Quotas
+from adapterhub.hubserver.refusals import QuotaExceeded
+from adapterhub.hubserver.store import HubStore
+from adapterhub.hubserver.sweeping import Sweeper
+
+REPO = RepoId.parse("alice/poems")
+LIMITS = Limits(repo_bytes=20_000, owner_bytes=30_000, part_bytes=1000)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def url(root: Path) -> Iterator[str]:
+    with start_hub(root, PEOPLE, LIMITS) as url:
+        yield url
+
+
+@pytest.fixture
+def repo(url: str, request: pytest.FixtureRequest) -> str:
+    name = request.node.name.removeprefix("test_")[:60].split("[")[0]
+    return HfApi(endpoint=url, token=ALICE).create_repo(f"alice/{name}", exist_ok=True).repo_id
+
+
+def ask(url: str, method: str, path: str, token: str | None = ALICE, **options: Any) -> Any:
+    headers = options.pop("headers", {}) | ({"Authorization": f"Bearer {token}"} if token else {})
+    return get_session().request(method, f"{url}{path}", headers=headers, **options)
+
+
+def batch(url: str, repo: str, data: bytes, *transfers: str) -> Any:
+    oid = hashlib.sha256(data).hexdigest()
+    body = {"operation": "upload", "transfers": transfers, "objects": [{"oid": oid, "size": len(data)}]}
+    return ask(url, "POST", f"/{repo}.git/info/lfs/objects/batch", json=body).json()
+
+
+# Quotas
+
+
+def test_object_beyond_the_quota_is_refused_before_it_is_sent(url: str, repo: str) -> None:
+    (answer,) = batch(url, repo, bytes(20_001), "basic")["objects"]
+    assert (answer["error"]["code"], "do not fit" in answer["error"]["message"]) == (413, True)
+
+
+def test_small_files_count_too(url: str, repo: str) -> None:
+    def commit(size: int) -> int:
+        lines = [
+            {"key": "header", "value": {"summary": "x"}},
+            {"key": "file", "value": {"path": "a", "content": "x" * size}},
+        ]
+        body = "\n".join(map(json.dumps, lines))
+        return int(ask(url, "POST", f"/api/models/{repo}/commit/main", content=body).status_code)
+
+    # The same path again and again: what it was before is kept, too.
+    assert [commit(6000), commit(6001), commit(6002), commit(6003)] == [200, 200, 200, 413]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> HubStore:
+    store = HubStore(tmp_path)
+    store.create_repo(REPO, author="alice")
+    return store
+
+
+def test_quota_of_an_owner_counts_all_repositories(store: HubStore, tmp_path: Path) -> None:
+    other = RepoId.parse("datasets/alice/songs")
+    store.create_repo(other, author="alice")
+    upload(store, b"x" * 900, other)
+    quotas = Quotas(store, tmp_path, Limits(owner_bytes=1000, free_bytes=0))
+    quotas.check(REPO, added_bytes=100)
+    with pytest.raises(QuotaExceeded) as refusal:
+        quotas.check(REPO, added_bytes=101)
+    assert "alice/ holds" in str(refusal.value)
+
+
+def test_disk_is_not_filled_to_the_brim(store: HubStore, tmp_path: Path) -> None:
+    with pytest.raises(StorageFull) as refusal:
+        Quotas(store, tmp_path, Limits(free_bytes=10**18)).check(REPO, added_bytes=1)
+    assert "hub gc" in str(refusal.value)
+
+
+# The audit log
+
+
+def test_every_change_is_noted_with_who_and_what(url: str, root: Path, repo: str) -> None:
+    before = len((root / "audit.jsonl").read_text().splitlines())
+    ask(url, "POST", f"/api/models/{repo}/tag/main", json={"tag": "v1"})
+    ask(url, "DELETE", f"/api/models/{repo}/tag/v1", token=BOB)
+    ask(url, "POST", "/api/validate-yaml", token=None, json={"content": ""})
+    ask(url, "GET", f"/api/models/{repo}")
+    lines = [json.loads(line) for line in (root / "audit.jsonl").read_text().splitlines()[before:]]
+    assert [(line["user"], line["method"], line["path"], line["status"]) for line in lines] == [
+        ("alice", "POST", f"/api/models/{repo}/tag/main", 200),
+        ("bob", "DELETE", f"/api/models/{repo}/tag/v1", 403),
+        (None, "POST", "/api/validate-yaml", 200),
+    ]
+    assert (root / "audit.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_audit_log_keeps_no_permissions(url: str, root: Path, repo: str) -> None:
+    (answer,) = batch(url, repo, b"signed", "basic")["objects"]
+    get_session().put(answer["actions"]["upload"]["href"], content=b"signed")
+    log = (root / "audit.jsonl").read_text()
+    assert f"/api/uploads/{repo}/" in log
+    assert "signature" not in log
+
+
+# LFS in parts
+
+
+def parts_of(url: str, repo: str, data: bytes) -> dict[str, Any]:
+    reply = batch(url, repo, data, "basic", "multipart")
+    assert reply["transfer"] == "multipart"
+    upload: dict[str, Any] = reply["objects"][0]["actions"]["upload"]
+    return upload
+
+
+def finish(upload: dict[str, Any], data: bytes, count: int) -> Any:
+    parts = [{"partNumber": number, "etag": "x"} for number in range(1, count + 1)]
+    return get_session().post(upload["href"], json={"oid": hashlib.sha256(data).hexdigest(), "parts": parts})
+
+
+def test_object_comes_in_parts_in_any_order(url: str, root: Path, repo: str) -> None:
+    data = os.urandom(2500)
+    upload = parts_of(url, repo, data)
+    assert upload["header"].keys() == {"chunk_size", "1", "2", "3"}
+    for number in (3, 1, 2, 1):
+        reply = get_session().put(upload["header"][str(number)], content=data[(number - 1) * 1000 : number * 1000])
+        assert (reply.status_code, reply.headers["ETag"]) == (200, f'"{number}"')
+    assert finish(upload, data, 3).status_code == 200
+    sha256 = hashlib.sha256(data).hexdigest()
+    assert (root / "objects" / "lfs" / sha256).read_bytes() == data
+    body = {"oid": sha256, "size": len(data)}
+    assert ask(url, "POST", f"/{repo}.git/info/lfs/verify", json=body).status_code == 200
+    assert finish(upload, data, 3).status_code == 400
+
+
+@LFS_UPLOADS_WARN
+def test_client_sends_parts(url: str, repo: str) -> None:
+    from huggingface_hub import lfs
+
+    data = os.urandom(3500)
+    operation = CommitOperationAdd("w", data)
+    answer = batch(url, repo, data, "basic", "multipart")["objects"][0]
+    lfs.lfs_upload(operation=operation, lfs_batch_action=answer, token=ALICE, endpoint=url)
+    assert batch(url, repo, data, "basic")["objects"] == [{"oid": hashlib.sha256(data).hexdigest(), "size": 3500}]
+
+
+@pytest.mark.parametrize(("sent", "status"), [(1001, 413), (999, 400)])
+def test_part_of_another_size_is_refused(url: str, repo: str, sent: int, status: int) -> None:
+    upload = parts_of(url, repo, os.urandom(2000))
+    assert get_session().put(upload["header"]["1"], content=bytes(sent)).status_code == status
+
+
+def test_parts_that_make_another_object_are_refused(url: str, root: Path, repo: str) -> None:
+    data = os.urandom(1500)
+    upload = parts_of(url, repo, data)
+    get_session().put(upload["header"]["1"], content=bytes(1000))
+    get_session().put(upload["header"]["2"], content=bytes(500))
+    assert finish(upload, data, 1).status_code == 400
+    reply = finish(upload, data, 2)
+    assert (reply.status_code, "the parts make" in reply.json()["error"]) == (400, True)
+    assert not (root / "objects" / "lfs" / hashlib.sha256(data).hexdigest()).exists()
+
+
+def test_address_of_a_part_serves_for_nothing_else(url: str, repo: str) -> None:
+    upload = parts_of(url, repo, os.urandom(1500))
+    for old, new in (("part=1", "part=2"), ("spool=", "spool=0"), ("&part=1", "")):
+        assert get_session().put(upload["header"]["1"].replace(old, new), content=bytes(500)).status_code == 403
+    assert get_session().put(upload["href"], content=bytes(1500)).status_code == 400
+
+
+# Removal of what is unused
+
+
+def upload(store: HubStore, data: bytes, repo: RepoId = REPO) -> str:
+    sha256 = hashlib.sha256(data).hexdigest()
+    with closing(store.objects.begin_upload(sha256, size_bytes=len(data))) as incoming:
+        incoming.write(data)
+        incoming.finish()
+    store.mark_lfs(repo, sha256)
+    return sha256
+
+
+def put_lfs(store: HubStore, path: str, data: bytes) -> PutFile:
+    return PutFile(path, store.lfs_entry(REPO, upload(store, data)))
+
+
+def commit(store: HubStore, *changes: PutFile | DeleteFile, branch: str = "main") -> str:
+    return store.commit(REPO, branch, changes=changes, new=NewCommit("alice", "a change")).sha
+
+
+def age(root: Path) -> None:
+    """As if everything had been done three days ago."""
+    old = time.time() - 3 * 24 * 3600
+    for path in root.rglob("*"):
+        os.utime(path, (old, old))
+
+
+def objects(root: Path) -> set[bytes]:
+    return {path.read_bytes() for path in (root / "objects").rglob("*") if path.is_file()}
+
+
+def test_what_a_ref_reaches_stays(store: HubStore, tmp_path: Path) -> None:
+    commit(store, put_lfs(store, "w", b"before"))
+    first = commit(store, put_lfs(store, "w", b"after"))
+    store.create_branch(REPO, "try", start=first)
+    commit(store, put_lfs(store, "w", b"branch"), branch="try")
+    store.create_tag(REPO, "v1", target="try")
+    store.delete_branch(REPO, "try")
+    pull = Discussions(store).open(
+        REPO,
+        author="bob",
+        title="t",
+        description="",
+        is_pull=True,
+        first=([put_lfs(store, "w", b"pull")], NewCommit("bob", "t")),
+    )
+    age(tmp_path)
+    swept = Sweeper(tmp_path).sweep()
+    assert (swept.objects, swept.commits) == (0, 0)
+    assert objects(tmp_path) == {b"before", b"after", b"branch", b"pull"}
+    assert store.commit_at(store.repo(REPO), f"refs/pr/{pull.num}").files["w"].size == 4
+
+
+def test_what_nothing_reaches_goes(store: HubStore, tmp_path: Path) -> None:
+    upload(store, b"never committed")
+    commit(store, put_lfs(store, "w", b"squashed away"))
+    commit(store, put_lfs(store, "w", b"kept"), PutFile("a", store.lfs_entry(REPO, upload(store, b"twice"))))
+    squash(store, REPO, "main", author="alice", message="one")
+    store.objects.put_blob(b"never committed, small")
+    left = store.objects.begin_upload("0" * 64, size_bytes=1)
+    left.close()
+    age(tmp_path)
+    swept = Sweeper(tmp_path).sweep()
+    assert (swept.objects, swept.commits) == (3, 3)
+    assert swept.freed_bytes == len(b"never committed" + b"squashed away" + b"never committed, small")
+    assert objects(tmp_path) == {b"kept", b"twice"}
+    assert Sweeper(tmp_path).sweep().objects == 0
+
+
+def test_young_uploads_stay(store: HubStore, tmp_path: Path) -> None:
+    fresh, reused = upload(store, b"fresh"), upload(store, b"reused")
+    age(tmp_path)
+    upload(store, b"fresh")
+    # The client asked, heard that it is here, and has not committed yet.
+    assert store.has_lfs(REPO, reused)
+    store.objects.put_blob(b"blob")
+    assert Sweeper(tmp_path).sweep().objects == 0
+    assert store.lfs_entry(REPO, fresh).size == 5
+    assert objects(tmp_path) == {b"fresh", b"reused", b"blob"}
+
+
+def test_deleted_repository_frees_what_no_other_holds(store: HubStore, tmp_path: Path) -> None:
+    commit(store, put_lfs(store, "w", b"shared"), put_lfs(store, "x", b"alone"))
+    other = RepoId.parse("datasets/bob/copy")
+    store.create_repo(other, author="bob")
+    entry = store.lfs_entry(other, upload(store, b"shared", other))
+    store.commit(other, "main", changes=[PutFile("w", entry)], new=NewCommit("bob", "w"))
+    store.delete_repo(REPO)
+    age(tmp_path)
+    Sweeper(tmp_path).sweep()
+    assert objects(tmp_path) == {b"shared"}
+
+
+def test_gc_command_says_what_it_removed(store: HubStore, tmp_path: Path) -> None:
+    upload(store, bytes(2_000_000))
+    age(tmp_path)
+    done = CliRunner().invoke(app, ["hub", "gc", "--root", str(tmp_path)])
+    assert done.output == "removed 1 objects and 0 commits, 2.0 MB in all\n"
+
+
+def test_gc_of_another_folder_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["hub", "gc", "--root", str(tmp_path)])
+    assert done.exit_code != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# Pages
+
+
+HOSTILE = """---
+base_model: org/base
+tags: ["<script>alert(1)</script>"]
+---
+# Poems <script>alert(2)</script>
+[click](javascript:alert(3)) ![img](http://evil/x.png) [good](https://example.org)
+
+| a | b |
+|---|---|
+| 1 | 2 |
+"""
+
+
+def test_page_shows_the_adapter_and_obeys_nothing_in_it(url: str, repo: str) -> None:
+    api = HfApi(endpoint=url, token=ALICE)
+    api.create_commit(
+        repo,
+        [CommitOperationAdd("README.md", HOSTILE.encode()), CommitOperationAdd("a&b.txt", b"x")],
+        commit_message="<b>bold</b>",
+    )
+    page = get_session().get(f"{url}/{repo}")
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert page.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert page.headers["X-Content-Type-Options"] == "nosniff"
+    text = page.text
+    for hostile in ("<script", "<img", 'href="javascript', "<b>bold"):
+        assert hostile not in text.lower()
+    for shown in ("<h1>Poems &lt;script&gt;", 'href="https://example.org"', "<td>1</td>", "org/base", "a&amp;b.txt"):
+        assert shown in text
+    assert "&lt;b&gt;bold" in text
+    sha = api.model_info(repo).sha
+    assert f'href="/{repo}/resolve/{sha}/a%26b.txt"' in text
+    older = get_session().get(f"{url}/{repo}", params={"revision": api.list_repo_commits(repo)[1].commit_id})
+    assert "Poems" not in older.text
+
+
+def test_list_page_finds_by_name_and_base(url: str, repo: str) -> None:
+    HfApi(endpoint=url, token=ALICE).upload_file(
+        path_or_fileobj=b"---\nbase_model: org/other\n---\n", path_in_repo="README.md", repo_id=repo
+    )
+    for query, is_there in (("", True), ("?search=list_page", True), ("?base=org/other", True), ("?base=org/x", False)):
+        page = get_session().get(f"{url}/{query}", headers={"Accept": "text/html"})
+        assert (f'href="/{repo}"' in page.text) == is_there
+
+
+def test_private_repository_has_no_page(url: str, repo: str) -> None:
+    HfApi(endpoint=url, token=ALICE).update_repo_settings(repo, private=True)
+    assert get_session().get(f"{url}/{repo}").status_code == 401
+    assert repo not in get_session().get(url, headers={"Accept": "text/html"}).text
