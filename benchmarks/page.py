@@ -64,6 +64,13 @@ def opened(context: BrowserContext, url: str) -> tuple[Page, float]:
     return page, time.perf_counter() - began
 
 
+def seconds_to_open(context: BrowserContext, url: str) -> float:
+    """Closed again: a browser has six connections to a host, and each open page keeps one."""
+    page, seconds = opened(context, url)
+    page.close()
+    return seconds
+
+
 def resident_bytes(pid: int) -> int:
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return int(fields["VmRSS"].split()[0]) * 1024
@@ -107,8 +114,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS.split())
         at_start = resident_bytes(pid)
         with browser.new_context() as context:
-            cold = opened(context, url)[1]
-            warm = [opened(context, url)[1] for _ in range(given.loads)]
+            cold, *warm = [seconds_to_open(context, url) for _ in range(1 + given.loads)]
         (alone,) = read_at_once(browser, url, 1)
         crowd = read_at_once(browser, url, given.users)
         figures = {

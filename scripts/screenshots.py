@@ -151,13 +151,13 @@ def _compare(page: Page) -> None:
             picked.click()
             page.get_by_role("option", name=name).click()
     picked.press("Escape")
-    page.get_by_role("textbox", name="Prompt").fill("What should I do on a rainy Sunday?")
+    page.get_by_role("textbox", name="Prompt").fill("What is the largest planet in our solar system?")
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.get_by_role("button", name="Save report as Markdown")).to_be_visible()
 
 
 def _arena(page: Page) -> None:
-    page.get_by_role("textbox", name="Question").fill("What should I do on a rainy Sunday?")
+    page.get_by_role("textbox", name="Question").fill("What is the largest planet in our solar system?")
     page.get_by_role("button", name="Ask two").click()
     page.get_by_role("button", name="Left is better").click()
     expect(page.locator("#arena-vote")).to_contain_text("your vote counts")

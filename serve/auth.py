@@ -60,7 +60,9 @@ class ApiKeys:
         if not (is_admin | _is_among(key, self.asking)):
             raise InvalidKey("the API key is missing or wrong: send Authorization: Bearer KEY.")
         if needs_admin and not is_admin:
-            raise NotAllowed("this API key may ask, but not load or unload adapters: use an admin key.")
+            raise NotAllowed(
+                "this API key may ask, but not load adapters, train or change what is kept here: use an admin key."
+            )
 
 
 def check_exposure(host: str, keys: ApiKeys) -> None:

@@ -77,7 +77,7 @@ class AdaptersTab:
                 self._pulled = gr.Textbox(label="From the Hub", placeholder="owner/name[@revision]", min_width=180)
                 self._button("pull", "Pull")
             self._file = gr.File(
-                label="A packed folder as .zip, verified before it is kept", file_types=[".zip"], height=120
+                label="A packed folder as .zip, verified before it is kept", file_types=[".zip"], height=150
             )
             with gr.Row(elem_classes="line"):
                 self._uploaded_as = gr.Textbox(

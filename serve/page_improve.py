@@ -59,7 +59,7 @@ class ImproveBox:
             run = await self._client.post("training/improve", key, **body)
         except AdapterHubError as error:
             return gr.skip(), trouble(str(error))
-        return gr.update(choices=[(f"{run['id']} ({run['status']})", run["id"])], value=run["id"]), ""
+        return gr.update(choices=[run["id"]], value=run["id"]), ""
 
 
 def _command(adapter: str | None, method: str, steps: int | None) -> str:

@@ -61,8 +61,9 @@ def run_html(run: dict[str, Any]) -> str:
     if held_out:
         parts.append(f"held-out loss {held_out[-1][1]:.3f}")
     said = f'<p class="run">{" · ".join(parts)}</p>'
-    message = f"<p>{html.escape(run['message'])}</p>" if run.get("message") else ""
     judged = "".join(f"<p>{html.escape(_verdict(one))}</p>" for one in run.get("evaluations", ()))
+    # The last thing the command says of a run that is done is the same verdict.
+    message = f"<p>{html.escape(run['message'])}</p>" if run.get("message") and not judged else ""
     return said + message + judged + loss_plot(steps, held_out) + _samples(run.get("sampled") or [])
 
 

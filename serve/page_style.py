@@ -118,6 +118,7 @@ body:not(.dark) #chat .token.string { color: #3f6212; }
 #hint { color: var(--body-text-color-subdued); font-size: 0.8125rem; }
 
 .asking { align-items: flex-start; flex-wrap: wrap !important; }
+.asking-settings { min-width: min(240px, 100%) !important; }
 .panels > .column { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: 16px; }
 .panel-head h2, #plan h2 { margin: 0; font-size: 1rem; }
 #plan :is(h2, .scroll, ul) { margin-top: 20px; }

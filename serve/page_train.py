@@ -78,7 +78,9 @@ class TrainTab:
         typed = [self._toml.input, self._toml.blur]
         gr.on(typed, self._read, [self._toml], [*self._fields, self._command, self._said], **QUIET)
         for field, widget in zip(FIELDS, self._fields, strict=True):
-            widget.input(self._setting(field), [self._toml, widget], [self._toml, self._command], **QUIET)
+            others = [self._widget(field.instead_of)] if field.instead_of else []
+            changed = [self._toml, self._command, *others]
+            widget.input(self._setting(field), [self._toml, widget], changed, **QUIET)
         self._plan.click(self._make_plan, [self._toml], [self._planned], **_SLOW)
         js = f"(toml) => ({SAVE_FILE})('recipe.toml', 'application/toml', toml)"
         self._save.click(None, [self._toml], None, js=js, api_visibility="private")
@@ -120,9 +122,14 @@ class TrainTab:
             return (*(gr.skip() for _ in FIELDS), gr.skip(), trouble(str(error)))
         return (*fields, _command(fields[0]), "")
 
+    def _widget(self, key: str) -> Any:
+        return next(widget for field, widget in zip(FIELDS, self._fields, strict=True) if field.key == key)
+
     def _setting(self, field: Field) -> Callable[..., Any]:
-        def changed(toml: str, value: Any) -> tuple[str, Any]:
-            return with_field(toml or "", field, value), _command(value) if field.key == "name" else gr.skip()
+        def changed(toml: str, value: Any) -> tuple[Any, ...]:
+            command = _command(value) if field.key == "name" else gr.skip()
+            emptied = (None,) if field.instead_of else ()
+            return (with_field(toml or "", field, value), command, *emptied)
 
         return changed
 
@@ -192,8 +199,8 @@ def _draw_field(field: Field) -> Any:
     return gr.Textbox(label=field.label, min_width=200, elem_id=f"field-{field.key}")
 
 
-def _choices(runs: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [(f"{run['id']} ({run['status']})", run["id"]) for run in runs]
+def _choices(runs: list[dict[str, Any]]) -> list[str]:
+    return [run["id"] for run in runs]
 
 
 def _command(name: str | None) -> str:

@@ -131,7 +131,7 @@ def _improve(page: Page, name: str, *, steps: int) -> str:
     page.get_by_role("spinbutton", name="Steps", exact=True).fill(str(steps))
     button(page, "Improve").click()
     expect(page.locator("#run-state .status")).to_have_text("done", timeout=TRAINING_MS)
-    return page.locator("#run input").input_value().partition(" ")[0]
+    return page.locator("#run input").input_value()
 
 
 def _get(url: str) -> Any:

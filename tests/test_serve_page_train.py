@@ -50,6 +50,7 @@ def test_field_changes_its_line_and_nothing_else(train: Page) -> None:
     expect(_toml(train)).to_have_value(
         RECIPE.replace("rank = 16  #", "rank = 8  #").replace("epochs = 1\n", "") + "steps = 12\n\n"
     )
+    expect(train.get_by_role("spinbutton", name="Epochs", exact=True)).to_have_value("")
 
 
 def test_text_fills_the_fields_and_the_command(train: Page) -> None:
@@ -95,7 +96,7 @@ def test_run_is_stopped_found_again_after_a_reload_and_resumed(train: Page, api:
     train.reload()
     turn_to(train, "Train")
     train.locator("#run input").click()
-    train.get_by_role("option", name="stopped").click()
+    train.get_by_role("option", name="run-").click()
     expect(_status(train)).to_have_text("stopped")
     button(train, "Resume").click()
     expect(_status(train)).to_have_text("running")
