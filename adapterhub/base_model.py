@@ -12,6 +12,7 @@ from adapterhub.adapter import BaseRef
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import BaseNotFound, UsageError
 from adapterhub.manifest import Quantization
+from adapterhub.quantized_loading import loading_config
 
 if TYPE_CHECKING:
     import torch
@@ -51,33 +52,35 @@ def load_base(
     purpose: Purpose,
     dtype: str | None = None,
     device: str | None = None,
-    kind: Literal["nf4", "fp4", "none"] = "nf4",
+    kind: Literal["nf4", "fp4", "int8", "none"] = "nf4",
+    double_quant: bool = True,
+    block_size: int = 64,
 ) -> LoadedBase:
-    """Load a stored base with its linear layers in 4 bit (double quantization, blocks of 64; arXiv 2305.14314).
+    """Load a stored base with its linear layers, but for the output head, in 4 bit (arXiv 2305.14314, section 3).
 
-    `dtype` (bfloat16, float16, float32) and `device` (cpu, cuda, cuda:1, ...) are chosen when not given.
+    `kind` int8 holds them in 8 bit (LLM.int8), none as they are. `dtype` (bfloat16, float16, float32) and `device`
+    (cpu, cuda, cuda:1, ...) are chosen when not given.
     Raises UsageError for a device that is not there, BaseNotFound for a folder transformers cannot read.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     where, precision = choose_precision(dtype, device)
     compute = getattr(torch, precision.value)
-    quantization = Quantization(kind=kind, compute_dtype=precision.value)  # type: ignore[arg-type]
-    config = None
-    if kind != "none":
-        # Every option is set: the defaults of transformers, bitsandbytes and accelerate disagree.
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=kind,
-            bnb_4bit_use_double_quant=quantization.double_quant,
-            bnb_4bit_compute_dtype=compute,
-        )
+    quantization = Quantization(
+        kind=kind,
+        double_quant=double_quant,
+        block_size=block_size,
+        compute_dtype=precision.value,  # type: ignore[arg-type]
+    )
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            stored.path, dtype=compute, quantization_config=config, device_map={"": where.value}
+            stored.path,
+            dtype=compute,
+            quantization_config=loading_config(quantization, compute),
+            device_map={"": where.value},
         )
         tokenizer = AutoTokenizer.from_pretrained(stored.path)
     except (OSError, ValueError, KeyError) as error:
@@ -169,8 +172,11 @@ def dense_weight(layer: Any) -> torch.Tensor:
 
 
 def layer_dtype(layer: Any) -> torch.dtype:
-    """What a linear layer computes in."""
-    return getattr(layer, "compute_dtype", None) or layer.weight.dtype  # type: ignore[no-any-return]
+    """What a linear layer computes in; one in 8 bit computes in what it is given."""
+    import torch
+
+    dtype: torch.dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype
+    return dtype if dtype.is_floating_point else torch.float32
 
 
 class PackedNf4:
@@ -290,7 +296,7 @@ def _choose_kernel(model: Any, purpose: Purpose, compute: torch.dtype) -> tuple[
     return (Choice("nf4 kernel", "dequantize + matmul", reason),)
 
 
-def adamw(parameters: Sequence[torch.nn.Parameter], *, bits: Literal[8, 32], is_paged: bool) -> torch.optim.Optimizer:
+def adamw(groups: list[dict[str, Any]], *, bits: Literal[8, 32], is_paged: bool) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW, its moments in 8 or 32 bits; paged ones may leave a GPU's memory (arXiv 2305.14314, 3)."""
     from bitsandbytes import optim
 
@@ -300,4 +306,4 @@ def adamw(parameters: Sequence[torch.nn.Parameter], *, bits: Literal[8, 32], is_
         (32, False): optim.AdamW32bit,
         (32, True): optim.PagedAdamW32bit,
     }
-    return kinds[bits, is_paged](parameters, weight_decay=0.0)  # type: ignore[no-any-return]
+    return kinds[bits, is_paged](groups, weight_decay=0.0)  # type: ignore[no-any-return]

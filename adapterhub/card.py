@@ -41,7 +41,7 @@ def _body(manifest: Manifest) -> str:
         "|---|---|",
         f"| base revision | `{base.revision or 'not recorded'}` |",
         f"| base fingerprint | `{base.fingerprint}` |",
-        f"| base in training | {f'{held.kind}, compute {held.compute_dtype}' if held else 'not recorded'} |",
+        f"| base in training | {f'{held.weights}, compute {held.compute_dtype}' if held else 'not recorded'} |",
         f"| method | {lora.method}, rank {lora.rank}, alpha {lora.alpha:g} |",
         f"| targets | {', '.join(lora.targets)} |",
         f"| digest | `{manifest.digest}` |",

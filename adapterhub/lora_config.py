@@ -15,6 +15,8 @@ from adapterhub.safetensors_header import TensorInfo
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+NO_LAYERS = "dummy-target-modules"
+"""PEFT's word for a LoRA on no layer, which brings whole modules only"""
 
 _T = TypeVar("_T")
 TensorKind = Literal["lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B", "weight"]
@@ -39,6 +41,10 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
     "arrow_config": (None,),
 }
+
+
+_SOFT_PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
+_SOFT_PROMPT = " (a soft prompt stands before every text and changes no layer: no package holds one; PEFT loads it)"
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,10 @@ class LoraConfig:
 
     def described(self) -> Lora:
         """The manifest's words for it."""
-        method: Literal["lora", "rslora", "dora"] = "lora"
-        if self.use_dora:
+        method: Literal["lora", "rslora", "dora", "head"] = "lora"
+        if self.targets == (NO_LAYERS,):
+            method = "head"
+        elif self.use_dora:
             method = "dora"
         elif self.use_rslora:
             method = "rslora"
@@ -86,7 +94,7 @@ class LoraConfig:
             rank=self.rank,
             alpha=self.alpha,
             scaling=self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank),
-            targets=list(self.targets),
+            targets=list(self.saved_modules if method == "head" else self.targets),
             rank_pattern=self.rank_pattern,
             alpha_pattern=self.alpha_pattern,
         )
@@ -110,7 +118,8 @@ def read_lora_config(folder: Path) -> LoraConfig:
         faults = [f"{key}={raw[key]!r}" for key, inert in _INERT.items() if key in raw and raw[key] not in inert]
         if faults:
             raise AdapterUnsupported(
-                f"{path} asks for {', '.join(faults)}, which is not handled: train with plain LoRA, rsLoRA or DoRA."
+                f"{path} asks for {', '.join(faults)}, which is not handled: train with plain LoRA, rsLoRA or DoRA"
+                f"{_SOFT_PROMPT if raw.get('peft_type') in _SOFT_PROMPTS else ''}."
             )
         targets = raw["target_modules"]
         return LoraConfig(

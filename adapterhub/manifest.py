@@ -33,11 +33,22 @@ class FileEntry(_Part):
 class Quantization(_Part):
     """How the base's linear layers were held in training or serving; QLoRA (arXiv 2305.14314), section 3."""
 
-    kind: Literal["nf4", "fp4", "none"] = "nf4"
+    kind: Literal["nf4", "fp4", "int8", "none"] = "nf4"
     double_quant: bool = True
+    """of the constants; like the block size a matter of 4 bit only"""
     block_size: int = 64
     """weights per quantization constant"""
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    @property
+    def weights(self) -> str:
+        """What the weights are, in a word or two: equal for two bases exactly when their weights are."""
+        if self.kind == "none":
+            return self.compute_dtype
+        if self.kind == "int8":
+            return "int8"
+        blocks = "" if self.block_size == 64 else f", blocks of {self.block_size}"
+        return f"{self.kind}{blocks}{'' if self.double_quant else ', constants in fp32'}"
 
 
 class BaseEntry(_Part):
@@ -51,7 +62,8 @@ class BaseEntry(_Part):
 class Lora(_Part):
     """The update is W + scaling · B A (LoRA, arXiv 2106.09685, section 4.1)."""
 
-    method: Literal["lora", "rslora", "dora"]
+    method: Literal["lora", "rslora", "dora", "head"]
+    """head: no low-rank layer at all, but a whole output head; then rank, alpha and scaling say nothing"""
     rank: int = Field(ge=1)
     alpha: float
     scaling: float

@@ -84,17 +84,22 @@ class TrainingLoad:
     """What a training step holds, beside the model's shape."""
 
     quantized: int
-    """weights held in 4 bit"""
+    """weights held in few bits"""
     unquantized: int
     trainable: int
     row_tokens: int
     """tokens of the longest forward pass"""
     row_trained: int
-    """logits of the longest forward pass"""
+    """places of the longest forward pass whose logits are alive together"""
     dtype_bytes: int
     moment_bytes: int
     """of the optimizer, both moments of one parameter"""
     device: Literal["cpu", "cuda"]
+    weight_bits: Literal[4, 8] = 4
+    """of a quantized weight"""
+    block_size: int = 64
+    is_double_quantized: bool = True
+    is_checkpointed: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,27 +108,35 @@ class Item:
     size_bytes: int
 
 
-def constant_bytes(quantized: int, *, is_double: bool = True) -> int:
-    """One constant for 64 weights: fp32, or 8 bit with fp32 constants of their own for 256 (2305.14314, section 3)."""
-    constants = quantized // _BLOCK
+def constant_bytes(quantized: int, *, is_double: bool = True, block_size: int = _BLOCK) -> int:
+    """One constant a block: fp32, or 8 bit with fp32 constants of their own for 256 (2305.14314, section 3)."""
+    constants = quantized // block_size
     return constants + 4 * (constants // _NESTED_BLOCK) if is_double else 4 * constants
 
 
 def training_memory(shape: ModelShape, load: TrainingLoad) -> list[Item]:
-    """The peak of a step of train/trainer.py, by what takes it; without activation checkpointing."""
+    """The peak of a step of train/trainer.py, by what takes it."""
     dtype, tokens = load.dtype_bytes, load.row_tokens
     # fp32 copies of both norms' inputs and of the inputs of seven adapted layers, which A's gradient needs; queries,
     # keys, values and attention's output; gate, its activation and up in the compute dtype.
     per_token = 4 * (2 * 2 + 6) * shape.hidden + 4 * shape.intermediate
+    if dtype == 2:
+        # Adapters of a bf16 base compute in bf16: layers that read the same rows keep them once.
+        per_token = 4 * 2 * 2 * shape.hidden + dtype * (2 * shape.hidden + shape.intermediate)
     per_token += dtype * (2 * shape.hidden + 2 * shape.key_value + 3 * shape.intermediate)
+    activations = shape.layers * per_token * tokens
+    if load.is_checkpointed:
+        activations = (shape.layers * dtype * shape.hidden + per_token) * tokens
+    constants = constant_bytes(load.quantized, is_double=load.is_double_quantized, block_size=load.block_size)
     return [
-        Item("base, 4-bit codes", load.quantized // 2),
-        Item("quantization constants", constant_bytes(load.quantized)),
+        Item(f"base, {load.weight_bits}-bit codes", load.quantized * load.weight_bits // 8),
+        # LLM.int8 has one constant a row of a matrix: nothing beside the codes.
+        Item("quantization constants", constants if load.weight_bits == 4 else 0),
         Item("weights left unquantized", dtype * load.unquantized),
         Item("adapter, fp32", 4 * load.trainable),
         Item("gradients, fp32", 4 * load.trainable),
         Item("optimizer", load.moment_bytes * load.trainable),
-        Item("activations", shape.layers * per_token * tokens),
+        Item("activations", activations),
         Item("attention mask", dtype * tokens * tokens),
         # The compute dtype's logits and their gradient, fp32 logits and theirs.
         Item("logits", (2 * dtype + 8) * load.row_trained * shape.vocabulary),

@@ -16,6 +16,7 @@ from adapterhub import card
 from adapterhub.adapter import Adapter
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import (
+    AdapterUnsupported,
     DigestMismatch,
     IncompatibleBase,
     MissingFile,
@@ -31,6 +32,7 @@ from adapterhub.manifest import (
     Chat,
     FileEntry,
     Manifest,
+    Quantization,
     read_manifest,
 )
 from adapterhub.run_record import (
@@ -121,6 +123,11 @@ def pack(
 
     if not folder.is_dir():
         raise MissingFile(f"{folder} is not a folder: expected the output of training, or any PEFT adapter folder.")
+    if (folder / "config.json").is_file() and not (folder / CONFIG_NAME).exists():
+        raise AdapterUnsupported(
+            f"{folder} holds a whole model (full fine-tuning), not an adapter: serve it as a base, `adapterhub serve "
+            f"--base {folder}`, or train LoRA."
+        )
     check_names(path.relative_to(folder).as_posix() for path in _walk(folder))
     _check_report(folder)
     config, tensors = _read_lora(folder)
@@ -129,7 +136,8 @@ def pack(
     report(f"{len(tensors)} LoRA tensors, rank {config.rank}, {sum(t.info.numel for t in tensors):,} parameters")
 
     # In fp32 the proof is the same on every machine; an engine in another dtype is given that dtype's tolerance.
-    loaded = load_base(base, purpose="serve", dtype="float32")
+    held = held_as(record.quantization if record else None) | {"dtype": "float32"}
+    loaded = load_base(base, purpose="serve", **held)
     with disk_full_is_said(folder):
         if not (folder / TEMPLATE_NAME).exists():
             write_atomic(folder / TEMPLATE_NAME, loaded.tokenizer.chat_template or "")
@@ -175,6 +183,14 @@ def inspect(folder: Path) -> Description:
         size_bytes=sum(entry.size for entry in adapter.manifest.files.values()),
         modules=len({tensor.module for tensor in tensors}),
     )
+
+
+def held_as(quantization: Quantization | None) -> dict[str, Any]:
+    """Arguments of `load_base` for the base as training had it; None, of an adopted adapter: as it usually is."""
+    if quantization is None:
+        return {}
+    held = quantization.model_dump()
+    return {"dtype": held.pop("compute_dtype"), **held}
 
 
 def check_base(adapter: Adapter, base: StoredBase) -> None:

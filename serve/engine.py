@@ -120,14 +120,9 @@ class Precision:
     """How the base is held: an adapter answers best on the weights it was trained on."""
 
     weights: str
-    """nf4, bfloat16, awq, ...; unknown where a server does not tell"""
+    """nf4, "fp4, blocks of 128" (`Quantization.weights`), bfloat16, awq, ...; unknown where a server does not tell"""
     dtype: str
     """of the arithmetic"""
-
-    @property
-    def is_nf4(self) -> bool:
-        """As proofs of adapters are recorded. Elsewhere an answer may differ and nothing be wrong."""
-        return self.weights == "nf4"
 
     def __str__(self) -> str:
         if self.weights == "unknown":

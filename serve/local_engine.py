@@ -58,8 +58,7 @@ class LocalEngine:
         self.config = config or LocalEngineConfig()
         self._base = base
         self.dtype = str(base.quantization.compute_dtype)
-        kind = base.quantization.kind
-        self.precision = Precision(self.dtype if kind == "none" else kind, self.dtype)
+        self.precision = Precision(base.quantization.weights, self.dtype)
         model_config = base.model.config.get_text_config()
         shape = KvShape.of(model_config, kv_dtype(base))
         num_blocks = self.config.kv_cache_bytes // (shape.bytes_per_token * self.config.block_size)

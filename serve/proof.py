@@ -6,9 +6,14 @@ import asyncio
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import ProbeMismatch
-from adapterhub.manifest import Probe, ProbeAnswer
+from adapterhub.manifest import Probe, ProbeAnswer, Quantization
 from adapterhub.probe import TOLERANCE
 from serve.engine import AdapterScale, Engine, GenerationRequest, SamplingParams, TokenLogprob
+
+
+def trained_on(adapter: Adapter) -> str:
+    """The weights its proof was recorded on (`Precision.weights`): those of training, or plain NF4 when not known."""
+    return (adapter.manifest.base.quantization or Quantization()).weights
 
 
 async def replay(engine: Engine, adapter: Adapter) -> None:

@@ -27,7 +27,7 @@ from serve.engines import start_engine
 from serve.feedback import STORE_NAME, FeedbackStore
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
-from serve.proof import replay
+from serve.proof import replay, trained_on
 from serve.training_runs import TrainingRuns
 
 Report = Callable[[str], None]
@@ -91,15 +91,21 @@ async def _build(config: ServeConfig, registry: Registry, report: Report) -> Ser
 
     async def load(adapter: Adapter) -> None:
         await engine.load(adapter)
+        is_elsewhere = engine.precision.weights != trained_on(adapter)
+        if is_elsewhere and adapter.digest not in proven:
+            report(
+                f"note: the proof of adapter {adapter.manifest.name} was recorded on {trained_on(adapter)} weights, as "
+                f"in training; the base is {engine.precision}: answers may differ a little."
+            )
         if not config.replays_proofs or adapter.digest in proven:
             return
         try:
             await replay(engine, adapter)
         except ProbeMismatch as error:
-            if engine.precision.is_nf4:
+            if not is_elsewhere:
                 await engine.unload(adapter.digest)
                 raise
-            report(f"note: {error} This base has {engine.precision}, the proof was recorded on nf4.")
+            report(f"note: {error}")
         except BaseException:
             await engine.unload(adapter.digest)
             raise

@@ -690,7 +690,7 @@ def test_how_the_base_is_held_is_said(tmp_path: Path, stored: dict[str, str], vl
     asked = ServeConfig(BaseName.parse(str(tmp_path)), engine_kind="vllm", vllm=vllm)
     precision = engines._precision(asked, base, "bfloat16")
     assert said in str(precision)
-    assert precision.is_nf4 == ("nf4" in said)
+    assert (precision.weights == "nf4") == ("nf4" in said)
 
 
 def test_what_killed_servers_left_goes_at_the_next_start(tmp_path: Path) -> None:

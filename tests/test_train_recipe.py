@@ -66,7 +66,7 @@ def test_key_in_the_wrong_section_names_the_right_one(tmp_path: Path) -> None:
 
 
 def test_key_like_no_other_lists_the_known(tmp_path: Path) -> None:
-    assert "known here: batch_size" in fault(tmp_path, SOUND + "zzz = 1\n")
+    assert "known here: activation_checkpointing, batch_size" in fault(tmp_path, SOUND + "zzz = 1\n")
 
 
 def test_unknown_section_is_refused(tmp_path: Path) -> None:

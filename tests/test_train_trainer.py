@@ -165,8 +165,9 @@ def test_only_named_layers_are_adapted(tmp_path: Path, tiny_base: StoredBase) ->
 
 def test_a_layer_the_base_does_not_have(tmp_path: Path, tiny_base: StoredBase) -> None:
     with pytest.raises(RecipeError) as caught:
-        run(make_recipe(tmp_path, lora={"targets": ["q_proj", "query", "lm_head"]}), tiny_base, tmp_path / "out")
-    assert "no linear layer lm_head, query; it has down_proj, gate_proj" in str(caught.value)
+        run(make_recipe(tmp_path, lora={"targets": ["q_proj", "query"]}), tiny_base, tmp_path / "out")
+    assert "no linear layer query; it has down_proj, gate_proj" in str(caught.value)
+    assert "all-linear, attention, mlp, embeddings, head stand for several" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

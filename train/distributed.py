@@ -162,6 +162,8 @@ def work(
 
     if recipe.preference is not None:
         raise UsageError("preference tuning runs in one process: leave --launch out.")
+    if recipe.method == "full" and is_sharded:
+        raise UsageError("--shard divides frozen weights, and method = full trains them all: leave --shard out.")
     check_same_run(recipe, output, start)
     with joined(is_sharded=is_sharded) as world, _own_folder(output, world) as folder:
         progress = None if world.rank == 0 else Silent()

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from train.data import Sample
+from train.forward import token_losses
 from train.packing import Row, pack
 
 _ROW_SAMPLES, _ROW_TOKENS, _ROW_TRAINED = 8, 2048, 512
@@ -18,14 +18,14 @@ tensors then (a row of 2,048 logits over 128k words takes 1.6 GB). So measuring 
 
 
 def row_loss(model: Any, row: Row) -> torch.Tensor:
-    """Sum of the negative log-likelihoods (nats, fp32) of the row's targets; logits only where they are needed."""
-    return cross_entropy(_logits(model, row), row.targets, reduction="sum")
+    """Sum of the negative log-likelihoods (nats, fp32) of the row's targets."""
+    return token_losses(model, row).sum()
 
 
 def log_likelihoods(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
     """[S] log-likelihood (nats, fp32) of each sample's trained tokens together, all samples in one row."""
     row = pack(samples, device=model.device, dtype=model.dtype)
-    of_tokens = -cross_entropy(_logits(model, row), row.targets, reduction="none")
+    of_tokens = -token_losses(model, row)
     return of_tokens.new_zeros(len(samples)).index_add(0, row.owners, of_tokens)
 
 
@@ -55,17 +55,6 @@ def held_out_loss(model: Any, samples: Sequence[Sample]) -> tuple[float, int]:
             total += row_loss(model, row).item()
             tokens += len(row.targets)
     return total / max(1, tokens), tokens
-
-
-def _logits(model: Any, row: Row) -> torch.Tensor:
-    logits: torch.Tensor = model(
-        input_ids=row.input_ids,
-        position_ids=row.position_ids,
-        attention_mask=row.mask,
-        use_cache=False,
-        logits_to_keep=row.keep,
-    ).logits[0]
-    return logits.float()
 
 
 @contextmanager

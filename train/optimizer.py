@@ -19,24 +19,48 @@ _TENSORS, _NUMBERS = "optimizer.safetensors", "optimizer.json"
 
 
 def make_optimizer(
-    parameters: Sequence[torch.nn.Parameter], train: TrainSection
+    parameters: Sequence[torch.nn.Parameter],
+    train: TrainSection,
+    *,
+    second_factors: Sequence[torch.nn.Parameter] = (),
 ) -> tuple[torch.optim.Optimizer, Choice]:
-    """The optimizer, and what was chosen with the reason. Paged ones exist on CUDA only: elsewhere unpaged."""
+    """The optimizer, and what was chosen with the reason. Paged ones exist on CUDA only: elsewhere unpaged.
+
+    `second_factors` are those of the parameters that LoRA+ trains faster (`set_rate`).
+    """
     bits: Any = 8 if train.optimizer.endswith("8bit") else 32
     is_paged = train.optimizer.startswith("paged")
     on_cuda = parameters[0].device.type == "cuda"
+    groups = _groups(parameters, train, second_factors)
     reason = "as asked" if on_cuda or not is_paged else "as asked, but unpaged: paging needs CUDA"
     if bits == 32 and not (is_paged and on_cuda):
-        chosen: torch.optim.Optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+        chosen: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         if train.optimizer == "adamw":
             reason = "LoRA's moments are small: 8 bytes a trainable parameter"
         value = "AdamW, fused"
     else:
-        chosen = adamw(parameters, bits=bits, is_paged=is_paged and on_cuda)
+        chosen = adamw(groups, bits=bits, is_paged=is_paged and on_cuda)
         value = f"{'paged ' if is_paged and on_cuda else ''}AdamW, {bits} bit"
     for group in chosen.param_groups:
         group["weight_decay"] = train.weight_decay
     return chosen, Choice("optimizer", value, reason)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("rate_ratio", 1.0)
+
+
+def _groups(
+    parameters: Sequence[torch.nn.Parameter], train: TrainSection, second_factors: Sequence[torch.nn.Parameter]
+) -> list[dict[str, Any]]:
+    if train.lora_plus_ratio == 1 or not second_factors:
+        return [{"params": list(parameters)}]
+    faster = {id(parameter) for parameter in second_factors}
+    return [
+        {"params": [parameter for parameter in parameters if id(parameter) not in faster]},
+        {"params": list(second_factors), "rate_ratio": train.lora_plus_ratio},
+    ]
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:

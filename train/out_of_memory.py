@@ -15,7 +15,10 @@ from train.objective import Objective
 from train.plan import MemoryItem, planned_memory
 from train.recipe import Recipe
 
-_SMALLER_ROWS = "halve batch_size and double gradient_accumulation (the result is the same), or lower max_length"
+_SMALLER_ROWS = (
+    "set activation_checkpointing = true, or halve batch_size and double gradient_accumulation (the result is the "
+    "same), or lower max_length"
+)
 _CUTS = {
     "base, 4-bit codes": "train on a smaller base, or divide this one: --launch N --shard",
     "weights left unquantized": 'set kind = "nf4" in [quantization] if it is not set, or train on a smaller base',
@@ -39,8 +42,7 @@ def memory_errors_named(recipe: Recipe, base: StoredBase, objective: Objective) 
         is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not is_memory:
             raise
-        wanted = recipe.quantization.compute_dtype
-        device, dtype = choose_precision(None if wanted == "auto" else wanted, current_world().device)
+        device, dtype = choose_precision(recipe.base_arguments()["dtype"], current_world().device)
         items = planned_memory(recipe, base, objective, device=device.value, dtype=dtype.value)
         raise TrainingFailed(f"memory ran out; {what_to_cut(items)}.") from error
 

@@ -18,13 +18,15 @@ from adapterhub.base_store import StoredBase
 from adapterhub.errors import BaseNotFound
 from adapterhub.memory import SPREAD, ModelShape, TrainingLoad, training_memory
 from train.data import Sample
+from train.forward import places_at_once
 from train.inputs import load_inputs, with_lora_of
-from train.lora import add_lora, trainable
+from train.lora import size_of, trainable
 from train.mask_report import MaskReport, mask_report
+from train.methods import put_on
 from train.objective import Objective
 from train.packing import common_prefix
 from train.preflight import HubAccess, disk_needed, disk_problems, free_bytes, hub_access, memory_problems, moment_bytes
-from train.recipe import LoraSection, Recipe
+from train.recipe import LoraSection, Method, Recipe
 from train.schedule import step_batches
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -103,8 +105,7 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
     objective = inputs.objective
     masks = mask_report(objective, inputs.tokenizer)
     masks.check()
-    wanted = recipe.quantization.compute_dtype
-    device, dtype = choose_precision(None if wanted == "auto" else wanted, None)
+    device, dtype = choose_precision(recipe.base_arguments()["dtype"], None)
     model = _on_meta(recipe, base, dtype.value)
     rows = list(_rows(recipe, objective))
     items = _memory(recipe, model, rows, device=device.value, dtype=dtype.value)
@@ -137,7 +138,7 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
         disk_free_bytes=free_bytes(output),
         hub=hub,
         stop=list(inputs.stop),
-        servable=servable(recipe.lora),
+        servable=servable(recipe.lora, method=recipe.method),
         problems=[
             *disk_problems(output, disk_bytes, base, model.parameters),
             *memory_problems(low, device.value),
@@ -154,17 +155,31 @@ def planned_memory(
     return _memory(recipe, _on_meta(recipe, base, dtype), rows, device=device, dtype=dtype)
 
 
-def servable(lora: LoraSection) -> list[Servable]:
+def servable(lora: LoraSection, *, method: Method = "lora") -> list[Servable]:
     """Which engines take the adapter a recipe makes, and with which option."""
-    option = "" if lora.rank <= _DEFAULT_MAX_RANK else f"with --max-lora-rank {lora.rank}"
-    ours = Servable(engine="adapterhub", can_serve=True, how=option or "as it is")
+
+    def answer(ours: str, vllm: str, *, can_ours: bool = True, can_vllm: bool = False) -> list[Servable]:
+        return [
+            Servable(engine="adapterhub", can_serve=can_ours, how=ours),
+            Servable(engine="vllm", can_serve=can_vllm, how=vllm),
+        ]
+
+    if method == "full":
+        reason = "a whole model is no adapter: serve it as a base"
+        return answer(reason, reason, can_ours=False)
+    if method in ("prompt", "prefix"):
+        reason = "a soft prompt changes no layer, so no package holds one: PEFT loads it"
+        return answer(reason, reason, can_ours=False)
+    if method == "head":
+        return answer("as it is", "vLLM serves no whole heads: use lora")
+    rank, _ = size_of(lora)
+    ours = "as it is" if rank <= _DEFAULT_MAX_RANK else f"with --max-lora-rank {rank}"
     if lora.method == "dora":
-        return [ours, Servable(engine="vllm", can_serve=False, how="vLLM serves no DoRA: use lora or rslora")]
-    fitting = [rank for rank in VLLM_RANKS if rank >= lora.rank]
+        return answer(ours, "vLLM serves no DoRA: use lora or rslora")
+    fitting = [allowed for allowed in VLLM_RANKS if allowed >= rank]
     if not fitting:
-        reason = f"vLLM takes ranks up to {VLLM_RANKS[-1]}, this one is {lora.rank}"
-        return [ours, Servable(engine="vllm", can_serve=False, how=reason)]
-    return [ours, Servable(engine="vllm", can_serve=True, how=f"with --max-lora-rank {fitting[0]}")]
+        return answer(ours, f"vLLM takes ranks up to {VLLM_RANKS[-1]}, this one is {rank}")
+    return answer(ours, f"with --max-lora-rank {fitting[0]}", can_vllm=True)
 
 
 @dataclass(frozen=True)
@@ -193,7 +208,7 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
     head = model.get_output_embeddings()
     layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
     linear = sum(layer.weight.numel() for layer in layers)
-    adapted = add_lora(model, recipe.lora)
+    adapted = put_on(model, recipe)
     return _MetaModel(
         adapted=adapted,
         config=config.to_dict(),
@@ -212,13 +227,21 @@ def _memory(
         ModelShape.from_config(model.config),
         TrainingLoad(
             quantized=quantized,
-            unquantized=model.parameters - quantized,
+            # Trained whole, the base's weights are the trained ones.
+            unquantized=0 if recipe.method == "full" else model.parameters - quantized,
             trainable=model.trainable,
             row_tokens=max(map(_row_tokens, rows)),
-            row_trained=max(sum(sample.num_trained for sample in row) for row in rows),
+            row_trained=min(
+                max(sum(sample.num_trained for sample in row) for row in rows),
+                places_at_once(model.config["vocab_size"]),
+            ),
             dtype_bytes=getattr(torch, dtype).itemsize,
             moment_bytes=moment_bytes(recipe),
             device="cuda" if device.startswith("cuda") else "cpu",
+            weight_bits=8 if recipe.quantization.kind == "int8" else 4,
+            block_size=recipe.quantization.block_size,
+            is_double_quantized=recipe.quantization.double_quant,
+            is_checkpointed=recipe.train.activation_checkpointing,
         ),
     )
     return [MemoryItem(name=item.name, size_bytes=item.size_bytes) for item in items]

@@ -21,6 +21,8 @@ from train.formats import FormatName, OnFault
 LossOn = Literal["assistant", "last", "all"]
 Schedule = Literal["constant", "cosine", "linear"]
 PreferenceMethod = Literal["dpo", "kto", "orpo"]
+Method = Literal["lora", "prompt", "prefix", "head", "full"]
+Targets = Literal["all-linear", "attention", "mlp"]
 SHIPPED_TEMPLATES = ("guanaco", "alpaca")
 
 
@@ -109,11 +111,20 @@ class LoraSection(_Section):
     """LoRA (arXiv 2106.09685); rsLoRA scales by alpha / sqrt(rank) (2312.03732); DoRA adds magnitudes (2402.09353)."""
 
     method: Literal["lora", "rslora", "dora"] = "lora"
+    init: Literal["default", "pissa", "loftq", "eva"] = "default"
+    """what A and B begin as (train/lora_start.py); the base is never changed"""
     rank: int = Field(default=16, ge=1, le=4096)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
-    """names of the base's linear layers (`q_proj`), or all of them but the output head"""
+    targets: Targets | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
+    """all linear layers but the output head, those of attention or of the MLPs; or a list of such words, `embeddings`,
+    `head` and names of linear layers (`q_proj`)"""
+
+    @model_validator(mode="after")
+    def _starts_on_linear_layers(self) -> LoraSection:
+        if self.init != "default" and {"embeddings", "head"} & set(self.targets):
+            raise ValueError(f"init = {self.init} is for the layers between embeddings and head: leave these out")
+        return self
 
 
 class TrainSection(_Section):
@@ -127,6 +138,12 @@ class TrainSection(_Section):
     schedule: Schedule = "cosine"
     warmup_steps: int = Field(default=5, ge=0)
     max_grad_norm: float = Field(default=0.3, gt=0)
+    lora_plus_ratio: float = Field(default=1.0, ge=1)
+    """learning rate of B over that of A (LoRA+, arXiv 2402.12354)"""
+    neftune_alpha: float = Field(default=0.0, ge=0)
+    """noise on embedded tokens (NEFTune, arXiv 2310.05914); 0: none"""
+    activation_checkpointing: bool = False
+    """compute activations again in the backward pass: the same result from less memory, a third slower"""
     weight_decay: float = Field(default=0.0, ge=0)
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
     loss_on: LossOn = "assistant"
@@ -179,8 +196,20 @@ class PreferenceSection(_Section):
 
 
 class QuantizationSection(_Section):
-    kind: Literal["nf4", "fp4", "none"] = "nf4"
+    """How the base is held; every option reaches bitsandbytes by name (adapterhub/quantized_loading.py)."""
+
+    kind: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    double_quant: bool = True
+    """quantization constants in 8 bit too; of nf4 and fp4"""
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """weights per constant; of nf4 and fp4"""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+
+    @model_validator(mode="after")
+    def _blocks_are_of_4_bit(self) -> QuantizationSection:
+        if self.kind in ("int8", "none") and (self.block_size, self.double_quant) != (64, True):
+            raise ValueError(f"block_size and double_quant belong to nf4 and fp4, the kind is {self.kind}")
+        return self
 
 
 class Recipe(_Section):
@@ -191,6 +220,10 @@ class Recipe(_Section):
     start: str | None = None
     """the adapter to go on from: `owner/name`, `name@alias`, a folder, `sha256:...`; None: a new one"""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    method: Method = "lora"
+    """what is trained: LoRA; a soft prompt (arXiv 2104.08691) or prefix (2101.00190); the output head; every weight"""
+    virtual_tokens: int = Field(default=16, ge=1)
+    """of a soft prompt or prefix"""
     data: Annotated[
         ChatterbotData | FileData | DatasetsData | FeedbackData | ShippedData, Field(discriminator="source")
     ]
@@ -229,7 +262,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if faults := list(self._data_clashes()):
+        if faults := [*self._data_clashes(), *self._method_clashes()]:
             raise ValueError("; ".join(faults))
         return self
 
@@ -251,6 +284,33 @@ class Recipe(_Section):
         elif not data.held_out and train.evaluate_every:
             yield "evaluate_every measures on questions held out: set held_out above 0 in [data]"
 
+    def _method_clashes(self) -> Iterator[str]:
+        """What [lora] and the method rule out elsewhere."""
+        is_lora = self.method == "lora"
+        if not is_lora and "lora" in self.model_fields_set:
+            yield f"[lora] belongs to method = lora, the method is {self.method}"
+        if not is_lora and self.start:
+            yield f"start goes on from a LoRA adapter, the method is {self.method}"
+        if not is_lora and self.train.lora_plus_ratio != 1:
+            yield f"lora_plus_ratio is about A and B of LoRA, the method is {self.method}"
+        if self.method == "full" and self.quantization.kind != "none":
+            yield 'method = full changes every weight, which few bits cannot hold: set kind = "none" in [quantization]'
+        if self.method == "prefix" and self.train.activation_checkpointing:
+            yield "activation_checkpointing loses the keys and values of a prefix: leave it out, or use method = prompt"
+        if self.lora.init == "pissa" and self.train.weight_decay:
+            yield "init = pissa keeps what it began with beside A and B, which weight_decay would shrink: set it to 0"
+        if self.lora.init == "loftq" and self.quantization.kind not in ("nf4", "fp4"):
+            yield f"init = loftq makes up for 4-bit rounding, the kind is {self.quantization.kind}"
+
+    def base_arguments(self) -> dict[str, Any]:
+        """For `load_base`, which chooses a dtype when it is given none."""
+        held = self.quantization.model_dump()
+        wanted = held.pop("compute_dtype")
+        if wanted == "auto":
+            # A weight of bf16 would lose most updates: they are smaller than half its last digit.
+            wanted = "float32" if self.method == "full" else None
+        return {"dtype": wanted, **held}
+
     @property
     def base_name(self) -> BaseName:
         return BaseName.parse(self.base)
@@ -261,7 +321,7 @@ class Recipe(_Section):
 
     def to_toml(self) -> str:
         """The recipe with every default written out; `read_recipe` reads it back to an equal recipe."""
-        raw = self.model_dump(mode="json", exclude_none=True)
+        raw = self.model_dump(mode="json", exclude_none=True, exclude=set() if self.method == "lora" else {"lora"})
         lines = [f"{key} = {_toml(value)}" for key, value in raw.items() if not isinstance(value, dict)]
         for section, content in raw.items():
             if isinstance(content, dict):

@@ -43,10 +43,12 @@ from train.answering import FixedPrompts
 from train.data import Sample
 from train.distributed import World, current_world, held_bytes, shard_base
 from train.inputs import Inputs, load_inputs, with_lora_of
-from train.lora import add_lora, continue_lora, load_lora, save_lora, trainable
+from train.lora import continue_lora, second_factors, trainable
+from train.lora_start import start_lora
 from train.mask_report import mask_report
+from train.methods import load_trained, put_on, save_trained, with_options, without_change
 from train.objective import Measured, Objective
-from train.optimizer import load_optimizer, make_optimizer, save_optimizer
+from train.optimizer import load_optimizer, make_optimizer, save_optimizer, set_rate
 from train.out_of_memory import memory_errors_named
 from train.preflight import check_room
 from train.progress import Progress, peak_memory_bytes, progress_on
@@ -125,17 +127,16 @@ def _train(run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | No
     recipe, objective = run.recipe, inputs.objective
     # 2. The base, quantized, and on it the adapter: drawn from the seed, or the one to go on from.
     torch.manual_seed(recipe.seed)
-    kind, dtype = recipe.quantization.kind, recipe.quantization.compute_dtype
     world = current_world()
-    wanted = None if dtype == "auto" else dtype
-    loaded = load_base(base, purpose="train", kind=kind, dtype=wanted, device=world.device)
+    loaded = load_base(base, purpose="train", device=world.device, **recipe.base_arguments())
     loaded.tokenizer.chat_template = inputs.tokenizer.chat_template
     _check_window(loaded, objective)
     if start is None:
-        model = add_lora(loaded.model, recipe.lora)
+        model = put_on(loaded.model, recipe)
+        start_lora(model, recipe.lora, base=base.path, objective=objective)
     else:
-        model = continue_lora(loaded.model, start, dropout=recipe.lora.dropout)
-    optimizer, chosen = make_optimizer(trainable(model), recipe.train)
+        model = with_options(continue_lora(loaded.model, start, dropout=recipe.lora.dropout), recipe)
+    optimizer, chosen = make_optimizer(trainable(model), recipe.train, second_factors=second_factors(model))
     check_room(run.output, trainable(model), recipe)
     _say_model(model, (*loaded.choices, chosen), progress)
     _divide(model, world, progress)
@@ -147,11 +148,11 @@ def _train(run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | No
 
     # 4. What the bare base and the start make of the held-out questions.
     objective.refer_to(model)
-    with model.disable_adapter():
+    with without_change(model):
         bare = objective.measure(model)
         if run.newest is None:
             _log_answers(run, 0, prompts.answer(model))
-    before = objective.measure(model) if start else bare
+    before = objective.measure(model) if start or recipe.lora.init == "loftq" else bare
     _check_measures(recipe, bare)
 
     # 5. The steps.
@@ -194,7 +195,7 @@ class _Course:
         newest = self._run.newest
         if newest is None:
             return State()
-        load_lora(self._model, newest.path / _ADAPTER)
+        load_trained(self._model, newest.path / _ADAPTER)
         load_optimizer(self._optimizer, newest.path)
         self._progress.say(f"going on after step {newest.state.step} of {self._total}")
         return newest.state
@@ -228,8 +229,7 @@ class _Course:
         started = time.perf_counter()
         torch.manual_seed(_seed_of_step(self._run.recipe.seed, number) + self._world.rank)
         rate = learning_rate_at(number, of=self._total, train=self._train)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self._optimizer, rate)
         mine = self._world.share(places)
         weight = self._num_trained(mine) if self._world.has_own(places) else 0
         parameters = trainable(self._model)
@@ -268,7 +268,7 @@ class _Course:
         if state.best_loss is not None and measured.loss >= state.best_loss:
             return state.model_copy(update={"num_worse": state.num_worse + 1})
         if self._train.keep == "best":
-            self._run.save_best(state.step, lambda folder: save_lora(self._model, folder, base=self._base.ref))
+            self._run.save_best(state.step, lambda folder: save_trained(self._model, folder, base=self._base.ref))
         return state.model_copy(update={"best_loss": measured.loss, "best_step": state.step, "num_worse": 0})
 
     def _save(self, state: State) -> None:
@@ -278,7 +278,7 @@ class _Course:
 
         def write(folder: Path) -> None:
             (folder / _ADAPTER).mkdir()
-            save_lora(self._model, folder / _ADAPTER, base=self._base.ref)
+            save_trained(self._model, folder / _ADAPTER, base=self._base.ref)
             save_optimizer(self._optimizer, folder)
 
         self._run.save(state, write)
@@ -310,7 +310,7 @@ def _settle(run: RunFolder, model: Any, objective: Objective, state: State, prog
     after = objective.measure(model)
     if run.recipe.train.keep == "last" or state.best_loss is None or after.loss <= state.best_loss:
         return after
-    load_lora(model, run.best_at(state.best_step))
+    load_trained(model, run.best_at(state.best_step))
     progress.say(f"kept: the weights of step {state.best_step}, with the lowest held-out loss")
     return objective.measure(model)
 
@@ -319,7 +319,7 @@ def _write_adapter_folder(run: RunFolder, model: Any, loaded: LoadedBase, page: 
     """The output, whole or not at all; then the run's own folder has served."""
     with new_folder(run.output) as folder:
         ours = folder.stat().st_ino
-        save_lora(model, folder, base=loaded.ref)
+        save_trained(model, folder, base=loaded.ref, tokenizer=loaded.tokenizer)
         (folder / TEMPLATE_NAME).write_text(loaded.tokenizer.get_chat_template(), encoding="utf-8")
         (folder / REPORT_NAME).write_text(page, encoding="utf-8")
         for name in (RECIPE_NAME, LOG_NAME):

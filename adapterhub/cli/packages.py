@@ -64,14 +64,15 @@ def verify(
 def _replay_probe(adapter: Adapter, base: StoredBase) -> None:
     from adapterhub.base_model import load_base
     from adapterhub.errors import ProbeMismatch
-    from adapterhub.package import check_base
+    from adapterhub.package import check_base, held_as
     from adapterhub.probe import replay
 
     recorded = adapter.manifest.probe
     if recorded is None:
         raise ProbeMismatch(f"{adapter.manifest.name} carries no probe: pack it again to record one.")
     check_base(adapter, base)
-    replay(load_base(base, purpose="serve", dtype=recorded.dtype), adapter.path, recorded)
+    held = held_as(adapter.manifest.base.quantization) | {"dtype": recorded.dtype}
+    replay(load_base(base, purpose="serve", **held), adapter.path, recorded)
     say(f"probe: {len(recorded.answers)} recorded prompts answered as before ({recorded.dtype})")
 
 

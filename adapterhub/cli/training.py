@@ -107,7 +107,7 @@ def train(
             return
         end = ended
     _say_end(end)
-    say(f"next: adapterhub pack {folder}")
+    say(_next(folder))
     typer.echo(folder)
 
 
@@ -123,6 +123,19 @@ def recipes(as_json: AsJson = False) -> None:
         more = {"about": _about(text), "toml": text} if as_json else {}
         rows.append({"name": name, **described(read_recipe(path)), **more})
     table(rows, as_json, empty="no recipes")
+
+
+def _next(folder: Path) -> str:
+    """What to do with a result: not every method makes an adapter."""
+    from adapterhub.run_record import RECIPE_NAME
+    from train.recipe import read_recipe
+
+    method = read_recipe(folder / RECIPE_NAME).method
+    if method == "full":
+        return f"next: adapterhub serve --base {folder if folder.is_absolute() else f'./{folder}'} (a whole model)"
+    if method in ("prompt", "prefix"):
+        return f"next: PeftModel.from_pretrained(base, {str(folder)!r}); a soft prompt is not packed"
+    return f"next: adapterhub pack {folder}"
 
 
 def _about(toml: str) -> str:
