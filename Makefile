@@ -14,13 +14,13 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 demo: setup  ## train two adapters, publish, serve, ask them; EXIT=1 ends by itself
 	@$(VENV)/bin/adapterhub demo $(if $(EXIT),--exit)
 
-test: setup  ## what CI runs
+test: setup  ## all but a real vLLM; CI runs it, then test-vllm
 	@scripts/browser.sh
 	@$(VENV)/bin/pytest
 
 test-vllm: setup  ## a real vLLM server on the CPU, in an environment of its own (2.5 GB)
 	@scripts/vllm.sh $(VENV)-vllm
-	@ADAPTERHUB_VLLM_PYTHON=$(VENV)-vllm/bin/python $(VENV)/bin/pytest tests/test_vllm_real.py
+	@ADAPTERHUB_VLLM_PYTHON=$(VENV)-vllm/bin/python $(VENV)/bin/pytest -m vllm tests/test_vllm_*.py
 
 soak: setup  ## kill the Hub at random moments for five minutes (SOAK_S=seconds)
 	@ADAPTERHUB_SOAK_S=$(or $(SOAK_S),300) $(VENV)/bin/pytest tests/test_hubserver_faults.py

@@ -112,7 +112,8 @@ async def start_vllm(
     found = find_vllm(python)
     if not has_plugin:
         found = replace(found, version=f"{found.version} as shipped")  # not the version the plugin was made for
-    options = ChildOptions(max_loras=NUM_ADAPTERS, max_lora_rank=RANK, max_num_seqs=32, dtype="bfloat16")
+    slots = NUM_ADAPTERS if has_plugin else NUM_ADAPTERS - 1  # without it, one more is started, for the base
+    options = ChildOptions(max_loras=slots, max_lora_rank=RANK, max_num_seqs=32, dtype="bfloat16")
     process = VllmProcess(found, stored, BASE, options, root / name.replace(" ", "-"))
     start = time.perf_counter()
     server = await process.start()

@@ -13,5 +13,8 @@ if "$venv/bin/python" -c "import urllib.request; urllib.request.urlopen('$cpu_in
     index=(--extra-index-url "$cpu_index")
 fi
 # --no-deps: the lock is complete, and vLLM's metadata asks for packages that do harm (torchvision) or nothing (triton).
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${index[@]+"${index[@]}"} --no-deps -r "$lock"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${index[@]+"${index[@]}"} --no-deps -r "$lock" || {
+    echo "NO vLLM: the packages of $lock cannot be had from this package index; without them nothing of it is tested." >&2
+    exit 1
+}
 cp "$lock" "$venv/.installed"

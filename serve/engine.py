@@ -126,7 +126,7 @@ class Precision:
 
     def __str__(self) -> str:
         if self.weights == "unknown":
-            return "as the servers that run already hold it, which they do not tell"
+            return "weights of a precision its servers do not tell"
         return f"{self.weights} weights, computed in {self.dtype}"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from adapterhub.adapter import Adapter
-from adapterhub.base_model import Choice, load_base
+from adapterhub.base_model import Choice, choose_precision, load_base
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import UsageError
 from adapterhub.home import home
@@ -82,7 +82,7 @@ async def _start_vllm(config: ServeConfig, base: StoredBase, report: Report) -> 
 
     folder = home() / "vllm" / str(os.getpid())
     _forget_the_dead(folder.parent)
-    dtype = config.dtype or "bfloat16"
+    dtype = choose_precision(config.dtype or "bfloat16", "cpu")[1].value  # the device is vLLM's to choose
     processes = []
     if not config.vllm.endpoints:
         found = find_vllm(config.vllm.python or Path(sys.executable))

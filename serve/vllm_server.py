@@ -52,7 +52,7 @@ class VllmServer:
     async def base_card(self) -> dict[str, Any]:
         """The card of the base it serves: the one without a parent."""
         cards = (await self._get("/v1/models")).get("data") or []
-        found = next((card for card in cards if not card.get("parent")), None)
+        found = next((card for card in cards if not card.get("parent") and card.get("max_model_len")), None)
         if found is None:
             raise UsageError(f"{self.url}/v1/models names no base model: is it a vLLM server?")
         return dict(found)
@@ -121,6 +121,8 @@ class VllmServer:
             answer = await self._client.get(path, timeout=30)
         except httpx.HTTPError as error:
             raise EngineStopped(f"no vLLM server answers at {self.url} ({type(error).__name__}): is it up?") from error
+        if answer.status_code == 404:
+            raise UsageError(f"there is no {self.url}{path}: is it a vLLM server?")
         if answer.status_code != 200:
             raise _refusal(self.url, answer)
         try:

@@ -1,8 +1,7 @@
 """A server that answers as vLLM 0.32 does (which the tests with the real one check), without a model.
 
 Started by its own path, or as `python -m vllm.entrypoints.openai.api_server` where `environment` put it. What it writes
-is a function of the adapter's file and the prompt, so that an answer tells which adapter gave it. Two paths are for
-tests alone: POST /hang (health no longer answers) and POST /forget (as after a restart).
+is a function of the adapter's file and the prompt, so that an answer tells which adapter gave it.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class FakeVllm:
 
         @app.middleware("http")
         async def guard(request: Request, rest):  # type: ignore[no-untyped-def]
-            is_open = request.url.path in ("/health", "/version", "/hang", "/forget")
+            is_open = request.url.path in ("/health", "/version")
             if self.key and not is_open and request.headers.get("authorization") != f"Bearer {self.key}":
                 return JSONResponse({"error": "Unauthorized"}, 401)
             return await rest(request)
@@ -65,14 +64,6 @@ class FakeVllm:
         @app.get("/version")
         async def version() -> dict[str, str]:
             return {"version": self.version}
-
-        @app.post("/hang")
-        async def hang() -> None:
-            self.is_hanging = self.hold = True
-
-        @app.post("/forget")
-        async def forget() -> None:
-            self.adapters.clear()
 
         @app.get("/v1/models")
         async def models() -> dict[str, object]:

@@ -5,15 +5,15 @@ ADAPTERHUB_VLLM_PYTHON names the Python of vLLM's environment. One server for th
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from typing import Any
 import httpx
 import pytest
 from conftest import free_port, make_peft_adapter, make_tiny_base
-from test_serve_vllm_engine import is_alive, processes_under
+from vllm_fixtures import is_alive, processes_under
 
 from adapterhub.adapter import BaseRef
 from adapterhub.base_store import StoredBase, fingerprint
+from adapterhub.manifest import MANIFEST_NAME, read_manifest
 from adapterhub.package import pack
 
 pytestmark = pytest.mark.vllm
@@ -80,24 +81,30 @@ def base(smollm2: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> Store
 @pytest.fixture(scope="module")
 def served(base: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("vllm")
-    folders, home, url = root / "adapters", root / "home", f"http://127.0.0.1:{(port := free_port())}"
-    adapters: list[str] = []
     for number, name in enumerate(NAMES):
-        make_peft_adapter(folders / name, base, rank=8, seed=number, use_rslora=name == "d")
-        pack(folders / name, base=base, name=name)
-        adapters += ["-a", f"{name}={folders / name}"]
+        make_peft_adapter(root / "adapters" / name, base, rank=8, seed=number, use_rslora=name == "d")
+        pack(root / "adapters" / name, base=base, name=name)
+    with serving(base, root, NAMES, "--dtype", "float32", "--max-loras", str(SLOTS)) as found:
+        yield found
+
+
+@contextmanager
+def serving(base: StoredBase, root: Path, names: Sequence[str], *options: str) -> Iterator[Served]:
+    """Our server on a vLLM of its own, with the adapters root/adapters/<name>; all of it ends, the hard way."""
+    folders, home, url = root / "adapters", root / "home", f"http://127.0.0.1:{(port := free_port())}"
+    adapters = [part for name in names for part in ("-a", f"{name}={folders / name}")]
+    command = [COMMAND, "serve", "--base", str(base.path), *adapters, "--port", str(port), "--no-page"]
     with (root / "log").open("wb") as log:
         process = subprocess.Popen(
-        [COMMAND, "serve", "--base", str(base.path), *adapters, "--port", str(port),
-         "--engine", "vllm", "--vllm-python", PYTHON, "--dtype", "float32", "--max-loras", str(SLOTS), "--no-page"],
-        env=os.environ | {"ADAPTERHUB_HOME": str(home)}, stdout=log, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+            [*command, "--engine", "vllm", "--vllm-python", str(PYTHON), *options],
+            env=os.environ | {"ADAPTERHUB_HOME": str(home)}, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
     try:
         wait_until_ready(url, process, root / "log")
         yield Served(url, process, home, folders, base)
     finally:
         below = processes_under(process.pid)
-        process.kill()  # the hard way: all must end with it
+        process.kill()
         process.wait()
         deadline = time.monotonic() + 30
         while any(is_alive(pid) for pid in below):
@@ -186,22 +193,35 @@ def test_an_adapter_is_loaded_replaced_and_unloaded(served: Served, tmp_path: Pa
 
 
 def test_what_cannot_be_served_is_refused_with_its_reason(served: Served, smollm2: StoredBase, tmp_path: Path) -> None:
-    deep_folder = tmp_path / "deep-base"
-    make_tiny_base(deep_folder, smollm2, layers=3, seed=0)
-    deep = StoredBase(deep_folder, BaseRef("tests/deep", None, fingerprint(deep_folder)))
-    make_peft_adapter(tmp_path / "dora", served.base, rank=4, seed=5, use_dora=True)
-    make_peft_adapter(tmp_path / "wide", served.base, rank=96, seed=5)
-    make_peft_adapter(tmp_path / "deep", deep, rank=4, seed=5)
-    for name, base in (("dora", served.base), ("wide", served.base), ("deep", deep)):
+    bases = {}
+    for name, layers in (("deep", 3), ("other", 2)):
+        make_tiny_base(tmp_path / name, smollm2, layers=layers, seed=7, hidden=128)
+        bases[name] = StoredBase(tmp_path / name, BaseRef(f"tests/{name}", None, fingerprint(tmp_path / name)))
+    for name, base, options in (
+        ("dora", served.base, {"rank": 4, "use_dora": True}),
+        ("wide", served.base, {"rank": 96}),
+        ("deeper", bases["deep"], {"rank": 4}),
+        ("stranger", bases["other"], {"rank": 4}),
+    ):
+        make_peft_adapter(tmp_path / name, base, seed=5, **options)  # type: ignore[arg-type]
         pack(tmp_path / name, base=base, name=name)
+    # One that says it is for this base, and has tensors for a layer vLLM would drop without a word.
+    claimed = read_manifest(tmp_path / "deeper").model_copy(update={"base": read_manifest(served.folders / "a").base})
+    (tmp_path / "deeper" / MANIFEST_NAME).write_text(claimed.to_json())
+    for name in ("dora", "wide", "deeper", "stranger"):
         served.add(tmp_path / name, name)
-    for name, code in (
-        ("dora", "adapter_unsupported"), ("wide", "adapter_rank_too_large"), ("deep", "adapter_base_mismatch"),
-        ("nowhere", "model_not_found"),
-    ):  # fmt: skip
+    for name, code, words in (
+        ("dora", "adapter_unsupported", "DoRA"),
+        ("wide", "adapter_rank_too_large", "rank 96"),
+        ("deeper", "adapter_base_mismatch", "layers this base does not have"),
+        ("stranger", "adapter_base_mismatch", "was made for tests/other"),
+        ("nowhere", "model_not_found", "nowhere"),
+    ):
         answer = served.load("x", name)
         assert 400 <= answer.status_code < 500, answer.text
         assert answer.json()["error"]["code"] == code
+        assert words in answer.json()["error"]["message"]
+    assert served.complete("nowhere", PROMPTS[0]).status_code == 404
     # Corrupt at rest: named, and never shown to vLLM.
     make_peft_adapter(tmp_path / "torn", served.base, rank=4, seed=6)
     pack(tmp_path / "torn", base=served.base, name="torn")
@@ -217,17 +237,21 @@ def test_what_cannot_be_served_is_refused_with_its_reason(served: Served, smollm
 
 def test_a_deleted_folder_harms_nobody(served: Served, tmp_path: Path) -> None:
     """vLLM itself dies when it must read a folder again that is gone."""
-    for number in range(2 * SLOTS + 3):
-        make_peft_adapter(tmp_path / str(number), served.base, rank=4, seed=100 + number)
-        pack(tmp_path / str(number), base=served.base, name=f"n{number}")
-        served.add(tmp_path / str(number), f"n{number}")
-    assert served.load("n0", "n0").status_code == 200
-    first = served.tokens("n0", PROMPTS[1])
-    for folder in list(served.home.rglob("adapter_config.json")):
-        if "vllm" not in folder.parts and json.loads(folder.read_text())["r"] == 4:
-            shutil.rmtree(folder.parent, ignore_errors=True)
-    assert served.tokens("n0", PROMPTS[1]) == first
-    assert served.post("/v1/unload_lora_adapter", {"lora_name": "n0"}).status_code == 200
+    names = [f"n{number}" for number in range(2 * SLOTS + 1)]  # more than vLLM keeps in memory
+    for number, name in enumerate(names):
+        make_peft_adapter(tmp_path / name, served.base, rank=4, seed=100 + number)
+        pack(tmp_path / name, base=served.base, name=name)
+        served.add(tmp_path / name, name)
+    for name in names:
+        assert served.load(name, name).status_code == 200
+    last = served.tokens(names[-1], PROMPTS[1])
+    for config in list((served.home / "adapters").rglob("adapter_config.json")):
+        shutil.rmtree(config.parent)
+    assert served.tokens(names[-1], PROMPTS[1]) == last  # still in one of our slots
+    gone = served.complete(names[0], PROMPTS[1])  # not any more, and not to be had again
+    assert (gone.status_code, gone.json()["error"]["code"]) == (422, "adapter_file_missing")
+    for name in names:
+        assert served.post("/v1/unload_lora_adapter", {"lora_name": name}).status_code == 200
     assert served.tokens("a", PROMPTS[0])
 
 
