@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import free_port, make_peft_adapter, make_tiny_base
-from vllm_fixtures import Running, ask, engine_on, expected, fake_of, run, tokens_of, until
+from vllm_fixtures import Running, ask, engine_on, expected, fake_of, fakes, run, tokens_of, until
 
 from adapterhub.adapter import Adapter, BaseRef
 from adapterhub.base_store import StoredBase, fingerprint
@@ -32,7 +33,17 @@ from serve.vllm_engine import name_of
 from serve.vllm_fit import module_shapes
 from serve.vllm_wire import body_of
 
-pytest_plugins = ["vllm_fixtures"]
+
+@pytest.fixture
+def run_fake() -> Iterator[Callable[..., Running]]:
+    with fakes() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_base: StoredBase, peft_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    folder = shutil.copytree(peft_folder, tmp_path_factory.mktemp("packed") / "a")
+    return pack(folder, base=tiny_base, name="a")
 
 
 def test_answers_are_those_of_the_adapter_asked_for(

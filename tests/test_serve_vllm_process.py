@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,19 @@ import httpx
 import pytest
 from conftest import make_peft_adapter
 from fake_vllm import environment
-from vllm_fixtures import Running, ask, engine_on, expected, fake_of, is_alive, processes_under, run, tokens_of, until
+from vllm_fixtures import (
+    Running,
+    ask,
+    engine_on,
+    expected,
+    fake_of,
+    fakes,
+    is_alive,
+    processes_under,
+    run,
+    tokens_of,
+    until,
+)
 
 from adapterhub.adapter import Adapter, AdapterRef, BaseName, BaseRef
 from adapterhub.base_store import StoredBase
@@ -34,7 +47,17 @@ from serve.vllm_engine import name_of
 from serve.vllm_process import ChildOptions, VllmProcess, find_vllm, rank_for
 from serve.vllm_server import VllmServer
 
-pytest_plugins = ["vllm_fixtures"]
+
+@pytest.fixture
+def run_fake() -> Iterator[Callable[..., Running]]:
+    with fakes() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_base: StoredBase, peft_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    folder = shutil.copytree(peft_folder, tmp_path_factory.mktemp("packed") / "a")
+    return pack(folder, base=tiny_base, name="a")
 
 
 def child(base: StoredBase, folder: Path, **options: object) -> VllmProcess:

@@ -1,20 +1,15 @@
-"""What the tests of vLLM share: fakes on ports, an engine over them, an adapter; processes looked at from outside.
-
-A test module takes the fixtures with `pytest_plugins = ["vllm_fixtures"]`.
-"""
+"""What the tests of vLLM share: fakes on ports, an engine over them; processes looked at from outside."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import uvicorn
 from conftest import free_port
 from fake_vllm import FakeVllm, answer_of
@@ -22,7 +17,6 @@ from fake_vllm import FakeVllm, answer_of
 from adapterhub.adapter import Adapter
 from adapterhub.base_store import StoredBase
 from adapterhub.files import sha256_of
-from adapterhub.package import pack
 from serve.engine import AdapterScale, GenerationRequest, Precision, SamplingParams
 from serve.vllm_engine import VllmEngine
 
@@ -40,9 +34,9 @@ class Running:
     url: str
 
 
-@pytest.fixture
-def run_fake() -> Iterator[Callable[..., Running]]:
-    """Starts fakes on loopback ports, each on a thread of its own."""
+@contextmanager
+def fakes() -> Iterator[Callable[..., Running]]:
+    """Starts fakes on loopback ports, each on a thread of its own, until the block ends."""
     servers: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start(fake: FakeVllm, port: int | None = None) -> Running:
@@ -60,13 +54,6 @@ def run_fake() -> Iterator[Callable[..., Running]]:
     for server, thread in servers:
         server.force_exit = server.should_exit = True
         thread.join(timeout=10)
-
-
-@pytest.fixture(scope="session")
-def packed(tiny_base: StoredBase, peft_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
-    folder = tmp_path_factory.mktemp("packed") / "a"
-    shutil.copytree(peft_folder, folder)
-    return pack(folder, base=tiny_base, name="a")
 
 
 @asynccontextmanager
