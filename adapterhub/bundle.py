@@ -1,7 +1,8 @@
-"""A package in one .zip, as people send it: read without trusting it. What is in it is package.py's to judge."""
+"""A package in one .zip, as people send it: written, and read without trusting it. What is in it package.py judges."""
 
 from __future__ import annotations
 
+import shutil
 import stat
 import tempfile
 import zipfile
@@ -13,12 +14,27 @@ from typing import IO
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import BundleTooLarge, InvalidBundle
-from adapterhub.files import disk_full_is_said
-from adapterhub.package import ALLOWED, check_names, open_adapter
+from adapterhub.files import disk_full_is_said, write_stream_atomic
+from adapterhub.package import ALLOWED, check_names, files_of, open_adapter
 
 MAX_BYTES = 4 << 30
 """of everything unpacked: several times the largest LoRA of a model that one machine serves"""
 _CHUNK = 1 << 20
+_NO_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+def write_bundle(adapter: Adapter, path: Path) -> None:
+    """The package's files, signature and all, stored as they are; the same bytes for the same package.
+
+    Raises StorageFull; `path` is then unchanged.
+    """
+    with write_stream_atomic(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as bundle:
+        for source in files_of(adapter.path):
+            entry = zipfile.ZipInfo(source.name, _NO_DATE)
+            entry.external_attr = 0o644 << 16
+            entry.file_size = source.stat().st_size
+            with source.open("rb") as read, bundle.open(entry, "w") as write:
+                shutil.copyfileobj(read, write, _CHUNK)
 
 
 @contextmanager

@@ -7,14 +7,17 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from adapterhub.errors import StorageFull
 
 _CHUNK = 1 << 20
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 def sha256_of(path: Path) -> str:
@@ -26,21 +29,43 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def copy_and_hash(source: Path, target: Path) -> str:
+    """Copy a file's bytes over `target` and return the sha256 of what was written, in one reading."""
+    digest = hashlib.sha256()
+    with source.open("rb") as read, target.open("wb") as write:
+        while chunk := read.read(_CHUNK):
+            digest.update(chunk)
+            write.write(chunk)
+    return digest.hexdigest()
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write `data` beside `path`, flush it to disk, then rename over it: readers see old or new, never half.
 
     Raises StorageFull when the disk has no room; `path` is then unchanged.
     """
+    with write_stream_atomic(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def write_stream_atomic(path: Path) -> Iterator[BinaryIO]:
+    """As `write_atomic`, for what is written piece by piece; an exception in the block leaves `path` unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with disk_full_is_said(path), temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Is it what `write_atomic` or `new_folder` writes to before it renames? A killed process leaves it behind."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 @contextlib.contextmanager

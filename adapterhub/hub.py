@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import (
@@ -28,12 +30,15 @@ from adapterhub.errors import (
 )
 from adapterhub.files import new_folder
 from adapterhub.manifest import MANIFEST_NAME
-from adapterhub.package import check_names, open_adapter
+from adapterhub.package import check_names, files_of, open_adapter
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitInfo, HfApi, ModelInfo
 
 PUBLIC_ENDPOINT = "https://huggingface.co"
+T = TypeVar("T")
+_PAUSES_S = (1.0, 2.0, 4.0)
+_NUM_DOWNLOADS = 4
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,16 @@ class HubAccount:
 
     name: str
     can_write: bool
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit on a Hub."""
+
+    id: str
+    title: str
+    message: str
+    """what follows the title"""
 
 
 @dataclass(frozen=True)
@@ -97,15 +112,27 @@ class Hub:
 
     def commit_of(self, repo: str, revision: str | None = None) -> str:
         """The exact commit a branch, tag or commit names now (default: main). Raises HubError kinds."""
-        with self._mapped(f"find {repo}{f'@{revision}' if revision else ''}", repo):
-            return str(self._api.model_info(repo, revision=revision, timeout=10).sha)
+        return str(self._look_at(repo, revision).sha)
 
     def download(self, repo: str, commit: str, folder: Path, *, patterns: Sequence[str]) -> None:
         """Fetch the top-level files that match into `folder`; the client checks sizes and resumes in-call."""
-        with self._mapped(f"download {repo}", repo):
-            names = self._api.list_repo_files(repo, revision=commit)
-            for name in (n for n in names if "/" not in n and any(fnmatch(n, p) for p in patterns)):
-                self._api.hf_hub_download(repo, name, revision=commit, local_dir=folder)
+        names = [name for name in self.files(repo, commit) if any(fnmatch(name, pattern) for pattern in patterns)]
+        self._fetch(repo, commit, [name for name in names if "/" not in name], folder)
+
+    def _look_at(self, repo: str, revision: str | None) -> ModelInfo:
+        """A gated repository shows itself to everybody and its files to few: whether to us is asked here, before."""
+        with self._mapped(f"find {repo}{f'@{revision}' if revision else ''}", repo):
+            info = _retried(lambda: self._api.model_info(repo, revision=revision, timeout=10))
+            if info.gated:
+                _retried(lambda: self._api.auth_check(repo))
+            return info
+
+    def _fetch(self, repo: str, commit: str, names: Sequence[str], folder: Path) -> None:
+        def fetch(name: str) -> None:
+            _retried(lambda: self._api.hf_hub_download(repo, name, revision=commit, local_dir=folder))
+
+        with self._mapped(f"download {repo}", repo), ThreadPoolExecutor(_NUM_DOWNLOADS) as pool:
+            list(pool.map(fetch, names))
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's book-keeping, not content
 
     def push(self, adapter: Adapter, repo: str, *, private: bool = False, message: str | None = None) -> str:
@@ -113,6 +140,16 @@ class Hub:
 
         Raises UsageError for a base that is only a local path, Conflict when somebody pushed in between.
         """
+        with self._mapped(f"push to {repo}", repo):
+            _retried(lambda: self._api.create_repo(repo, private=private, exist_ok=True))
+        return str(self._commit(adapter, repo, message).oid)
+
+    def propose(self, adapter: Adapter, repo: str, *, message: str | None = None) -> str:
+        """Publish a package as a pull request, for its owners to look at. Returns its URL. Raises as `push`."""
+        commit = self._commit(adapter, repo, message, create_pr=True)
+        return str(commit.pr_url)
+
+    def _commit(self, adapter: Adapter, repo: str, message: str | None, *, create_pr: bool = False) -> CommitInfo:
         if Path(adapter.manifest.base.id).is_absolute():
             raise UsageError(
                 f"{adapter.manifest.name} names a local folder as its base ({adapter.manifest.base.id}), which "
@@ -121,20 +158,23 @@ class Hub:
         from huggingface_hub import CommitOperationAdd
 
         # Sorted so that the manifest is added with the rest: a commit is atomic, readers see all or nothing.
-        files = sorted(path for path in adapter.path.iterdir() if path.is_file())
+        files = files_of(adapter.path)
         check_names(path.name for path in files)
         with self._mapped(f"push to {repo}", repo), ExitStack() as opened:
-            self._api.create_repo(repo, private=private, exist_ok=True)
-            parent = self._api.model_info(repo).sha
+            parent = _retried(lambda: self._api.model_info(repo)).sha
             # Given as open files: with paths the client insists on Xet, which not every Hub speaks.
             operations = [CommitOperationAdd(f.name, opened.enter_context(f.open("rb"))) for f in files]
-            commit = self._api.create_commit(
-                repo,
-                operations,
-                commit_message=message or f"{adapter.manifest.name} {adapter.digest}",
-                parent_commit=parent,
+            # Only told to wait is it sent again: after any other failure the commit may be there.
+            return _retried(
+                lambda: self._api.create_commit(
+                    repo,
+                    operations,
+                    commit_message=message or f"{adapter.manifest.name} {adapter.digest}",
+                    parent_commit=parent,
+                    create_pr=create_pr,
+                ),
+                statuses=(429, 503),
             )
-        return str(commit.oid)
 
     def pull(self, repo: str, folder: Path, *, revision: str | None = None) -> tuple[Adapter, str]:
         """Fetch one exact revision into `folder`, which appears only when everything is there and verified.
@@ -142,9 +182,8 @@ class Hub:
         File names are checked before a byte is fetched. Returns the adapter and its commit. Raises
         AdapterNotFound, PackageError kinds and HubError kinds.
         """
-        commit = self.commit_of(repo, revision)
-        with self._mapped(f"pull {repo}", repo):
-            names = self._api.list_repo_files(repo, revision=commit)
+        info = self._look_at(repo, revision)
+        commit, names = str(info.sha), [one.rfilename for one in info.siblings or ()]
         if MANIFEST_NAME not in names:
             raise AdapterNotFound(
                 f"{repo}@{commit[:12]} at {self.endpoint} has no {MANIFEST_NAME}, so it is not an adapterhub package: "
@@ -152,15 +191,50 @@ class Hub:
             )
         check_names(names)
         with new_folder(folder) as temporary:
-            self.download(repo, commit, temporary, patterns=names)
-            open_adapter(temporary)
-        return open_adapter(folder), commit
+            self._fetch(repo, commit, names, temporary)
+            adapter = open_adapter(temporary)
+        return Adapter(folder, adapter.manifest), commit
+
+    def commits(self, repo: str) -> list[Commit]:
+        """What main went through, oldest first."""
+        with self._mapped(f"list the commits of {repo}", repo):
+            found = _retried(lambda: self._api.list_repo_commits(repo))
+        return [Commit(one.commit_id, one.title, one.message) for one in reversed(found)]
+
+    def files(self, repo: str, commit: str) -> list[str]:
+        with self._mapped(f"list the files of {repo}", repo):
+            return list(_retried(lambda: self._api.list_repo_files(repo, revision=commit)))
+
+    def replace(self, folder: Path, repo: str, *, message: str, private: bool = False) -> str:
+        """Make main hold exactly the files of `folder`, as one commit, compare-and-swap. Returns the commit."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+        with self._mapped(f"push to {repo}", repo), ExitStack() as opened:
+            _retried(lambda: self._api.create_repo(repo, private=private, exist_ok=True))
+            parent = str(_retried(lambda: self._api.model_info(repo)).sha)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            names = [path.relative_to(folder).as_posix() for path in files]
+            there = _retried(lambda: self._api.list_repo_files(repo, revision=parent))
+            operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+                *(CommitOperationAdd(n, opened.enter_context(f.open("rb"))) for n, f in zip(names, files, strict=True)),
+                *(CommitOperationDelete(name) for name in there if name not in names and name != ".gitattributes"),
+            ]
+            title, _, rest = message.partition("\n")
+            commit = _retried(
+                lambda: self._api.create_commit(
+                    repo, operations, commit_message=title, commit_description=rest.strip(), parent_commit=parent
+                ),
+                statuses=(429, 503),
+            )
+        return str(commit.oid)
 
     def search(self, *, base: str | None = None, limit: int = 100) -> list[Listed]:
         """Adapters on this Hub, newest first, of one base when given (its Hub id)."""
         filters = ["adapterhub"] + ([f"base_model:adapter:{base}"] if base else [])
         with self._mapped("list adapters"):
-            found = list(self._api.list_models(filter=filters, limit=limit, sort="last_modified", full=True))
+            found = _retried(
+                lambda: list(self._api.list_models(filter=filters, limit=limit, sort="last_modified", full=True))
+            )
         return [Listed(model.id, str(model.sha), _base_tag(model.tags or [])) for model in found]
 
     @contextmanager
@@ -211,13 +285,34 @@ class Hub:
         return None
 
 
+def _retried(ask: Callable[[], T], *, statuses: Sequence[int] = (429, 500, 502, 503, 504)) -> T:
+    """`ask`, again after a pause while the Hub says it is busy or failing; the last error is raised.
+
+    The pause is what the Hub asks for (`Retry-After`), at most a minute, else 1, 2 and 4 s.
+    """
+    for pause_s in _PAUSES_S:
+        try:
+            return ask()
+        except Exception as error:
+            if _status(error) not in statuses:
+                raise
+            time.sleep(_asked_pause_s(error, pause_s))
+    return ask()
+
+
+def _asked_pause_s(error: Exception, default_s: float) -> float:
+    asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return min(float(asked), 60.0) if asked.isdigit() else default_s
+
+
 def _status(error: Exception) -> int | None:
     response = getattr(error, "response", None)
     return getattr(response, "status_code", None)
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+    said = getattr(error, "server_message", None) or str(error)
+    return (said.strip().splitlines() or [""])[0][:200]
 
 
 def _base_tag(tags: list[str]) -> str | None:

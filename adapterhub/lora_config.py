@@ -18,6 +18,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 NO_LAYERS = "dummy-target-modules"
 """PEFT's word for a LoRA on no layer, which brings whole modules only"""
 
+_MAX_CONFIG_BYTES = 10_000_000
+_MAX_PATTERN = 1000
+_MAX_MODULE = 200
+"""characters; of a module's dotted name. What a pattern of that kind costs grows with the length"""
+
 _T = TypeVar("_T")
 TensorKind = Literal["lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B", "weight"]
 _KEY = re.compile(
@@ -70,6 +75,10 @@ class LoraConfig:
     alpha_pattern: dict[str, float]
     saved_modules: tuple[str, ...] = ()
     """names of modules that travel whole (PEFT's modules_to_save)"""
+    is_pattern: bool = False
+    """is the one target a regular expression?"""
+    is_everywhere: bool = True
+    """are targets adapted in every layer (no layers_to_transform, no exclude_modules)?"""
 
     def rank_of(self, module: str) -> int:
         return _matched(self.rank_pattern, module, self.rank)
@@ -114,6 +123,8 @@ def read_lora_config(folder: Path) -> LoraConfig:
     if not path.is_file():
         raise MissingFile(f"{folder} has no {CONFIG_NAME}: point to the folder PEFT's save_pretrained wrote.")
     try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes are too many")
         raw = json.loads(path.read_bytes())
         faults = [f"{key}={raw[key]!r}" for key, inert in _INERT.items() if key in raw and raw[key] not in inert]
         if faults:
@@ -127,10 +138,12 @@ def read_lora_config(folder: Path) -> LoraConfig:
             alpha=float(raw["lora_alpha"]),
             use_rslora=bool(raw.get("use_rslora")),
             use_dora=bool(raw.get("use_dora")),
-            targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-            rank_pattern={key: _positive(r) for key, r in (raw.get("rank_pattern") or {}).items()},
-            alpha_pattern={key: float(a) for key, a in (raw.get("alpha_pattern") or {}).items()},
+            targets=(_pattern(targets, repeated=3),) if isinstance(targets, str) else tuple(sorted(targets)),
+            rank_pattern={_pattern(key): _positive(r) for key, r in (raw.get("rank_pattern") or {}).items()},
+            alpha_pattern={_pattern(key): float(a) for key, a in (raw.get("alpha_pattern") or {}).items()},
             saved_modules=tuple(sorted(raw.get("modules_to_save") or ())),
+            is_pattern=isinstance(targets, str),
+            is_everywhere=not raw.get("layers_to_transform") and not raw.get("exclude_modules"),
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise AdapterUnsupported(
@@ -145,6 +158,18 @@ def _positive(value: Any) -> int:
     return value
 
 
+def _pattern(text: str, *, repeated: int = 1) -> str:
+    """A regular expression that cannot keep us busy: no repeated groups, at most so many repetitions, not long."""
+    num_repeated = len(re.findall(r"(?<!\\)[*+{]", text))
+    if len(text) > _MAX_PATTERN or num_repeated > repeated or re.search(r"\)[*+{]", text):
+        raise ValueError(f"the pattern {text[:60]!r} could take forever to match")
+    try:
+        re.compile(text)
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"the pattern {text[:60]!r} is no regular expression ({error})") from error
+    return text
+
+
 def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[LoraTensor]:
     """The header's tensors, each matched to its module and checked against the config's rank.
 
@@ -155,11 +180,12 @@ def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[Lora
     tensors = []
     parts: dict[str, dict[TensorKind, TensorInfo]] = {}
     for key, info in header.items():
-        match = _KEY.fullmatch(key) or _WHOLE_KEY.fullmatch(key)
+        match = (_KEY.fullmatch(key) or _WHOLE_KEY.fullmatch(key)) if len(key) <= _MAX_MODULE else None
         if match is None or (match["kind"] == "weight" and not _is_saved(match["module"], config)):
             raise AdapterUnsupported(
-                f"tensor {key!r} is neither LoRA's (base_model.model.<module>.lora_A/B) nor of modules_to_save: whole "
-                "weights and optimizer states do not belong in an adapter; save with save_embedding_layers=False."
+                f"tensor {key[:_MAX_MODULE]!r} is neither LoRA's (base_model.model.<module>.lora_A/B) nor of "
+                "modules_to_save: whole weights and optimizer states do not belong in an adapter; save with "
+                "save_embedding_layers=False."
             )
         kind: TensorKind = match["kind"]  # type: ignore[assignment]
         tensors.append(LoraTensor(key, match["module"], kind, info))

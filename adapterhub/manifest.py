@@ -17,6 +17,7 @@ from adapterhub.errors import InvalidManifest
 
 FORMAT = 1
 MANIFEST_NAME = "adapterhub.json"
+MAX_MANIFEST_BYTES = 10_000_000
 _Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -177,6 +178,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST_NAME}, so it is not a complete adapter package: "
             f"run `adapterhub pack {folder} --base BASE` to make it one."
         )
+    size = path.stat().st_size
+    if size > MAX_MANIFEST_BYTES:
+        raise InvalidManifest(f"{path} has {size:,} bytes, a manifest has at most {MAX_MANIFEST_BYTES:,}: pack again.")
     return parse_manifest(path.read_bytes(), where=str(path))
 
 

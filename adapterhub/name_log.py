@@ -18,7 +18,7 @@ from typing import Literal
 from urllib.parse import quote, unquote
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from adapterhub.errors import InvalidManifest
 from adapterhub.files import disk_full_is_said
@@ -51,8 +51,8 @@ class Summary(_Part):
 class Move(_Part):
     """One line: who led a revision of a name from one digest to another, and when."""
 
-    at: str
-    """UTC, ISO 8601; by the writer's clock, so order is the order of lines"""
+    at: AwareDatetime
+    """by the writer's clock, so the order of moves is that of lines"""
     by: str
     act: Act
     revision: str
@@ -99,7 +99,7 @@ class Name:
         revisions = self.revisions()
         held = {move.after for move in revisions.values()} | {self.before(revision) for revision in revisions}
         for move in self.moves:
-            if datetime.fromisoformat(move.at) >= since:  # a clock ahead of ours holds longer, never shorter
+            if move.at >= since:  # a clock ahead of ours holds longer, never shorter
                 held |= {move.before, move.after}
         return {digest for digest in held if digest is not None}
 
@@ -120,8 +120,9 @@ def default_actor() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def now() -> datetime:
+    """UTC, to the second."""
+    return datetime.now(UTC).replace(microsecond=0)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from adapterhub.adapter import Adapter
-from adapterhub.errors import AdapterNotFound, PackageError
-from adapterhub.files import disk_full_is_said, hold, is_held, new_folder, sha256_of
-from adapterhub.manifest import read_manifest
-from adapterhub.package import open_adapter
+from adapterhub.errors import AdapterNotFound, DigestMismatch, PackageError
+from adapterhub.files import copy_and_hash, disk_full_is_said, hold, is_held, new_folder, sha256_of, write_atomic
+from adapterhub.manifest import MANIFEST_NAME, read_manifest
+from adapterhub.package import SIGNATURE_NAME, files_of, open_adapter
 
 _ABANDONED_S = 60.0
 """age from which something temporary that nobody holds was left by a process that died"""
@@ -63,23 +63,27 @@ class PackageStore:
         return open_adapter(self.folder(digest))
 
     @contextmanager
-    def keep(self, adapter: Adapter) -> Iterator[Adapter]:
+    def keep(self, adapter: Adapter, *, is_scratch: bool = False) -> Iterator[Adapter]:
         """Store a verified package, and lease it while the block runs: until a name leads to it, say.
 
-        One that is here already is verified, and replaced when it is damaged.
+        One that is here already is verified, and replaced when it is damaged. A folder that is scratch, on the same
+        disk and nobody else's, gives its files away instead of having them copied. Raises DigestMismatch for a file
+        that changed since it was verified.
         """
         folder = self.folder(adapter.digest)
         is_ours, is_trusted = False, True
         with ExitStack() as leased:
             while True:
                 if not self._lease(folder, leased):
-                    self._make(adapter, folder, is_trusted=is_trusted)
+                    self._make(adapter, folder, is_trusted=is_trusted, is_scratch=is_scratch)
                     is_ours = True
                 elif is_ours or _is_sound(folder):
                     break
                 else:
                     folder.rename(self._trash(folder))
                     is_trusted = False
+            if not is_ours:
+                _take_signature(adapter.path, folder)
             yield Adapter(folder, read_manifest(folder))
 
     @contextmanager
@@ -127,8 +131,8 @@ class PackageStore:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Finding a package and leasing it is one act, as is finding it free and taking it away."""
-        self._packages.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._packages / ".lock"):
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / ".packages.lock"):
             yield
 
     def _lease(self, folder: Path, until: ExitStack) -> bool:
@@ -138,31 +142,39 @@ class PackageStore:
             until.enter_context(hold(folder))
         return True
 
-    def _make(self, adapter: Adapter, folder: Path, *, is_trusted: bool) -> None:
+    def _make(self, adapter: Adapter, folder: Path, *, is_trusted: bool, is_scratch: bool) -> None:
+        listed = adapter.manifest.files
         with new_folder(folder) as temporary:
-            for path in sorted(p for p in adapter.path.iterdir() if p.is_file()):
-                self._place(path, temporary / path.name, is_trusted=is_trusted)
+            for path in files_of(adapter.path):
+                digest = listed[path.name].sha256 if path.name in listed else sha256_of(path)
+                stored = self._objects / digest
+                if not is_trusted and stored.exists() and sha256_of(stored) != digest:
+                    stored.unlink(missing_ok=True)
+                self._place(path, stored, temporary / path.name, is_scratch=is_scratch)
 
-    def _place(self, source: Path, target: Path, *, is_trusted: bool) -> None:
-        """`target` becomes a link to the stored copy of `source`'s content, made if it is not there yet."""
-        stored = self._objects / sha256_of(source)
-        if not is_trusted and stored.exists() and sha256_of(stored) != stored.name:
-            stored.unlink(missing_ok=True)
-        for _ in range(5):
+    def _place(self, source: Path, stored: Path, target: Path, *, is_scratch: bool) -> None:
+        """`target` becomes a link to `stored`, the copy of `source`'s content, made if it is not there yet."""
+        while True:
             if not stored.exists():
-                self._store(source, stored)
+                self._store(source, stored, is_scratch=is_scratch)
             with suppress(FileNotFoundError):  # collected between the two
                 _link(stored, target)
                 return
-        shutil.copyfile(source, target)
 
-    def _store(self, source: Path, stored: Path) -> None:
+    def _store(self, source: Path, stored: Path, *, is_scratch: bool) -> None:
         stored.parent.mkdir(parents=True, exist_ok=True)
+        if is_scratch:
+            source.chmod(0o444)
+            with suppress(OSError):  # no hard links here: copied as others are
+                os.link(source, stored)
+            if stored.exists():
+                return
         temporary = stored.with_name(f".{stored.name}.{secrets.token_hex(4)}.tmp")
         temporary.touch()
         try:
             with hold(temporary), disk_full_is_said(stored):
-                shutil.copyfile(source, temporary)
+                if copy_and_hash(source, temporary) != stored.name:
+                    raise DigestMismatch(f"{source} changed while it was copied: nothing of it is kept; add it again.")
                 temporary.chmod(0o444)
                 temporary.replace(stored)
         finally:
@@ -194,6 +206,16 @@ class PackageStore:
                 if time.time() - path.stat().st_mtime >= _ABANDONED_S and not is_held(path):
                     found.append(path)
         return found
+
+
+def _take_signature(source: Path, folder: Path) -> None:
+    """Of one adapter packed twice, the signed package's own words are kept: a signature covers the manifest."""
+    signature = source / SIGNATURE_NAME
+    stored = folder / SIGNATURE_NAME
+    if not signature.is_file() or (stored.is_file() and stored.read_bytes() == signature.read_bytes()):
+        return
+    for name in (MANIFEST_NAME, SIGNATURE_NAME):
+        write_atomic(folder / name, (source / name).read_bytes())
 
 
 def _is_sound(folder: Path) -> bool:

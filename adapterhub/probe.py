@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub.errors import ProbeMismatch
-from adapterhub.manifest import Probe, ProbeAnswer
+from adapterhub.manifest import Manifest, Probe, ProbeAnswer, Quantization
 
 if TYPE_CHECKING:
+    from adapterhub.adapter import Adapter
     from adapterhub.base_model import LoadedBase
 
 PROMPTS = ("What is the capital of France?", "Tell me about yourself.", "How do I sort a list in Python?")
@@ -23,38 +24,75 @@ def record(base: LoadedBase, folder: Path) -> Probe:
     return Probe(dtype=base.quantization.compute_dtype, answers=_answers(base, folder))
 
 
-def replay(base: LoadedBase, folder: Path, recorded: Probe) -> None:
-    """Raises ProbeMismatch, with the prompt and both values, when the answers are not the recorded ones."""
+def replay(base: LoadedBase, adapter: Adapter) -> None:
+    """Raises ProbeMismatch, with the prompt, both values and the likely cause, unless the answers are as recorded.
+
+    The adapter's manifest has a probe.
+    """
+    recorded = adapter.manifest.probe
+    assert recorded is not None
     tolerance = max(TOLERANCE[recorded.dtype], TOLERANCE[base.quantization.compute_dtype])
-    for now, then in zip(_answers(base, folder), recorded.answers, strict=True):
-        compare(now, then, tolerance=tolerance)
+    held = base.quantization
+    for now, then in zip(_answers(base, adapter.path), recorded.answers, strict=True):
+        cause = likely_cause(
+            adapter.manifest,
+            fingerprint=base.ref.fingerprint,
+            weights=held.weights,
+            dtype=held.compute_dtype,
+            renders_alike=now.prompt_tokens == then.prompt_tokens,
+        )
+        compare(now, then, tolerance=tolerance, cause=cause)
 
 
-def compare(now: ProbeAnswer, then: ProbeAnswer, *, tolerance: float) -> None:
+def recorded_on(manifest: Manifest) -> str:
+    """The weights the probe was recorded on (`Quantization.weights`): training's, or plain NF4 when not known."""
+    return (manifest.base.quantization or Quantization()).weights
+
+
+def likely_cause(
+    manifest: Manifest, *, fingerprint: str | None, weights: str, dtype: str, renders_alike: bool = True
+) -> str:
+    """What differs between where the probe was recorded and here: template, base, quantization or dtype.
+
+    `weights` is how the base is held here (`Quantization.weights`), `dtype` what it computes in.
+    """
+    assert manifest.probe is not None
+    base, probe = manifest.base, manifest.probe
+    if not renders_alike:
+        return "another chat template or tokenizer than it was packed with"
+    if fingerprint is not None and fingerprint != base.fingerprint:
+        return f"another base: packed on {base.id} {base.fingerprint[:20]}, this is {fingerprint[:20]}"
+    recorded = recorded_on(manifest)
+    if weights != recorded:
+        return f"another quantization: recorded on {recorded} weights, these are {weights}"
+    if dtype != probe.dtype:
+        return f"another dtype: recorded in {probe.dtype}, computed in {dtype}"
+    return "another base than it was packed on, weights changed since, or kernels that compute otherwise"
+
+
+def compare(now: ProbeAnswer, then: ProbeAnswer, *, tolerance: float, cause: str) -> None:
     """Top logits must agree within `tolerance`; tokens must be equal up to the first near-tie.
 
     A near-tie is a step whose two best logits were recorded closer than twice the tolerance: there,
     rounding may choose either. Raises ProbeMismatch.
     """
     if now.prompt_tokens != then.prompt_tokens:
-        raise ProbeMismatch(
-            f"the prompt {then.prompt!r} now renders to other tokens: the chat template or tokenizer is another one."
-        )
+        raise ProbeMismatch(f"the prompt {then.prompt!r} now renders to other tokens; likely cause: {cause}.")
     theirs = dict(zip(now.top_tokens, now.top_logits, strict=True))
     for token, logit in zip(then.top_tokens[:1], then.top_logits[:1], strict=True):
         found = theirs.get(token)
         if found is None or abs(found - logit) > tolerance:
             raise ProbeMismatch(
                 f"after {then.prompt!r} token {token} has logit {found}, recorded {logit:.3f} (tolerance "
-                f"{tolerance}): likely another base, quantization or dtype than the one it was packed with."
+                f"{tolerance}); likely cause: {cause}."
             )
     for place, (token, expected, gap) in enumerate(zip(now.tokens, then.tokens, then.gaps, strict=False)):
         if gap < 2 * tolerance:
             return
         if token != expected:
             raise ProbeMismatch(
-                f"after {then.prompt!r} token {place} is {token}, recorded {expected} with a lead of {gap:.2f}: "
-                "likely another base, template or quantization than the one it was packed with."
+                f"after {then.prompt!r} token {place} is {token}, recorded {expected} with a lead of {gap:.2f}; "
+                f"likely cause: {cause}."
             )
 
 

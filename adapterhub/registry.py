@@ -2,6 +2,8 @@
 
     $ADAPTERHUB_HOME/objects/, adapters/     the packages (adapterhub.package_store)
     $ADAPTERHUB_HOME/names/<name>.jsonl      where a name's revisions lead, and every move (adapterhub.name_log)
+    $ADAPTERHUB_HOME/proofs/<digest>.json    a replayed probe that passed here
+    $ADAPTERHUB_HOME/policy.toml             what must be signed, and what is protected (adapterhub.trust)
 
 An alias is a revision that somebody moves on purpose. Knows disk and Hub; refuses to know engines.
 """
@@ -9,24 +11,30 @@ An alias is a revision that somebody moves on purpose. Knows disk and Hub; refus
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from adapterhub.adapter import Adapter, AdapterRef
-from adapterhub.errors import AdapterNotFound, Conflict, UsageError
-from adapterhub.files import disk_full_is_said, hold
+from adapterhub.bundle import opened_bundle
+from adapterhub.errors import AdapterNotFound, Conflict, DigestMismatch, ProbeMismatch, UsageError
+from adapterhub.files import disk_full_is_said, hold, write_atomic
 from adapterhub.home import home
 from adapterhub.hub import Hub
+from adapterhub.lock_file import Lock, Locked
 from adapterhub.manifest import Manifest, read_manifest
 from adapterhub.name_log import Act, Move, Name, NameLog, Summary, default_actor, now
 from adapterhub.package import open_adapter
 from adapterhub.package_store import PackageStore, Removed
+from adapterhub.trust import Policy
 
 DEFAULT_REVISION = "main"
 NOTHING = "nothing"
@@ -83,14 +91,17 @@ class Registry:
         name: str | None = None,
         revision: str = DEFAULT_REVISION,
         origin: str = "local",
+        act: Literal["add", "import"] = "add",
         by: str | None = None,
     ) -> Adapter:
         """Keep a verified package, file by file and each content once, and let `name@revision` lead to it."""
         called = name or adapter.manifest.name
         if AdapterRef.parse(called).name is None:
             raise UsageError(f"{called!r} is a folder or a digest, not a name to keep an adapter under.")
+        if revision in Policy.read(self.root).protected:
+            raise UsageError(f"{revision} is a protected alias here: add it as {DEFAULT_REVISION} and promote it.")
         with self.store.keep(adapter) as kept:
-            self._lead(called, revision, kept, "add", by=by, origin=origin)
+            self._lead(called, revision, kept, act, by=by, origin=origin)
         return kept
 
     def pull(self, ref: AdapterRef, hub: Hub, *, report: Report = lambda line: None, by: str | None = None) -> Adapter:
@@ -105,18 +116,84 @@ class Registry:
             disk_full_is_said(self.root),
         ):
             adapter, commit = hub.pull(ref.name, Path(scratch) / "package", revision=ref.revision)
+            Policy.read(self.root).check(adapter, ref.name)
+            if (ref.revision or DEFAULT_REVISION) in Policy.read(self.root).protected:
+                raise UsageError(f"{ref.revision} is a protected alias here: pull another revision and promote it.")
             report(f"verified {len(adapter.manifest.files)} files, {adapter.digest}")
             origin = f"{hub.endpoint} {commit}"
-            with self.store.keep(adapter) as kept:
+            with self.store.keep(adapter, is_scratch=True) as kept:
                 self._lead(ref.name, ref.revision or DEFAULT_REVISION, kept, "pull", by=by, origin=origin)
         return kept
 
+    def import_bundle(self, path: Path, *, name: str | None = None, by: str | None = None) -> Adapter:
+        """Keep the package of a bundle (adapterhub.bundle) under its own name or `name`, if the policy lets it in.
+
+        Raises PackageError kinds, SignatureInvalid.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=self.root, prefix=".pull-") as scratch,
+            hold(Path(scratch)),
+            opened_bundle(path, Path(scratch)) as adapter,
+        ):
+            Policy.read(self.root).check(adapter, name or adapter.manifest.name)
+            return self.add(adapter, name=name, origin="bundle", act="import", by=by)
+
+    def lock(self, wanted: Mapping[str, AdapterRef]) -> Lock:
+        """Exactly what the names of a deployment lead to now. Raises as `resolve`; UsageError for a folder."""
+        locked = {}
+        for served_as, ref in wanted.items():
+            if ref.name is None:
+                raise UsageError(f"{ref} has no name that would lead to it again: add it, or pull it, first.")
+            digest = self.resolve(ref).digest
+            moves = [move for move in self.history(ref.name) if move.after == digest]
+            endpoint, _, commit = (moves[-1].origin if moves else "local").partition(" ")
+            locked[served_as] = Locked(
+                name=ref.name, hub=endpoint if commit else None, commit=commit or None, digest=digest
+            )
+        return Lock(adapters=locked)
+
+    def obtain(self, locked: Locked, hub: Hub | None, *, report: Report = lambda line: None) -> AdapterRef:
+        """Have a locked adapter here, fetching its commit if need be; returns the reference that leads to it alone.
+
+        Raises DigestMismatch when the Hub has something else at that commit, AdapterNotFound, HubError kinds.
+        """
+        exact = AdapterRef(name=locked.name, revision=locked.digest)
+        known = self.log.read(locked.name)
+        if not (self.store.has(locked.digest) and known and _lookup(known, locked.digest)):
+            if hub is None or locked.commit is None:
+                raise AdapterNotFound(f"{locked.name} {locked.digest} is not in {self.root}: bring it here first.")
+            found = self.pull(AdapterRef(name=locked.name, revision=locked.commit), hub, report=report)
+            if found.digest != locked.digest:
+                raise DigestMismatch(
+                    f"{locked.name}@{locked.commit} at {hub.endpoint} is {found.digest}, locked is {locked.digest}: "
+                    "not used."
+                )
+        return exact
+
+    def watch(self, names: Sequence[str], *, every_s: float = 1.0) -> Iterator[tuple[str, Move]]:
+        """Each move of these names (none given: of all) made after the call, as it comes; without end."""
+        seen = {name.name: len(name.moves) for name in self.log.all()}
+        while True:
+            for called in names or self.log.names():
+                found = self.log.read(called)
+                moves = found.moves if found else ()
+                yield from ((called, move) for move in moves[seen.get(called, 0) :])
+                seen[called] = len(moves)
+            time.sleep(every_s)
+
     def resolve(self, ref: AdapterRef) -> Adapter:
-        """The verified package a reference leads to; asks the Hub for names that are not here.
+        """The verified package a reference leads to, if the policy lets it be used; asks the Hub for names not here.
 
         Raises AdapterNotFound with the places looked at and the nearest names, PackageError kinds for a
-        package that no longer is what it was, HubError kinds.
+        package that no longer is what it was, SignatureInvalid, HubError kinds.
         """
+        adapter = self.open(ref)
+        Policy.read(self.root).check(adapter, ref.name)
+        return adapter
+
+    def open(self, ref: AdapterRef) -> Adapter:
+        """As `resolve`, to look at and not to use: whoever signed it, or nobody."""
         if ref.folder is not None:
             return open_adapter(ref.folder.expanduser())
         if ref.digest is not None:
@@ -146,17 +223,28 @@ class Registry:
             raise AdapterNotFound(self._where_we_looked(AdapterRef(name=name), None))
         return known.moves
 
-    def promote(self, ref: AdapterRef, alias: str, *, expect: str | None = None, by: str | None = None) -> Move:
+    def promote(
+        self,
+        ref: AdapterRef,
+        alias: str,
+        *,
+        expect: str | None = None,
+        by: str | None = None,
+        prove: Callable[[Adapter], None] | None = None,
+    ) -> Move:
         """Let `alias` of ref's name lead where `ref` leads now. Returns the move, as it is in the history.
 
         `expect` makes it compare-and-swap: the digest (or its beginning) the alias must lead to before, or NOTHING.
+        `prove` replays the adapter's probe when a protected alias needs one that has not passed here yet.
         Raises Conflict with both digests when it leads elsewhere, UsageError for what cannot be an alias,
-        AdapterNotFound, PackageError kinds.
+        AdapterNotFound, SignatureInvalid and ProbeMismatch for a protected alias, PackageError kinds.
         """
         _check_alias(alias)
         if ref.name is None:
             raise UsageError(f"{ref} has no name an alias could belong to: promote NAME@REVISION, add a folder first.")
         adapter = Registry(self.root).resolve(ref)
+        if alias in Policy.read(self.root).protected:
+            self._check_protected(adapter, ref.name, alias, prove)
         known = self.log.read(ref.name)
         origin = next((m.origin for m in reversed(known.moves) if m.after == adapter.digest), "local") if known else ""
         return self._lead(ref.name, alias, adapter, "promote", by=by, origin=origin, expect=expect)
@@ -170,12 +258,17 @@ class Registry:
         earlier = known.before(alias)
         if earlier is None:
             raise UsageError(f"{name}@{alias} never led anywhere else than to {known.leads_to(alias)}.")
-        return self._lead(
-            name, alias, self.store.open(earlier), "rollback", by=by, expect=expect or known.leads_to(alias)
-        )
+        adapter = self.store.open(earlier)
+        Policy.read(self.root).check(adapter, name)
+        return self._lead(name, alias, adapter, "rollback", by=by, expect=expect or known.leads_to(alias))
 
     def remove(self, name: str, revision: str = DEFAULT_REVISION, *, by: str | None = None) -> Move:
-        """Forget one revision of a name; the package stays until it is collected. Raises AdapterNotFound."""
+        """Forget one revision of a name; the package stays until it is collected.
+
+        Raises AdapterNotFound, UsageError for a protected alias.
+        """
+        if revision in Policy.read(self.root).protected:
+            raise UsageError(f"{revision} is a protected alias: promote another adapter instead of removing it.")
         with self.log.locked():
             known = self.log.read(name)
             before = known.leads_to(revision) if known else None
@@ -184,6 +277,14 @@ class Registry:
             move = Move(at=now(), by=by or default_actor(), act="remove", revision=revision, before=before, after=None)
             self.log.append(name, [move])
         return move
+
+    def record_proof(self, adapter: Adapter, *, by: str | None = None) -> None:
+        """Write down that the adapter's probe was replayed on this machine and passed."""
+        record = {"at": now().isoformat(), "by": by or default_actor(), "digest": adapter.digest}
+        write_atomic(self._proof(adapter), json.dumps(record, indent=1) + "\n")
+
+    def has_proof(self, adapter: Adapter) -> bool:
+        return self._proof(adapter).is_file()
 
     def lease(self, adapter: Adapter) -> AbstractContextManager[None]:
         """While the block runs no collection takes the adapter's package. Folders elsewhere are nobody's to take."""
@@ -200,6 +301,23 @@ class Registry:
         since = datetime.now(UTC) - timedelta(seconds=grace_s)
         needed: set[str] = set().union(*(name.holds(since=since) for name in self.log.all()))
         return self.store.collect(needed, grace_s=grace_s, is_trial=is_trial)
+
+    def _proof(self, adapter: Adapter) -> Path:
+        return self.root / "proofs" / f"{adapter.digest.removeprefix('sha256:')}.json"
+
+    def _check_protected(
+        self, adapter: Adapter, name: str, alias: str, prove: Callable[[Adapter], None] | None
+    ) -> None:
+        Policy.read(self.root).check_protected(adapter, name, alias)
+        if self.has_proof(adapter):
+            return
+        if prove is None:
+            raise ProbeMismatch(
+                f"{alias} is protected and the probe of {adapter.digest[:19]} has not passed here: run "
+                f"`adapterhub verify {name}@{adapter.digest[:19]} --probe`, then promote it."
+            )
+        prove(adapter)
+        self.record_proof(adapter)
 
     def _lead(
         self,

@@ -72,11 +72,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     for name, raw in header.items():
         try:
             dtype, shape, (start, end) = raw["dtype"], raw["shape"], raw["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in (*shape, start, end))
         except (TypeError, KeyError, ValueError) as error:
             raise refuse(f"tensor {name!r} is described badly ({error!r})") from error
         if not whole or not isinstance(dtype, str) or dtype not in _BITS:
-            raise refuse(f"tensor {name!r} has dtype {dtype!r}, shape {shape}, offsets {start}-{end}")
+            told = f"dtype {dtype!r}, shape {shape!r}, offsets {start!r}-{end!r}"
+            raise refuse(f"tensor {name!r} has {told[:200]}")
         if end - start != math.prod(shape) * _BITS[dtype] // 8:
             raise refuse(f"tensor {name!r} has {end - start:,} bytes, shape {shape} of {dtype} needs another size")
         tensors[name] = TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)

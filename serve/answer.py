@@ -116,13 +116,21 @@ def _question(
             "shorten it."
         )
     max_tokens = request.wanted_tokens or min(DEFAULT_MAX_TOKENS, room)
-    extra_stop = [stop for published in chosen for stop in published.adapter.manifest.chat.stop]
+    chats = [published.adapter.manifest.chat for published in chosen]
+    extra_stop = [stop for chat in chats for stop in chat.stop]
+    end_tokens = [] if request.ignore_eos else [services.prompts.end_token(chat.eos) for chat in chats]
     name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
     requests = tuple(
         GenerationRequest(
             f"{name}-{index}",
             prompt,
-            request.sampling(max_tokens=max_tokens, extra_stop=extra_stop, top_logprobs=top_logprobs, index=index),
+            request.sampling(
+                max_tokens=max_tokens,
+                extra_stop=extra_stop,
+                end_tokens=[token for token in end_tokens if token is not None],
+                top_logprobs=top_logprobs,
+                index=index,
+            ),
             mix,
             weight=min((published.weight for published in chosen), default=1.0),
         )

@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from adapterhub.adapter import Adapter, AdapterRef
@@ -40,6 +41,7 @@ class Catalog:
         self._cache = cache
         self._names: dict[str, Published] = {}
         self._retiring: set[asyncio.Task[None]] = set()
+        self._leases: dict[str, ExitStack] = {}  # by digest: the registry collects nothing that is served
 
     def list(self) -> Sequence[Published]:
         return tuple(self._names[name] for name in sorted(self._names))
@@ -83,13 +85,18 @@ class Catalog:
         if before is not None and not replace:
             raise Conflict(f"{name!r} already leads to {before.adapter.digest}: unload it first, or ask to replace it.")
         published = Published(name, adapter, weight)
-        if may_wait and not is_pinned and not self._cache.has_room(adapter):
-            self._names[name] = published
-        else:
-            async with self._cache.lease([adapter]):
+        self._hold(adapter)
+        try:
+            if may_wait and not is_pinned and not self._cache.has_room(adapter):
                 self._names[name] = published
-        if is_pinned:
-            self._cache.pin(adapter)
+            else:
+                async with self._cache.lease([adapter]):
+                    self._names[name] = published
+            if is_pinned:
+                self._cache.pin(adapter)
+        except BaseException:
+            self._let_go(adapter.digest)
+            raise
         if before is not None:
             self._drop_if_unnamed(before.adapter.digest)
         return published
@@ -102,9 +109,23 @@ class Catalog:
         del self._names[name]
         self._drop_if_unnamed(published.adapter.digest)
 
+    def _hold(self, adapter: Adapter) -> None:
+        if adapter.digest not in self._leases:
+            lease = ExitStack()
+            lease.enter_context(self._registry.lease(adapter))
+            self._leases[adapter.digest] = lease
+
+    def _let_go(self, digest: str) -> None:
+        if not self._is_named(digest) and digest in self._leases:
+            self._leases.pop(digest).close()
+
+    def _is_named(self, digest: str) -> bool:
+        return any(published.adapter.digest == digest for published in self._names.values())
+
     def _drop_if_unnamed(self, digest: str) -> None:
-        if any(published.adapter.digest == digest for published in self._names.values()):
+        if self._is_named(digest):
             return
+        self._let_go(digest)
         task = asyncio.create_task(self._cache.drop(digest))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)

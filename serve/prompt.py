@@ -32,6 +32,13 @@ class PromptRenderer:
     def text(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text)["input_ids"])
 
+    def end_token(self, text: str | None) -> int | None:
+        """An adapter's own end token, spelt `text`; None when it is the base's, or no token of this vocabulary."""
+        if text is None or text == self._tokenizer.eos_token:
+            return None
+        found = self._tokenizer.convert_tokens_to_ids(text)
+        return int(found) if found is not None and self._tokenizer.convert_ids_to_tokens(found) == text else None
+
     def check_tokens(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Token ids as given by a client. Raises UsageError for one the vocabulary does not have."""
         size = len(self._tokenizer)

@@ -6,14 +6,9 @@ import asyncio
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import ProbeMismatch
-from adapterhub.manifest import Probe, ProbeAnswer, Quantization
-from adapterhub.probe import TOLERANCE
+from adapterhub.manifest import Probe, ProbeAnswer
+from adapterhub.probe import TOLERANCE, likely_cause
 from serve.engine import AdapterScale, Engine, GenerationRequest, SamplingParams, TokenLogprob
-
-
-def trained_on(adapter: Adapter) -> str:
-    """The weights its proof was recorded on (`Precision.weights`): those of training, or plain NF4 when not known."""
-    return (adapter.manifest.base.quantization or Quantization()).weights
 
 
 async def replay(engine: Engine, adapter: Adapter) -> None:
@@ -26,8 +21,11 @@ async def replay(engine: Engine, adapter: Adapter) -> None:
     if recorded is None:
         return
     answers = await asyncio.gather(*(_answer(engine, adapter, then) for then in recorded.answers))
+    cause = likely_cause(
+        adapter.manifest, fingerprint=None, weights=engine.precision.weights, dtype=engine.precision.dtype
+    )
     for now, then in zip(answers, recorded.answers, strict=True):
-        _compare(adapter, recorded, now, then, tolerance=_tolerance(engine, recorded))
+        _compare(adapter, now, then, tolerance=_tolerance(engine, recorded), cause=cause)
 
 
 async def _answer(engine: Engine, adapter: Adapter, then: ProbeAnswer) -> list[TokenLogprob]:
@@ -43,13 +41,8 @@ def _tolerance(engine: Engine, recorded: Probe) -> float:
     return max(TOLERANCE[recorded.dtype], TOLERANCE[engine.dtype])
 
 
-def _compare(
-    adapter: Adapter, recorded: Probe, now: list[TokenLogprob], then: ProbeAnswer, *, tolerance: float
-) -> None:
-    likely = (
-        f"likely another base, template or quantization than the one it was packed with (recorded in "
-        f"{recorded.dtype}): verify it with `adapterhub verify --probe`, or pack it again."
-    )
+def _compare(adapter: Adapter, now: list[TokenLogprob], then: ProbeAnswer, *, tolerance: float, cause: str) -> None:
+    likely = f"likely cause: {cause}. Verify it with `adapterhub verify --probe`, or pack it again."
     ours = {token: logprob for token, _, logprob in now[0].top}
     # Log-probabilities are logits but for a constant: the leads over the best token must agree.
     known = [(token, logit) for token, logit in zip(then.top_tokens, then.top_logits, strict=True) if token in ours]

@@ -131,7 +131,7 @@ def _actor(authorization: str | None) -> str | None:
 
 def _move(move: Move) -> dict[str, Any]:
     return {
-        "at": move.at,
+        "at": move.at.isoformat(),
         "by": move.by,
         "act": move.act,
         "revision": move.revision,

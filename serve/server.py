@@ -15,6 +15,7 @@ from adapterhub.base_store import find_base
 from adapterhub.errors import EngineStopped, ProbeMismatch
 from adapterhub.home import home
 from adapterhub.listening import listen, url_of
+from adapterhub.probe import recorded_on
 from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
 from serve.answer import Services
@@ -27,7 +28,7 @@ from serve.engines import start_engine
 from serve.feedback import STORE_NAME, FeedbackStore
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
-from serve.proof import replay, trained_on
+from serve.proof import replay
 from serve.training_runs import TrainingRuns
 
 Report = Callable[[str], None]
@@ -91,10 +92,11 @@ async def _build(config: ServeConfig, registry: Registry, report: Report) -> Ser
 
     async def load(adapter: Adapter) -> None:
         await engine.load(adapter)
-        is_elsewhere = engine.precision.weights != trained_on(adapter)
+        weights = recorded_on(adapter.manifest)
+        is_elsewhere = engine.precision.weights != weights
         if is_elsewhere and adapter.digest not in proven:
             report(
-                f"note: the proof of adapter {adapter.manifest.name} was recorded on {trained_on(adapter)} weights, as "
+                f"note: the proof of adapter {adapter.manifest.name} was recorded on {weights} weights, as "
                 f"in training; the base is {engine.precision}: answers may differ a little."
             )
         if not config.replays_proofs or adapter.digest in proven:

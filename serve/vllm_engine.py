@@ -21,9 +21,10 @@ from adapterhub.adapter import Adapter
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import AdapterHubError, AdapterNotFound, EngineStopped, UsageError
 from adapterhub.files import new_folder
+from adapterhub.fit import module_shapes
 from adapterhub.lora_config import CONFIG_NAME, WEIGHTS_NAME
 from serve.engine import Chunk, EngineStatus, GenerationRequest, Precision
-from serve.vllm_fit import check_fits, module_shapes, write_blank
+from serve.vllm_fit import check_fits, write_blank
 from serve.vllm_process import VllmProcess
 from serve.vllm_server import VllmServer, look_at, warn_of_version
 from serve.vllm_wire import body_of, chunks_of

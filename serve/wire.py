@@ -147,7 +147,7 @@ class _Request(_Wire):
         return self.adapter if isinstance(self.adapter, list) else [self.adapter]
 
     def sampling(
-        self, *, max_tokens: int, extra_stop: list[str], top_logprobs: int | None, index: int
+        self, *, max_tokens: int, extra_stop: list[str], end_tokens: list[int], top_logprobs: int | None, index: int
     ) -> SamplingParams:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
@@ -164,7 +164,7 @@ class _Request(_Wire):
             # Each of n answers is another draw, and each can be repeated.
             seed=None if self.seed is None else (self.seed + index) % 2**63,
             stop=(*stop, *extra_stop),
-            stop_token_ids=tuple(self.stop_token_ids),
+            stop_token_ids=(*self.stop_token_ids, *end_tokens),
             ignore_eos=self.ignore_eos,
             top_logprobs=top_logprobs,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from packages import write_package
 from road import run
 
 from adapterhub.adapter import Adapter, AdapterRef
-from adapterhub.errors import AdapterNotFound
+from adapterhub.errors import AdapterNotFound, DigestMismatch
 from adapterhub.package import open_adapter
 from adapterhub.registry import Registry
 
@@ -52,6 +53,21 @@ def test_within_the_grace_period_nothing_goes(registry: Registry, adapters: list
         os.utime(adapter.path, (old, old))
     # An old package, but its last name left it a moment ago.
     assert registry.collect(grace_s=60).packages == ()
+
+
+def test_a_clock_that_was_wrong_holds_longer_and_never_shorter(registry: Registry, adapters: list[Adapter]) -> None:
+    """Moves and packages dated tomorrow; then the clock is put right."""
+    path = registry.root / "names" / "captain.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["at"] = "2999-01-01T00:00:00Z"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tomorrow = time.time() + 86_400
+    for adapter in adapters:
+        os.utime(adapter.path, (tomorrow, tomorrow))
+    assert registry.collect(grace_s=60).packages == ()
+    assert registry.promote(AdapterRef.parse("captain"), "production").after == adapters[2].digest
+    assert registry.history("captain")[-1].revision == "production"  # the order of lines, whatever the clocks said
 
 
 def test_a_trial_tells_and_touches_nothing(registry: Registry, adapters: list[Adapter]) -> None:
@@ -123,6 +139,15 @@ def test_a_package_damaged_on_disk_is_mended_by_adding_it_again(
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
     registry.add(open_adapter(tmp_path / "p2"))
     assert registry.resolve(AdapterRef.parse("captain")).digest == adapters[2].digest
+
+
+def test_a_file_that_changes_between_verifying_and_copying_is_not_kept(registry: Registry, tmp_path: Path) -> None:
+    adapter = open_adapter(write_package(tmp_path / "p"))
+    (adapter.path / "chat_template.jinja").write_text("{{ massages }}")
+    with pytest.raises(DigestMismatch, match="changed while it was copied"):
+        registry.add(adapter)
+    assert registry.list() == []
+    assert not [*registry.root.glob("adapters/[!.]*")]
 
 
 def test_adding_and_collecting_at_once_loses_nothing_that_was_added(registry: Registry, tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ class Bench:
 class FakeTokenizer:
     """One token a character; refuses an empty conversation as real templates do."""
 
+    eos_token = "</s>"
+
     def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> dict[str, list[int]]:
         if messages[-1]["role"] == "assistant":
             raise ValueError("the last message must be the user's")

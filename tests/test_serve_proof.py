@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_tiny_base
+from transformers import AutoTokenizer
 
 from adapterhub.adapter import Adapter, BaseRef
 from adapterhub.base_model import load_base
@@ -16,7 +17,9 @@ from adapterhub.errors import ProbeMismatch
 from adapterhub.manifest import Probe
 from adapterhub.package import pack
 from serve.local_engine import LocalEngine
+from serve.prompt import PromptRenderer
 from serve.proof import replay
+from serve.wire import ChatRequest
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_the_adapter_that_was_packed_passes(tiny_base: StoredBase, packed: Adapt
 
 def test_on_another_base_it_does_not(packed: Adapter, smollm2: StoredBase, tmp_path: Path) -> None:
     make_tiny_base(tmp_path, smollm2, layers=2, seed=7)
-    with pytest.raises(ProbeMismatch, match="likely another base"):
+    with pytest.raises(ProbeMismatch, match="likely cause: another base"):
         _replayed(StoredBase(tmp_path, BaseRef("other", None, None)), packed)
 
 
@@ -72,3 +75,15 @@ def test_other_leads_than_recorded_are_a_mismatch(tiny_base: StoredBase, packed:
 
 def test_an_adapter_without_a_proof_has_nothing_to_replay(tiny_base: StoredBase, packed: Adapter) -> None:
     _replayed(tiny_base, _with_probe(packed, None))
+
+
+def test_an_adapters_own_end_token_and_stop_strings_end_its_answers(tiny_base: StoredBase) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base.path)
+    prompts = PromptRenderer(tokenizer)
+    assert prompts.end_token("<|im_start|>") == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert prompts.end_token(tokenizer.eos_token) is None  # the engine ends there anyhow
+    assert prompts.end_token("<|no such token|>") is None
+    assert prompts.end_token(None) is None
+    request = ChatRequest.model_validate({"model": "x", "messages": [{"role": "user", "content": "Hi"}], "stop": "a"})
+    sampling = request.sampling(max_tokens=4, extra_stop=["b"], end_tokens=[7], top_logprobs=None, index=0)
+    assert (sampling.stop, sampling.stop_token_ids) == (("a", "b"), (7,))

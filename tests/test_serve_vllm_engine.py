@@ -26,11 +26,11 @@ from adapterhub.errors import (
     RankTooLarge,
     UsageError,
 )
+from adapterhub.fit import module_shapes
 from adapterhub.package import pack
 from serve import vllm_engine
 from serve.engine import AdapterScale, Constraint, FinishReason, GenerationRequest, SamplingParams
 from serve.vllm_engine import name_of
-from serve.vllm_fit import module_shapes
 from serve.vllm_wire import body_of
 
 

@@ -15,9 +15,11 @@ from adapterhub.cli.shared import (
     HubUrl,
     hub_at,
     registry,
+    replay_probe,
     resolved,
     say,
     table,
+    until_interrupted,
 )
 
 Expect = Annotated[
@@ -70,9 +72,51 @@ def list_adapters(
 
 
 @app.command()
+def search(
+    text: Annotated[str, typer.Argument(help="Part of a name.")] = "",
+    base: Annotated[str | None, typer.Option("--base", help="Of this base: its Hub id or fingerprint.")] = None,
+    hub: Annotated[
+        str | None, typer.Option("--hub", metavar="URL", help="Search this Hub instead of this machine.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find adapters by name and by base."""
+    if hub is not None:
+        found = [(one.name, one.revision, one.base or "") for one in hub_at(hub).search(base=base)]
+    else:
+        found = [
+            (entry.name, entry.revision, entry.about.base)
+            for entry in registry().list()
+            if base is None
+            or base == entry.about.base
+            or (base[:4] == "fp1:" and entry.about.fingerprint.startswith(base))
+        ]
+    rows = [
+        {"name": name, "revision": revision if as_json else revision[:12], "base": of}
+        for name, revision, of in found
+        if text.lower() in name.lower()
+    ]
+    table(rows, as_json, empty="nothing found")
+
+
+@app.command()
+def watch(
+    name: Annotated[list[str] | None, typer.Argument(help="Names to watch [default: all].")] = None,
+    every: Annotated[float, typer.Option(metavar="SECONDS", help="Between two looks.", min=0.05)] = 1.0,
+) -> None:
+    """Print each move of names and aliases as it happens, a JSON object a line."""
+    say("watching; Ctrl+C ends")
+    with until_interrupted():
+        for called, move in registry().watch(name or (), every_s=every):
+            typer.echo(json.dumps({"name": called, **move.model_dump(mode="json")}))
+
+
+@app.command()
 def resolve(ref: AnyRef, hub: HubUrl = None) -> None:
     """Print the digest and the folder a reference leads to, asking the Hub for what is not here."""
-    adapter = resolved(ref, hub_at(hub))
+    from adapterhub.adapter import AdapterRef
+
+    adapter = registry(hub_at(hub)).resolve(AdapterRef.parse(ref))
     typer.echo(f"{adapter.digest} {adapter.path}")
 
 
@@ -87,7 +131,7 @@ def promote(
     """Let an alias of a name lead to one of its adapters."""
     from adapterhub.adapter import AdapterRef
 
-    moved = registry().promote(AdapterRef.parse(ref), alias, expect=expect)
+    moved = registry().promote(AdapterRef.parse(ref), alias, expect=expect, prove=lambda one: replay_probe(one, None))
     say(f"{alias}: {moved.before or 'nothing'} -> {moved.after}")
     typer.echo(moved.after)
 
@@ -105,7 +149,7 @@ def history(name: str, as_json: AsJson = False) -> None:
     """Every move of a name's revisions: who led them where, and when."""
     rows = [
         {
-            "at": move.at,
+            "at": move.at.isoformat(),
             "by": move.by,
             "act": move.act,
             "revision": move.revision,

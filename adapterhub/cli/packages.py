@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,13 +12,10 @@ from adapterhub.cli.app import app
 from adapterhub.cli.shared import (
     AsJson,
     base_with,
+    replay_probe,
     resolved,
     say,
 )
-
-if TYPE_CHECKING:
-    from adapterhub.adapter import Adapter
-    from adapterhub.base_store import StoredBase
 
 
 @app.command()
@@ -29,10 +26,19 @@ def pack(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the adapter [default: the folder's].")] = None,
     licence: Annotated[str | None, typer.Option(help="SPDX licence id [default: the base's].")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Make the package here, of what belongs in one; FOLDER stays as it is [default: in place]."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="Text besides the end token that ends an answer; may be repeated."),
+    ] = None,
 ) -> None:
     """Make a folder an adapter package: digests, card, recorded probe, manifest last."""
     from adapterhub.adapter import BaseRef
     from adapterhub.errors import UsageError
+    from adapterhub.package import adopt
     from adapterhub.package import pack as pack_folder
     from adapterhub.run_record import read_run_record
 
@@ -40,7 +46,9 @@ def pack(
     if record is None and base is None:
         raise UsageError(f"{folder} does not say which base it was trained on: add --base ID, or a base folder.")
     stored = base_with(record.base if record else BaseRef("unknown"), base)
-    adapter = pack_folder(folder, base=stored, name=name, licence=licence, report=say)
+    if output is not None:
+        name, folder = name or folder.resolve().name, adopt(folder, output, report=say)
+    adapter = pack_folder(folder, base=stored, name=name, licence=licence, stop=stop or (), report=say)
     say(f"packed {adapter.manifest.name}: {len(adapter.manifest.files)} files")
     typer.echo(adapter.digest)
 
@@ -50,30 +58,58 @@ def verify(
     ref: Annotated[str, typer.Argument(help="A folder, a name, or a digest.")],
     probe: Annotated[bool, typer.Option("--probe", help="Also replay the recorded prompts (loads the base).")] = False,
     base: Annotated[
-        str | None, typer.Option("--base", help="The base to replay on [default: the one here with its fingerprint].")
+        str | None,
+        typer.Option("--base", help="Check it against this base, too; replay on it [default: the one here]."),
+    ] = None,
+    key: Annotated[
+        list[Path] | None, typer.Option("--key", help="Public key one of which must have signed it; may be repeated.")
     ] = None,
 ) -> None:
-    """Check a package completely: file names, digests, tensors, and the probe when asked."""
+    """Check a package completely: file names, digests, tensors; the signature and the probe when asked."""
     adapter = resolved(ref)
+    if key:
+        from adapterhub.signing import PublicKey
+        from adapterhub.signing import verify as verify_signature
+
+        signer = verify_signature(adapter, [PublicKey.read(path) for path in key])
+        say(f"signed by {signer.path}")
+    if base is not None:
+        from adapterhub.package import check_base, check_layers
+
+        stored = base_with(adapter.base, base)
+        check_base(adapter, stored)
+        check_layers(adapter, stored)
+        say(f"every tensor fits a layer of {stored.ref}")
     if probe:
-        _replay_probe(adapter, base_with(adapter.base, base))
+        replay_probe(adapter, base)
     say(f"{adapter.manifest.name}: {len(adapter.manifest.files)} files, as they were packed")
     typer.echo(adapter.digest)
 
 
-def _replay_probe(adapter: Adapter, base: StoredBase) -> None:
-    from adapterhub.base_model import load_base
-    from adapterhub.errors import ProbeMismatch
-    from adapterhub.package import check_base, held_as
-    from adapterhub.probe import replay
+@app.command()
+def keygen(
+    path: Annotated[Path, typer.Argument(help="Where the private key goes; PATH.pub is the public one.")],
+) -> None:
+    """Make a key pair to sign adapters with (encrypted when $ADAPTERHUB_KEY_PASSWORD is set)."""
+    from adapterhub.signing import make_key
 
-    recorded = adapter.manifest.probe
-    if recorded is None:
-        raise ProbeMismatch(f"{adapter.manifest.name} carries no probe: pack it again to record one.")
-    check_base(adapter, base)
-    held = held_as(adapter.manifest.base.quantization) | {"dtype": recorded.dtype}
-    replay(load_base(base, purpose="serve", **held), adapter.path, recorded)
-    say(f"probe: {len(recorded.answers)} recorded prompts answered as before ({recorded.dtype})")
+    private, public = make_key(path)
+    say(f"{private} stays here; give {public} to those who verify")
+    typer.echo(public)
+
+
+@app.command()
+def sign(
+    ref: Annotated[str, typer.Argument(help="A folder, a name, or a digest.")],
+    key: Annotated[Path, typer.Option("--key", help="Private key, as `adapterhub keygen` makes them.")],
+) -> None:
+    """Sign an adapter (OpenSSF Model Signing v1.0); its digest stays the same."""
+    from adapterhub.signing import sign as sign_adapter
+
+    adapter = resolved(ref)
+    path = sign_adapter(adapter, key)
+    say(f"{adapter.manifest.name}: signed, {path}")
+    typer.echo(adapter.digest)
 
 
 @app.command()

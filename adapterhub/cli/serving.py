@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from adapterhub.cli.app import app
+from adapterhub.cli.publishing import obtained
 from adapterhub.cli.shared import (
     BaseText,
     HubUrl,
@@ -23,6 +24,9 @@ def serve(
     base: BaseText,
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", "-a", metavar="NAME=REF", help="Load an adapter; may be repeated.")
+    ] = None,
+    locked: Annotated[
+        Path | None, typer.Option("--locked", metavar="FILE", help="Load exactly what a lock file lists, too.")
     ] = None,
     host: Annotated[
         str, typer.Option(help="Interface to listen on; beyond loopback an API key is needed.")
@@ -82,6 +86,8 @@ def serve(
 
     name = BaseName.parse(base)
     adapters = tuple(parse_adapter(text) for text in adapter or ())
+    if locked is not None:
+        adapters += tuple(obtained(locked, hub).items())
     weights = dict(parse_weight(text) for text in weight or ())
     strangers = sorted({*weights, *(pin or ())} - {called for called, _ in adapters})
     if strangers:

@@ -55,7 +55,7 @@ def resolved(ref: str, hub: Hub | None = None) -> Adapter:
     parsed = AdapterRef.parse(ref)
     if parsed.name is not None and Path(ref).is_dir():
         say(f"note: {ref} is read as a name; for the folder write ./{ref}")
-    return registry(hub).resolve(parsed)
+    return registry(hub).open(parsed)
 
 
 def table(rows: list[dict[str, Any]], as_json: bool, *, empty: str) -> None:
@@ -81,3 +81,21 @@ def base_with(ref: BaseRef, named: str | None) -> StoredBase:
         if stored.ref.fingerprint == ref.fingerprint:
             return stored
     return find_base(BaseName.parse(ref.id))
+
+
+def replay_probe(adapter: Adapter, base_name: str | None) -> None:
+    """Ask the base, with the adapter on it, the recorded prompts; what passed is written down. Raises ProbeMismatch."""
+    from adapterhub.base_model import load_base
+    from adapterhub.errors import ProbeMismatch
+    from adapterhub.package import check_base, held_as
+    from adapterhub.probe import replay
+
+    recorded = adapter.manifest.probe
+    if recorded is None:
+        raise ProbeMismatch(f"{adapter.manifest.name} carries no probe: pack it again to record one.")
+    base = base_with(adapter.base, base_name)
+    check_base(adapter, base)
+    held = held_as(adapter.manifest.base.quantization) | {"dtype": recorded.dtype}
+    replay(load_base(base, purpose="serve", **held), adapter)
+    say(f"probe: {len(recorded.answers)} recorded prompts answered as before ({recorded.dtype})")
+    registry().record_proof(adapter)

@@ -1,0 +1,250 @@
+"""Push and pull while the Hub is busy, failing, gated, or a mirror: a proxy before our own server misbehaves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from hub_fixtures import ALICE, BOB, PEOPLE, start_hub
+from huggingface_hub import HfApi
+from packages import write_package
+
+from adapterhub import hub as hub_module
+from adapterhub.adapter import AdapterRef
+from adapterhub.errors import Conflict, DigestMismatch, HubUnavailable, NotAuthorized, SignatureInvalid
+from adapterhub.hub import Hub
+from adapterhub.mirror import mirror
+from adapterhub.package import open_adapter
+from adapterhub.registry import Registry
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with start_hub(tmp_path_factory.mktemp("hub"), PEOPLE) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def other_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with start_hub(tmp_path_factory.mktemp("other"), PEOPLE) as url:
+        yield url
+
+
+@pytest.fixture
+def repo(request: pytest.FixtureRequest) -> str:
+    return f"alice/{abs(hash(request.node.nodeid)):x}"
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "_PAUSES_S", (0.01, 0.01, 0.01))
+
+
+@dataclass
+class Moody:
+    """A proxy: answers `status` so many times to requests whose `METHOD path` holds `where`, else passes them on."""
+
+    behind: str
+    where: str
+    status: int
+    times: int
+    headers: dict[str, str] = field(default_factory=dict)
+    rewrites: tuple[bytes, bytes] = (b"", b"")
+    """what stands in an answer for what the Hub said"""
+    refused: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def refuses(self, line: str) -> bool:
+        with self.lock:
+            if self.where not in line or self.refused >= self.times:
+                return False
+            self.refused += 1
+            return True
+
+
+@contextlib.contextmanager
+def proxied(mood: Moody) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _pass(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if mood.refuses(f"{self.command} {self.path}"):
+                self.send_response(mood.status)
+                for key, value in mood.headers.items():
+                    self.send_header(key, value)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
+            answer = httpx.request(
+                self.command, mood.behind + self.path, headers={**headers, "Accept-Encoding": "identity"}, content=body
+            )
+            self.send_response(answer.status_code)
+            for key, value in answer.headers.items():
+                if key.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server"):
+                    self.send_header(key, value.replace(mood.behind, f"http://{self.headers['Host']}"))
+            content = answer.content.replace(*mood.rewrites) if mood.rewrites[0] else answer.content
+            length = answer.headers.get("content-length") if self.command == "HEAD" else str(len(content))
+            self.send_header("Content-Length", length or "0")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _pass
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_pull_waits_for_a_hub_that_is_busy_or_failing(url: str, repo: str, tmp_path: Path, status: int) -> None:
+    pushed = open_adapter(write_package(tmp_path / "p"))
+    Hub(url, ALICE).push(pushed, repo)
+    mood = Moody(url, f"/api/models/{repo}", status, 2, {"Retry-After": "0"})
+    with proxied(mood) as moody:
+        assert Hub(moody, ALICE).pull(repo, tmp_path / "x")[0].digest == pushed.digest
+    assert mood.refused == 2
+
+
+def test_a_hub_that_stays_busy_is_unavailable(url: str, repo: str, tmp_path: Path) -> None:
+    with proxied(Moody(url, "/api/models/", 503, 99)) as moody, pytest.raises(HubUnavailable, match="status 503"):
+        Hub(moody, ALICE).pull(repo, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_commit_is_sent_again_when_told_to_wait_and_not_after_a_failure(url: str, repo: str, tmp_path: Path) -> None:
+    adapter = open_adapter(write_package(tmp_path / "p"))
+    with proxied(Moody(url, "POST /api/models/" + repo + "/commit", 429, 1, {"Retry-After": "0"})) as moody:
+        Hub(moody, ALICE).push(adapter, repo)
+    newer = open_adapter(write_package(tmp_path / "q", seed=1))
+    failing = Moody(url, "POST /api/models/" + repo + "/commit", 500, 99)
+    with proxied(failing) as moody, pytest.raises(HubUnavailable):
+        Hub(moody, ALICE).push(newer, repo)
+    assert failing.refused == 1
+    assert len(HfApi(endpoint=url, token=ALICE).list_repo_commits(repo)) == 2
+
+
+def test_a_gated_adapter_says_where_to_ask_before_a_download(url: str, repo: str, tmp_path: Path) -> None:
+    """Gated as the public Hub gates: everybody sees the page, the files are for those who asked."""
+    Hub(url, ALICE).push(open_adapter(write_package(tmp_path / "p")), repo)
+    mood = Moody(url, "/auth-check", 403, 1, {"X-Error-Code": "GatedRepo"}, (b'"gated":false', b'"gated":"manual"'))
+    with proxied(mood) as moody, pytest.raises(NotAuthorized, match=f"access is gated; ask for it at {moody}/{repo}"):
+        Hub(moody, BOB).pull(repo, tmp_path / "x")
+    assert mood.refused == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_proposal_is_a_pull_request_and_leaves_main(url: str, repo: str, tmp_path: Path) -> None:
+    hub = Hub(url, ALICE)
+    commit = hub.push(open_adapter(write_package(tmp_path / "p")), repo)
+    better = open_adapter(write_package(tmp_path / "q", seed=1))
+    request = hub.propose(better, repo)
+    assert request.startswith(f"{url}/{repo}/discussions/")
+    assert hub.commit_of(repo) == commit
+    number = request.rpartition("/")[2]
+    assert hub.pull(repo, tmp_path / "x", revision=f"refs/pr/{number}")[0].digest == better.digest
+
+
+def test_of_two_pushes_racing_exactly_one_wins(url: str, repo: str, tmp_path: Path) -> None:
+    hub = Hub(url, ALICE)
+    hub.push(open_adapter(write_package(tmp_path / "first")), repo)
+    adapters = [open_adapter(write_package(tmp_path / f"p{n}", seed=n + 1)) for n in range(2)]
+    gate = threading.Barrier(2)
+    outcomes: list[str] = []
+
+    def race(number: int) -> None:
+        own = Hub(url, ALICE)
+        api = own._api
+        found = api.model_info(repo)
+
+        def seen_together(*args: object, **options: object) -> object:
+            gate.wait()
+            return found
+
+        api.model_info = seen_together  # type: ignore[method-assign, assignment]
+        try:
+            own.push(adapters[number], repo)
+            outcomes.append(adapters[number].digest)
+        except Conflict as error:
+            assert "changed meanwhile" in str(error)
+            outcomes.append("conflict")
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes)[0] == "conflict"
+    winner = next(one for one in outcomes if one != "conflict")
+    assert hub.pull(repo, tmp_path / "x")[0].digest == winner
+
+
+def test_a_mirror_has_the_same_adapters_in_the_same_order(url: str, other_url: str, repo: str, tmp_path: Path) -> None:
+    source, target = Hub(url, ALICE), Hub(other_url, ALICE)
+    adapters = [open_adapter(write_package(tmp_path / f"p{n}", seed=n)) for n in range(3)]
+    for adapter in adapters[:2]:
+        source.push(adapter, repo, message=f"seed {adapter.digest[7:12]}")
+    assert len(mirror(repo, source, target)) == 2
+    source.push(adapters[2], repo)
+    made = mirror(repo, source, target)
+    assert len(made) == 1  # goes on where it stopped
+    assert mirror(repo, source, target) == []
+    there = [commit for commit in target.commits(repo) if "mirrored from" in commit.message]
+    pulled = [target.pull(repo, tmp_path / f"x{n}", revision=c.id)[0].digest for n, c in enumerate(there)]
+    assert pulled == [adapter.digest for adapter in adapters]
+    assert there[0].title == f"seed {adapters[0].digest[7:12]}"
+    with pytest.raises(Conflict, match="is not a mirror of"):
+        mirror(repo, target, source)
+
+
+def test_a_read_mirror_with_little_more_than_files_is_enough(url: str, repo: str, tmp_path: Path) -> None:
+    """Every route but the model's own page and its files is refused."""
+    pushed = open_adapter(write_package(tmp_path / "p"))
+    Hub(url, ALICE).push(pushed, repo)
+    for route in ("/auth-check", "/tree/", "/paths-info/", "/refs", "/commits/"):
+        with proxied(Moody(url, route, 404, 99)) as moody:
+            assert Hub(moody).pull(repo, tmp_path / route.strip("/"))[0].digest == pushed.digest
+    assert httpx.head(f"{url}/api/models/{repo}").status_code == 200
+
+
+def test_a_policy_refuses_at_pull_what_is_not_signed(url: str, repo: str, tmp_path: Path) -> None:
+    hub = Hub(url, ALICE)
+    hub.push(open_adapter(write_package(tmp_path / "p")), repo)
+    registry = Registry(tmp_path / "home", hub)
+    registry.root.mkdir()
+    (registry.root / "policy.toml").write_text('[[trust]]\nnames = "alice/*"\nkeys = []\n')
+    with pytest.raises(SignatureInvalid):
+        registry.pull(AdapterRef.parse(repo), hub)
+    assert registry.list() == []
+    assert [path.name for path in registry.root.iterdir() if not path.name.startswith(".")] == ["policy.toml"]
+
+
+def test_a_lock_is_fetched_by_commit_and_held_to_its_digest(url: str, repo: str, tmp_path: Path) -> None:
+    hub = Hub(url, ALICE)
+    first = open_adapter(write_package(tmp_path / "p"))
+    hub.push(first, repo)
+    here = Registry(tmp_path / "here", hub)
+    here.resolve(AdapterRef.parse(repo))
+    locked = here.lock({"x": AdapterRef.parse(repo)}).adapters["x"]
+    hub.push(open_adapter(write_package(tmp_path / "q", seed=1)), repo)
+    there = Registry(tmp_path / "there")
+    assert there.resolve(there.obtain(locked, hub)).digest == first.digest
+    other = json.loads(locked.model_dump_json()) | {"digest": "sha256:" + "0" * 64}
+    with pytest.raises(DigestMismatch, match="locked is sha256:000"):
+        Registry(tmp_path / "third").obtain(type(locked).model_validate(other), hub)
