@@ -5,17 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from test_loop import serving
 from test_train_trainer import make_recipe, run
 
+from adapterhub.adapter import AdapterRef
+from adapterhub.base_model import load_base
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import DatasetError, RecipeError
 from adapterhub.package import pack
 from adapterhub.registry import Registry
+from serve.adapter_cache import AdapterCache
+from serve.answer import Services
+from serve.api import create_app
+from serve.auth import ApiKeys
+from serve.catalog import Catalog
+from serve.local_engine import LocalEngine
+from serve.metrics import Metrics
+from serve.prompt import PromptRenderer
 from train.chat_template import chat_template_of
 from train.conversation import Conversation, Message, Text
 from train.data import Sample, check_has_template, tokenize, tokenize_text
@@ -219,6 +231,23 @@ def test_the_resolved_recipe_keeps_template_and_stop(tmp_path: Path) -> None:
     assert again == recipe
 
 
+@asynccontextmanager
+async def serving(base: StoredBase, registry: Registry, name: str) -> AsyncIterator[httpx.AsyncClient]:
+    """The real engine behind the real API."""
+    loaded = load_base(base, purpose="serve", dtype="float32")
+    engine = LocalEngine(loaded)
+    cache = AdapterCache(4, load=engine.load, unload=engine.unload)
+    catalog = Catalog(base, "base", registry, cache)
+    await catalog.load(name, AdapterRef.parse(name))
+    services = Services(engine, catalog, cache, PromptRenderer(loaded.tokenizer), Metrics(engine))
+    transport = httpx.ASGITransport(create_app(services, ApiKeys()))
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=120) as client:
+            yield client
+    finally:
+        await engine.close()
+
+
 def test_the_stop_string_travels_to_the_server_which_stops_at_it(
     tmp_path: Path, home: Path, tiny_base: StoredBase
 ) -> None:
@@ -231,7 +260,7 @@ def test_the_stop_string_travels_to_the_server_which_stops_at_it(
     said = {"structured_outputs": {"regex": "Ho[.]### Human: And you[?]"}, "max_tokens": 30}
 
     async def ask() -> dict[str, str]:
-        async with serving(tiny_base, registry, ["guanaco"]) as client:
+        async with serving(tiny_base, registry, "guanaco") as client:
             answers = {}
             for model in ("guanaco", "base"):
                 body = {"model": model, "messages": [{"role": "user", "content": "Hi?"}], **said}

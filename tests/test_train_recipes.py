@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,8 @@ def test_guanaco_is_as_in_the_paper(name: str) -> None:
     assert (found.lora.rank, found.lora.alpha, found.lora.targets) == (64, 16, "all-linear")
     assert (found.train.schedule, found.train.warmup_steps, found.train.max_grad_norm) == ("constant", 0, 0.3)
     assert (found.train.optimizer, found.train.weight_decay, found.train.group_by_length) == ("paged-adamw", 0, True)
-    assert (found.quantization.kind, found.quantization.compute_dtype) == ("nf4", "bfloat16")
+    assert (found.quantization.kind, found.quantization.double_quant) == ("nf4", True)
+    assert (found.quantization.block_size, found.quantization.compute_dtype) == (64, "bfloat16")
     assert (found.train.loss_on, found.data.template, found.data.max_length) == ("all", "guanaco", 512)
     assert isinstance(found.data, DatasetsData)
     assert found.data.path == "guanaco"
@@ -86,21 +88,33 @@ def test_each_recipe_is_planned_without_weights(tmp_path: Path, tiny_base: Store
     found = recipe(name)
     shape = shape_of(found.base_name)
     assert shape is not None
+    two_layers = replace(shape, layers=2)  # all are alike, and eighty take half a minute
     lines = [{"text": f"### Human: What is {n}?### Assistant: It is {'very ' * (n % 40)}odd."} for n in range(60)]
     (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, lines)))
     kept = found.data.model_dump(include={"max_length", "template", "stop"})
     data = FileData(source="file", path=str(tmp_path / "talks.jsonl"), held_out=10, **kept)
     local = found.model_copy(update={"data": data})
-    plan = make_plan(local, outline(tmp_path / "base", shape, tiny_base), tmp_path / "out")
+    plan = make_plan(local, outline(tmp_path / "base", two_layers, tiny_base), tmp_path / "out")
     assert plan.steps == found.train.num_steps(50)
-    assert plan.trainable_parameters == shape.lora_weights(found.lora.rank)
-    assert sum(layer.count for layer in plan.adapted) == 7 * shape.layers
+    trainable = plan.trainable_parameters // 2 * shape.layers
+    assert trainable == shape.lora_weights(found.lora.rank)
+    assert sum(layer.count for layer in plan.adapted) == 7 * 2
     assert plan.stop == (["### Human:"] if found.data.template == "guanaco" else [])
     if name in TRAINABLE_M:
-        assert plan.trainable_parameters / 1e6 == pytest.approx(TRAINABLE_M[name], abs=0.1)
+        assert trainable / 1e6 == pytest.approx(TRAINABLE_M[name], abs=0.1)
     assert 0 < plan.memory_bytes.low < plan.memory_bytes.high
     assert plan.servable[0].can_serve
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu_gib"), [("guanaco-7b", 16), ("guanaco-13b", 24), ("guanaco-33b", 40), ("guanaco-65b", 48)]
+)
+def test_guanaco_fits_the_gpus_the_paper_names(name: str, gpu_gib: int) -> None:
+    found = recipe(name)
+    shape = shape_of(found.base_name)
+    assert shape is not None
+    assert estimate_training(shape, setting_of(found)).size_bytes < gpu_gib << 30
 
 
 def test_the_70b_recipe_needs_its_shards() -> None:

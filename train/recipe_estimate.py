@@ -17,7 +17,8 @@ def setting_of(recipe: Recipe) -> TrainingSetting:
         modules=targets if isinstance(targets, tuple) else (),
         tokens=tokens,
         trained_tokens=tokens,
-        is_checkpointed=False,
+        is_checkpointed=recipe.train.activation_checkpointing,
+        is_double_quantized=recipe.quantization.double_quant,
         moment_bytes=2 if recipe.train.optimizer.endswith("8bit") else 8,
         is_paged=recipe.train.optimizer.startswith("paged"),
     )

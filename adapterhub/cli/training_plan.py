@@ -53,7 +53,7 @@ def _print_masks(console: Console, plan: Plan) -> None:
         bar = "█" * round(30 * bin_.samples / most)
         console.print(f"  to {bin_.up_to:>5} tokens {bin_.samples:>6} {bar}", markup=False)
     for number, row in enumerate(masks.rows, start=1):
-        shown = Text(f"\nsample {number} (trained: ⟦...⟧)\n", style="bold")
+        shown = Text().append(f"\nsample {number} (trained: ⟦...⟧)\n", "bold")
         for piece in row:
             shown.append(f"⟦{piece.text}⟧" if piece.is_trained else piece.text, "green" if piece.is_trained else "dim")
         console.print(shown)
