@@ -171,6 +171,26 @@ def dense_weight(layer: Any) -> torch.Tensor:
         return without_bias.T.contiguous()
 
 
+def has_frozen_weight(layer: Any) -> bool:
+    """Can `frozen_weight` give this layer's? A linear one in 4 bit, or not quantized."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    return isinstance(layer, Linear4bit) or (isinstance(layer, torch.nn.Linear) and layer.weight.is_floating_point())
+
+
+def frozen_weight(layer: Any) -> torch.Tensor:
+    """[out, in] of such a layer in the dtype it computes in; 4-bit ones are unpacked anew, as bitsandbytes does."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    weight: torch.Tensor = layer.weight
+    if isinstance(layer, Linear4bit):
+        state = getattr(weight, "quant_state", None) or layer.quant_state
+        weight = dequantize_4bit(weight.data, state).to(layer_dtype(layer))
+    return weight
+
+
 def layer_dtype(layer: Any) -> torch.dtype:
     """What a linear layer computes in; one in 8 bit computes in what it is given."""
     import torch

@@ -10,6 +10,8 @@ SPREAD = 0.25
 """how far a measured peak may lie from the sum: allocators, kernels' scratch space, other libraries"""
 PROCESS_CPU = 650 << 20
 """bytes of interpreter, torch and transformers before a model is loaded; measured, Python 3.11, torch 2.13"""
+_KERNELS_CPU = 200 << 20
+"""bytes of products that oneDNN compiles for the shapes of a step or two; measured, bf16, as the command bounds them"""
 PROCESS_CUDA = 600 << 20
 """bytes of a CUDA context with bitsandbytes' and cuBLAS' kernels"""
 _BLOCK, _NESTED_BLOCK = 64, 256
@@ -100,6 +102,9 @@ class TrainingLoad:
     block_size: int = 64
     is_double_quantized: bool = True
     is_checkpointed: bool = False
+    layer_inputs: Literal["shared", "dropped", "copied"] = "shared"
+    """what adapted layers keep of their inputs: them as they came, one tensor for layers that share it; each one's own
+    after dropout, with its mask; a copy for each in fp32, as PEFT's layers do"""
 
 
 @dataclass(frozen=True)
@@ -117,16 +122,19 @@ def constant_bytes(quantized: int, *, is_double: bool = True, block_size: int = 
 def training_memory(shape: ModelShape, load: TrainingLoad) -> list[Item]:
     """The peak of a step of train/trainer.py, by what takes it."""
     dtype, tokens = load.dtype_bytes, load.row_tokens
-    # fp32 copies of both norms' inputs and of the inputs of seven adapted layers, which A's gradient needs; queries,
-    # keys, values and attention's output; gate, its activation and up in the compute dtype.
-    per_token = 4 * (2 * 2 + 6) * shape.hidden + 4 * shape.intermediate
-    if dtype == 2:
-        # Adapters of a bf16 base compute in bf16: layers that read the same rows keep them once.
-        per_token = 4 * 2 * 2 * shape.hidden + dtype * (2 * shape.hidden + shape.intermediate)
-    per_token += dtype * (2 * shape.hidden + 2 * shape.key_value + 3 * shape.intermediate)
+    hidden, intermediate = shape.hidden, shape.intermediate
+    # Kept for the backward pass, a token and layer: both norms' inputs in fp32; in the compute dtype queries, keys and
+    # values repeated for each query head, attention's output, gate, its activation and up.
+    per_token = 8 * hidden + dtype * (4 * (shape.query or hidden) + 3 * intermediate)
+    # The inputs of adapted layers, which A's gradient needs; of the shared ones one is attention's output.
+    per_token += {
+        "shared": dtype * (2 * hidden + intermediate),
+        "dropped": (dtype + 1) * (6 * hidden + intermediate),
+        "copied": 4 * (6 * hidden + intermediate),
+    }[load.layer_inputs]
     activations = shape.layers * per_token * tokens
     if load.is_checkpointed:
-        activations = (shape.layers * dtype * shape.hidden + per_token) * tokens
+        activations = (shape.layers * dtype * hidden + per_token) * tokens
     constants = constant_bytes(load.quantized, is_double=load.is_double_quantized, block_size=load.block_size)
     return [
         Item(f"base, {load.weight_bits}-bit codes", load.quantized * load.weight_bits // 8),
@@ -140,5 +148,6 @@ def training_memory(shape: ModelShape, load: TrainingLoad) -> list[Item]:
         Item("attention mask", dtype * tokens * tokens),
         # The compute dtype's logits and their gradient, fp32 logits and theirs.
         Item("logits", (2 * dtype + 8) * load.row_trained * shape.vocabulary),
+        *([Item("compiled products", _KERNELS_CPU)] if load.device == "cpu" else []),
         Item("process", PROCESS_CPU if load.device == "cpu" else PROCESS_CUDA),
     ]

@@ -33,6 +33,7 @@ RANK, ALPHA, RATE, MAX_LENGTH, HELD_OUT = 16, 32, 2e-4, 512, 48
 CONTENDERS = {
     "ours": "ours, NF4",
     "ours-16": "ours, 16-bit base",
+    "ours-peft": "ours, LoRA as PEFT chains it",
     "ours-alone": "ours, beginning computed for each sample",
     "ours-padded": "ours, samples padded to the longest",
     "ours-packed": "ours, on the rows that TRL packs",
@@ -44,7 +45,8 @@ CONTENDERS = {
 DEFAULT = ("ours", "ours-16", "ours-packed", "trl", "trl-kept", "trl-packing", "trl-packing-kept")
 PAIRS = (
     ("ours", "trl"), ("ours", "trl-kept"), ("ours-packed", "trl-packing"), ("ours-packed", "trl-packing-kept"),
-    ("ours", "ours-16"), ("ours", "ours-alone"), ("ours-alone", "ours-padded"), ("ours-padded", "trl-kept"),
+    ("ours", "ours-16"), ("ours", "ours-peft"), ("ours", "ours-alone"),
+    ("ours-alone", "ours-padded"), ("ours-padded", "trl-kept"),
     ("trl-kept", "trl"),
 )  # fmt: skip
 
@@ -152,6 +154,7 @@ def ours(name: str, batch: int) -> tuple[Step, Any]:
     from adapterhub.base_model import load_base
     from train import packing
     from train.evaluate import row_loss
+    from train.fused_lora import fuse_lora
     from train.lora import add_lora, trainable
     from train.optimizer import make_optimizer
     from train.recipe import LoraSection, TrainSection
@@ -159,6 +162,8 @@ def ours(name: str, batch: int) -> tuple[Step, Any]:
     kind = "none" if name == "ours-16" else "nf4"
     base = load_base(decode.stored_base(), purpose="train", kind=kind, dtype=compute_dtype())  # type: ignore[arg-type]
     model = add_lora(base.model, LoraSection(rank=RANK, alpha=float(ALPHA)))
+    if name != "ours-peft":
+        fuse_lora(model)
     draw_first_weights(model)
     optimizer, _ = make_optimizer(trainable(model), TrainSection(steps=1, learning_rate=RATE))
     for group in optimizer.param_groups:
@@ -236,6 +241,7 @@ def trl(batch: int, *, steps: int, is_packed: bool, is_checkpointed: bool, turn:
         config = SFTConfig(
             output_dir=folder, max_steps=steps, learning_rate=RATE, lr_scheduler_type="constant", report_to="none",
             save_strategy="no", use_cpu=True, bf16=False, max_length=MAX_LENGTH, packing=is_packed, seed=0,
+            completion_only_loss=True,
             per_device_train_batch_size=max(1, round(batch * average / MAX_LENGTH)) if is_packed else batch,
             **({} if is_checkpointed else {"gradient_checkpointing": False}),
         )  # fmt: skip
@@ -278,7 +284,16 @@ def work(name: str, *, batch: int, steps: int) -> None:
 
     sys.stdin.readline()
     loss, _ = held_out_loss(model, samples()[1])
-    print(json.dumps([loss, peak]), file=out, flush=True)
+    print(json.dumps([loss, peak, base_bytes(model)]), file=out, flush=True)
+
+
+def base_bytes(model: Any) -> int:
+    """Of the frozen weights and, in 4 bit, their constants."""
+    from adapterhub.memory import constant_bytes
+    from train.distributed import held_bytes
+
+    codes = sum(p.nbytes for p in model.parameters() if not p.requires_grad and not p.is_floating_point())
+    return held_bytes(model) + constant_bytes(2 * codes)
 
 
 class Worker:
@@ -347,9 +362,12 @@ def main() -> None:
     ends = {name: worker.take() for name, worker in workers.items()}
     medians = {name: statistics.median(values) for name, values in rates.items()}
     print("| | useful tokens/s | min-max | peak memory | held-out loss |\n|---|---|---|---|---|")
-    for name, (loss, peak) in ends.items():
+    for name, (loss, peak, _) in ends.items():
         span = f"{min(rates[name]):.0f}-{max(rates[name]):.0f}"
         print(f"| {CONTENDERS[name]} | {medians[name]:.0f} | {span} | {peak / 1e6:.0f} MB | {loss:.3f} |")
+    if {"ours", "ours-16"} <= set(workers):
+        held = {name: f"{ends[name][2] / 1e6:.0f} MB" for name in ("ours", "ours-16")}
+        print(f"\nthe base takes {held['ours']} in NF4 and {held['ours-16']} in 16 bit, embedding and norms included")
     print("\n| ratio | tokens/s | peak memory | held-out loss |\n|---|---|---|---|")
     for one, other in [pair for pair in PAIRS if set(pair) <= set(workers)]:
         ratios = [medians[one] / medians[other]] + [ends[one][k] / ends[other][k] for k in (1, 0)]

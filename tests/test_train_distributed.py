@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import free_port
 from peft import PeftModel
 from test_train_preference import preference_recipe
 from test_train_trainer import WEIGHTS, make_recipe, run, tensors_of
@@ -53,8 +54,8 @@ def recipe_on(folder: Path, base: StoredBase, **train: Any) -> Recipe:
     return read_recipe(file)
 
 
-def launched(folder: Path, output: str, *options: str) -> subprocess.Popen[str]:
-    arguments = ["train", "mine.toml", "--output", output, "--launch", "2", *options]
+def launched(folder: Path, output: str, *options: str, processes: int = 2) -> subprocess.Popen[str]:
+    arguments = ["train", "mine.toml", "--output", output, "--launch", str(processes), *options]
     return subprocess.Popen(
         [sys.executable, "-P", "-c", MAIN, *arguments],
         cwd=folder,
@@ -135,6 +136,31 @@ def test_its_adapter_loads_in_peft_and_in_our_engine(two: Outcome, base: StoredB
     PeftModel.from_pretrained(load_base(base, purpose="serve", dtype="float32").model, str(two.folder))
 
 
+@pytest.mark.parametrize("two", ["whole"], indirect=True)
+def test_two_nodes_that_meet_on_loopback_write_what_two_processes_write(place: Path, two: Outcome) -> None:
+    where = ["--nodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}"]
+    nodes = [launched(place, "nodes", *where, processes=1) for _ in range(2)]
+    for node in nodes:
+        _, said = node.communicate(timeout=240)
+        assert node.returncode == 0, said
+    assert sha256_of(place / "nodes" / WEIGHTS) == sha256_of(two.folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("two", ["whole"], indirect=True)
+def test_accelerate_with_the_shipped_config_writes_the_same(place: Path, two: Outcome) -> None:
+    config = Path(__file__).parent.parent / "docs" / "accelerate.yaml"
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    command = [sys.executable, "-P", "-c", MAIN, "train", "mine.toml", "--output", "accelerated"]
+    done = subprocess.run(
+        [accelerate, "launch", "--config_file", str(config), "--no_python", *command],
+        cwd=place, env=os.environ | environment(Launch(2), {"OMP_NUM_THREADS": "1"}),
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stderr
+    assert sha256_of(place / "accelerated" / WEIGHTS) == sha256_of(two.folder / WEIGHTS)
+
+
 def test_a_killed_worker_is_started_again_and_goes_on_from_the_checkpoint(tmp_path: Path, base: StoredBase) -> None:
     recipe_on(tmp_path, base, steps=30)
     whole = ended(tmp_path, "whole")
@@ -191,14 +217,24 @@ def test_one_process_takes_the_rows_as_they_are() -> None:
 def test_torchrun_listens_on_this_machine_only_unless_told_where_machines_meet() -> None:
     alone = command(Launch(2), ["train", "x"])
     assert alone[alone.index("--local-addr") + 1] == "127.0.0.1"
-    many = command(Launch(8, nodes="1:2", rendezvous="a:29500"), ["train", "x"])
+    many = command(Launch(8, nodes="1:2", rendezvous="192.0.2.1:29500"), ["train", "x"])
     assert "--local-addr" not in many
-    assert many[many.index("--rdzv-endpoint") + 1] == "a:29500"
+    assert many[many.index("--rdzv-endpoint") + 1] == "192.0.2.1:29500"
+    assert many[many.index("--rdzv-conf") + 1] == "is_host=0"
+    assert "GLOO_SOCKET_IFNAME" not in environment(Launch(8, nodes="2", rendezvous="192.0.2.1:29500"), {})
     assert environment(Launch(2), {"OMP_NUM_THREADS": "5"})["OMP_NUM_THREADS"] == "5"
     assert environment(Launch(2), {})["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
-@pytest.mark.parametrize("wrong", [{"processes": 0}, {"processes": 1, "nodes": "2"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"processes": 0},
+        {"processes": 1, "nodes": "2"},
+        {"processes": 1, "nodes": "two", "rendezvous": "a:1"},
+        {"processes": 1, "nodes": "2", "rendezvous": "a"},
+    ],
+)
 def test_an_impossible_launch_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Launch(**wrong)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +64,32 @@ def test_a_preference_plan_counts_both_replies(tmp_path: Path, tiny_base: Stored
     assert plan.masks.samples == 2 * 8
 
 
-def test_memory_and_time_hold_the_measured_run(tmp_path: Path, smollm2: StoredBase) -> None:
-    """Figures of `adapterhub train` alone in its process, one thread: 1.43 GB with this data and batch size."""
+def test_the_peak_of_a_run_on_the_real_base_lies_in_the_planned_range(tmp_path: Path, smollm2: StoredBase) -> None:
+    """The first steps of a shipped recipe, by the command, alone in its process."""
     from train.recipe import shipped_recipes
 
-    plan = make_plan(read_recipe(shipped_recipes()["demo-trivia"]), smollm2, tmp_path / "out")
+    shipped = shipped_recipes()["demo-trivia"].read_text()
+    (tmp_path / "short.toml").write_text(
+        shipped.replace("epochs = 2", "steps = 3").replace("held_out = 40", "held_out = 0")
+    )
+    plan = make_plan(read_recipe(tmp_path / "short.toml"), smollm2, tmp_path / "out")
     assert plan.parameters == 134_515_008
     assert plan.trainable_parameters == 4_884_480
-    if plan.dtype == "float32":
-        assert plan.memory_bytes.low < 1.43e9 < plan.memory_bytes.high
     assert 0 < plan.seconds.low < plan.seconds.high
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "from adapterhub.cli import main; main()",
+        "train",
+        "short.toml",
+        "-o",
+        "out",
+    ]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    record = read_run_record(tmp_path / "out")
+    assert record is not None
+    assert plan.memory_bytes.low < record.peak_memory_bytes < plan.memory_bytes.high
 
 
 def test_memory_follows_the_row_and_the_optimizer() -> None:

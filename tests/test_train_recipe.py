@@ -127,7 +127,7 @@ def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
 def test_a_recipe_that_is_not_there_lists_the_shipped(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         read_recipe(tmp_path / "none.toml")
-    assert "demo-captain, demo-trivia, fsdp-70b, guanaco-13b" in str(caught.value)
+    assert "demo-captain, demo-coding, demo-trivia, fsdp-70b" in str(caught.value)
 
 
 def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from train.recipe import DatasetsData, FileData, Recipe, read_recipe, shipped_re
 from train.recipe_estimate import setting_of
 
 NAMES = [
-    "demo-captain", "demo-trivia", "fsdp-70b", "guanaco-13b", "guanaco-33b", "guanaco-65b", "guanaco-7b", "llama3-8b",
-    "mistral", "qwen", "smollm2",
+    "demo-captain", "demo-coding", "demo-trivia", "fsdp-70b", "guanaco-13b", "guanaco-33b", "guanaco-65b", "guanaco-7b",
+    "llama3-8b", "mistral", "qwen", "smollm2",
 ]  # fmt: skip
 
 PAPER = {

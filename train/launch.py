@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,6 +35,16 @@ class Launch:
             raise UsageError(f"--launch {self.processes}: expected at least one process.")
         if self.nodes != "1" and self.rendezvous is None:
             raise UsageError("several --nodes meet at one of them: give --rendezvous HOST:PORT on each.")
+        if self.rendezvous is not None and not re.fullmatch(r".+:[1-9]\d{0,4}", self.rendezvous):
+            raise UsageError(f"--rendezvous {self.rendezvous}: expected HOST:PORT, the same on each machine.")
+        if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", self.nodes):
+            raise UsageError(f"--nodes {self.nodes}: expected a number of machines, or least:most.")
+
+    @property
+    def is_on_loopback(self) -> bool:
+        """Do all processes run here, so that nothing may listen beyond this machine?"""
+        host = (self.rendezvous or "127.0.0.1:0").rpartition(":")[0].strip("[]")
+        return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 def command(launch: Launch, arguments: Sequence[str]) -> list[str]:
@@ -42,13 +54,27 @@ def command(launch: Launch, arguments: Sequence[str]) -> list[str]:
     """
     python = [sys.executable, "-P"]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", launch.rendezvous or "127.0.0.1:0"]
-    if launch.rendezvous is None:
+    if launch.is_on_loopback:
         rendezvous += ["--local-addr", "127.0.0.1"]
+    elif launch.rendezvous is not None:
+        # torchrun compares names to find out who opens the store; an address of this machine may not be its name's.
+        rendezvous += ["--rdzv-conf", f"is_host={int(_is_here(launch.rendezvous.rpartition(':')[0]))}"]
     return [
         *python, "-m", "torch.distributed.run", "--nnodes", launch.nodes, "--nproc-per-node", str(launch.processes),
         "--max-restarts", str(_RESTARTS), *rendezvous, "--rdzv-id", "adapterhub", "--no-python",
         *python, "-c", "from adapterhub.cli import main; main()", *arguments,
     ]  # fmt: skip
+
+
+def _is_here(host: str) -> bool:
+    """Is `host` this machine? Only its own addresses can be bound."""
+    try:
+        address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(address[0], address[1]) as probe:
+            probe.bind(address[4])
+    except OSError:
+        return False
+    return True
 
 
 def environment(launch: Launch, given: Mapping[str, str]) -> dict[str, str]:
@@ -62,7 +88,7 @@ def environment(launch: Launch, given: Mapping[str, str]) -> dict[str, str]:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "PYTHONHASHSEED": "0",
     }
-    if launch.rendezvous is None and sys.platform == "linux":
+    if launch.is_on_loopback and sys.platform == "linux":
         ours["GLOO_SOCKET_IFNAME"] = "lo"
     return ours | dict(given)
 

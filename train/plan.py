@@ -242,6 +242,7 @@ def _memory(
             block_size=recipe.quantization.block_size,
             is_double_quantized=recipe.quantization.double_quant,
             is_checkpointed=recipe.train.activation_checkpointing,
+            layer_inputs="copied" if recipe.lora.method == "dora" else "dropped" if recipe.lora.dropout else "shared",
         ),
     )
     return [MemoryItem(name=item.name, size_bytes=item.size_bytes) for item in items]

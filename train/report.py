@@ -138,7 +138,7 @@ def _chart(title: str, curves: dict[str, Sequence[tuple[int, float]]]) -> Chart:
         title,
         lines,
         [Tick(x(place), str(place)) for place in across],
-        [Tick(y(value), f"{value:.3g}") for value in (low + (high - low) * part / 4 for part in range(5))],
+        [Tick(y(value), f"{value:.2g}") for value in (low + (high - low) * part / 4 for part in range(5))],
     )
 
 

@@ -42,6 +42,7 @@ from adapterhub.run_record import (
 from train.answering import FixedPrompts
 from train.data import Sample
 from train.distributed import World, current_world, held_bytes, shard_base
+from train.fused_lora import fuse_lora
 from train.inputs import Inputs, load_inputs, with_lora_of
 from train.lora import continue_lora, second_factors, trainable
 from train.lora_start import start_lora
@@ -136,6 +137,7 @@ def _train(run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | No
         start_lora(model, recipe.lora, base=base.path, objective=objective)
     else:
         model = with_options(continue_lora(loaded.model, start, dropout=recipe.lora.dropout), recipe)
+    fuse_lora(model)
     optimizer, chosen = make_optimizer(trainable(model), recipe.train, second_factors=second_factors(model))
     check_room(run.output, trainable(model), recipe)
     _say_model(model, (*loaded.choices, chosen), progress)
