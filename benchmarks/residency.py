@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import gc
 import random
+import resource
 import statistics
 import tempfile
 import time
@@ -114,8 +115,17 @@ async def crowded(server: Server, adapters: list[Adapter], slots: int, rounds: i
     return statistics.median(found[16:])
 
 
-async def zipf(server: Server, adapters: list[Adapter], requests: int, seed: int) -> float:
-    """Tokens/s of 16 clients whose adapters follow Zipf's law, 32 slots, after a warm-up of half as many requests."""
+def resident_mib() -> float:
+    """Of this process, files it has mapped included."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+async def zipf(server: Server, adapters: list[Adapter], requests: int, seed: int) -> tuple[float, float]:
+    """Tokens/s of 16 clients whose adapters follow Zipf's law, 32 slots, after a warm-up of half as many requests.
+
+    And the process's MiB at the end.
+    """
     cache = server.cache(SLOTS)
     dice = random.Random(seed)
     weights = [1 / (rank + 1) for rank in range(len(adapters))]
@@ -132,9 +142,9 @@ async def zipf(server: Server, adapters: list[Adapter], requests: int, seed: int
     await run(requests // 2)
     start = time.perf_counter()
     await run(requests)
-    seconds = time.perf_counter() - start
+    seconds, memory = time.perf_counter() - start, resident_mib()
     await server.empty(cache)
-    return requests * TOKENS / seconds
+    return requests * TOKENS / seconds, memory
 
 
 async def measure(server: Server, adapters: list[Adapter], rounds: int) -> None:
@@ -149,13 +159,14 @@ async def measure(server: Server, adapters: list[Adapter], rounds: int) -> None:
     many, few = (statistics.median(found) for found in turns.values())
     print(f"| median first token, 16 active adapters, 16 slots / 8 slots | {many * 1e3:.0f} / {few * 1e3:.0f} ms |")
     print(f"| **8 slots / 16 slots** (at most 3) | {few / many:.2f} |")
-    rates: dict[int, list[float]] = {32: [], 1000: []}
+    mixes: dict[int, list[tuple[float, float]]] = {32: [], 1000: []}
     for turn in range(max(2, rounds // 2)):
-        for count, values in rates.items():
+        for count, values in mixes.items():
             values.append(await zipf(server, adapters[:count], 96, turn))
-    thousand, some = statistics.median(rates[1000]), statistics.median(rates[32])
+    (some, small), (thousand, large) = ([statistics.median(x) for x in zip(*v, strict=True)] for v in mixes.values())
     print(f"| Zipf mix, 16 clients, 32 slots, 32 / 1,000 registered | {some:.0f} / {thousand:.0f} tokens/s |")
     print(f"| **1,000 / 32 registered** (at least 0.9) | {thousand / some:.2f} |")
+    print(f"| memory of the process with 32 / 1,000 registered | {small:.0f} / {large:.0f} MiB |")
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from adapterhub.home import home
 
 MAX_RANK = 1024
 MAX_HEAD_DIM = 256
-LANES = 8
-"""floats of a vector; rows are a multiple of it"""
+LANES = 16
+"""what the widths of rows are multiples of, whichever vectors a processor has"""
 _TILE_ROWS = 4
 """rows of a prompt that attention takes together"""
 _FLAGS = (

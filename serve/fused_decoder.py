@@ -67,7 +67,7 @@ def fits(model: Any, cache: KvCache) -> bool:
     if config.model_type not in _MODEL_TYPES or getattr(config, "hidden_act", None) != "silu":
         return False
     dim = cache.shape.head_dim
-    if dim % (2 * LANES) or dim > MAX_HEAD_DIM or cache.layers.dtype != torch.float32:
+    if dim % LANES or dim > MAX_HEAD_DIM or cache.layers.dtype != torch.float32:
         return False
     joined = [(layer.self_attn.q_proj, layer.mlp.gate_proj) for layer in model.model.layers]
     alone = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in model.model.layers]

@@ -14,7 +14,7 @@ from typing import Any
 
 from adapterhub.adapter import Adapter
 from adapterhub.base_model import LoadedBase
-from adapterhub.errors import AdapterLoadFailed, EngineStopped, RequestTooLong, ServerBusy, UsageError
+from adapterhub.errors import AdapterLoadFailed, EngineStopped, MissingFile, RequestTooLong, ServerBusy, UsageError
 from serve.attention import KvShape
 from serve.cpu_kernels import MAX_RANK
 from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, Precision, TokenLogprob
@@ -87,7 +87,7 @@ class LocalEngine:
     async def load(self, adapter: Adapter) -> None:
         try:
             weights = await asyncio.to_thread(self._read, adapter)
-        except OSError as error:
+        except (OSError, MissingFile) as error:
             raise AdapterLoadFailed(
                 f"adapter {adapter.manifest.name} cannot be read from {adapter.path} ({error}): pull it again."
             ) from error

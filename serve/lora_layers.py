@@ -245,16 +245,23 @@ class AdapterBank:
         return {module: self._divided(module, change) for module, change in weights.items()}
 
     def install(self, digest: str, weights: Weights) -> None:
-        """`weights` as `prepare` returned them."""
-        for module, change in weights.items():
-            if self.embedding is not None and module == self.embedding[0]:
-                assert not isinstance(change, LowRank)
-                self.embedding[1].install(digest, change)
-                continue
-            assert not isinstance(change, EmbeddingUpdate)
-            group, place = self.places[module]
-            group.install(digest, place, change)
-        self._residents[digest] = _Resident.of(digest, weights, self.groups)
+        """`weights` as `prepare` returned them; all of them, or none when it fails."""
+        try:
+            for module, change in weights.items():
+                self._install_one(digest, module, change)
+            self._residents[digest] = _Resident.of(digest, weights, self.groups)
+        except BaseException:
+            self.remove(digest)
+            raise
+
+    def _install_one(self, digest: str, module: str, change: LowRank | EmbeddingUpdate | FullWeight) -> None:
+        if self.embedding is not None and module == self.embedding[0]:
+            assert not isinstance(change, LowRank)
+            self.embedding[1].install(digest, change)
+            return
+        assert not isinstance(change, EmbeddingUpdate)
+        group, place = self.places[module]
+        group.install(digest, place, change)
 
     def remove(self, digest: str) -> None:
         for group in self.groups:

@@ -20,9 +20,15 @@ from serve.norms import FastRmsNorm, use_fast_norms
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def kernels() -> CpuKernels:
-    found, choice = load_kernels()
+_LESS = ((), ("-mno-avx512f",), ("-mno-avx512f", "-mno-avx2", "-mno-fma"))
+
+
+@pytest.fixture(scope="module", params=_LESS, ids=["this processor", "no AVX-512", "no AVX2"])
+def kernels(request: pytest.FixtureRequest) -> CpuKernels:
+    """Compiled for this processor, and as for lesser ones."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cpu_kernels, "_FLAGS", (*cpu_kernels._FLAGS, *request.param))
+        found, choice = load_kernels.__wrapped__()
     if found is None:
         pytest.skip(str(choice))
     return found
@@ -45,7 +51,7 @@ def _segments(
 
 
 def _low_rank(rank: int, dtype: torch.dtype, *, is_dora: bool) -> LowRank:
-    a, bt = torch.randn(rank, 40).to(dtype) / 6, torch.randn(rank, 30).to(dtype)
+    a, bt = torch.randn(rank, 48).to(dtype) / 6, torch.randn(rank, 30).to(dtype)
     return LowRank(a, bt, 0.7, torch.rand(30) + 0.5 if is_dora else None)
 
 
@@ -64,7 +70,7 @@ def test_low_rank_updates_are_the_formula_and_touch_nothing_else(
     kernels: CpuKernels, dtype: torch.dtype, rank: int, is_dora: bool
 ) -> None:
     torch.manual_seed(rank)
-    x, y, bias = torch.randn(20, 40).to(dtype), torch.randn(20, 50).to(dtype), torch.randn(50)
+    x, y, bias = torch.randn(20, 48).to(dtype), torch.randn(20, 50).to(dtype), torch.randn(50)
     lows = [_low_rank(rank, dtype, is_dora=is_dora) for _ in range(3)]
     # rows 2-4: one adapter; 5-14: two adapters on the same columns, chained; the rest is the bare base
     plan = [(2, 5, 0, 0.5, lows[0]), (5, 15, 20, 1.0, lows[1]), (5, 15, 20, -0.25, lows[2])]

@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-enum { KEYS = 64, QUERIES = 12, MAX_DIM = 256 }; /* KEYS: a multiple of TILE_OUTPUTS */
+enum { LINE = 16, KEYS = 64, QUERIES = 12, MAX_DIM = 256 }; /* KEYS: a multiple of TILE_OUTPUTS */
 
 typedef struct {
     const float *query;
@@ -65,14 +65,33 @@ static int weigh(Query *query, float *restrict scores, int first, int num_keys, 
     return 1;
 }
 
+static inline __attribute__((always_inline)) void add_some(Query *query, const float *restrict weights,
+                                                           const float *const *values, int num_keys, int d,
+                                                           const int vectors) {
+    vec s[4];
+    for (int i = 0; i < vectors; i++) s[i] = *(vec *)(query->sum + d + i * LANES);
+    for (int t = 0; t < num_keys; t++)
+        for (int i = 0; i < vectors; i++)
+            s[i] = fma_lanes(all_lanes(weights[t]), *(const vec *)(values[t] + d + i * LANES), s[i]);
+    for (int i = 0; i < vectors; i++) *(vec *)(query->sum + d + i * LANES) = s[i];
+}
+
 static void add_values(Query *query, const float *restrict weights, const float *const *values, int num_keys, int dim) {
-    for (int d = 0; d < dim; d += 4 * LANES) {
-        int vectors = dim - d < 4 * LANES ? (dim - d) / LANES : 4;
-        vec s[4];
-        for (int i = 0; i < vectors; i++) s[i] = *(vec *)(query->sum + d + i * LANES);
-        for (int t = 0; t < num_keys; t++)
-            for (int i = 0; i < vectors; i++) s[i] = fma_eight(all_lanes(weights[t]), *(const vec *)(values[t] + d + i * LANES), s[i]);
-        for (int i = 0; i < vectors; i++) *(vec *)(query->sum + d + i * LANES) = s[i];
+    int d = 0;
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) add_some(query, weights, values, num_keys, d, 4);
+    for (; d < dim; d += LANES) add_some(query, weights, values, num_keys, d, 1);
+}
+
+/* Asks for the first keys of a head: blocks are too short for the processor to see a stream in them by itself. */
+static void fetch_keys(const Heads *shape, const Cache *cache, const Tile *tile, int kv_head) {
+    const float *head_keys = cache->keys + kv_head * cache->slots * shape->dim;
+    int first = 0, last = tile->start + tile->rows;
+    if (shape->window && tile->start >= shape->window) first = (tile->start - shape->window + 1) / KEYS * KEYS;
+    if (last > first + KEYS) last = first + KEYS;
+    for (int token = first; token < last; token += cache->block_size) {
+        const float *block = head_keys + (int64_t)tile->blocks[token / cache->block_size] * cache->block_size * shape->dim;
+        int tokens = last - token < cache->block_size ? last - token : cache->block_size;
+        for (int at = 0; at < tokens * shape->dim; at += LINE) __builtin_prefetch(block + at);
     }
 }
 
@@ -91,6 +110,7 @@ static void attend(const Heads *shape, const Cache *cache, const int32_t *blocks
             int64_t slot = (int64_t)blocks[token / cache->block_size] * cache->block_size + token % cache->block_size;
             keys[t] = head_keys + slot * shape->dim;
             values[t] = head_values + slot * shape->dim;
+            for (int d = 0; d < shape->dim; d += LINE) __builtin_prefetch(values[t] + d);
         }
         score(queries, count, keys, num_keys, shape->dim, scores);
         for (int q = 0; q < count; q++)
@@ -109,6 +129,10 @@ void attention(const Heads *shape, const Cache *cache, const Tile *tiles, int co
         for (int kv = 0; kv < shape->kv_heads; kv++) {
             const Tile *tile = &tiles[i];
             int pairs = tile->rows * group;
+            if (kv + 1 < shape->kv_heads)
+                fetch_keys(shape, cache, tile, kv + 1);
+            else if (i + 1 < count)
+                fetch_keys(shape, cache, tile + 1, 0);
             for (int first = 0; first < pairs; first += QUERIES) {
                 Query queries[QUERIES];
                 int taken = pairs - first < QUERIES ? pairs - first : QUERIES;

@@ -1,4 +1,4 @@
-/* What the kernels share: vectors of eight floats, bf16, and the structs that serve/cpu_kernels.py fills in.
+/* What the kernels share: vectors of floats, bf16, and the structs that serve/cpu_kernels.py fills in.
  *
  * Everything is computed in fp32. Every sum belongs to one row and has one order, whatever else is in the batch: a
  * row's numbers are the same bits alone, beside others, in one chunk or in many.
@@ -11,7 +11,14 @@
 #include <immintrin.h>
 #endif
 
-enum { LANES = 8 };
+/* Floats of a vector, and how large a tile of rows and outputs its sums may take: 32 registers with AVX-512, else 16.
+ * Widths are multiples of 16, so that every processor computes the same models. */
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#define HAS_AVX512
+enum { LANES = 16, TILE_ROWS = 6, TILE_OUTPUTS = 4 };
+#else
+enum { LANES = 8, TILE_ROWS = 3, TILE_OUTPUTS = 4 };
+#endif
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 typedef int32_t ints __attribute__((vector_size(LANES * sizeof(int32_t))));
@@ -19,19 +26,21 @@ typedef uint16_t bf16;
 
 /* a * b + c, rounded once where the processor can. Written out, because a compiler left to contract by itself does so
  * in one copy of a loop and not in another. */
-#if defined(__AVX2__) && defined(__FMA__)
-static inline vec fma_eight(vec a, vec b, vec c) {
+static inline vec fma_lanes(vec a, vec b, vec c) {
+#if defined(HAS_AVX512)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
     return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-}
 #else
-static inline vec fma_eight(vec a, vec b, vec c) {
     return a * b + c;
-}
 #endif
+}
 
 /* Keeps a loaded vector in its register. A compiler else loads it again inside each multiplication, and the products
  * wait for the loads: 60 GFLOP/s instead of 90 on Zen 3. */
-#if defined(__AVX2__)
+#if defined(HAS_AVX512)
+#define IN_REGISTER(v) __asm__("" : "+v"(v))
+#elif defined(__AVX2__)
 #define IN_REGISTER(v) __asm__("" : "+x"(v))
 #else
 #define IN_REGISTER(v) (void)(v)
@@ -43,7 +52,7 @@ static inline vec fma_eight(vec a, vec b, vec c) {
 #endif
 
 static inline vec all_lanes(float value) {
-    return (vec){value, value, value, value, value, value, value, value};
+    return value - (vec){0};
 }
 
 static inline float from_bf16(bf16 value) {
@@ -57,17 +66,38 @@ static inline bf16 to_bf16(float value) {
     return (bf16)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
 }
 
-static inline void widen(float *restrict to, const bf16 *restrict from, int n) {
-    for (int i = 0; i < n; i++) to[i] = from_bf16(from[i]);
+static inline vec lanes_of_bf16(const bf16 *from) {
+#ifdef HAS_AVX512
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#else
+    vec found;
+    for (int i = 0; i < LANES; i++) found[i] = from_bf16(from[i]);
+    return found;
+#endif
 }
 
+static inline void widen(float *restrict to, const bf16 *restrict from, int n) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) *(vec *)(to + i) = lanes_of_bf16(from + i);
+    for (; i < n; i++) to[i] = from_bf16(from[i]);
+}
+
+/* The sums of four vectors' lanes. */
+#ifdef HAS_AVX512
+static inline void sum_four(const vec *v, float *to) {
+    __m512 a = _mm512_add_ps(_mm512_unpacklo_ps((__m512)v[0], (__m512)v[1]), _mm512_unpackhi_ps((__m512)v[0], (__m512)v[1]));
+    __m512 b = _mm512_add_ps(_mm512_unpacklo_ps((__m512)v[2], (__m512)v[3]), _mm512_unpackhi_ps((__m512)v[2], (__m512)v[3]));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+#else
 #ifdef __clang__
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
 #endif
 
-/* The sums of four vectors' lanes, by pairs. */
 static inline void sum_four(const vec *v, float *to) {
     vec first = PICK(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13) +
                 PICK(v[0], v[1], 2, 10, 3, 11, 6, 14, 7, 15);
@@ -77,9 +107,14 @@ static inline void sum_four(const vec *v, float *to) {
               PICK(first, second, 2, 3, 10, 11, 6, 7, 14, 15);
     for (int i = 0; i < 4; i++) to[i] = all[i] + all[i + 4];
 }
+#endif
 
 static inline float sum_lanes(vec v) {
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+    float sums[LANES];
+    memcpy(sums, &v, sizeof sums);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+    return sums[0];
 }
 
 /* exp for x <= 0, to about 2e-7, and 0 far below: 2^n by the exponent bits, the rest by a polynomial. */
@@ -98,9 +133,7 @@ static inline float exp_negative(float x) {
     return x < -87.0f ? 0.0f : (FMA(p * r, r, r) + 1.0f) * power.number;
 }
 
-enum { TILE_ROWS = 3, TILE_OUTPUTS = 4 };
-
-/* sums[r][o] += the products of x[r] and w[o], lane by lane; 3 x 4 sums are what 16 vector registers hold. */
+/* sums[r][o] += the products of x[r] and w[o], lane by lane. */
 static inline __attribute__((always_inline)) void multiply_tile(const float *const *w, const float *const *x, int n,
                                                                 vec (*sums)[TILE_OUTPUTS], const int rows) {
     vec s[TILE_ROWS][TILE_OUTPUTS];
@@ -115,26 +148,32 @@ static inline __attribute__((always_inline)) void multiply_tile(const float *con
         for (int o = 0; o < TILE_OUTPUTS; o++) {
             vec weights = *(const vec *)(w[o] + k);
             IN_REGISTER(weights);
-            for (int r = 0; r < rows; r++) s[r][o] = fma_eight(rows_of_x[r], weights, s[r][o]);
+            for (int r = 0; r < rows; r++) s[r][o] = fma_lanes(rows_of_x[r], weights, s[r][o]);
         }
     }
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < TILE_OUTPUTS; o++) sums[r][o] = s[r][o];
 }
 
-/* How many of the rows left to take together: four as two and two, for a tile of one row waits for its own sums. */
+/* How many of the rows left to take together: never so many that one is left, for a tile of one row waits for its own
+ * sums. */
 static inline int tile_of(int rows_left) {
-    return rows_left == 4 ? 2 : rows_left < TILE_ROWS ? rows_left : TILE_ROWS;
+    if (rows_left == TILE_ROWS + 1) return TILE_ROWS - 1;
+    return rows_left < TILE_ROWS ? rows_left : TILE_ROWS;
 }
 
 static inline void multiply_rows(const float *const *w, const float *const *x, int n, vec (*sums)[TILE_OUTPUTS],
                                  int rows) {
-    if (rows == 3)
-        multiply_tile(w, x, n, sums, 3);
-    else if (rows == 2)
-        multiply_tile(w, x, n, sums, 2);
-    else
-        multiply_tile(w, x, n, sums, 1);
+    switch (rows) { /* a copy of the loop for each count, its sums in registers */
+#ifdef HAS_AVX512
+    case 6: multiply_tile(w, x, n, sums, 6); break;
+    case 5: multiply_tile(w, x, n, sums, 5); break;
+    case 4: multiply_tile(w, x, n, sums, 4); break;
+#endif
+    case 3: multiply_tile(w, x, n, sums, 3); break;
+    case 2: multiply_tile(w, x, n, sums, 2); break;
+    default: multiply_tile(w, x, n, sums, 1);
+    }
 }
 
 /* A weight matrix, [out, in] by rows. */

@@ -5,10 +5,18 @@
  */
 #include "kernels.h"
 
-enum { ITEM_ROWS = 6, MAX_RANK = 1024, PANEL = 512 };
+enum { RANKS = 8, ITEM_ROWS = 6, MAX_RANK = 1024, PANEL = 512 };
+
+/* Four ranks' part of B, needed after A: a part is too small for the processor to see the stream in it by itself. */
+static void fetch(const void *bt, const Part *part, int rank) {
+    int64_t row = (int64_t)part->out * (part->is_bf16 ? sizeof(bf16) : sizeof(float));
+    const char *from = (const char *)bt + rank * row;
+    int ranks = part->rank - rank < TILE_OUTPUTS ? part->rank - rank : TILE_OUTPUTS;
+    for (int64_t at = 0; at < ranks * row; at += 64) __builtin_prefetch(from + at);
+}
 
 /* hidden [rows, rank] = x A^T */
-static void shrink(const Part *part, const float *x, int in, int rows, float (*hidden)[MAX_RANK]) {
+static void shrink(const Part *part, const float *x, int64_t x_stride, int in, int rows, float (*hidden)[MAX_RANK]) {
     float room[TILE_OUTPUTS][PANEL] __attribute__((aligned(64)));
     for (int rank = 0; rank < part->rank; rank += TILE_OUTPUTS) {
         vec sums[ITEM_ROWS][TILE_OUTPUTS] = {0};
@@ -23,10 +31,11 @@ static void shrink(const Part *part, const float *x, int in, int rows, float (*h
             for (int r = 0, tile; r < rows; r += tile) {
                 tile = tile_of(rows - r);
                 const float *at[TILE_ROWS];
-                for (int i = 0; i < tile; i++) at[i] = x + (int64_t)(r + i) * in + k;
+                for (int i = 0; i < tile; i++) at[i] = x + (r + i) * x_stride + k;
                 multiply_rows(w, at, n, &sums[r], tile);
             }
         }
+        fetch(part->bt, part, rank);
         for (int r = 0; r < rows; r++) {
             float four[TILE_OUTPUTS];
             sum_four(sums[r], four);
@@ -35,52 +44,47 @@ static void shrink(const Part *part, const float *x, int in, int rows, float (*h
     }
 }
 
-/* y [out] += h[0] b[0] + ... + h[3] b[3], eight columns at a time. */
-#define ADD_FOUR_RANKS(TYPE, EIGHT, ONE)                                                                              \
+/* y [out] += h[0] b[0] + h[1] b[1] + ..., rank by rank, a vector of columns at a time. */
+#define ADD_RANKS(TYPE, LANES_OF, ONE)                                                                                \
     for (int o = 0; o + LANES <= out; o += LANES) {                                                                   \
         vec sum = *(vec *)(y + o);                                                                                    \
-        for (int i = 0; i < 4; i++) sum = fma_eight(all_lanes(h[i]), EIGHT((const TYPE *)b[i] + o), sum);             \
+        for (int i = 0; i < RANKS; i++) sum = fma_lanes(all_lanes(h[i]), LANES_OF((const TYPE *)b[i] + o), sum);      \
         *(vec *)(y + o) = sum;                                                                                        \
     }                                                                                                                 \
     for (int o = out / LANES * LANES; o < out; o++)                                                                   \
-        for (int i = 0; i < 4; i++) y[o] = FMA(h[i], ONE(((const TYPE *)b[i])[o]), y[o]);
+        for (int i = 0; i < RANKS; i++) y[o] = FMA(h[i], ONE(((const TYPE *)b[i])[o]), y[o]);
 #define AS_IS(value) (value)
 
-static inline vec eight_floats(const float *from) {
+static inline vec lanes_of_floats(const float *from) {
     return *(const vec *)from;
-}
-
-static inline vec eight_bf16(const bf16 *from) {
-    float found[LANES];
-    widen(found, from, LANES);
-    return *(const vec *)found;
 }
 
 /* y [out] += scale * B hidden */
 static void expand(float *restrict y, const float *restrict hidden, float scale, const void *bt, int is_bf16, int rank,
                    int out) {
     int64_t row = (int64_t)out * (is_bf16 ? sizeof(bf16) : sizeof(float));
-    for (int r = 0; r < rank; r += 4) {
-        const void *b[4];
-        float h[4];
-        for (int i = 0; i < 4; i++) {
+    for (int r = 0; r < rank; r += RANKS) {
+        const void *b[RANKS];
+        float h[RANKS];
+        for (int i = 0; i < RANKS; i++) {
             b[i] = (const char *)bt + (r + i < rank ? r + i : r) * row;
             h[i] = r + i < rank ? scale * hidden[r + i] : 0.0f;
         }
         if (is_bf16) {
-            ADD_FOUR_RANKS(bf16, eight_bf16, from_bf16)
+            ADD_RANKS(bf16, lanes_of_bf16, from_bf16)
         } else {
-            ADD_FOUR_RANKS(float, eight_floats, AS_IS)
+            ADD_RANKS(float, lanes_of_floats, AS_IS)
         }
     }
 }
 
-static void apply_part(const Part *part, float scale, const float *x, int in, const float *base, float *y, int width,
-                       const float *bias, int rows) {
+/* `base`: y before the first adapter, [rows, width]; read for DoRA alone. */
+static void apply_part(const Part *part, float scale, const float *x, int64_t x_stride, int in, const float *base, float *y,
+                       int64_t y_stride, int width, const float *bias, int rows) {
     float hidden[ITEM_ROWS][MAX_RANK];
-    shrink(part, x, in, rows, hidden);
+    shrink(part, x, x_stride, in, rows, hidden);
     for (int r = 0; r < rows; r++) {
-        float *mine = y + (int64_t)r * width + part->offset;
+        float *mine = y + r * y_stride + part->offset;
         if (!part->magnitude) {
             expand(mine, hidden[r], scale, part->bt, part->is_bf16, part->rank, part->out);
             continue;
@@ -104,35 +108,44 @@ static void read_rows(float *restrict to, const void *from, int64_t stride, int 
             memcpy(to + (int64_t)r * width, (const float *)from + r * stride, width * sizeof(float));
 }
 
-static void write_rows(void *to, const float *restrict from, int64_t stride, int is_bf16, int rows, int width) {
-    for (int r = 0; r < rows; r++)
-        if (is_bf16)
-            for (int i = 0; i < width; i++) ((bf16 *)to)[r * stride + i] = to_bf16(from[(int64_t)r * width + i]);
-        else
-            memcpy((float *)to + r * stride, from + (int64_t)r * width, width * sizeof(float));
-}
-
 static int has_parts(const Segment *chain, int group) {
     for (int s = 0; s < chain->chain; s++)
         if (chain[s].groups[group].count) return 1;
     return 0;
 }
 
-static void update_rows(const Segment *chain, int group, const void *x, int64_t x_stride, void *y, int64_t y_stride,
-                        int is_bf16, int in, int out, const float *bias, int first, int rows) {
-    int size = is_bf16 ? sizeof(bf16) : sizeof(float);
-    const char *x_rows = (const char *)x + first * x_stride * size;
-    char *y_rows = (char *)y + first * y_stride * size;
-    float input[rows * in], sums[rows * out], base[rows * out];
-    read_rows(input, x_rows, x_stride, is_bf16, rows, in);
-    read_rows(sums, y_rows, y_stride, is_bf16, rows, out);
-    memcpy(base, sums, sizeof base);
+static int needs_base(const Segment *chain, int group) {
+    for (int s = 0; s < chain->chain; s++)
+        for (int p = 0; p < chain[s].groups[group].count; p++)
+            if (chain[s].groups[group].parts[p].magnitude) return 1;
+    return 0;
+}
+
+static void update_floats(const Segment *chain, int group, const float *x, int64_t x_stride, float *y, int64_t y_stride,
+                          int in, int out, const float *bias, int rows) {
+    float base[needs_base(chain, group) ? rows * out : 1];
+    if (needs_base(chain, group)) read_rows(base, y, y_stride, 0, rows, out);
     for (int s = 0; s < chain->chain; s++) {
         const Parts *parts = &chain[s].groups[group];
         for (int p = 0; p < parts->count; p++)
-            apply_part(&parts->parts[p], chain[s].scale, input, in, base, sums, out, bias, rows);
+            apply_part(&parts->parts[p], chain[s].scale, x, x_stride, in, base, y, y_stride, out, bias, rows);
     }
-    write_rows(y_rows, sums, y_stride, is_bf16, rows, out);
+}
+
+static void update_rows(const Segment *chain, int group, const void *x, int64_t x_stride, void *y, int64_t y_stride,
+                        int is_bf16, int in, int out, const float *bias, int first, int rows) {
+    if (!is_bf16) {
+        update_floats(chain, group, (const float *)x + first * x_stride, x_stride, (float *)y + first * y_stride, y_stride,
+                      in, out, bias, rows);
+        return;
+    }
+    bf16 *y_rows = (bf16 *)y + first * y_stride;
+    float input[rows * in], sums[rows * out];
+    read_rows(input, (const bf16 *)x + first * x_stride, x_stride, 1, rows, in);
+    read_rows(sums, y_rows, y_stride, 1, rows, out);
+    update_floats(chain, group, input, in, sums, out, in, out, bias, rows);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < out; i++) y_rows[r * y_stride + i] = to_bf16(sums[(int64_t)r * out + i]);
 }
 
 /* Apply every segment's parts of `group` to y [rows, out] from x [rows, in]; both bf16 or both fp32, rows `x_stride`

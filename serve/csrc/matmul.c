@@ -7,22 +7,68 @@
 
 enum { PANEL = 768, CHUNK_ROWS = 48, STRIP = 16 };
 
-/* NF4 values by byte shuffles: four tables hold the four bytes of each value of the code book. The unpacked weights come
- * out in another order than they lie in, 64 at a time; x is put in that order once per product. A shuffle of whole
- * floats (vpermps) keeps the order and took twice as long on Zen 3. */
+/* The unpacked NF4 weights come out in another order than they lie in, 64 at a time; x is put in that order once per
+ * product. */
 enum { SHUFFLED = 64 };
 
 /* Rows of weights fetched before they are used: few rows of x leave memory as the limit. */
 enum { AHEAD = 2 * TILE_OUTPUTS };
 
-#ifdef __AVX2__
-typedef struct { __m256i bytes[4]; } Tables;
+/* A tile of so many rows is multiplied by each weight as it is unpacked: 4 x 4 sums leave registers for the unpacking.
+ * Up to so many rows that is faster than unpacking into a panel first (Zen 5, all layers of SmolLM2: NF4 at 4 rows 7.2
+ * instead of 11 ms, at 6 no gain; the bf16 head at 16 rows 8.7 instead of 13.4 ms, at 32 no gain). */
+#ifdef HAS_AVX512
+enum { DIRECT_ROWS = 4, DIRECT_NF4 = 4, DIRECT_BF16 = 16 };
+#else
+enum { DIRECT_ROWS = 1, DIRECT_NF4 = 1, DIRECT_BF16 = 0 };
+#endif
 
-static Tables tables_of(const float *book) {
-    Tables tables;
+/* Runs that share a constant are 2^shift; a division each would take longer than the unpacking. */
+static int shift_of(const Matrix *m) {
+    return __builtin_ctz(m->block / SHUFFLED);
+}
+
+#if defined(HAS_AVX512)
+/* 32 bytes are eight words of eight codes. Both halves of a register hold them, shifted by another code each; a whole
+ * look-up is then one vpermps, which reads the lowest four bits of a lane and ignores the rest. */
+typedef struct {
+    __m512 book;
+    int shift;
+} Tables;
+
+static Tables tables_of(const Matrix *m) {
+    return (Tables){_mm512_loadu_ps(m->book), shift_of(m)};
+}
+
+/* 64 weights from 32 bytes. */
+static inline __attribute__((always_inline)) void unpack_run(const Tables *tables, const uint8_t *codes, float absmax,
+                                                             vec *to) {
+    const __m512i upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(4), 1);
+    __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)codes));
+    __m512 scaled = _mm512_mul_ps(tables->book, _mm512_set1_ps(absmax));
+    words = _mm512_srlv_epi32(words, upper);
+    for (int i = 0; i < 4; i++) to[i] = (vec)_mm512_permutexvar_ps(_mm512_srli_epi32(words, 8 * i), scaled);
+}
+
+/* Where in a run of 64 the weight lies that comes out at `place`: vector i holds byte i of each word, the low code in
+ * its lower half, and the low code is the later weight. */
+static int origin_of(int place) {
+    int vector = place / LANES, lane = place % LANES;
+    return lane % 8 * 8 + vector * 2 + (lane < 8);
+}
+#elif defined(__AVX2__)
+/* NF4 values by byte shuffles: four tables hold the four bytes of each value of the code book. A shuffle of whole
+ * floats took twice as long on Zen 3. */
+typedef struct {
+    __m256i bytes[4];
+    int shift;
+} Tables;
+
+static Tables tables_of(const Matrix *m) {
+    Tables tables = {.shift = shift_of(m)};
     for (int byte = 0; byte < 4; byte++) {
         uint8_t table[16];
-        for (int code = 0; code < 16; code++) memcpy(&table[code], (const uint8_t *)&book[code] + byte, 1);
+        for (int code = 0; code < 16; code++) memcpy(&table[code], (const uint8_t *)&m->book[code] + byte, 1);
         tables.bytes[byte] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
     }
     return tables;
@@ -49,66 +95,99 @@ static inline __attribute__((always_inline)) void unpack_run(const Tables *table
     look_up(tables, _mm256_and_si256(both, nibble), scale, to + 4);
 }
 
-static void unpack_shuffled(const Matrix *m, const Tables *tables, int64_t at, int n, float *restrict to) {
-    const uint8_t *codes = (const uint8_t *)m->weights + at / 2;
-    for (int k = 0; k < n; k += SHUFFLED) unpack_run(tables, codes + k / 2, m->absmax[(at + k) / m->block], (vec *)(to + k));
-}
-
-/* Four outputs of one row, each weight used as it is unpacked; the same sums in the same order as by panels. */
-static void four_outputs_of_one_row(const Matrix *m, const Tables *tables, int first, const float *x, vec *sums) {
-    const uint8_t *codes[TILE_OUTPUTS];
-    const float *absmax[TILE_OUTPUTS];
-    vec s[TILE_OUTPUTS] = {0};
-    for (int o = 0; o < TILE_OUTPUTS; o++) {
-        int64_t at = (int64_t)(first + o) * m->in;
-        codes[o] = (const uint8_t *)m->weights + at / 2;
-        absmax[o] = m->absmax + at / m->block;
-    }
-    int runs = m->block / SHUFFLED;
-    for (int k = 0, run = 0; k < m->in; k += SHUFFLED, run++) {
-        for (int o = 0; o < TILE_OUTPUTS; o++) {
-            vec weights[SHUFFLED / LANES];
-            __builtin_prefetch(codes[o] + k / 2 + AHEAD * m->in / 2);
-            unpack_run(tables, codes[o] + k / 2, absmax[o][run / runs], weights);
-            for (int i = 0; i < SHUFFLED / LANES; i++)
-                s[o] = fma_eight(*(const vec *)(x + k + i * LANES), weights[i], s[o]);
-        }
-    }
-    for (int o = 0; o < TILE_OUTPUTS; o++) sums[o] = s[o];
-}
-
 /* Where in a run of 64 the weight lies that comes out at `place`. */
 static int origin_of(int place) {
     int half = place / 32, vector = place % 32 / LANES, lane = place % LANES;
     return 2 * (vector * 4 + lane % 4 + lane / 4 * 16) + half;
 }
-
-static int can_shuffle(const Matrix *m) {
-    return m->kind == MATRIX_NF4 && m->block % SHUFFLED == 0;
-}
 #else
-typedef struct { int none; } Tables;
+typedef struct { int shift; } Tables;
 
-static Tables tables_of(const float *book) {
-    return (Tables){book != 0};
+static Tables tables_of(const Matrix *m) {
+    return (Tables){shift_of(m)};
 }
 
-static void unpack_shuffled(const Matrix *m, const Tables *tables, int64_t at, int n, float *to) {
-    (void)m, (void)tables, (void)at, (void)n, (void)to;
-}
-
-static void four_outputs_of_one_row(const Matrix *m, const Tables *tables, int first, const float *x, vec *sums) {
-    (void)m, (void)tables, (void)first, (void)x, (void)sums;
+static void unpack_run(const Tables *tables, const uint8_t *codes, float absmax, vec *to) {
+    (void)tables, (void)codes, (void)absmax;
+    memset(to, 0, SHUFFLED * sizeof(float)); /* never called: nothing is shuffled here */
 }
 
 static int origin_of(int place) {
     return place;
 }
+#endif
 
 static int can_shuffle(const Matrix *m) {
+#ifdef __AVX2__
+    return m->kind == MATRIX_NF4 && m->block % SHUFFLED == 0 && (m->block & (m->block - 1)) == 0;
+#else
     return m == 0;
-}
 #endif
+}
+
+static void unpack_shuffled(const Matrix *m, const Tables *tables, int64_t at, int n, float *restrict to) {
+    const uint8_t *codes = (const uint8_t *)m->weights + at / 2;
+    const float *absmax = m->absmax + at / m->block;
+    int64_t ahead = (int64_t)AHEAD * m->in / 2;
+    for (int k = 0, run = 0; k < n; k += SHUFFLED, run++) {
+        __builtin_prefetch(codes + k / 2 + ahead);
+        unpack_run(tables, codes + k / 2, absmax[run >> tables->shift], (vec *)(to + k));
+    }
+}
+
+/* Four outputs of a tile of rows, each weight used as it is unpacked; the same sums in the same order as by panels. */
+static inline __attribute__((always_inline)) void direct_tile(const Matrix *m, const Tables *tables, int first,
+                                                              const float *x, int64_t x_stride, vec (*sums)[TILE_OUTPUTS],
+                                                              const int rows) {
+    vec s[DIRECT_ROWS][TILE_OUTPUTS] = {0};
+    const int is_bf16 = m->kind == MATRIX_BF16;
+    const int64_t row_bytes = is_bf16 ? 2 * (int64_t)m->in : m->in / 2, run_bytes = is_bf16 ? 2 * SHUFFLED : SHUFFLED / 2;
+    const char *from = (const char *)m->weights + first * row_bytes;
+    const float *absmax = is_bf16 ? 0 : m->absmax + (int64_t)first * m->in / m->block;
+    const int64_t row_constants = is_bf16 ? 0 : m->in / m->block;
+    for (int k = 0, run = 0; k < m->in; k += SHUFFLED, run++, from += run_bytes) {
+#pragma GCC unroll 4
+        for (int o = 0; o < TILE_OUTPUTS; o++) {
+            const char *mine = from + o * row_bytes;
+            vec weights[SHUFFLED / LANES];
+            __builtin_prefetch(mine + AHEAD * row_bytes);
+            if (is_bf16) {
+                __builtin_prefetch(mine + AHEAD * row_bytes + 64);
+#pragma GCC unroll 8
+                for (int i = 0; i < SHUFFLED / LANES; i++) weights[i] = lanes_of_bf16((const bf16 *)mine + i * LANES);
+            } else {
+                unpack_run(tables, (const uint8_t *)mine, absmax[o * row_constants + (run >> tables->shift)], weights);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < SHUFFLED / LANES; i++)
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; r++)
+                    s[r][o] = fma_lanes(*(const vec *)(x + r * x_stride + k + i * LANES), weights[i], s[r][o]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < TILE_OUTPUTS; o++) sums[r][o] = s[r][o];
+}
+
+static void multiply_directly(const Matrix *m, const Tables *tables, int first, const float *x, int64_t x_stride,
+                              vec (*sums)[TILE_OUTPUTS], int rows) {
+    for (int r = 0, tile; r < rows; r += tile) {
+        tile = rows - r < DIRECT_ROWS ? rows - r : DIRECT_ROWS;
+        switch (tile) {
+#ifdef HAS_AVX512
+        case 4: direct_tile(m, tables, first, x + r * x_stride, x_stride, sums + r, 4); break;
+        case 3: direct_tile(m, tables, first, x + r * x_stride, x_stride, sums + r, 3); break;
+        case 2: direct_tile(m, tables, first, x + r * x_stride, x_stride, sums + r, 2); break;
+#endif
+        default: direct_tile(m, tables, first, x + r * x_stride, x_stride, sums + r, 1);
+        }
+    }
+}
+
+static int can_go_direct(const Matrix *m, const Tables *tables, int rows) {
+    if (m->kind == MATRIX_BF16) return m->in % SHUFFLED == 0 && rows <= DIRECT_BF16;
+    return tables && rows <= DIRECT_NF4;
+}
 
 static void unpack_in_order(const Matrix *m, int64_t at, int n, float *restrict to) {
     const uint8_t *codes = (const uint8_t *)m->weights + at / 2;
@@ -146,9 +225,9 @@ static void four_outputs(const Matrix *m, const Tables *tables, int first, int o
                          float *strip, int rows) {
     float room[TILE_OUTPUTS][PANEL] __attribute__((aligned(64)));
     vec sums[CHUNK_ROWS][TILE_OUTPUTS];
-    int direct = tables && rows == 1 && outputs == TILE_OUTPUTS;
+    int direct = outputs == TILE_OUTPUTS && can_go_direct(m, tables, rows);
     if (direct)
-        four_outputs_of_one_row(m, tables, first, x, sums[0]);
+        multiply_directly(m, tables, first, x, x_stride, sums, rows);
     else
         memset(sums, 0, sizeof(sums[0]) * rows);
     for (int k = direct ? m->in : 0; k < m->in; k += PANEL) {
@@ -180,13 +259,13 @@ static void one_strip(const Matrix *m, const Tables *tables, int first, const fl
     for (int r = 0; r < rows; r++) memcpy(y + r * y_stride + first, strip + r * STRIP, outputs * sizeof(float));
 }
 
-/* y [rows, out] = x [rows, in] W^T + bias; rows are `x_stride` and `y_stride` floats apart. `in` is a multiple of 8,
+/* y [rows, out] = x [rows, in] W^T + bias; rows are `x_stride` and `y_stride` floats apart. `in` is a multiple of 16,
  * and of the block for NF4. */
 void matmul(const Matrix *matrix, const float *x, int64_t x_stride, float *y, int64_t y_stride, int rows) {
     Tables tables;
     float *shuffled = 0;
     if (can_shuffle(matrix) && (shuffled = malloc((int64_t)rows * matrix->in * sizeof(float)))) {
-        tables = tables_of(matrix->book);
+        tables = tables_of(matrix);
         shuffle_rows(x, x_stride, rows, matrix->in, shuffled);
         x = shuffled;
         x_stride = matrix->in;

@@ -8,8 +8,8 @@ static float factor_of(const float *values, int width, float eps) {
     float rest = 0;
     int i = 0;
     for (; i + LANES <= width; i += LANES) {
-        vec eight = *(const vec *)(values + i);
-        squares = fma_eight(eight, eight, squares);
+        vec some = *(const vec *)(values + i);
+        squares = fma_lanes(some, some, squares);
     }
     for (; i < width; i++) rest += values[i] * values[i];
     return 1.0f / sqrtf((sum_lanes(squares) + rest) / width + eps);

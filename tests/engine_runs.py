@@ -1,0 +1,68 @@
+"""A local engine on the tiny base, as the tests of its answers and of its faults both run it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from packages import FINGERPRINT
+
+from adapterhub.adapter import Adapter
+from adapterhub.base_model import LoadedBase, load_base
+from adapterhub.base_store import StoredBase
+from adapterhub.lora_config import WEIGHTS_NAME
+from adapterhub.manifest import BaseEntry, Chat, FileEntry, Lora, Manifest
+from serve.engine import Chunk, GenerationRequest, SamplingParams
+from serve.local_engine import LocalEngine, LocalEngineConfig
+
+NUM_TOKENS = 12
+PROMPTS = tuple(tuple(random.Random(n).choices(range(100, 49_000), k=3 + 7 * n)) for n in range(5))
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+
+
+def unverified(folder: Path, number: int) -> Adapter:
+    """An adapter as the engine sees it; what packing checks is not these tests' matter."""
+    weights = folder / WEIGHTS_NAME
+    size = weights.stat().st_size if weights.exists() else 0
+    manifest = Manifest(
+        name=folder.name,
+        base=BaseEntry(id="tests/tiny-llama", fingerprint=FINGERPRINT, revision=str(number)),
+        lora=Lora(method="lora", rank=1, alpha=1, scaling=1, targets=[]),
+        chat=Chat(template_sha256="0" * 64, bos=None, eos=None, pad=None),
+        files={WEIGHTS_NAME: FileEntry(sha256="0" * 64, size=size)},
+    )
+    return Adapter(folder, manifest)
+
+
+def load_tiny(stored: StoredBase, dtype: str = "float32") -> LoadedBase:
+    return load_base(stored, purpose="serve", dtype=dtype)
+
+
+@asynccontextmanager
+async def running(base: LoadedBase, config: LocalEngineConfig | None = None) -> AsyncIterator[LocalEngine]:
+    engine = LocalEngine(base, config)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 120))  # type: ignore[arg-type]
+
+
+async def ask(engine: LocalEngine, request: GenerationRequest) -> list[Chunk]:
+    return [chunk async for chunk in engine.generate(request)]
+
+
+def tokens_of(chunks: list[Chunk]) -> list[int]:
+    return [token for chunk in chunks for token in chunk.tokens]
+
+
+async def idle(engine: LocalEngine) -> None:
+    """The abort that ends each request has been obeyed; then the books must balance."""
+    await engine.unload("sha256:nobody")
+    engine.check()
