@@ -121,3 +121,10 @@ def test_expired_upload_ticket_is_refused() -> None:
     with pytest.raises(UploadRefused) as refusal:
         signer.check(late, signer.signature(late))
     assert "expired" in str(refusal.value)
+
+
+def test_admin_may_change_what_is_anybodys() -> None:
+    admin = Account("root", "admin")
+    assert admin.is_member_of("alice")
+    assert admin.can_write("alice")
+    assert not Account("rob", "read", ("alice",)).can_write("alice")

@@ -23,6 +23,7 @@ from hub_fixtures import ALICE, PEOPLE, hub_command, spawn_hub, wait_until_ready
 from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.quotas import Limits
 from adapterhub.hubserver.store import HubStore
+from adapterhub.hubserver.sweeping import Sweeper
 
 REPO = "alice/poems"
 ROUNDS = 4
@@ -55,6 +56,7 @@ class Pusher(threading.Thread):
         super().__init__()
         self._url, self._promised = url, promised
         self.faults: list[str] = []
+        self.has_promised = threading.Event()
 
     def run(self) -> None:
         try:
@@ -66,6 +68,7 @@ class Pusher(threading.Thread):
                         self.faults.append(reply.text)
                         return
                 self._promised[number] = (done.json()["commitOid"], sha_of(weights))
+                self.has_promised.set()
         except httpx.TransportError:
             return
 
@@ -106,7 +109,8 @@ def test_killed_hub_loses_nothing_it_promised(tmp_path: Path) -> None:
             pusher = Pusher(url, promised)
             pusher.start()
             # At least one version a round, or nothing is put at risk.
-            time.sleep(chance.uniform(0.05, 0.5))
+            assert pusher.has_promised.wait(30)
+            time.sleep(chance.uniform(0, 0.4))
             hub.kill()
             hub.wait()
             pusher.join()
@@ -119,6 +123,26 @@ def test_killed_hub_loses_nothing_it_promised(tmp_path: Path) -> None:
         if head.title.isdecimal() and int(head.title) not in promised:
             promised[int(head.title)] = (head.sha, str(head.files["w"].sha256))
     assert promised
+
+
+def test_gc_beside_pushes_takes_nothing_that_is_needed(tmp_path: Path) -> None:
+    promised: dict[int, tuple[str, str]] = {}
+    with spawn_hub(tmp_path, PEOPLE) as hub:
+        url = wait_until_ready(hub)
+        ask(url, "POST", "/api/repos/create", json={"name": "poems", "organization": "alice"})
+        assert upload(url, b"never committed").status_code == 200
+        pusher = Pusher(url, promised)
+        pusher.start()
+        removed, start = 0, time.monotonic()
+        # Until the first object has been unused for longer than a push may take.
+        while not removed and time.monotonic() - start < 30:
+            removed += Sweeper(tmp_path, grace_s=3).sweep().objects
+        hub.kill()
+        hub.wait()
+        pusher.join()
+    assert (pusher.faults, removed) == ([], 1)
+    assert len(promised) > 1
+    check_folder(tmp_path, promised)
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare to mount a small disk")

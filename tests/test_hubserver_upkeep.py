@@ -80,6 +80,12 @@ def test_small_files_count_too(url: str, repo: str) -> None:
     assert [commit(6000), commit(6001), commit(6002), commit(6003)] == [200, 200, 200, 413]
 
 
+def test_chunks_beyond_the_quota_are_refused(url: str, repo: str) -> None:
+    token = ask(url, "GET", f"/api/models/{repo}/xet-write-token/main").json()["accessToken"]
+    reply = ask(url, "POST", f"/v1/xorbs/default/{'0' * 64}", token=token, content=bytes(20_001))
+    assert (reply.status_code, "do not fit" in reply.json()["error"]) == (413, True)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> HubStore:
     store = HubStore(tmp_path)

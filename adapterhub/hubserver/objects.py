@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from adapterhub.files import disk_full_is_said, sha256_of, write_atomic
@@ -53,11 +54,14 @@ class Upload:
         self._spool = spool
         self._sha256, self._size = sha256, size_bytes
         self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
 
     def write(self, piece: bytes) -> None:
         """Append bytes. Raises TooLarge past the announced size, StorageFull when the disk has no room."""
+        # Hashing takes about as long as writing, and both leave the interpreter to others.
+        hashed = self._hasher.submit(self._digest.update, piece)
         self._spool.write(piece)
-        self._digest.update(piece)
+        hashed.result()
 
     def finish(self) -> None:
         """Check what came and make it visible. Raises UploadMismatch; the object is then not stored."""
@@ -71,6 +75,7 @@ class Upload:
 
     def close(self) -> None:
         """Drop what was not finished."""
+        self._hasher.shutdown()
         self._spool.close()
 
 

@@ -19,8 +19,8 @@ _MAX_FORM_FIELDS = 10_000
 
 
 class _Download(FileResponse):
-    # A thread switch for each 64 KiB costs more than the read.
-    chunk_size = 1 << 20
+    # A thread switch for each 64 KiB costs more than the read; with 1 MiB, fifty downloads at once took 100 MB more.
+    chunk_size = 256 << 10
 
 
 TreeEntry = wire.TreeFile | wire.TreeFolder

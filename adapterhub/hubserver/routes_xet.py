@@ -60,6 +60,8 @@ Ticket = Annotated[XetTicket, Depends(_ticket)]
 @router.post("/v1/xorbs/default/{xorb}", max_body_size=MAX_XORB_BYTES)
 async def receive_xorb(request: Request, xorb: Part, ticket: Ticket, hub: HubHere) -> wire.XorbReply:
     """Packed chunks, kept for the files that name them."""
+    announced = int(request.headers.get("content-length", 0))
+    await run_in_threadpool(hub.quotas.check, ticket.repo_id, added_bytes=announced)
     with contextlib.closing(hub.xet.begin_xorb(ticket.user, xorb)) as spool:
         await pour(request, spool.write)
         await run_in_threadpool(_keep_xorb, spool)
