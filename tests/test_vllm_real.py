@@ -112,7 +112,7 @@ def serving(base: StoredBase, root: Path, names: Sequence[str], *options: str) -
             time.sleep(0.1)
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while True:
         assert process.poll() is None, log.read_text()
