@@ -140,6 +140,15 @@ def verify(adapter: Adapter, keys: Sequence[PublicKey]) -> PublicKey:
     return key
 
 
+def signer_hint(adapter: Adapter) -> str | None:
+    """The key a signature says it was made with (`PublicKey.hint`), unchecked; None when there is no signature.
+
+    Raises SignatureInvalid for one that cannot be read.
+    """
+    path = adapter.path / SIGNATURE_NAME
+    return (_read_bundle(path)[2] or "of no name") if path.is_file() else None
+
+
 def _digests(adapter: Adapter) -> dict[str, str]:
     """sha256 of each file that is signed, by name in order."""
     listed = {name: entry.sha256 for name, entry in adapter.manifest.files.items() if name not in _UNSIGNED}

@@ -249,4 +249,7 @@ def test_the_verbs(home: Path, tmp_path: Path) -> None:
     run("keygen", key, home=home)
     assert run_any("verify", package, "--key", f"{key}.pub", home=home).returncode == 4
     digest = run("sign", package, "--key", key, home=home).stdout.strip()
+    run("add", package, "--name", "crew/captain", home=home)
+    told = json.loads(run("inspect", "crew/captain", "--json", home=home).stdout)
+    assert (told["names"], told["signed_by"]) == (["crew/captain@main"], PublicKey.read(tmp_path / "key.pub").hint)
     assert run("verify", package, "--key", f"{key}.pub", home=home).stdout.strip() == digest

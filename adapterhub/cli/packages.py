@@ -12,6 +12,7 @@ from adapterhub.cli.app import app
 from adapterhub.cli.shared import (
     AsJson,
     base_with,
+    registry,
     replay_probe,
     resolved,
     say,
@@ -116,15 +117,22 @@ def sign(
 def inspect(
     ref: Annotated[str, typer.Argument(help="A folder, a name, or a digest.")], as_json: AsJson = False
 ) -> None:
-    """Show what an adapter is: base, method, size, losses, digest."""
+    """Show what an adapter is: base, method, size, losses, digest, signature, the names that lead to it."""
     from adapterhub.package import inspect as inspect_folder
+    from adapterhub.signing import signer_hint
 
     found = inspect_folder(resolved(ref).path)
     manifest = found.adapter.manifest
+    probe = manifest.probe
+    kept = registry()
+    names = [f"{entry.name}@{entry.revision}" for entry in kept.list() if entry.digest == found.adapter.digest]
+    signer = signer_hint(found.adapter)
     if as_json:
         facts = {"digest": found.adapter.digest, "parameters": found.parameters, "path": str(found.adapter.path)}
-        typer.echo(json.dumps({**facts, **manifest.model_dump(mode="json")}, indent=1))
+        standing = {"names": names, "signed_by": signer, "proof_passed_here": kept.has_proof(found.adapter)}
+        typer.echo(json.dumps({**facts, **standing, **manifest.model_dump(mode="json")}, indent=1))
         return
+    passed = ", passed here" if kept.has_proof(found.adapter) else ""
     rows = [
         ("name", manifest.name),
         ("digest", found.adapter.digest),
@@ -135,7 +143,9 @@ def inspect(
         ("parameters", f"{found.parameters:,} in {found.modules} layers ({', '.join(found.dtypes)})"),
         ("size", f"{found.size_bytes / 1e6:.1f} MB in {len(manifest.files)} files"),
         ("licence", manifest.licence or "not stated"),
-        ("probe", f"{len(manifest.probe.answers)} prompts ({manifest.probe.dtype})" if manifest.probe else "none"),
+        ("probe", f"{len(probe.answers)} prompts ({probe.dtype}){passed}" if probe else "none"),
+        ("signature", f"says key {signer[:16]}; `adapterhub verify --key` checks it" if signer else "none"),
+        ("names", ", ".join(names) or "none here"),
     ]
     rows += [(f"loss on {e.data}", f"{e.base_loss:.3f} -> {e.adapter_loss:.3f}") for e in manifest.evaluations]
     for label, value in rows:
