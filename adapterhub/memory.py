@@ -14,6 +14,8 @@ _KERNELS_CPU = 200 << 20
 """bytes of products that oneDNN compiles for the shapes of a step or two; measured, bf16, as the command bounds them"""
 PROCESS_CUDA = 600 << 20
 """bytes of a CUDA context with bitsandbytes' and cuBLAS' kernels"""
+LOGITS_AT_ONCE = 1 << 23
+"""logits of a training step alive at one time: with their gradients 100 MB, whatever the row and the vocabulary"""
 _BLOCK, _NESTED_BLOCK = 64, 256
 """weights per quantization constant, constants per second-level constant (arXiv 2305.14314, section 3)"""
 
@@ -111,6 +113,11 @@ class TrainingLoad:
 class Item:
     name: str
     size_bytes: int
+
+
+def places_at_once(vocabulary: int) -> int:
+    """Places of a row whose logits a training step computes together."""
+    return max(16, LOGITS_AT_ONCE // vocabulary)
 
 
 def constant_bytes(quantized: int, *, is_double: bool = True, block_size: int = _BLOCK) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from train import forward
+from adapterhub import memory
 from train.data import Sample
 from train.forward import token_losses
 from train.packing import Row, pack
@@ -47,7 +47,7 @@ def test_pieces_give_the_same_losses_and_gradients(row: Row, monkeypatch: pytest
     wanted = torch.autograd.grad(whole.sum(), weights)
     assert rows == [len(row.targets)]
     rows.clear()
-    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 20 * 128)
+    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", 20 * 128)
     pieces = token_losses(model, row)
     found = torch.autograd.grad(pieces.sum(), weights)
     assert rows[:5] == [20, 20, 20, 20, 8]
@@ -80,7 +80,7 @@ def test_a_base_that_works_on_its_logits_afterwards_keeps_doing_so(
     model = make_model(family, **options).eval()
     logits = model(input_ids=row.input_ids, position_ids=row.position_ids, attention_mask=row.mask).logits[0, row.keep]
     wanted = torch.nn.functional.cross_entropy(logits, row.targets, reduction="none")
-    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 20 * 128)
+    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", 20 * 128)
     token_losses(model, row)
     rows = heads_rows(model)
     torch.testing.assert_close(token_losses(model, row), wanted)

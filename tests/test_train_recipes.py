@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -17,7 +18,7 @@ from adapterhub.memory import ModelShape
 from adapterhub.memory_estimate import estimate_training
 from adapterhub.model_shapes import shape_of
 from train.plan import make_plan
-from train.recipe import DatasetsData, FileData, Recipe, read_recipe, shipped_recipes
+from train.recipe import DatasetsData, FileData, LoraSection, Recipe, read_recipe, shipped_recipes
 from train.recipe_estimate import setting_of
 
 NAMES = [
@@ -122,6 +123,20 @@ def test_the_70b_recipe_needs_its_shards() -> None:
     shape = shape_of(found.base_name)
     assert shape is not None
     assert estimate_training(shape, setting_of(found)).size_bytes > 36e9
+
+
+@pytest.mark.parametrize(
+    ("targets", "modules"),
+    [
+        ("all-linear", ()),
+        (("all-linear", "head"), ()),
+        ("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        (("mlp", "embeddings", "q_proj"), ("gate_proj", "up_proj", "down_proj", "q_proj")),
+    ],
+)
+def test_words_for_targets_are_estimated_as_their_layers(targets: Any, modules: tuple[str, ...]) -> None:
+    found = recipe("guanaco-7b").model_copy(update={"lora": LoraSection(targets=targets)})
+    assert setting_of(found).modules == modules
 
 
 def test_the_list_says_what_each_recipe_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,8 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from adapterhub.memory import places_at_once
 from train.packing import Row
-
-LOGITS_AT_ONCE = 1 << 23
-"""logits alive at one time: with their gradients 100 MB, whatever the row and the vocabulary"""
 
 _ends_with_head: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
@@ -41,10 +39,6 @@ def token_losses(model: Any, row: Row) -> torch.Tensor:
     if len(pieces) > 1 and torch.is_grad_enabled():
         return torch.cat([checkpoint(losses, *piece, use_reentrant=False) for piece in pieces])
     return torch.cat([losses(*piece) for piece in pieces])
-
-
-def places_at_once(vocabulary: int) -> int:
-    return max(16, LOGITS_AT_ONCE // vocabulary)
 
 
 def bare_model(model: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from adapterhub.adapter import Adapter, BaseRef
 from adapterhub.errors import RecipeError
 from adapterhub.files import write_atomic
 from adapterhub.lora_config import CONFIG_NAME, WEIGHTS_NAME
-from train.recipe import LoraSection
+from train.recipe import LoraSection, adapter_size
 
 _ATTENTION = re.compile(r"attn|attention")
 """in the name of the module a layer of attention belongs to"""
@@ -32,7 +31,7 @@ def add_lora(model: Any, lora: LoraSection) -> Any:
 
     Raises RecipeError for targets the base does not have.
     """
-    rank, alpha = size_of(lora)
+    rank, alpha = adapter_size(lora)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -51,13 +50,6 @@ def add_lora(model: Any, lora: LoraSection) -> Any:
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
         return with_masters(get_peft_model(model, config))
-
-
-def size_of(lora: LoraSection) -> tuple[int, float]:
-    """(rank, alpha) of the adapter a recipe makes. PiSSA keeps what A and B began with beside them, at their scale."""
-    if lora.init != "pissa":
-        return lora.rank, lora.alpha
-    return 2 * lora.rank, lora.alpha * (math.sqrt(2) if lora.method == "rslora" else 2)
 
 
 def with_masters(model: Any) -> Any:

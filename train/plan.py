@@ -16,17 +16,16 @@ from adapterhub.adapter import Adapter
 from adapterhub.base_model import choose_precision
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import BaseNotFound
-from adapterhub.memory import SPREAD, ModelShape, TrainingLoad, training_memory
+from adapterhub.memory import SPREAD, ModelShape, TrainingLoad, places_at_once, training_memory
 from train.data import Sample
-from train.forward import places_at_once
 from train.inputs import load_inputs, with_lora_of
-from train.lora import size_of, trainable
+from train.lora import trainable
 from train.mask_report import MaskReport, mask_report
 from train.methods import put_on
 from train.objective import Objective
 from train.packing import common_prefix
 from train.preflight import HubAccess, disk_needed, disk_problems, free_bytes, hub_access, memory_problems, moment_bytes
-from train.recipe import LoraSection, Method, Recipe
+from train.recipe import LoraSection, Method, Recipe, adapter_size
 from train.schedule import step_batches
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -172,7 +171,7 @@ def servable(lora: LoraSection, *, method: Method = "lora") -> list[Servable]:
         return answer(reason, reason, can_ours=False)
     if method == "head":
         return answer("as it is", "vLLM serves no whole heads: use lora")
-    rank, _ = size_of(lora)
+    rank, _ = adapter_size(lora)
     ours = "as it is" if rank <= _DEFAULT_MAX_RANK else f"with --max-lora-rank {rank}"
     if lora.method == "dora":
         return answer(ours, "vLLM serves no DoRA: use lora or rslora")

@@ -127,6 +127,13 @@ class LoraSection(_Section):
         return self
 
 
+def adapter_size(lora: LoraSection) -> tuple[int, float]:
+    """(rank, alpha) of the adapter a recipe makes. PiSSA keeps what A and B began with beside them, at their scale."""
+    if lora.init != "pissa":
+        return lora.rank, lora.alpha
+    return 2 * lora.rank, lora.alpha * (math.sqrt(2) if lora.method == "rslora" else 2)
+
+
 class TrainSection(_Section):
     epochs: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)

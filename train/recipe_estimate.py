@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from adapterhub.memory import places_at_once
 from adapterhub.memory_estimate import Estimate, TrainingSetting, estimate_training
 from adapterhub.model_shapes import shape_of
-from train.recipe import Recipe
+from train.recipe import Recipe, adapter_size
+
+_WORDS: dict[str, tuple[str, ...]] = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "embeddings": (),
+    "head": (),
+}
 
 
 def setting_of(recipe: Recipe) -> TrainingSetting:
     """One device, rows as long as they may be, every token of them trained: the most it can come to."""
     tokens = recipe.train.batch_size * recipe.data.max_length
-    targets = recipe.lora.targets
+    shape = shape_of(recipe.base_name)
+    rank, _ = adapter_size(recipe.lora)
+    adapted = "qlora" if recipe.quantization.kind in ("nf4", "fp4") else "lora"
     return TrainingSetting(
-        method="qlora" if recipe.quantization.kind in ("nf4", "fp4") else "lora",
-        rank=recipe.lora.rank,
-        modules=targets if isinstance(targets, tuple) else (),
+        method="full" if recipe.method == "full" else adapted,  # type: ignore[arg-type]
+        rank=rank,
+        modules=_modules(recipe.lora.targets),
         tokens=tokens,
-        trained_tokens=tokens,
+        trained_tokens=tokens if shape is None else min(tokens, places_at_once(shape.vocabulary)),
         is_checkpointed=recipe.train.activation_checkpointing,
         is_double_quantized=recipe.quantization.double_quant,
         moment_bytes=2 if recipe.train.optimizer.endswith("8bit") else 8,
         is_paged=recipe.train.optimizer.startswith("paged"),
     )
+
+
+def _modules(targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Linear modules by name; none stands for all. LoRA on embedding and head is little beside them."""
+    words = (targets,) if isinstance(targets, str) else targets
+    if "all-linear" in words:
+        return ()
+    named = dict.fromkeys(name for word in words for name in _WORDS.get(word, (word,)))
+    return tuple(named)
 
 
 def estimate(recipe: Recipe) -> Estimate | None:
@@ -36,11 +55,12 @@ def described(recipe: Recipe) -> dict[str, str]:
     what = next((str(value) for key in ("path", "name", "topic") if (value := getattr(data, key, None))), "")
     length = f"{train.steps}" if train.steps else f"{train.epochs} epoch{'s' if (train.epochs or 1) > 1 else ''}"
     found = estimate(recipe)
-    learns = recipe.preference.method if recipe.preference else recipe.lora.method
+    how = recipe.preference.method if recipe.preference else recipe.lora.method
+    learns = f"{how} r {recipe.lora.rank}" if recipe.method == "lora" else recipe.method
     return {
         "base": recipe.base,
         "data": f"{what} ({data.source})" if what else data.source,
-        "method": f"{recipe.quantization.kind}, {learns} r {recipe.lora.rank}",
+        "method": f"{recipe.quantization.kind}, {learns}",
         "steps": f"{length} x {train.batch_size * train.gradient_accumulation}",
         "memory": "" if found is None else f"up to {found.high / 1e9:.1f} GB",
     }
