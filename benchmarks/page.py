@@ -30,7 +30,19 @@ WORDS = 123
 """of the answer to `long`: model, "says:", the question, and sixty times "and" and a number"""
 TOKENS = 63
 WATCH = """() => {
-    window.texts = []; window.times = [];
+    window.texts = []; window.times = []; window.updates = 0;
+    // An update is a difference to the one before: one that was lost would leave the answer wrong.
+    const count = (text) => { window.updates += text.split('"process_generating"').length - 1; };
+    const ask = window.fetch;
+    window.fetch = async (...given) => {
+        const reply = await ask(...given);
+        const [read, kept] = reply.body.tee();
+        (async () => { for await (const piece of kept) count(new TextDecoder().decode(piece)); })().catch(() => {});
+        return new Response(read, reply);
+    };
+    window.EventSource = class extends EventSource {
+        constructor(...given) { super(...given); this.addEventListener("message", (event) => count(event.data)); }
+    };
     new MutationObserver(() => {
         const answer = document.querySelector("#chat .bot .message:not(.thought) .message-content");
         const text = answer?.textContent.trim() ?? "";
@@ -77,7 +89,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def read_at_once(browser: Browser, url: str, users: int) -> list[dict[str, float]]:
-    """One dictionary a user: texts seen, whether the whole answer came, the longest pause between two texts."""
+    """One dictionary a user: updates that came, texts drawn, whether the whole answer came, the longest pause."""
     with contextlib.ExitStack() as stack:
         contexts = [stack.enter_context(browser.new_context()) for _ in range(users)]
         pages = [opened(context, url)[0] for context in contexts]
@@ -92,13 +104,14 @@ def read_at_once(browser: Browser, url: str, users: int) -> list[dict[str, float
 
 
 def _seen(page: Page) -> dict[str, float]:
-    texts, times = page.evaluate("() => [window.texts, window.times]")
+    texts, times, updates = page.evaluate("() => [window.texts, window.times, window.updates]")
     pauses = [after - before for before, after in itertools.pairwise(times)]
     grows = all(after.startswith(before) for before, after in itertools.pairwise(texts))
     return {
         "texts": len(texts),
         "is_whole": len(texts[-1].split()) == WORDS and grows,
-        "longest_pause_ms": max(pauses),
+        "updates": updates,
+        "longest_pause_ms": max(pauses, default=0.0),
         "took_s": (times[-1] - times[0]) / 1000,
     }
 
@@ -126,7 +139,8 @@ def main() -> None:
             "answer_s": TOKENS * TOKEN_S,
             "one_user_s": round(alone["took_s"], 2),
             "slowest_user_s": round(max(one["took_s"] for one in crowd), 2),
-            "fewest_texts": min(one["texts"] for one in crowd),
+            "fewest_updates": min(one["updates"] for one in crowd),
+            "fewest_texts_drawn": min(one["texts"] for one in crowd),
             "longest_pause_ms": round(max(one["longest_pause_ms"] for one in crowd)),
             "server_mb_at_start": round(at_start / 1e6),
             "server_mb_after": round(resident_bytes(pid) / 1e6),

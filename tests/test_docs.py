@@ -12,6 +12,7 @@ import typer.main
 
 from adapterhub import errors
 from adapterhub.cli import app
+from adapterhub.cli.examples import EXAMPLES
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,6 +44,10 @@ def _known() -> dict[str, set[str]]:
 
     walk(typer.main.get_command(app), ())
     return found
+
+
+def test_every_command_has_an_example() -> None:
+    assert set(_known()) == set(EXAMPLES), "give each command a line in adapterhub/cli/examples.py"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

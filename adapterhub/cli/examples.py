@@ -32,6 +32,7 @@ EXAMPLES = {
     "base pull": "adapterhub base pull smollm2-135m-instruct",
     "base list": "adapterhub base list",
     "hub serve": "adapterhub hub serve --root ./hub --port 8100",
+    "hub gc": "adapterhub hub gc --root ./hub",
     "feedback export": "adapterhub feedback export --format dpo -o pairs.jsonl",
     "feedback stats": "adapterhub feedback stats --json",
 }
