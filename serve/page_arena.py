@@ -28,7 +28,7 @@ _VERDICTS: tuple[tuple[Verdict, str], ...] = (
     ("b", "Right is better ▶"),
 )
 _BLIND = ["Left", "Right"]
-_SAMPLING = Sampling(temperature=0.7, max_tokens=256, top_p=0.9)
+_TOP_P = 0.9
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,14 @@ class ArenaTab:
         self._panels = Panels(client, 2, prefix="arena")
         with gr.Row(visible=False, elem_classes="votes") as self._votes:
             self._buttons = [(verdict, gr.Button(label, size="md", min_width=120)) for verdict, label in _VERDICTS]
-        with gr.Accordion("Who takes part", open=False, elem_id="arena-among-box"):
+        with gr.Accordion("Settings", open=False, elem_id="arena-settings"):
             self._among = model_picker(
                 elem_id="arena-among",
-                label="Only these (none: the server draws the pairs that teach most)",
+                label="Only these take part (none: the server draws the pairs that teach most)",
                 multiselect=True,
             )
+            self._temperature = gr.Slider(0.0, 2.0, value=0.7, step=0.05, label="Temperature")
+            self._max_tokens = gr.Slider(1, 2048, value=256, step=1, label="Max tokens", elem_id="arena-max-tokens")
         gr.Markdown("## Ratings")
         self._method = gr.Radio(
             [("Bradley-Terry", "bt"), ("Elo", "elo")], value="bt", label="Method", show_label=False, container=False
@@ -86,7 +88,7 @@ class ArenaTab:
         gr.on(
             [self._prompt.submit, self._ask.click],
             self._begin,
-            {self._prompt, self._among},
+            {self._prompt, self._among, self._temperature, self._max_tokens},
             drawn,
             show_progress="hidden",
             api_visibility="private",
@@ -113,8 +115,9 @@ class ArenaTab:
             yield {self._said: trouble(str(error))}
             return
         messages = to_send(None, [Turn("user", prompt)])
+        sampling = Sampling(given[self._temperature], int(given[self._max_tokens]), _TOP_P)
         answers = (Answer(drawn["a"]), Answer(drawn["b"]))
-        filled = [(answer, self._client.fill(answer, messages, _SAMPLING, key=key)) for answer in answers]
+        filled = [(answer, self._client.fill(answer, messages, sampling, key=key)) for answer in answers]
         async with aclosing(self._runs.follow(request.session_hash, filled)) as states:
             await anext(states)
             hidden = {self._battle: None, self._votes: gr.update(visible=False), self._said: ""}

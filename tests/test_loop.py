@@ -69,6 +69,8 @@ def test_votes_and_corrections_make_a_better_adapter(at_home: Path, open_page: C
         for question in questions[:CORRECTIONS]:
             _correct(page, question)
         turn_to(page, "Arena")
+        button(page, "Settings").click()
+        page.get_by_role("spinbutton", name="Max tokens").fill(ANSWER_TOKENS)
         for question in questions[CORRECTIONS:]:
             _vote(page, question)
 

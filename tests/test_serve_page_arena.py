@@ -155,7 +155,8 @@ def test_votes_are_lines_that_ratings_and_trainers_read(
 ) -> None:
     page = open_page(served.url)
     turn_to(page, "Arena")
-    button(page, "Who takes part").click()
+    button(page, "Settings").click()
+    page.get_by_role("spinbutton", name="Max tokens").fill("24")
     for name in NAMES:
         page.locator("#arena-among input").click()
         page.get_by_role("option", name=name).click()
