@@ -47,6 +47,7 @@ JSON_IN = {
     "history": "history small --json",
     "diff": "diff small small --json",
     "base list": "base list --json",
+    "search": "search small --json",
     "feedback stats": "feedback stats --json",
 }
 """the others have a server, or train: tests/test_serve_terminal_chat.py and tests/test_train_plan.py"""
