@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
+import json
 import os
 import shutil
 import statistics
@@ -57,6 +59,39 @@ def pull(api: HfApi, repo: str, cache: Path) -> float:
     return taken
 
 
+def raw_pull(url: str, repo: str) -> float:
+    """What the server alone can do: a client that throws the bytes away."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    buffer = bytearray(1 << 20)
+
+    def act() -> None:
+        connection.request("GET", f"/{repo}/resolve/main/adapter_model.safetensors")
+        reply = connection.getresponse()
+        while reply.readinto(buffer):
+            pass
+
+    return seconds(act)
+
+
+def raw_push(api: HfApi, repo: str, source: Path) -> float:
+    """What the server alone can do: LFS by a client that only sends."""
+    sha256, size = sha256_of(source), source.stat().st_size
+    host = api.endpoint.removeprefix("http://")
+    connection = http.client.HTTPConnection(host, blocksize=1 << 20)
+    body = json.dumps({"operation": "upload", "objects": [{"oid": sha256, "size": size}]})
+    headers = {"Authorization": f"Bearer {api.token}", "Content-Type": "application/json"}
+    connection.request("POST", f"/{repo}.git/info/lfs/objects/batch", body, headers)
+    (answer,) = json.loads(connection.getresponse().read())["objects"]
+    address = answer["actions"]["upload"]["href"].removeprefix(api.endpoint)
+
+    def act() -> None:
+        with source.open("rb") as file:
+            connection.request("PUT", address, file, {"Content-Length": str(size)})
+        assert connection.getresponse().status == 200
+
+    return seconds(act)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -71,6 +106,7 @@ def main() -> None:
             url = hub.stderr.readline().split()[3]
             api = HfApi(endpoint=url, token=(root / "token").read_text())
             rows: dict[str, list[float]] = {"copy + sha256": [], "push, LFS": [], "push, Xet": [], "pull": []}
+            rows |= {"LFS upload alone": [], "download alone": []}
             for number in range(options.rounds):
                 source = folder / f"weights-{number}"
                 source.write_bytes(os.urandom(options.mb << 20))
@@ -79,11 +115,13 @@ def main() -> None:
                     repo = api.create_repo(f"local/bench-{number}-{int(is_xet)}").repo_id
                     rows[name].append(push(api, repo, source, is_xet=is_xet))
                     rows["pull"].append(pull(api, repo, folder / "cache"))
+                    rows["download alone"].append(raw_pull(url, repo))
+                rows["LFS upload alone"].append(raw_push(api, api.create_repo(f"local/raw-{number}").repo_id, source))
                 source.unlink()
             base = statistics.median(rows["copy + sha256"])
             for name, times in rows.items():
                 taken = statistics.median(times)
-                print(f"{name:14} {taken:6.2f} s  {options.mb * 1.048576 / taken:7.0f} MB/s  ratio {base / taken:.2f}")
+                print(f"{name:24} {taken:6.2f} s  {options.mb * 1.048576 / taken:7.0f} MB/s  ratio {base / taken:.2f}")
             print(f"server's peak memory: {peak_mb(hub.pid):.0f} MiB")
             many(api, folder)
             print(f"server's peak memory after fifty pulls at once: {peak_mb(hub.pid):.0f} MiB")
