@@ -25,7 +25,7 @@ EXAMPLES = {
     "lock": "adapterhub lock captain=captain@stable --output adapters.lock",
     "keygen": "adapterhub keygen ./captain.pem",
     "sign": "adapterhub sign ./captain --key ./captain.pem",
-    "mirror": "adapterhub mirror me/captain --from https://huggingface.co --to http://127.0.0.1:8100",
+    "mirror": "adapterhub mirror me/captain --from http://a:80 --to http://b:80",
     "export": "adapterhub export captain@stable captain.zip",
     "import": "adapterhub import captain.zip",
     "push": "adapterhub push ./captain me/captain",
