@@ -284,6 +284,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "gemma3_text": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "gemma": {"head_dim": 16},
+    "phi": {"partial_rotary_factor": 0.5},
     "phi3": {"pad_token_id": 0},
 }
 

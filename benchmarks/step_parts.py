@@ -1,0 +1,90 @@
+"""Milliseconds of a decode step's parts by our kernels: for this processor's vectors, and compiled without AVX-512.
+
+.venv/bin/python benchmarks/step_parts.py [--rounds 9]
+
+The real SmolLM2-135M, all 30 layers' NF4 products, the bf16 head, and the low-rank updates of one adapter a row and of
+one for all, at rank 16 in fp32; one thread, the best of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import decode
+import torch
+
+from serve import cpu_kernels
+from serve.cpu_kernels import CpuKernels, Segment
+from serve.lora_layers import AdapterBank, LinearGroup
+
+NUM_ADAPTERS = 32
+
+
+def compiled(*flags: str) -> CpuKernels:
+    """The kernels with more compiler flags."""
+    usual = cpu_kernels._FLAGS
+    cpu_kernels._FLAGS = (*usual, *flags)
+    found, choice = cpu_kernels.load_kernels.__wrapped__()
+    cpu_kernels._FLAGS = usual
+    assert found is not None, choice
+    return found
+
+
+def milliseconds(run: Callable[[], None], rounds: int) -> float:
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found) * 1e3
+
+
+def parts(kernels: CpuKernels, bank: AdapterBank, rows: int) -> dict[str, Callable[[], None]]:
+    groups = [group for group in bank.groups if group.matrix is not None]
+    layers, head = groups[:-1], groups[-1]
+    x = {width: torch.randn(rows, width) for width in {g.layers[0].in_features for g in groups}}
+    y = {sum(g.widths): torch.zeros(rows, sum(g.widths)) for g in layers}
+
+    def products(of: list[LinearGroup]) -> None:
+        for group in of:
+            assert group.matrix is not None
+            kernels.matmul(group.matrix, x[group.layers[0].in_features])
+
+    def updates(num_adapters: int) -> None:
+        share = rows // num_adapters
+        segments = (Segment * num_adapters)(
+            *(
+                Segment(bank._residents[f"{n:04}"].address, 1.0, n * share, (n + 1) * share, 1)
+                for n in range(num_adapters)
+            )
+        )
+        for group in layers:
+            kernels.low_rank_updates(segments, group.index, x[group.layers[0].in_features], y[sum(group.widths)])
+
+    return {
+        "NF4": lambda: products(layers),
+        "head": lambda: products([head]),
+        "an adapter a row": lambda: updates(min(rows, NUM_ADAPTERS)),
+        "one adapter": lambda: updates(1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    bank = decode.Ours(decode.stored_base(), NUM_ADAPTERS).runner.adapters
+    variants = {"this processor": compiled(), "no AVX-512": compiled("-mno-avx512f")}
+    names = list(parts(variants["this processor"], bank, 1))
+    print("| rows | kernels | " + " | ".join(names) + " |\n" + "|---" * (2 + len(names)) + "|")
+    for rows in (1, 4, 8, 16, 32, 256):
+        for title, kernels in variants.items():
+            found = [milliseconds(run, rounds) for run in parts(kernels, bank, rows).values()]
+            print(f"| {rows} | {title} | " + " | ".join(f"{ms:.1f}" for ms in found) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
