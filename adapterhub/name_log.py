@@ -24,6 +24,8 @@ from adapterhub.errors import InvalidManifest
 from adapterhub.files import disk_full_is_said
 from adapterhub.manifest import Manifest
 
+_SUFFIX = ".jsonl"
+
 Act = Literal["add", "import", "pull", "promote", "rollback", "remove"]
 
 
@@ -133,11 +135,15 @@ class NameLog:
 
     def read(self, name: str) -> Name | None:
         """None for a name nobody ever used. Raises InvalidManifest for a damaged log."""
-        path = self._path(name)
-        return _read(path, name) if path.is_file() else None
+        try:
+            return _read(self._path(name), name)
+        except FileNotFoundError:
+            return None
 
     def names(self) -> list[str]:
-        return sorted(unquote(path.stem) for path in self.folder.glob("*.jsonl"))
+        if not self.folder.is_dir():
+            return []
+        return sorted(unquote(file.removesuffix(_SUFFIX)) for file in os.listdir(self.folder) if file.endswith(_SUFFIX))
 
     def all(self) -> Iterator[Name]:
         """Every name, sorted."""
@@ -171,7 +177,7 @@ class NameLog:
                 raise
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{quote(name, safe='')}.jsonl"
+        return self.folder / f"{quote(name, safe='')}{_SUFFIX}"
 
 
 def _whole_bytes(path: Path) -> int:

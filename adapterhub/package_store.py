@@ -54,7 +54,7 @@ class PackageStore:
     def digests(self) -> list[str]:
         if not self._packages.is_dir():
             return []
-        return [f"sha256:{path.name}" for path in sorted(self._packages.iterdir()) if not path.name.startswith(".")]
+        return [f"sha256:{name}" for name in sorted(os.listdir(self._packages)) if not name.startswith(".")]
 
     def open(self, digest: str) -> Adapter:
         """Raises AdapterNotFound, and PackageError kinds for a package that no longer is what it was."""
