@@ -84,7 +84,7 @@ def test_a_constraint_that_cannot_be_followed_is_refused(
 
 def _sampling(**options: object) -> SamplingParams:
     body = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], **options})
-    return body.sampling(max_tokens=5, extra_stop=[], top_logprobs=None, index=0)
+    return body.sampling(max_tokens=5, extra_stop=[], end_tokens=[], top_logprobs=None, index=0)
 
 
 def test_openais_and_vllms_ways_to_ask_lead_to_the_same() -> None:

@@ -162,12 +162,14 @@ def test_our_trainer_reads_what_is_exported(tmp_path: Path, method: str) -> None
     from transformers import AutoTokenizer
 
     from train.comparisons import read_comparisons
+    from train.rows import read_rows
 
     tokenizer = AutoTokenizer.from_pretrained(pull_base(BaseName.parse("smollm2-135m-instruct")).path)
     lines = exported([vote("1", "a"), correction(), thumb("down")], method)  # type: ignore[arg-type]
     (tmp_path / "f.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = read_comparisons(
-        tmp_path / "f.jsonl", tokenizer, method=method, held_out=0.0, max_length=512, seed=0  # type: ignore[arg-type]
+        read_rows(tmp_path / "f.jsonl"), tokenizer, name="feedback", method=method,  # type: ignore[arg-type]
+        held_out=0.0, max_length=512, seed=0,
     )  # fmt: skip
     assert len(found.train) == {"dpo": 2, "kto": 4}[method]  # the disliked answer is the corrected one: once
 

@@ -313,11 +313,12 @@ def overfitting(folder: Path, **train: Any) -> Recipe:
 
 
 def test_the_best_weights_are_kept(tmp_path: Path, tiny_base: StoredBase) -> None:
-    end = run(overfitting(tmp_path, keep="best"), tiny_base, tmp_path / "out")
+    """After two steps this fast the second has always undone the first; later the two may part on another machine."""
+    end = run(overfitting(tmp_path, keep="best", steps=2), tiny_base, tmp_path / "out")
     found = losses(tmp_path / "out")
     assert found[-1] > min(found)  # or the test would show nothing
     assert end.evaluations[0].adapter_loss == pytest.approx(min(found), abs=1e-4)
-    assert end.steps == 12
+    assert end.steps == 2
 
 
 def test_patience_ends_a_run_that_no_longer_learns(tmp_path: Path, tiny_base: StoredBase) -> None:
