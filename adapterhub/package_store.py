@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,17 +97,20 @@ class PackageStore:
                 raise AdapterNotFound(f"{digest} is not in {self.root} any more: pull or add it again.")
             yield
 
-    def collect(self, needed: set[str], *, grace_s: float, is_trial: bool = False) -> Removed:
+    def collect(self, needed: Callable[[], set[str]], *, grace_s: float, is_trial: bool = False) -> Removed:
         """Take away packages that are not `needed`, not leased and older than `grace_s`; then files of no package.
 
         Also what killed processes left half-done. With `is_trial` nothing is touched, only told.
         """
+        now_needed = needed()
         packages = [
-            digest for digest in self.digests() if digest not in needed and self._may_go(self.folder(digest), grace_s)
+            digest
+            for digest in self.digests()
+            if digest not in now_needed and self._may_go(self.folder(digest), grace_s)
         ]
         if is_trial:
             return Removed(tuple(packages), 0, sum(_size(self.folder(digest)) for digest in packages))
-        gone = [digest for digest in packages if self._retire(digest, grace_s)]
+        gone = [digest for digest in packages if self._retire(digest, needed, grace_s)]
         num_files = num_bytes = 0
         for path in self._leftovers():
             num_bytes += _size(path) if path.is_dir() else 0
@@ -183,10 +186,13 @@ class PackageStore:
     def _may_go(self, folder: Path, grace_s: float) -> bool:
         return time.time() - folder.stat().st_mtime >= grace_s and not is_held(folder)
 
-    def _retire(self, digest: str, grace_s: float) -> bool:
+    def _retire(self, digest: str, needed: Callable[[], set[str]], grace_s: float) -> bool:
         folder = self.folder(digest)
         with self._locked():
             if not folder.is_dir() or not self._may_go(folder, grace_s):
+                return False
+            # Asked after the lease: whoever let a name lead here held the package until the name was written.
+            if digest in needed():
                 return False
             trash = self._trash(folder)
             folder.rename(trash)

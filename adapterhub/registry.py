@@ -247,7 +247,8 @@ class Registry:
             self._check_protected(adapter, ref.name, alias, prove)
         known = self.log.read(ref.name)
         origin = next((m.origin for m in reversed(known.moves) if m.after == adapter.digest), "local") if known else ""
-        return self._lead(ref.name, alias, adapter, "promote", by=by, origin=origin, expect=expect)
+        with self.lease(adapter):
+            return self._lead(ref.name, alias, adapter, "promote", by=by, origin=origin, expect=expect)
 
     def rollback(self, name: str, alias: str, *, expect: str | None = None, by: str | None = None) -> Move:
         """Let an alias lead again where it led before its last promotion. Raises as `promote` does."""
@@ -260,7 +261,8 @@ class Registry:
             raise UsageError(f"{name}@{alias} never led anywhere else than to {known.leads_to(alias)}.")
         adapter = self.store.open(earlier)
         Policy.read(self.root).check(adapter, name)
-        return self._lead(name, alias, adapter, "rollback", by=by, expect=expect or known.leads_to(alias))
+        with self.lease(adapter):
+            return self._lead(name, alias, adapter, "rollback", by=by, expect=expect or known.leads_to(alias))
 
     def remove(self, name: str, revision: str = DEFAULT_REVISION, *, by: str | None = None) -> Move:
         """Forget one revision of a name; the package stays until it is collected.
@@ -299,7 +301,10 @@ class Registry:
         half-done goes as well.
         """
         since = datetime.now(UTC) - timedelta(seconds=grace_s)
-        needed: set[str] = set().union(*(name.holds(since=since) for name in self.log.all()))
+
+        def needed() -> set[str]:
+            return set().union(*(name.holds(since=since) for name in self.log.all()))
+
         return self.store.collect(needed, grace_s=grace_s, is_trial=is_trial)
 
     def _proof(self, adapter: Adapter) -> Path:
