@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 # Read when gradio is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -97,8 +99,16 @@ def run_page(url: str, *, host: str, port: int, report: Callable[[str], None]) -
 
     Raises ServeError where no server answers there, UsageError for an open interface before an open API, PortBusy.
     """
+    _share_arenas()
     with listen(host, port) as listener:
         asyncio.run(_serve_page(url.rstrip("/").removesuffix("/v1"), listener, report, is_open=not is_loopback(host)))
+
+
+def _share_arenas() -> None:
+    """Two pools of memory for all threads: glibc gives each its own, whose free parts add up (benchmarks/page.py)."""
+    arena_max = -8  # malloc.h: M_ARENA_MAX
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(arena_max, 2)
 
 
 async def _serve_page(api_url: str, listener: socket.socket, report: Callable[[str], None], *, is_open: bool) -> None:
