@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import tempfile
@@ -55,9 +56,9 @@ def opened_bundle(path: Path, scratch: Path, *, max_bytes: int = MAX_BYTES) -> I
                 for name, entry in _entries(bundle, max_bytes=max_bytes).items():
                     with bundle.open(entry) as source, (folder / name).open("wb") as target:
                         left -= _copy(source, target, at_most=left, name=name)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            # RuntimeError: an encrypted entry; NotImplementedError: a compression that Python does not have.
-            raise InvalidBundle(f"this is no zip that can be read ({error}): zip the packed folder again.") from error
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
+            # RuntimeError: an encrypted entry, or a compression that Python does not have.
+            raise _unreadable(error) from error
         yield open_adapter(folder)
 
 
@@ -87,9 +88,20 @@ def _entries(bundle: zipfile.ZipFile, *, max_bytes: int) -> dict[str, zipfile.Zi
 def _copy(source: IO[bytes], target: IO[bytes], *, at_most: int, name: str) -> int:
     """How many bytes there were. Raises InvalidBundle past `at_most`."""
     copied = 0
-    while chunk := source.read(_CHUNK):
+    while chunk := _read(source):
         copied += len(chunk)
         if copied > at_most:
             raise InvalidBundle(f"{name!r} unpacks to more than the zip says: it is damaged, or made to fill a disk.")
         target.write(chunk)
     return copied
+
+
+def _read(source: IO[bytes]) -> bytes:
+    try:
+        return source.read(_CHUNK)
+    except OSError as error:  # bzip2's word for damage; one while writing is a full disk, not the zip's fault
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> InvalidBundle:
+    return InvalidBundle(f"this is no zip that can be read ({error}): zip the packed folder again.")

@@ -125,3 +125,27 @@ def test_a_damaged_zip_is_refused(package: Path) -> None:
     raw[120] ^= 255
     path.write_bytes(raw)
     _refused(path, PackageError)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_entry_of_any_compression_is_refused(package: Path, compression: int) -> None:
+    path = package.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w", compression) as bundle:
+        bundle.write(package / WEIGHTS, WEIGHTS)
+    raw = bytearray(path.read_bytes())
+    begin = 30 + len(WEIGHTS) + 12  # behind the local header, and what LZMA says of itself
+    raw[begin : begin + 12] = bytes(byte ^ 0x5A for byte in raw[begin : begin + 12])
+    path.write_bytes(raw)
+    _refused(path, InvalidBundle, "no zip that can be read")
+
+
+def test_an_encrypted_zip_is_refused(package: Path) -> None:
+    path = _zip(package)
+    raw = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = raw.find(signature)
+        while at >= 0:
+            raw[at + flags] |= 1
+            at = raw.find(signature, at + 1)
+    path.write_bytes(raw)
+    _refused(path, InvalidBundle, "encrypted")
