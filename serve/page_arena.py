@@ -11,13 +11,14 @@ from typing import Any
 import gradio as gr
 
 from adapterhub.errors import AdapterHubError, Conflict
+from adapterhub.ratings import Rating
 from serve.chat_client import Answer, Sampling, Turn, to_send
 from serve.page_api import Messages, PageClient, Verdict
 from serve.page_chat import CONCURRENT_ANSWERS
 from serve.page_lines import escape
 from serve.page_models import QUIET, Models, model_picker, trouble
 from serve.page_panels import Panels, Updates
-from serve.page_plots import Rating, interval_plot
+from serve.page_plots import interval_plot
 from serve.page_runs import Run, Runs
 from serve.page_sign_in import key_of
 

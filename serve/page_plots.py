@@ -5,21 +5,11 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from adapterhub.ratings import Rating
 
 _ROW = 34
 _LEFT, _RIGHT, _WIDTH, _HEIGHT = 170, 70, 760, 260
-
-
-@dataclass(frozen=True)
-class Rating:
-    """One system's rating with its 95 % interval, in rating points."""
-
-    model: str
-    rating: float
-    low: float
-    high: float
-    games: int
 
 
 def interval_plot(ratings: Sequence[Rating]) -> str:
