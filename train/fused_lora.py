@@ -56,8 +56,8 @@ def fuse_lora(model: Any) -> int:
     """Give PEFT's plain LoRA layers this product, and return how many there are; the others keep PEFT's own.
 
     Plain is: on a linear layer in 4 bit or not quantized, without DoRA or another variant. Without gradients a layer
-    still takes PEFT's way, so that what is measured is what PEFT reloads, to the bit; so does fp16, whose range is too
-    small for the gradients.
+    still takes PEFT's way, so that what is measured is what PEFT reloads (of an fp32 base, to the bit); so does fp16,
+    whose range is too small for the gradients.
     """
     if model.dtype == torch.float16:
         return 0
