@@ -54,9 +54,9 @@ def opened_bundle(path: Path, scratch: Path, *, max_bytes: int = MAX_BYTES) -> I
             with zipfile.ZipFile(path) as bundle:
                 left = max_bytes
                 for name, entry in _entries(bundle, max_bytes=max_bytes).items():
-                    with bundle.open(entry) as source, (folder / name).open("wb") as target:
+                    with _opened(bundle, entry) as source, (folder / name).open("wb") as target:
                         left -= _copy(source, target, at_most=left, name=name)
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, UnicodeDecodeError) as error:
             # RuntimeError: an encrypted entry, or a compression that Python does not have.
             raise _unreadable(error) from error
         yield open_adapter(folder)
@@ -64,12 +64,12 @@ def opened_bundle(path: Path, scratch: Path, *, max_bytes: int = MAX_BYTES) -> I
 
 def _entries(bundle: zipfile.ZipFile, *, max_bytes: int) -> dict[str, zipfile.ZipInfo]:
     """Name -> entry of the plain files."""
-    files = [entry for entry in bundle.infolist() if not entry.is_dir()]
+    files = [entry for entry in bundle.infolist() if not entry.filename.endswith("/")]
     if len(files) > len(ALLOWED):
         raise InvalidBundle(f"{len(files)} files, a package has at most {len(ALLOWED)}: zip one packed folder.")
     parts = [PurePosixPath(entry.filename).parts for entry in files]
     for entry, part in zip(files, parts, strict=True):
-        if entry.filename.startswith("/") or ".." in part or "\\" in entry.filename or len(part) > 2:
+        if not part or entry.filename.startswith("/") or ".." in part or "\\" in entry.filename or len(part) > 2:
             raise InvalidBundle(f"{entry.filename!r} leaves the package's folder: zip one packed folder as it is.")
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise InvalidBundle(f"{entry.filename!r} is a symbolic link: packages hold plain files only.")
@@ -83,6 +83,13 @@ def _entries(bundle: zipfile.ZipFile, *, max_bytes: int) -> dict[str, zipfile.Zi
     if size > max_bytes:
         raise BundleTooLarge(f"the zip would unpack to {size:,} bytes, the most is {max_bytes:,}.")
     return found
+
+
+def _opened(bundle: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
+    try:
+        return bundle.open(entry)
+    except OSError as error:  # a place before the file's beginning
+        raise _unreadable(error) from error
 
 
 def _copy(source: IO[bytes], target: IO[bytes], *, at_most: int, name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from adapterhub.base_store import list_bases
+from adapterhub.errors import AdapterHubError
 from adapterhub.home import home
 
 Status = Literal["ok", "warn", "fail"]
@@ -98,7 +100,10 @@ def _compiler() -> Finding:
 
 def _accelerator() -> Finding:
     if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
-        built = version("torch")
+        try:
+            built = version("torch")
+        except PackageNotFoundError:
+            return Finding("GPU", "warn", "NVIDIA, but no torch", "run `TORCH=cuda make setup`.")
         if built.endswith("+cpu"):
             return Finding(
                 "GPU", "warn", f"NVIDIA, but torch {built}", "run `TORCH=cuda make setup` for a torch that uses it."
@@ -138,7 +143,10 @@ def _disk() -> Finding:
 
 
 def _bases() -> Finding:
-    found = [stored.ref.id for name, stored in list_bases()]
+    try:
+        found = [stored.ref.id for name, stored in list_bases()]
+    except AdapterHubError as error:
+        return Finding("bases", "fail", str(error), "delete that folder and pull the base again.")
     if not found:
         return Finding("bases", "warn", "none yet", "adapterhub base pull smollm2-135m-instruct")
     return Finding("bases", "ok", ", ".join(found))
@@ -167,7 +175,7 @@ def _trouble_with(url: str) -> str:
     except urllib.error.HTTPError as error:
         # A proxy answers for a Hub that it cannot reach, too.
         return f"status {error.code}" if error.code >= 500 or error.code == 407 else ""
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return str(getattr(error, "reason", error))
 
 

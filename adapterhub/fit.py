@@ -53,7 +53,7 @@ def check_fit(name: str, config: LoraConfig, tensors: Iterable[LoraTensor], shap
         # A head's and an embedding's whole weights are [vocabulary, width]; of a linear layer that is [out, in].
         if adapted != expected and not ("weight" in found and adapted == expected[::-1]):
             raise IncompatibleBase(
-                f"adapter {name} expects {module} to be {adapted[0]} -> {adapted[1]}, this base has "
+                f"adapter {name} expects {module} to be {' -> '.join(map(str, adapted))}, this base has "
                 f"{expected[0]} -> {expected[1]}."
             )
     bare = [module for module in sorted(shapes) if module not in parts and _is_aimed_at(module, config)]
@@ -68,7 +68,8 @@ def check_fit(name: str, config: LoraConfig, tensors: Iterable[LoraTensor], shap
 def check_vocabulary(name: str, tensors: Iterable[LoraTensor], shapes: Shapes, *, has_tokenizer: bool) -> None:
     """Raises MissingFile for an adapter made with another vocabulary that does not bring its tokenizer along."""
     for tensor in tensors:
-        if tensor.kind == "weight" and tensor.module in shapes and not has_tokenizer:
+        is_matrix = tensor.kind == "weight" and len(tensor.info.shape) == 2
+        if is_matrix and tensor.module in shapes and not has_tokenizer:
             rows, known = tensor.info.shape[0], max(shapes[tensor.module])
             is_vocabulary = tensor.module.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte", "embed_in")
             if is_vocabulary and rows != known:

@@ -145,7 +145,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
             is_pattern=isinstance(targets, str),
             is_everywhere=not raw.get("layers_to_transform") and not raw.get("exclude_modules"),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise AdapterUnsupported(
             f"{path} cannot be read as a LoRA config ({error!r}): it needs peft_type, r, lora_alpha and "
             "target_modules as PEFT writes them."

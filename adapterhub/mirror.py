@@ -14,7 +14,8 @@ from adapterhub.package import check_names, open_adapter
 
 Report = Callable[[str], None]
 
-_TRAILER = re.compile(r"^mirrored from (?P<place>\S+)@(?P<commit>[0-9a-f]{40})$", re.MULTILINE)
+_TRAILER = re.compile(r"^mirrored from (?P<place>\S+)@(?P<commit>[0-9a-f]{40})\s*\Z", re.MULTILINE)
+"""the last line: a mirror of a mirror has one of each"""
 
 
 def mirror(

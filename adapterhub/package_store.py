@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from adapterhub.adapter import Adapter
-from adapterhub.errors import AdapterNotFound, DigestMismatch, PackageError
+from adapterhub.errors import AdapterNotFound, Conflict, DigestMismatch, PackageError
 from adapterhub.files import copy_and_hash, disk_full_is_said, hold, is_held, new_folder, sha256_of, write_atomic
 from adapterhub.manifest import MANIFEST_NAME, read_manifest
 from adapterhub.package import SIGNATURE_NAME, files_of, open_adapter
@@ -68,7 +68,7 @@ class PackageStore:
 
         One that is here already is verified, and replaced when it is damaged. A folder that is scratch, on the same
         disk and nobody else's, gives its files away instead of having them copied. Raises DigestMismatch for a file
-        that changed since it was verified.
+        that changed since it was verified, Conflict for a signature of another manifest than the one kept.
         """
         folder = self.folder(adapter.digest)
         is_ours, is_trusted = False, True
@@ -215,13 +215,17 @@ class PackageStore:
 
 
 def _take_signature(source: Path, folder: Path) -> None:
-    """Of one adapter packed twice, the signed package's own words are kept: a signature covers the manifest."""
-    signature = source / SIGNATURE_NAME
-    stored = folder / SIGNATURE_NAME
-    if not signature.is_file() or (stored.is_file() and stored.read_bytes() == signature.read_bytes()):
+    """A signature may join a package that has none, and never takes the place of one, or of a manifest: more than the
+    digest covers stands there, and whoever brings the same content again need not be who signed it."""
+    signature, stored = source / SIGNATURE_NAME, folder / SIGNATURE_NAME
+    if not signature.is_file() or stored.is_file():
         return
-    for name in (MANIFEST_NAME, SIGNATURE_NAME):
-        write_atomic(folder / name, (source / name).read_bytes())
+    if (source / MANIFEST_NAME).read_bytes() != (folder / MANIFEST_NAME).read_bytes():
+        raise Conflict(
+            f"{source} is signed, and the same content is kept here unsigned with another {MANIFEST_NAME}, which the "
+            "signature would not cover: remove its names, run `adapterhub gc --grace 0`, then bring the signed one."
+        )
+    write_atomic(stored, signature.read_bytes())
 
 
 def _is_sound(folder: Path) -> bool:

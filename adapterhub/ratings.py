@@ -104,7 +104,7 @@ def read_verdicts(
     found = _Reading()
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"{path} cannot be read ({error}): expected a UTF-8 JSONL file of verdicts.") from error
         for number, line in enumerate(lines, start=1):

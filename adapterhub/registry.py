@@ -96,8 +96,8 @@ class Registry:
     ) -> Adapter:
         """Keep a verified package, file by file and each content once, and let `name@revision` lead to it."""
         called = name or adapter.manifest.name
-        if AdapterRef.parse(called).name is None:
-            raise UsageError(f"{called!r} is a folder or a digest, not a name to keep an adapter under.")
+        if AdapterRef.parse(called) != AdapterRef(name=called):
+            raise UsageError(f"{called!r} is a folder, a digest or a revision, not a name to keep an adapter under.")
         if revision in Policy.read(self.root).protected:
             raise UsageError(f"{revision} is a protected alias here: add it as {DEFAULT_REVISION} and promote it.")
         with self.store.keep(adapter) as kept:
@@ -146,7 +146,7 @@ class Registry:
             if ref.name is None:
                 raise UsageError(f"{ref} has no name that would lead to it again: add it, or pull it, first.")
             digest = self.resolve(ref).digest
-            moves = [move for move in self.history(ref.name) if move.after == digest]
+            moves = [move for move in self.history(ref.name) if move.after == digest and " " in move.origin]
             endpoint, _, commit = (moves[-1].origin if moves else "local").partition(" ")
             locked[served_as] = Locked(
                 name=ref.name, hub=endpoint if commit else None, commit=commit or None, digest=digest
@@ -245,10 +245,8 @@ class Registry:
         adapter = Registry(self.root).resolve(ref)
         if alias in Policy.read(self.root).protected:
             self._check_protected(adapter, ref.name, alias, prove)
-        known = self.log.read(ref.name)
-        origin = next((m.origin for m in reversed(known.moves) if m.after == adapter.digest), "local") if known else ""
         with self.lease(adapter):
-            return self._lead(ref.name, alias, adapter, "promote", by=by, origin=origin, expect=expect)
+            return self._lead(ref.name, alias, adapter, "promote", by=by, expect=expect)
 
     def rollback(self, name: str, alias: str, *, expect: str | None = None, by: str | None = None) -> Move:
         """Let an alias lead again where it led before its last promotion. Raises as `promote` does."""
@@ -260,6 +258,8 @@ class Registry:
         if earlier is None:
             raise UsageError(f"{name}@{alias} never led anywhere else than to {known.leads_to(alias)}.")
         adapter = self.store.open(earlier)
+        if alias in Policy.read(self.root).protected:
+            self._check_protected(adapter, name, alias, None)
         Policy.read(self.root).check(adapter, name)
         with self.lease(adapter):
             return self._lead(name, alias, adapter, "rollback", by=by, expect=expect or known.leads_to(alias))
@@ -332,13 +332,15 @@ class Registry:
         act: Act,
         *,
         by: str | None,
-        origin: str = "local",
+        origin: str | None = None,
         expect: str | None = None,
     ) -> Move:
+        """Without an `origin` it is the one the name has had the package from, else `local`."""
         with self.log.locked():
             known = self.log.read(name)
             before = known.leads_to(revision) if known else None
             _check_expected(name, revision, before, expect)
+            moves = [move for move in known.moves if move.after == adapter.digest] if known else []
             move = Move(
                 at=now(),
                 by=by or default_actor(),
@@ -346,7 +348,7 @@ class Registry:
                 revision=revision,
                 before=before,
                 after=adapter.digest,
-                origin=origin,
+                origin=origin or (moves[-1].origin if moves else "local"),
                 about=Summary.of(adapter.manifest),
             )
             if before != move.after or (act == "pull" and not _was_fetched(known, move)):

@@ -116,10 +116,11 @@ def read_run_events(path: Path, *, is_whole: bool = True) -> list[RunEvent]:
 
     Raises InvalidManifest when the log is damaged.
     """
-    lines = path.read_text().splitlines(keepends=True)
-    if not is_whole and lines and not lines[-1].endswith("\n"):
-        lines.pop()
     try:
+        # Not splitlines: texts in it may hold line ends that are none of JSONL's.
+        *lines, rest = path.read_text(encoding="utf-8").split("\n")
+        if rest and is_whole:
+            lines.append(rest)
         return [_EVENT.validate_python(json.loads(line)) for line in lines]
     except (ValueError, ValidationError) as error:
         raise InvalidManifest(f"{path} is not a training log ({error}): train again, or remove it.") from error

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -48,7 +48,7 @@ class PublicKey:
         """Raises UsageError for a file that is no public P-256 key in PEM."""
         try:
             key = serialization.load_pem_public_key(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
             raise UsageError(f"{path} cannot be read as a public key in PEM ({error}).") from error
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
             raise UsageError(f"{path} is not an elliptic curve key on P-256, the kind signatures are made with here.")
@@ -172,7 +172,7 @@ def _read_private(path: Path) -> ec.EllipticCurvePrivateKey:
     password = os.environ.get(PASSWORD_VARIABLE, "").encode() or None
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise UsageError(
             f"{path} cannot be read as a private key in PEM ({error}); {PASSWORD_VARIABLE} holds its password, if any."
         ) from error

@@ -36,6 +36,7 @@ def improve(
     ] = None,
 ) -> None:
     """Train a candidate from feedback, measure it against the adapter on held-out comparisons, offer to promote it."""
+    from adapterhub.adapter import AdapterRef
     from adapterhub.cli.from_feedback import feedback_exported
     from adapterhub.package import pack
     from train.inputs import with_lora_of
@@ -44,6 +45,7 @@ def improve(
 
     adapter = resolved(ref)
     name = adapter.manifest.name
+    called = AdapterRef.parse(ref).name or name
     folder = (output or Path(f"{name}-improved")).absolute()
     improvement = Improvement(method, steps, batch_size, learning_rate, held_out)
     base = base_with(adapter.base, None)
@@ -55,10 +57,10 @@ def improve(
     is_better = _told(end)
     say(f"{adapter.digest} -> {candidate.digest}")
     if promote is None:
-        promote = typer.confirm(f"Let {name} lead to the candidate?", default=is_better, err=True)
+        promote = typer.confirm(f"Let {called} lead to the candidate?", default=is_better, err=True)
     if promote:
-        registry().add(candidate, name=name)
-        say(f"{name} leads to the candidate; before it: {adapter.digest}")
+        registry().add(candidate, name=called)
+        say(f"{called} leads to the candidate; before it: {adapter.digest}")
     typer.echo(folder)
 
 

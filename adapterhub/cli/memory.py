@@ -87,16 +87,17 @@ def _shape(model: str) -> ModelShape:
     from adapterhub.base_store import find_base
     from adapterhub.errors import BaseNotFound, InvalidRef, UsageError
     from adapterhub.memory import ModelShape
-    from adapterhub.model_shapes import MODEL_SHAPES
+    from adapterhub.model_shapes import MODEL_SHAPES, shape_of
 
-    if model.lower() in MODEL_SHAPES:
-        return MODEL_SHAPES[model.lower()]
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():
         try:
-            path = find_base(BaseName.parse(model)).path / "config.json"
+            named = BaseName.parse(model)
+            if (known := shape_of(named)) is not None:
+                return known
+            path = find_base(named).path / "config.json"
         except (BaseNotFound, InvalidRef) as error:
             names = ", ".join(MODEL_SHAPES)
             raise BaseNotFound(
