@@ -261,3 +261,20 @@ def test_the_verbs(home: Path, tmp_path: Path) -> None:
     assert "q_proj" in layers.stdout
     run("remove", "captain@production", home=home)
     assert "production" not in run("list", home=home).stdout
+
+
+def test_promotion_and_rollback_know_where_the_package_came_from(registry: Registry, tmp_path: Path) -> None:
+    for seed in range(2):
+        package = open_adapter(write_package(tmp_path / f"h{seed}", name="captain", seed=seed))
+        registry.add(package, origin=f"https://hub.example {seed:040x}")
+        registry.promote(_ref("captain"), "stable")
+    registry.rollback("captain", "stable")
+    locked = registry.lock({"captain": _ref("captain@stable")}).adapters["captain"]
+    assert (locked.hub, locked.commit) == ("https://hub.example", f"{0:040x}")
+
+
+@pytest.mark.parametrize("name", ["captain@v2", "./captain", "sha256:" + "0" * 64])
+def test_what_would_not_lead_back_is_no_name(registry: Registry, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="not a name"):
+        registry.add(open_adapter(write_package(tmp_path / "p", name="captain")), name=name)
+    assert registry.list() == []

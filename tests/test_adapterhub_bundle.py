@@ -149,3 +149,22 @@ def test_an_encrypted_zip_is_refused(package: Path) -> None:
             at = raw.find(signature, at + 1)
     path.write_bytes(raw)
     _refused(path, InvalidBundle, "encrypted")
+
+
+@pytest.mark.parametrize("name", [".", "\0x", "captain/."])
+def test_an_entry_without_a_name_is_refused(package: Path, name: str) -> None:
+    path = package.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as bundle:
+        entry = zipfile.ZipInfo("x" * len(name))
+        entry.filename = name  # ZipInfo itself would cut it
+        bundle.writestr(entry, "x")
+    _refused(path, PackageError)
+
+
+def test_a_directory_before_the_file_s_beginning_is_refused(package: Path) -> None:
+    path = _zip(package)
+    raw = bytearray(path.read_bytes())
+    at = raw.rfind(b"PK\5\6")
+    raw[at + 16 : at + 20] = struct.pack("<I", 0x7FFFFFFF)
+    path.write_bytes(raw)
+    _refused(path, InvalidBundle)

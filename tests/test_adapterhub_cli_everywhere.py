@@ -109,3 +109,13 @@ def test_doctor_ends_with_1_where_nothing_can_be_kept(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"fail  home        {tmp_path}/file/home cannot be written" in done.stdout
     assert "-> set ADAPTERHUB_HOME to a folder that can." in done.stdout
+
+
+def test_doctor_names_a_damaged_base_and_an_address_that_is_none(home: Path) -> None:
+    folder = home / "bases" / "torn"
+    folder.mkdir(parents=True)
+    (folder / "base.json").write_text("{")
+    done = run_any("doctor", "--json", home=home, HF_ENDPOINT="http://hub:port")
+    found = {finding["check"]: finding for finding in json.loads(done.stdout)}
+    assert (done.returncode, found["bases"]["status"], found["hub"]["status"]) == (1, "fail", "warn")
+    assert "Traceback" not in done.stderr

@@ -22,9 +22,12 @@ from adapterhub.errors import (
     UnsafeFile,
     UsageError,
 )
+from adapterhub.fit import check_fit, check_vocabulary
+from adapterhub.lora_config import LoraConfig, LoraTensor
 from adapterhub.manifest import Quantization
 from adapterhub.package import adopt, check_layers, pack
 from adapterhub.probe import likely_cause, record, replay
+from adapterhub.safetensors_header import TensorInfo
 
 
 def _base(folder: Path, tokenizer_from: StoredBase, **shape: int) -> StoredBase:
@@ -207,3 +210,13 @@ def test_a_proof_recorded_on_whole_weights_names_the_quantization(packed: Adapte
 def test_the_dtype_is_named_when_all_else_is_as_recorded(packed: Adapter) -> None:
     cause = likely_cause(packed.manifest, fingerprint=None, weights="nf4", dtype="float16")
     assert cause == f"another dtype: recorded in {packed.manifest.probe.dtype}, computed in float16"  # type: ignore[union-attr]
+
+
+def test_a_whole_weight_that_is_no_matrix_is_told_with_its_shape() -> None:
+    tensors = [LoraTensor("lm_head.weight", "lm_head", "weight", TensorInfo("F32", (7,), 0, 28))]
+    config = LoraConfig(
+        4, 8.0, use_rslora=False, use_dora=False, targets=("q_proj",), rank_pattern={}, alpha_pattern={}
+    )
+    check_vocabulary("x", tensors, {"lm_head": (64, 100)}, has_tokenizer=False)
+    with pytest.raises(IncompatibleBase, match="to be 7, this base has 64 -> 100"):
+        check_fit("x", config, tensors, {"lm_head": (64, 100)})

@@ -211,6 +211,9 @@ def test_a_mirror_has_the_same_adapters_in_the_same_order(url: str, other_url: s
     assert there[0].title == f"seed {adapters[0].digest[7:12]}"
     with pytest.raises(Conflict, match="is not a mirror of"):
         mirror(repo, target, source)
+    third = f"{repo}-again"
+    for seed in range(2):  # a mirror of a mirror goes on, too
+        assert len(mirror(repo, target, source, name=third)) == (3, 0)[seed]
 
 
 def test_a_read_mirror_with_little_more_than_files_is_enough(url: str, repo: str, tmp_path: Path) -> None:

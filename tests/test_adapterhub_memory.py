@@ -194,3 +194,9 @@ def test_a_config_of_something_else_is_refused(tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, ["memory", str(tmp_path)])
     assert isinstance(outcome.exception, UsageError)
     assert "num_attention_heads" in str(outcome.exception)
+
+
+def test_a_chat_model_has_the_shape_of_the_model_it_comes_from(home: Path) -> None:
+    outcome = CliRunner().invoke(app, ["memory", "smollm2-135m-instruct", "--rank", "16"])
+    assert outcome.exit_code == 0, outcome.output
+    assert "0.135 billion weights" in outcome.stdout

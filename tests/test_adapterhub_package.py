@@ -194,3 +194,8 @@ def test_an_adapter_for_another_base_shows_both_sides(package: Path, tiny_base: 
         check_base(open_adapter(package), tiny_base)
     assert "owner/base" in str(caught.value)
     assert "tests/tiny-llama" in str(caught.value)
+
+
+def test_an_alpha_no_float_can_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterUnsupported, match="cannot be read as a LoRA config"):
+        write_manifest(write_peft_folder(tmp_path / "p", lora_alpha=10**400))

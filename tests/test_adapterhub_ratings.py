@@ -194,3 +194,9 @@ def test_options_that_make_no_sense(tmp_path: Path, options: list[str], said: st
     assert isinstance(outcome.exception, AdapterHubError)
     assert isinstance(outcome.exception, UsageError)
     assert said in str(outcome.exception)
+
+
+def test_a_text_with_a_line_end_of_its_own_is_one_row(tmp_path: Path) -> None:
+    file = tmp_path / "v.jsonl"
+    file.write_text(json.dumps(row("p", "q", "a", text="x\u2028y\u0085z"), ensure_ascii=False), encoding="utf-8")
+    assert read_verdicts([file]).verdicts == (Verdict("p", "q", "a"),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from packages import write_manifest, write_package
 from road import run, run_any
 
 from adapterhub.adapter import Adapter, AdapterRef
-from adapterhub.errors import ProbeMismatch, SignatureInvalid, UsageError
+from adapterhub.errors import Conflict, ProbeMismatch, SignatureInvalid, UsageError
 from adapterhub.package import open_adapter
 from adapterhub.registry import Registry
 from adapterhub.signing import PublicKey, make_key, sign, verify
@@ -253,3 +254,39 @@ def test_the_verbs(home: Path, tmp_path: Path) -> None:
     told = json.loads(run("inspect", "crew/captain", "--json", home=home).stdout)
     assert (told["names"], told["signed_by"]) == (["crew/captain@main"], PublicKey.read(tmp_path / "key.pub").hint)
     assert run("verify", package, "--key", f"{key}.pub", home=home).stdout.strip() == digest
+
+
+def test_the_same_content_from_a_stranger_replaces_neither_signature_nor_manifest(
+    registry: Registry, signed: Adapter, tmp_path: Path
+) -> None:
+    """The digest covers base and files: what else the manifest says is the signature's to vouch for."""
+    registry.add(signed, name="acme/captain")
+    folder = write_package(tmp_path / "evil", name="captain")
+    manifest = json.loads((folder / "adapterhub.json").read_text())
+    manifest["chat"]["stop"] = ["the"]
+    (folder / "adapterhub.json").write_text(json.dumps(manifest))
+    (folder / "adapter.sig").write_text("junk")
+    stranger = open_adapter(folder)
+    assert stranger.digest == signed.digest
+    registry.add(stranger, name="evil/captain")
+    kept = registry.resolve(_ref("acme/captain"))
+    assert kept.manifest.chat.stop == []
+    assert verify(kept, [PublicKey.read(registry.root / "ada.pub")])
+
+
+def test_a_signature_of_another_manifest_than_the_one_kept_does_not_join_it(
+    registry: Registry, signed: Adapter, tmp_path: Path
+) -> None:
+    folder = write_package(tmp_path / "renamed", name="other")
+    registry.add(open_adapter(folder), name="free/captain")
+    with pytest.raises(Conflict, match="would not cover"):
+        registry.add(signed, name="acme/captain")
+
+
+def test_a_key_on_an_unknown_curve_is_no_key(tmp_path: Path) -> None:
+    path = tmp_path / "k.pub"
+    der = bytes.fromhex("3019301306072a8648ce3d020106082a8648ce3d03017f03020004")
+    body = base64.b64encode(der).decode()
+    path.write_text(f"-----BEGIN PUBLIC KEY-----\n{body}\n-----END PUBLIC KEY-----\n")
+    with pytest.raises(UsageError, match="cannot be read as a public key"):
+        PublicKey.read(path)
