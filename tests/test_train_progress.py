@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 from adapterhub.run_record import RunStep
 from train.progress import Lines, TerminalBar, describe, progress_on
@@ -49,3 +51,11 @@ def test_a_terminal_gets_a_bar() -> None:
 
 def test_a_step_of_no_time_is_described() -> None:
     assert "tokens/s" in describe(step(1).model_copy(update={"seconds": 0.0}))
+
+
+def test_what_the_parent_held_is_no_peak_of_ours() -> None:
+    held = bytearray(400 << 20)
+    held[:: 4 << 10] = b"x" * len(held[:: 4 << 10])  # pages count once they are written
+    code = "from train.progress import peak_memory_bytes; print(peak_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 0 < int(done.stdout) < 400 << 20
