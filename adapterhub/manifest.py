@@ -9,9 +9,9 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adapterhub.errors import InvalidManifest
 
@@ -19,6 +19,7 @@ FORMAT = 1
 MANIFEST_NAME = "adapterhub.json"
 MAX_MANIFEST_BYTES = 10_000_000
 _Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+_Token = Annotated[int, Field(ge=0)]
 
 
 class _Part(BaseModel):
@@ -127,20 +128,28 @@ class ProbeAnswer(_Part):
     """One fixed prompt, what base + adapter answered greedily, and the strongest first-token logits."""
 
     prompt: str
-    prompt_tokens: list[int]
+    prompt_tokens: list[_Token] = Field(min_length=1)
     """the prompt as the adapter's chat template renders it"""
-    tokens: list[int]
+    tokens: list[_Token] = Field(min_length=1)
     gaps: list[float]
     """per token, the lead of the best logit over the second: a small one is a tie that rounding may turn"""
-    top_tokens: list[int]
-    """the strongest first tokens, best first"""
+    top_tokens: list[_Token] = Field(min_length=1, max_length=20)
+    """the strongest first tokens, best first; no more than a server tells of"""
     top_logits: list[float]
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if len(self.gaps) != len(self.tokens):
+            raise ValueError(f"{len(self.gaps)} gaps for {len(self.tokens)} tokens")
+        if len(self.top_logits) != len(self.top_tokens):
+            raise ValueError(f"{len(self.top_logits)} top_logits for {len(self.top_tokens)} top_tokens")
+        return self
 
 
 class Probe(_Part):
     """Proof of adapter: replaying the prompts must give these answers within the stated tolerance."""
 
-    dtype: str
+    dtype: Literal["float32", "bfloat16", "float16"]
     answers: list[ProbeAnswer] = Field(min_length=1)
 
 

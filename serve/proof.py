@@ -20,7 +20,7 @@ async def replay(engine: Engine, adapter: Adapter) -> None:
     recorded = adapter.manifest.probe
     if recorded is None:
         return
-    answers = await asyncio.gather(*(_answer(engine, adapter, then) for then in recorded.answers))
+    answers = await _answers(engine, adapter, recorded)
     cause = likely_cause(
         adapter.manifest, fingerprint=None, weights=engine.precision.weights, dtype=engine.precision.dtype
     )
@@ -28,11 +28,21 @@ async def replay(engine: Engine, adapter: Adapter) -> None:
         _compare(adapter, now, then, tolerance=_tolerance(engine, recorded), cause=cause)
 
 
-async def _answer(engine: Engine, adapter: Adapter, then: ProbeAnswer) -> list[TokenLogprob]:
+async def _answers(engine: Engine, adapter: Adapter, recorded: Probe) -> list[list[TokenLogprob]]:
+    asking = [asyncio.create_task(_answer(engine, adapter, *numbered)) for numbered in enumerate(recorded.answers)]
+    try:
+        return await asyncio.gather(*asking)
+    finally:  # one that failed leaves none running: the adapter is taken away next
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def _answer(engine: Engine, adapter: Adapter, number: int, then: ProbeAnswer) -> list[TokenLogprob]:
     sampling = SamplingParams(
         max_tokens=len(then.tokens), temperature=0, ignore_eos=True, top_logprobs=len(then.top_tokens)
     )
-    name = f"proof-{adapter.digest[7:19]}-{hash(then.prompt)}"
+    name = f"proof-{adapter.digest[7:19]}-{number}"
     request = GenerationRequest(name, tuple(then.prompt_tokens), sampling, (AdapterScale(adapter.digest),))
     return [one async for chunk in engine.generate(request) for one in chunk.logprobs]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_tiny_base
@@ -13,10 +15,10 @@ from transformers import AutoTokenizer
 from adapterhub.adapter import Adapter, BaseRef
 from adapterhub.base_model import load_base
 from adapterhub.base_store import StoredBase
-from adapterhub.errors import ProbeMismatch
-from adapterhub.manifest import Probe
+from adapterhub.errors import InvalidManifest, ProbeMismatch, RequestTooLong
+from adapterhub.manifest import MANIFEST_NAME, Probe, parse_manifest
 from adapterhub.package import pack
-from serve.local_engine import LocalEngine
+from serve.local_engine import LocalEngine, LocalEngineConfig
 from serve.prompt import PromptRenderer
 from serve.proof import replay
 from serve.wire import ChatRequest
@@ -75,6 +77,61 @@ def test_other_leads_than_recorded_are_a_mismatch(tiny_base: StoredBase, packed:
 
 def test_an_adapter_without_a_proof_has_nothing_to_replay(tiny_base: StoredBase, packed: Adapter) -> None:
     _replayed(tiny_base, _with_probe(packed, None))
+
+
+def test_a_prompt_recorded_twice_is_asked_twice(tiny_base: StoredBase, packed: Adapter) -> None:
+    probe = packed.manifest.probe
+    assert probe is not None
+    _replayed(tiny_base, _with_probe(packed, probe.model_copy(update={"answers": [probe.answers[0]] * 2})))
+
+
+def test_an_answer_that_fails_leaves_no_other_running(tiny_base: StoredBase, packed: Adapter) -> None:
+    probe = packed.manifest.probe
+    assert probe is not None
+    long, short = sorted(probe.answers, key=lambda answer: -len(answer.prompt_tokens))[::2]
+    most = len(short.prompt_tokens) + len(short.tokens)
+    assert most < len(long.prompt_tokens) + len(long.tokens)
+    proven = _with_probe(packed, probe.model_copy(update={"answers": [short, long]}))
+
+    async def test() -> None:
+        engine = LocalEngine(
+            load_base(tiny_base, purpose="serve", dtype="float32"), LocalEngineConfig(max_model_len=most)
+        )
+        try:
+            await engine.load(proven)
+            with pytest.raises(RequestTooLong):
+                await replay(engine, proven)
+            await engine.unload(proven.digest)
+            engine.check()
+            assert engine.status().ready
+        finally:
+            await engine.close()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"prompt_tokens": []}, "prompt_tokens"),
+        ({"prompt_tokens": [-1]}, "prompt_tokens.0"),
+        ({"tokens": [], "gaps": []}, "tokens"),
+        ({"top_tokens": [], "top_logits": []}, "top_tokens"),
+        ({"top_tokens": [5] * 21, "top_logits": [1.0] * 21}, "top_tokens"),
+        ({"gaps": [1.0]}, "1 gaps for 12 tokens"),
+        ({"top_logits": [1.0]}, "1 top_logits for 5 top_tokens"),
+        ({"dtype": "float8"}, "dtype"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_proof_no_engine_could_replay_is_no_manifest(packed: Adapter, answer: dict[str, Any], said: str) -> None:
+    raw = json.loads((packed.path / MANIFEST_NAME).read_text())
+    if "dtype" in answer:
+        raw["probe"] |= answer
+    else:
+        raw["probe"]["answers"][0] |= answer
+    with pytest.raises(InvalidManifest, match=said):
+        parse_manifest(json.dumps(raw).encode(), where="here")
 
 
 def test_an_adapters_own_end_token_and_stop_strings_end_its_answers(tiny_base: StoredBase) -> None:
