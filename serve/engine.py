@@ -153,7 +153,7 @@ class Engine(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Stream an answer; closing the iterator aborts the request within one step.
 
-        Raises RequestTooLong, ServerBusy, EngineStopped.
+        Raises UsageError, RequestTooLong, ServerBusy, EngineStopped.
         """
         ...
 

@@ -115,6 +115,7 @@ class LocalEngine:
 
         self._commands.put(lambda: self._start(request, emit))
         try:
+            self._refuse_if_ended()  # else the worker still obeys, or refuses it when it ends
             while True:
                 chunk = await chunks.get()
                 if isinstance(chunk, Exception):
@@ -123,7 +124,7 @@ class LocalEngine:
                 if chunk.finish_reason is not None:
                     return
         finally:
-            self._commands.put(lambda: self._abort(request.id))
+            self._commands.put(lambda: self._abort(request.id, emit))
 
     def status(self) -> EngineStatus:
         if self._stopped is not None:
@@ -149,8 +150,7 @@ class LocalEngine:
         assert self._pool.num_free == self._pool.num_blocks, "a KV block is still held"
 
     def _check(self, request: GenerationRequest) -> None:
-        if self._stopped is not None:
-            raise EngineStopped(f"the engine has stopped ({self._stopped}): restart the server.")
+        self._refuse_if_ended()
         length, wanted = len(request.prompt), request.sampling.max_tokens
         if length + wanted > self.max_model_len:
             raise RequestTooLong(
@@ -158,20 +158,21 @@ class LocalEngine:
                 f"{self.max_model_len} this server holds: shorten the prompt or ask for fewer tokens."
             )
         size = self._base.model.config.get_text_config().vocab_size
-        strange = [token for token, _ in request.sampling.logit_bias if not 0 <= token < size]
-        if strange:
-            raise UsageError(f"logit_bias names token {strange[0]}, the vocabulary has {size} tokens.")
+        biased = [token for token, _ in request.sampling.logit_bias]
+        for where, tokens in (("the prompt", request.prompt), ("logit_bias", biased)):
+            strange = next((token for token in tokens if not 0 <= token < size), None)
+            if strange is not None:
+                raise UsageError(f"{where} names token {strange}, the vocabulary has {size} tokens.")
         if self._scheduler.num_waiting >= self.config.max_queue:
             raise ServerBusy(f"{self.config.max_queue} requests are waiting already: try again shortly.")
 
     async def _call(self, act: Callable[[], None]) -> None:
-        """Run `act` on the worker thread, between two steps."""
-        if self._stopped is not None:
-            raise EngineStopped(f"the engine has stopped ({self._stopped}): restart the server.")
+        """Run `act` on the worker thread, between two steps; a caller that gives up does not take it back."""
         done: Future[None] = Future()
 
         def run() -> None:
             try:
+                self._refuse_if_ended()
                 act()
             except Exception as error:
                 done.set_exception(error)
@@ -179,7 +180,16 @@ class LocalEngine:
                 done.set_result(None)
 
         self._commands.put(run)
-        await asyncio.wrap_future(done)
+        if not done.done():
+            self._refuse_if_ended()
+        await asyncio.shield(asyncio.wrap_future(done))
+
+    def _refuse_if_ended(self) -> None:
+        if self._stopped is not None:
+            raise self._ended()
+
+    def _ended(self) -> EngineStopped:
+        return EngineStopped(f"the engine has stopped ({self._stopped}): restart the server.")
 
     # From here on: the worker thread.
 
@@ -197,8 +207,13 @@ class LocalEngine:
             reason = f"{type(error).__name__}: {error}"
         self._stopped = reason
         for answer in list(self._answers.values()):
-            answer.emit(EngineStopped(f"the engine has stopped ({reason}): restart the server."))
+            answer.emit(self._ended())
         self._answers.clear()
+        with contextlib.suppress(queue.Empty):  # what came while the last step ran: each refuses by itself
+            while True:
+                command = self._commands.get_nowait()
+                if command is not None:
+                    command()
 
     def _obey_commands(self) -> bool:
         """Carry out what other threads asked for; waits when there is nothing to compute. False: stop."""
@@ -214,6 +229,12 @@ class LocalEngine:
             is_idle = False
 
     def _start(self, request: GenerationRequest, emit: Emit) -> None:
+        if self._stopped is not None:
+            emit(self._ended())
+            return
+        if request.id in self._answers:
+            emit(UsageError(f"request {request.id} is being answered already: give each request an id of its own."))
+            return
         missing = [a.digest for a in request.adapters if not self._runner.adapters.is_resident(a.digest)]
         if missing:
             emit(AdapterLoadFailed(f"adapter {missing[0]} is not loaded in the engine: load it first."))
@@ -223,9 +244,10 @@ class LocalEngine:
         self._answers[request.id] = _Running(sequence, text, emit)
         self._scheduler.add(sequence)
 
-    def _abort(self, request_id: str) -> None:
-        answer = self._answers.pop(request_id, None)
-        if answer is not None:
+    def _abort(self, request_id: str, emit: Emit) -> None:
+        answer = self._answers.get(request_id)
+        if answer is not None and answer.emit is emit:
+            del self._answers[request_id]
             self._retire(answer)
 
     def _retire(self, answer: _Running) -> None:

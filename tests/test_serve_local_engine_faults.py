@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from conftest import make_peft_adapter, make_tiny_base
-from engine_runs import GREEDY, PROMPTS, ask, idle, load_tiny, run, running, tokens_of, unverified
+from engine_runs import GREEDY, NUM_TOKENS, PROMPTS, ask, idle, load_tiny, run, running, tokens_of, unverified
 
 from adapterhub.adapter import Adapter, BaseRef
 from adapterhub.base_store import StoredBase, fingerprint
@@ -25,10 +27,18 @@ from adapterhub.errors import (
     RankTooLarge,
     RequestTooLong,
     ServerBusy,
+    UsageError,
 )
+from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
+from serve.answer import Services
+from serve.api import create_app
+from serve.auth import ApiKeys
+from serve.catalog import Catalog
 from serve.engine import AdapterScale, GenerationRequest
-from serve.local_engine import LocalEngineConfig
+from serve.local_engine import LocalEngine, LocalEngineConfig
+from serve.metrics import Metrics
+from serve.prompt import PromptRenderer
 from serve.scheduler import Batch, SchedulerLimits
 
 
@@ -68,6 +78,37 @@ def test_a_prompt_that_cannot_fit_shows_both_numbers(tiny_base: StoredBase) -> N
         async with running(load_tiny(tiny_base), LocalEngineConfig(max_model_len=20)) as engine:
             with pytest.raises(RequestTooLong, match=r"24 tokens.*12.*20"):
                 await ask(engine, GenerationRequest("a", PROMPTS[3], GREEDY))
+
+    run(test)
+
+
+@pytest.mark.parametrize("token", [1_000_000_000, 49_152, -1])
+def test_a_prompt_token_outside_the_vocabulary_is_refused(tiny_base: StoredBase, token: int) -> None:
+    async def test() -> None:
+        async with running(load_tiny(tiny_base)) as engine:
+            with pytest.raises(UsageError, match=f"the prompt names token {token}, the vocabulary has 49152 tokens"):
+                await ask(engine, GenerationRequest("a", (5, token), GREEDY))
+            assert len(tokens_of(await ask(engine, GenerationRequest("b", (5,), GREEDY)))) == NUM_TOKENS
+
+    run(test)
+
+
+def test_an_id_that_is_taken_harms_neither_the_first_nor_the_engine(
+    tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with running(load_tiny(tiny_base)) as engine:
+            alone = tokens_of(await ask(engine, GenerationRequest("a", PROMPTS[1], GREEDY)))
+            step = _Held(engine, monkeypatch)
+            first = asyncio.ensure_future(ask(engine, GenerationRequest("a", PROMPTS[1], GREEDY)))
+            await asyncio.to_thread(step.begun.wait)
+            second = asyncio.ensure_future(ask(engine, GenerationRequest("a", PROMPTS[0], GREEDY)))
+            await _commanded(engine, 1)
+            step.go_on.set()
+            with pytest.raises(UsageError, match="request a is being answered already"):
+                await second
+            assert tokens_of(await first) == alone
+            await idle(engine)
 
     run(test)
 
@@ -233,5 +274,83 @@ def test_a_dying_worker_fails_requests_and_readiness_and_hangs_nobody(
                 await ask(engine, GenerationRequest("b", PROMPTS[0], GREEDY))
             with pytest.raises(EngineStopped):
                 await engine.unload("x")
+
+    run(test)
+
+
+class _Held:
+    """The engine's next step waits, once `begun`, until it may `go_on`; then it fails with `error`, if there is one."""
+
+    def __init__(self, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        compute = engine._runner.run
+
+        def held(batch: Batch) -> Any:
+            self.begun.set()
+            self.go_on.wait()
+            if error is not None:
+                raise error
+            return compute(batch)
+
+        monkeypatch.setattr(engine._runner, "run", held)
+
+
+async def _commanded(engine: LocalEngine, count: int) -> None:
+    """Wait until the worker has that many commands before it."""
+    while engine._commands.qsize() < count:
+        await asyncio.sleep(0.001)
+
+
+def test_what_arrives_while_the_dying_step_runs_is_told(tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with running(load_tiny(tiny_base)) as engine:
+            step = _Held(engine, monkeypatch, MemoryError("no more"))
+            first = asyncio.ensure_future(ask(engine, GenerationRequest("a", PROMPTS[0], GREEDY)))
+            await asyncio.to_thread(step.begun.wait)
+            late = [
+                asyncio.ensure_future(work)
+                for work in (ask(engine, GenerationRequest("b", PROMPTS[0], GREEDY)), engine.unload("x"))
+            ]
+            await _commanded(engine, 2)
+            step.go_on.set()
+            for told in (first, *late):
+                with pytest.raises(EngineStopped, match="no more"):
+                    await asyncio.wait_for(told, 10)
+
+    run(test)
+
+
+def test_an_unload_given_up_while_a_step_runs_harms_nobody(
+    tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with running(load_tiny(tiny_base)) as engine:
+            step = _Held(engine, monkeypatch)
+            answer = asyncio.ensure_future(ask(engine, GenerationRequest("a", PROMPTS[0], GREEDY)))
+            await asyncio.to_thread(step.begun.wait)
+            unloading = asyncio.ensure_future(engine.unload("sha256:nobody"))
+            await _commanded(engine, 1)
+            unloading.cancel()
+            await asyncio.gather(unloading, return_exceptions=True)
+            step.go_on.set()
+            assert len(tokens_of(await answer)) == NUM_TOKENS
+            await idle(engine)
+
+    run(test)
+
+
+def test_a_token_of_the_tokenizer_that_the_model_has_not_is_a_bad_request(tiny_base: StoredBase) -> None:
+    async def test() -> None:
+        base = load_tiny(tiny_base)
+        base.tokenizer.add_tokens(["<one more>"])
+        async with running(base) as engine:
+            cache = AdapterCache(1, load=engine.load, unload=engine.unload)
+            catalog = Catalog(tiny_base, "base", Registry(tiny_base.path), cache)
+            services = Services(engine, catalog, cache, PromptRenderer(base.tokenizer), Metrics(engine))
+            transport = httpx.ASGITransport(create_app(services, ApiKeys()))
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                for prompt, status in (([49_152], 400), ([49_153], 400), ([5], 200)):
+                    answer = await client.post("/v1/completions", json={"model": "base", "prompt": prompt})
+                    assert answer.status_code == status, answer.text
 
     run(test)
