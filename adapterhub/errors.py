@@ -45,6 +45,10 @@ class AdapterHubError(Exception):
     code = "internal_error"
     """The `code` of the OpenAI-shaped error body."""
 
+    def __str__(self) -> str:
+        """One line that a terminal shows as it is: names out of strangers' files may hold line ends and escapes."""
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in super().__str__())
+
 
 class InvalidRef(AdapterHubError):
     exit_code, http_status, code = 2, 400, "invalid_reference"

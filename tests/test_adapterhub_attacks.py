@@ -18,7 +18,14 @@ from road import run_any
 from safetensors.numpy import load_file, save_file
 
 from adapterhub import errors
-from adapterhub.errors import AdapterHubError, AdapterUnsupported, Incompatible, InvalidTensors, PackageError
+from adapterhub.errors import (
+    AdapterHubError,
+    AdapterUnsupported,
+    Incompatible,
+    InvalidManifest,
+    InvalidTensors,
+    PackageError,
+)
 from adapterhub.hub import Hub
 from adapterhub.package import open_adapter
 from adapterhub.registry import Registry
@@ -94,6 +101,14 @@ def test_a_pattern_that_could_hang_or_is_none_is_refused(tmp_path: Path, pattern
             write_manifest(folder)
 
 
+def test_a_key_that_would_rule_the_terminal_is_shown_escaped(tmp_path: Path) -> None:
+    folder = write_package(tmp_path / "p")
+    path = folder / "adapterhub.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"a\n\x1b[2Jb": 1}))
+    with pytest.raises(InvalidManifest, match=r"a\\n\\x1b\[2Jb: Extra inputs are not permitted"):
+        open_adapter(folder)
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
@@ -114,7 +129,7 @@ def _opens_or_is_refused(folder: Path) -> None:
     try:
         open_adapter(folder)
     except (PackageError, Incompatible) as error:
-        assert "\n" not in str(error)
+        assert str(error).isprintable()
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -196,7 +211,7 @@ def test_a_flipped_byte_of_the_weights_is_refused_or_read(sound: Path, at: int, 
         try:
             read_header(path)
         except InvalidTensors as error:
-            assert "\n" not in str(error)
+            assert str(error).isprintable()
     finally:
         path.write_bytes(before)
 
