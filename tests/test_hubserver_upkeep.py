@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,12 +19,13 @@ from typer.testing import CliRunner
 
 from adapterhub.cli import app
 from adapterhub.errors import StorageFull
+from adapterhub.files import sha256_of
 from adapterhub.hubserver.commits import DeleteFile, NewCommit, PutFile
 from adapterhub.hubserver.discussions import Discussions
 from adapterhub.hubserver.history import squash
 from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.quotas import Limits, Quotas
-from adapterhub.hubserver.refusals import QuotaExceeded
+from adapterhub.hubserver.refusals import QuotaExceeded, UploadMismatch
 from adapterhub.hubserver.store import HubStore
 from adapterhub.hubserver.sweeping import Sweeper
 
@@ -201,6 +203,73 @@ def test_address_of_a_part_serves_for_nothing_else(url: str, repo: str) -> None:
     assert get_session().put(upload["href"], content=bytes(1500)).status_code == 400
 
 
+def parts_here(store: HubStore, data: bytes) -> tuple[str, dict[str, Any]]:
+    """An object that has come as one part: its name, and what finishing it needs."""
+    name = store.objects.new_parts()
+    with store.objects.open_part(name, start=0, end=len(data)) as part:
+        part.write(data)
+    return name, {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+
+
+def test_part_still_open_holds_up_the_finish_and_cannot_spoil_the_object(store: HubStore, tmp_path: Path) -> None:
+    name, announced = parts_here(store, b"what was checked")
+    with store.objects.open_part(name, start=0, end=99) as late:
+        with pytest.raises(UploadMismatch) as refusal:
+            store.objects.finish_parts(name, **announced)
+        assert "still being sent" in str(refusal.value)
+        assert objects(tmp_path) == set()
+        late.write(b"what")
+    store.objects.finish_parts(name, **announced)
+    assert objects(tmp_path) == {b"what was checked"}
+    with pytest.raises(UploadMismatch) as refusal:
+        store.objects.open_part(name, start=0, end=99)
+    assert "finished or dropped" in str(refusal.value)
+
+
+def test_part_opened_while_the_object_is_finished_is_refused(
+    store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, announced = parts_here(store, b"what was checked")
+    finish, lock = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.flock
+
+    def finished_before(file: Any, how: int) -> None:
+        if how != finish:
+            store.objects.finish_parts(name, **announced)
+        lock(file, how)
+
+    monkeypatch.setattr("adapterhub.hubserver.objects.fcntl.flock", finished_before)
+    with pytest.raises(UploadMismatch) as refusal:
+        store.objects.open_part(name, start=0, end=99)
+    assert "finished or dropped" in str(refusal.value)
+    assert objects(tmp_path) == {b"what was checked"}
+
+
+def test_two_finishes_at_once_store_one_object(
+    store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, announced = parts_here(store, b"once")
+    said: list[str] = []
+
+    def finished_meanwhile(path: Path) -> str:
+        with pytest.raises(UploadMismatch) as refusal:
+            store.objects.finish_parts(name, **announced)
+        said.append(str(refusal.value))
+        return sha256_of(path)
+
+    monkeypatch.setattr("adapterhub.hubserver.objects.sha256_of", finished_meanwhile)
+    store.objects.finish_parts(name, **announced)
+    assert ("being finished" in said[0], objects(tmp_path)) == (True, {b"once"})
+
+
+def test_object_that_is_here_is_not_replaced_by_parts(store: HubStore, tmp_path: Path) -> None:
+    sha256 = upload(store, b"shared")
+    inode = store.objects.lfs_path(sha256).stat().st_ino
+    name, announced = parts_here(store, b"shared")
+    store.objects.finish_parts(name, **announced)
+    assert store.objects.lfs_path(sha256).stat().st_ino == inode
+    assert list((tmp_path / "uploads").iterdir()) == []
+
+
 # Removal of what is unused
 
 
@@ -280,6 +349,7 @@ def test_young_uploads_stay(store: HubStore, tmp_path: Path) -> None:
     assert Sweeper(tmp_path).sweep().objects == 0
     assert store.lfs_entry(REPO, fresh).size == 5
     assert objects(tmp_path) == {b"fresh", b"reused", b"blob"}
+    commit(store, PutFile("w", store.lfs_entry(REPO, reused)))
 
 
 def test_deleted_repository_frees_what_no_other_holds(store: HubStore, tmp_path: Path) -> None:
@@ -353,6 +423,24 @@ def test_list_page_finds_by_name_and_base(url: str, repo: str) -> None:
     for query, is_there in (("", True), ("?search=list_page", True), ("?base=org/other", True), ("?base=org/x", False)):
         page = get_session().get(f"{url}/{query}", headers={"Accept": "text/html"})
         assert (f'href="/{repo}"' in page.text) == is_there
+
+
+@pytest.mark.parametrize("path", ["README.md", "adapter_config.json", ".gitignore"])
+def test_description_that_came_as_a_large_object_and_is_gone_breaks_no_list(
+    url: str, root: Path, repo: str, path: str
+) -> None:
+    store, repo_id = HubStore(root), RepoId.parse(repo)
+    entry = store.lfs_entry(repo_id, sha256 := upload(store, path.encode(), repo_id))
+    store.commit(repo_id, "main", changes=[PutFile(path, entry)], new=NewCommit("alice", path))
+    store.drop_lfs(repo_id, sha256)
+    store.objects.lfs_path(sha256).unlink()
+    api = HfApi(endpoint=url, token=ALICE)
+    assert repo in [model.id for model in api.list_models()]
+    assert path in (api.list_repo_files(repo))
+    for page in ("/", f"/{repo}"):
+        assert get_session().get(url + page, headers={"Accept": "text/html"}).status_code == 200
+    body = {"files": [{"path": "w", "size": 1, "sample": ""}]}
+    assert ask(url, "POST", f"/api/models/{repo}/preupload/main", json=body).status_code == 200
 
 
 def test_private_repository_has_no_page(url: str, repo: str) -> None:

@@ -94,15 +94,19 @@ class Catalog:
 
     def _read_facts(self, card: FileEntry | None, config: FileEntry | None, has_safetensors: bool) -> Facts:
         return facts_of(
-            card_bytes=self._describing_bytes(card),
-            config_bytes=self._describing_bytes(config),
+            card_bytes=None if card is None else self.describing_bytes(card),
+            config_bytes=None if config is None else self.describing_bytes(config),
             has_safetensors=has_safetensors,
         )
 
-    def _describing_bytes(self, entry: FileEntry | None) -> bytes | None:
-        if entry is None:
-            return None
-        return self._store.path_of(entry).read_bytes() if entry.size <= MAX_DESCRIBING_BYTES else b""
+    def describing_bytes(self, entry: FileEntry) -> bytes:
+        """What a small file says that describes the others; nothing for one that is too large to be read.
+
+        Nor for a large object of any size: it may have been removed from this repository for good.
+        """
+        if entry.sha256 is not None or entry.size > MAX_DESCRIBING_BYTES:
+            return b""
+        return self._store.path_of(entry).read_bytes()
 
 
 def _is_asked(repo: Repo, query: Query) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 from adapterhub.files import disk_full_is_said, sha256_of, write_atomic
 from adapterhub.hubserver.git_ids import blob_id
@@ -80,11 +83,19 @@ class Upload:
 
 
 class PartWriter:
-    """One part of an object, written where it belongs; parts may come at once and in any order."""
+    """One part of an object, written where it belongs; parts may come at once and in any order.
+
+    While one is open, the object cannot be finished. Raises UploadMismatch when it is not here, or being finished.
+    """
 
     def __init__(self, path: Path, *, start: int, end: int) -> None:
         self._path, self._at, self._end = path, start, end
-        self._file = path.open("r+b", buffering=0)
+        with contextlib.ExitStack() as opened, _missing_is_said():
+            self._file = opened.enter_context(path.open("r+b", buffering=0))
+            _lock(self._file, fcntl.LOCK_SH)
+            # Finished since it was opened: these bytes are everybody's by now.
+            path.stat()
+            opened.pop_all()
         self._file.seek(start)
 
     def __enter__(self) -> PartWriter:
@@ -123,7 +134,7 @@ class ObjectStore:
         """Store a small file, return its git blob id."""
         oid = blob_id(data)
         # Young again: what a commit under way counts on is not removed as unused.
-        if not _touched(self.blob_path(oid)):
+        if not touched(self.blob_path(oid)):
             write_atomic(self.blob_path(oid), data)
         return oid
 
@@ -132,7 +143,7 @@ class ObjectStore:
 
     def touch_lfs(self, sha256: str) -> bool:
         """Whether there is such a large object; it counts as young again."""
-        return _touched(self.lfs_path(sha256))
+        return touched(self.lfs_path(sha256))
 
     def lfs_path(self, sha256: str) -> Path:
         return self.lfs_folder / sha256
@@ -153,26 +164,31 @@ class ObjectStore:
         return name
 
     def open_part(self, name: str, *, start: int, end: int) -> PartWriter:
-        """Write one part, `start` to `end` bytes into the object. Raises UploadMismatch for one no longer here."""
+        """Write one part, `start` to `end` bytes into the object."""
         return PartWriter(self._parts_path(name), start=start, end=end)
 
     def finish_parts(self, name: str, *, sha256: str, size_bytes: int) -> None:
-        """Check an object whose parts are all here and make it visible. Raises UploadMismatch, then all is dropped."""
+        """Check an object whose parts are all here and make it visible.
+
+        Raises UploadMismatch: nothing is done while a part is still being sent, and all is dropped that does not match.
+        """
         path = self._parts_path(name)
-        came = (path.stat().st_size, sha256_of(path))
-        if came != (size_bytes, sha256):
-            path.unlink(missing_ok=True)
-            raise UploadMismatch(
-                f"the parts make {came[0]} bytes with sha256 {came[1]}; announced were {size_bytes} bytes with "
-                f"sha256 {sha256}. Nothing was stored; upload it again."
-            )
-        path.replace(self.lfs_path(sha256))
+        with _missing_is_said(), path.open("rb") as file:
+            _lock(file, fcntl.LOCK_EX)
+            came = (path.stat().st_size, sha256_of(path))
+            if came != (size_bytes, sha256):
+                path.unlink()
+                raise UploadMismatch(
+                    f"the parts make {came[0]} bytes with sha256 {came[1]}; announced were {size_bytes} bytes with "
+                    f"sha256 {sha256}. Nothing was stored; upload it again."
+                )
+            if self.touch_lfs(sha256):
+                path.unlink()
+            else:
+                path.replace(self.lfs_path(sha256))
 
     def _parts_path(self, name: str) -> Path:
-        path = self._parts / f"{name}.part"
-        if not path.exists():
-            raise UploadMismatch("this upload was finished or dropped; start it again.")
-        return path
+        return self._parts / f"{name}.part"
 
     def sweep_uploads(self, *, older_than_s: float) -> None:
         """Remove what uploads of a killed process left behind."""
@@ -183,7 +199,26 @@ class ObjectStore:
                     part.unlink()
 
 
-def _touched(path: Path) -> bool:
+def _lock(file: BinaryIO, how: int) -> None:
+    """Shared for those who write parts, exclusive for who finishes; the lock ends when the file is closed."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UploadMismatch(
+            "a part of this upload is still being sent, or it is being finished: wait for that, then try again."
+        ) from None
+
+
+@contextlib.contextmanager
+def _missing_is_said() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise UploadMismatch("this upload was finished or dropped; start it again.") from None
+
+
+def touched(path: Path) -> bool:
+    """Make a file young, so that it is not removed as unused; whether it is there."""
     try:
         os.utime(path)
     except FileNotFoundError:

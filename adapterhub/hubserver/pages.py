@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from adapterhub import __version__
 from adapterhub.hubserver.access import FILES, READ, Caller, Hub, HubHere, Visible, can_see
-from adapterhub.hubserver.cards import CARD_NAME, MAX_DESCRIBING_BYTES
+from adapterhub.hubserver.cards import CARD_NAME
 from adapterhub.hubserver.catalog import Query as ModelQuery
 from adapterhub.hubserver.commits import Commit
 from adapterhub.hubserver.store import DEFAULT_BRANCH, Repo
@@ -168,9 +168,9 @@ def _page(html: str) -> HTMLResponse:
 
 def _card(hub: Hub, commit: Commit) -> Markup | None:
     entry = commit.files.get(CARD_NAME)
-    if entry is None or entry.size > MAX_DESCRIBING_BYTES:
+    if entry is None:
         return None
-    text = hub.store.path_of(entry).read_bytes().decode("utf-8", "replace")
+    text = hub.catalog.describing_bytes(entry).decode("utf-8", "replace")
     # Safe to pass on: HTML in the text is escaped, and links to scripts are left as text.
     return Markup(_MARKDOWN.render(_HEAD.sub("", text, count=1)))  # noqa: S704
 

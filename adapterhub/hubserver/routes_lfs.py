@@ -126,7 +126,7 @@ async def _receive_part(request: Request, ticket: UploadTicket, hub: Hub) -> Non
         raise UploadMismatch("this address stands for the whole object: send its parts to their own.")
     with hub.store.objects.open_part(ticket.spool, start=start, end=end) as part:
         await pour(request, part.write)
-        part.check_complete()
+        await run_in_threadpool(part.check_complete)
 
 
 @router.post(_UPLOADS)

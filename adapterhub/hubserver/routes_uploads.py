@@ -25,7 +25,6 @@ from adapterhub.hubserver.access import (
     check_can_write,
 )
 from adapterhub.hubserver.bodies import lines
-from adapterhub.hubserver.cards import MAX_DESCRIBING_BYTES
 from adapterhub.hubserver.commits import Change, Commit, DeleteFile, DeleteFolder, FileEntry, NewCommit, PutFile
 from adapterhub.hubserver.names import check_path
 from adapterhub.hubserver.refusals import Refusal, UploadMismatch
@@ -50,8 +49,8 @@ def preupload(request: wire.Preupload, repo: Contributable, revision: Part, hub:
 def _ignore_rules(request: wire.Preupload, head: Commit, hub: Hub) -> GitIgnoreSpec:
     """The rules of the `.gitignore` that comes with the upload, else of the one that is here."""
     text, kept = request.git_ignore, head.files.get(".gitignore")
-    if text is None and kept is not None and kept.size <= MAX_DESCRIBING_BYTES:
-        text = hub.store.path_of(kept).read_bytes().decode("utf-8", "replace")
+    if text is None and kept is not None:
+        text = hub.catalog.describing_bytes(kept).decode("utf-8", "replace")
     try:
         return GitIgnoreSpec.from_lines((text or "").splitlines())
     except ValueError as error:

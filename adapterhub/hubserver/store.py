@@ -24,7 +24,7 @@ from adapterhub.hubserver.commits import Change, Commit, FileEntry, NewCommit, f
 from adapterhub.hubserver.discussion import Discussion
 from adapterhub.hubserver.git_ids import blob_id, lfs_pointer
 from adapterhub.hubserver.names import Kind, RepoId, check_ref, is_commit_sha
-from adapterhub.hubserver.objects import ObjectStore
+from adapterhub.hubserver.objects import ObjectStore, touched
 from adapterhub.hubserver.refusals import (
     AlreadyExists,
     Refusal,
@@ -288,18 +288,21 @@ class HubStore:
             raise RepoMissing(f"no repository {repo_id} here.") from None
 
     def has_lfs(self, repo_id: RepoId, sha256: str) -> bool:
-        """Whether the object's bytes were uploaded to this very repository.
+        """Whether the object's bytes were uploaded to this very repository; mark and object count as young again.
 
         Objects are shared on disk, but knowing a sha256 must not be enough to read another repository's file.
         """
-        return self._lfs_mark(repo_id, sha256).exists() and self.objects.touch_lfs(sha256)
+        return touched(self._lfs_mark(repo_id, sha256)) and self.objects.touch_lfs(sha256)
 
     def can_read(self, repo_id: RepoId, entry: FileEntry) -> bool:
         """Whether the bytes of a file may be had from this repository."""
         return entry.sha256 is None or self._lfs_mark(repo_id, entry.sha256).exists()
 
     def lfs_marks(self, repo_id: RepoId) -> dict[str, tuple[int, float]]:
-        """sha256 of every object uploaded to this repository -> its bytes, and when (seconds since 1970)."""
+        """sha256 of every object uploaded to this repository -> its bytes, and when it was last sent or asked for.
+
+        The time is in seconds since 1970.
+        """
         found = {}
         for mark in (self.folder(repo_id) / "lfs").glob("*"):
             with contextlib.suppress(FileNotFoundError):
