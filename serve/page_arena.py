@@ -21,6 +21,7 @@ from serve.page_panels import Panels, Updates
 from serve.page_plots import interval_plot
 from serve.page_runs import Run, Runs
 from serve.page_sign_in import key_of
+from serve.page_tables import note_html, rows_table
 
 _VERDICTS: tuple[tuple[Verdict, str], ...] = (
     ("a", "◀ Left is better"),
@@ -162,7 +163,7 @@ class ArenaTab:
         try:
             found = await self._client.get("ratings", key_of(request), method=method)
         except AdapterHubError as error:
-            return f'<p class="said">⚠ {html.escape(str(error))}</p>'
+            return note_html(str(error))
         ratings = [
             Rating(*(one[name] for name in ("model", "rating", "low", "high", "games"))) for one in found["ratings"]
         ]
@@ -181,10 +182,5 @@ def _revealed(answer: Answer) -> str:
 
 
 def _table(ratings: list[Rating]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{html.escape(one.model)}</th><td>{one.rating:.0f}</td>'
-        f"<td>{one.low:.0f} to {one.high:.0f}</td><td>{one.games}</td></tr>"
-        for one in ratings
-    )
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("model", "rating", "95 % interval", "games"))
-    return f'<table class="plain"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    rows = [(one.model, f"{one.rating:.0f}", f"{one.low:.0f} to {one.high:.0f}", one.games) for one in ratings]
+    return rows_table(("model", "rating", "95 % interval", "games"), rows, caption="What the votes add up to")

@@ -57,9 +57,10 @@ class ImproveBox:
         key, body = key_of(request), {"adapter": adapter, "method": method, "steps": int(steps or Improvement.steps)}
         try:
             run = await self._client.post("training/improve", key, **body)
+            runs = (await self._client.get("training/runs", key))["data"]
         except AdapterHubError as error:
             return gr.skip(), trouble(str(error))
-        return gr.update(choices=[run["id"]], value=run["id"]), ""
+        return gr.update(choices=[one["id"] for one in runs], value=run["id"]), ""
 
 
 def _command(adapter: str | None, method: str, steps: int | None) -> str:

@@ -41,7 +41,7 @@ def read_fields(recipe: str) -> list[Any]:
     """The value of each of FIELDS, None where the recipe does not say. Raises RecipeError for what is no TOML."""
     try:
         found = tomllib.loads(recipe)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own, a number too long, brackets too deep
         raise RecipeError(f"this is not TOML: {error}.") from error
     sections = [found if not field.section else found.get(field.section) for field in FIELDS]
     return [
@@ -58,12 +58,13 @@ def with_field(recipe: str, field: Field, value: Any) -> str:
     if field.instead_of:
         body = _without(body, field.instead_of)
     line = f"{field.key} = {_toml(value, field)}"
-    written, count = _line(field.key).subn(lambda found: line + found["comment"] + "\n", body, count=1)
+    written, count = _line(field.key).subn(lambda found: line + (found["comment"] or "") + "\n", body, count=1)
     return before + (written if count else f"{body.rstrip()}\n{line}\n\n".lstrip("\n")) + after
 
 
 def _section(recipe: str, name: str) -> tuple[str, str, str]:
     """The recipe cut in three: what stands before the section, the section, what follows it."""
+    recipe = recipe if recipe.endswith("\n") else f"{recipe}\n"
     heads = list(re.finditer(r"^\[(.+?)\][^\n]*\n", recipe, re.MULTILINE))
     starts = [(head[1], head.end()) for head in heads] if name else [("", 0)]
     start = next((end for section, end in starts if section == name), None)
@@ -74,7 +75,8 @@ def _section(recipe: str, name: str) -> tuple[str, str, str]:
 
 
 def _line(key: str) -> re.Pattern[str]:
-    return re.compile(rf"^{key}[ \t]*=[^\n#]*?(?P<comment>[ \t]*#[^\n]*)?[ \t]*(?:\n|\Z)", re.MULTILINE)
+    value = r"""(?:"(?:\\.|[^"\\\n])*"|'[^'\n]*'|[^\n#"'])*?"""  # a # between quotes begins no comment
+    return re.compile(rf"^{key}[ \t]*={value}(?P<comment>[ \t]*#[^\n]*)?[ \t]*(?:\n|\Z)", re.MULTILINE)
 
 
 def _without(body: str, key: str) -> str:

@@ -76,7 +76,7 @@ class Gate:
         return reply
 
     async def _is_let_in(self, key: str | None) -> bool:
-        if not key:
+        if not (key and key.isascii() and key.isprintable()):  # a header cannot carry others
             return False
         if self._trusted.get(key, 0.0) > time.monotonic():
             return True

@@ -29,6 +29,7 @@ CONTENT_POLICY = "; ".join(
         "worker-src 'self' blob:",
         "object-src 'none'",
         "frame-src 'none'",
+        "frame-ancestors 'self'",
         "base-uri 'self'",
         "form-action 'self'",
     )

@@ -142,7 +142,6 @@ class Extensions:
     def _feedback(self, body: dict[str, Any]) -> Response:
         is_vote = body["kind"] == "vote"
         if is_vote and sum(one.get("battle") == body["battle"] for one in self.posted) > 1:
-            self.posted.pop()
             return self._error(409, "vote_already_cast", "there is a vote on this battle already: it stays.")
         return JSONResponse({"id": f"f{next(self._numbers)}", "kind": body["kind"], "created": 1}, status_code=201)
 

@@ -46,6 +46,12 @@ def _status(page: Page) -> Locator:
 def test_field_changes_its_line_and_nothing_else(train: Page) -> None:
     train.get_by_role("spinbutton", name="Rank").fill("8")
     expect(_toml(train)).to_have_value(RECIPE.replace("rank = 16  #", "rank = 8  #"))
+    train.get_by_role("spinbutton", name="Alpha").fill("64")
+    expect(_toml(train)).to_have_value(
+        RECIPE.replace("rank = 16  #", "rank = 8  #").replace("alpha = 32", "alpha = 64")
+    )
+    train.get_by_role("spinbutton", name="Alpha").fill("32")
+    expect(_toml(train)).to_have_value(RECIPE.replace("rank = 16  #", "rank = 8  #"))
     train.get_by_role("spinbutton", name="Steps (instead of epochs)").fill("12")
     expect(_toml(train)).to_have_value(
         RECIPE.replace("rank = 16  #", "rank = 8  #").replace("epochs = 1\n", "") + "steps = 12\n\n"
@@ -122,6 +128,18 @@ def test_adapter_is_improved_from_feedback_and_promoted(train: Page, api: FakeAp
     began, promoted = api.posted()
     assert began == {"path": "training/improve", "adapter": "captain", "method": "kto", "steps": 20}
     assert promoted["path"] == "training/runs/{name}/promote"
+
+
+def test_improving_leaves_the_other_runs_in_the_picker(train: Page) -> None:
+    button(train, "Start training").click()
+    expect(_status(train)).to_have_text("done")
+    button(train, "Improve an adapter from feedback").click()
+    train.locator("#improved input").click()
+    train.get_by_role("option", name="captain").click()
+    button(train, "Improve").click()
+    expect(_status(train)).to_have_text("running")
+    train.locator("#run input").click()
+    expect(train.get_by_role("option", name="run-")).to_have_count(2)
 
 
 def test_key_that_may_only_ask_trains_nothing(browser: Browser, open_page: Callable[..., Page], api: FakeApi) -> None:
