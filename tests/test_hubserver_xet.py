@@ -287,6 +287,16 @@ def test_chunks_and_shard_become_an_lfs_object(url: str, root: Path) -> None:
     assert list((root / "uploads").iterdir()) == []
 
 
+def test_file_that_is_here_is_not_put_together_again(url: str, root: Path) -> None:
+    token = xet_token(url)
+    ask(url, "POST", f"/v1/xorbs/default/{XORB}", token, content=XORB_BODY)
+    inodes = []
+    for _ in range(2):
+        assert ask(url, "POST", "/v1/shards", token, content=SHARD).json() == {"result": 1}
+        inodes.append((root / "objects" / "lfs" / hashlib.sha256(WHOLE).hexdigest()).stat().st_ino)
+    assert inodes[0] == inodes[1]
+
+
 @pytest.mark.parametrize(
     ("who", "revision", "status"),
     [(BOB, "main", 403), (READER, "main", 403), (READER, "main?create_pr=1", 403), (BOB, "main?create_pr=1", 200)],

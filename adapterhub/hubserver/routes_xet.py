@@ -86,8 +86,9 @@ def _take_in(spool: Spool, ticket: XetTicket, hub: Hub) -> None:
     hub.store.repo(ticket.repo_id)
     spool.file.seek(0)
     for file in shard_files(spool.file):
-        hub.quotas.check(
-            ticket.repo_id, added_bytes=0 if hub.store.has_lfs(ticket.repo_id, file.sha256) else file.size_bytes
-        )
+        # Sent again, as clients do: putting it together would change nothing.
+        if hub.store.has_lfs(ticket.repo_id, file.sha256):
+            continue
+        hub.quotas.check(ticket.repo_id, added_bytes=file.size_bytes)
         hub.xet.rebuild(file, user=ticket.user)
         hub.store.mark_lfs(ticket.repo_id, file.sha256)
