@@ -12,6 +12,8 @@ import pytest
 from hub_fixtures import ALICE, BOB, LFS_UPLOADS_WARN, PEOPLE, READER, start_hub
 from huggingface_hub import (
     CommitOperationAdd,
+    CommitOperationDelete,
+    DiscussionWithDetails,
     HfApi,
     get_session,
 )
@@ -292,6 +294,48 @@ def test_anybody_who_writes_may_propose_a_change(alice: HfApi, bob: HfApi, reade
     assert alice.list_repo_files(repo) == []
     alice.merge_pull_request(repo, done.pr_num)
     assert alice.list_repo_files(repo) == ["a", "b", "w"]
+
+
+def test_diff_of_a_pull_request_shows_no_gated_file(alice: HfApi, bob: HfApi, nobody: HfApi, repo: str) -> None:
+    add(alice, repo, {"a": b"for few"})
+    done = alice.create_commit(repo, [CommitOperationDelete("a")], commit_message="less", create_pr=True)
+    assert done.pr_num is not None
+    assert "-for few" in shown_diff(nobody, repo, done.pr_num)
+    alice.update_repo_settings(repo, gated="manual")
+    for api in (nobody, bob):
+        assert shown_diff(api, repo, done.pr_num) == ""
+    alice.grant_access(repo, "bob")
+    assert "-for few" in shown_diff(bob, repo, done.pr_num)
+
+
+def shown_diff(api: HfApi, repo: str, number: int) -> str:
+    details = api.get_discussion_details(repo, number)
+    assert isinstance(details, DiscussionWithDetails)
+    return details.diff or ""
+
+
+def test_pull_request_whose_base_was_deleted_is_shown(alice: HfApi, repo: str) -> None:
+    alice.create_branch(repo, branch="try")
+    done = alice.create_commit(
+        repo, [CommitOperationAdd("a", b"text")], commit_message="more", create_pr=True, revision="try"
+    )
+    assert done.pr_num is not None
+    alice.delete_branch(repo, branch="try")
+    assert "+text" in shown_diff(alice, repo, done.pr_num)
+    with pytest.raises(HfHubHTTPError) as refusal:
+        alice.merge_pull_request(repo, done.pr_num)
+    assert status_of(refusal) == 404
+
+
+def test_duplicate_of_a_gated_repository_is_gated(alice: HfApi, bob: HfApi, nobody: HfApi, repo: str) -> None:
+    alice.update_repo_settings(repo, gated="manual")
+    alice.grant_access(repo, "bob")
+    copy = bob.duplicate_repo(repo, "bob/copy").repo_id
+    assert nobody.model_info(copy).gated == "manual"
+    with pytest.raises(GatedRepoError):
+        nobody.auth_check(copy)
+    bob.auth_check(copy)
+    assert list(bob.list_accepted_access_requests(copy)) == []
 
 
 def test_repository_is_not_moved_to_a_foreign_owner(alice: HfApi, repo: str) -> None:

@@ -11,12 +11,14 @@ from adapterhub.hubserver import wire_discussions as said
 from adapterhub.hubserver.access import (
     READ,
     REPO,
+    Caller,
     Contributable,
     Hub,
     HubHere,
     User,
     Visible,
     Writable,
+    can_read_files,
     check_can_write,
 )
 from adapterhub.hubserver.auth import Account
@@ -63,19 +65,20 @@ def open_discussion(request: said.NewDiscussion, repo: Contributable, user: User
 
 # Clients read `changes` of pull requests only, and take a `diff` of null for none.
 @router.api_route(_ONE, methods=READ)
-def show_discussion(repo: Visible, num: int, hub: HubHere) -> said.DiscussionDetails:
+def show_discussion(repo: Visible, num: int, hub: HubHere, caller: Caller) -> said.DiscussionDetails:
     one = hub.discussions.get(repo, num)
     details = said.DiscussionDetails(
         **_reply(repo, one).model_dump(), events=[_event_reply(event) for event in _events(hub, repo, one)]
     )
     if one.base is None:
         return details
-    is_open = one.status in ("open", "draft")
+    # Its base may have been deleted since.
+    can_merge = one.status in ("open", "draft") and one.base in repo.branches
     return details.model_copy(
         update={
             "changes": said.PullChanges(base=f"refs/heads/{one.base}", merge_commit_id=one.merge_commit),
-            "files_with_conflicts": hub.discussions.conflicts(repo, one) if is_open else [],
-            "diff": hub.discussions.diff(repo, one),
+            "files_with_conflicts": hub.discussions.conflicts(repo, one) if can_merge else [],
+            "diff": hub.discussions.diff(repo, one) if can_read_files(caller, repo) else None,
         }
     )
 

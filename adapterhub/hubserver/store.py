@@ -168,10 +168,13 @@ class HubStore:
             self.folder(source).rename(self.folder(target))
 
     def duplicate_repo(self, source: RepoId, target: RepoId, *, private: bool) -> None:
-        """Copy a repository with its history, without its discussions. Raises RepoMissing, AlreadyExists."""
+        """Copy a repository with its history and its gate, without its discussions and whom it let in.
+
+        Raises RepoMissing, AlreadyExists.
+        """
         with self._both_locked(source, target):
             copy = self.repo(source).model_copy(
-                update={"id": str(target), "private": private, "created_s": int(time.time()), "gated": None}
+                update={"id": str(target), "private": private, "created_s": int(time.time())}
                 | {"access": {}, "merged": {}}
             )
             self.folder(target).mkdir(parents=True, exist_ok=True)
