@@ -41,7 +41,7 @@ class Catalog:
         self._cache = cache
         self._names: dict[str, Published] = {}
         self._retiring: set[asyncio.Task[None]] = set()
-        self._leases: dict[str, ExitStack] = {}  # by digest: the registry collects nothing that is served
+        self._leases: dict[str, ExitStack] = {}  # by name: the registry collects nothing that is served
 
     def list(self) -> Sequence[Published]:
         return tuple(self._names[name] for name in sorted(self._names))
@@ -82,23 +82,17 @@ class Catalog:
         before = self._names.get(name)
         if before is not None and before.adapter.digest == adapter.digest:
             return before
-        if before is not None and not replace:
-            raise Conflict(f"{name!r} already leads to {before.adapter.digest}: unload it first, or ask to replace it.")
         published = Published(name, adapter, weight)
-        self._hold(adapter)
-        try:
+        self._check_free(published, replace=replace)
+        with ExitStack() as lease:
+            lease.enter_context(self._registry.lease(adapter))
             if may_wait and not is_pinned and not self._cache.has_room(adapter):
-                self._names[name] = published
+                self._publish(published, lease, replace=replace)
             else:
                 async with self._cache.lease([adapter]):
-                    self._names[name] = published
-            if is_pinned:
-                self._cache.pin(adapter)
-        except BaseException:
-            self._let_go(adapter.digest)
-            raise
-        if before is not None:
-            self._drop_if_unnamed(before.adapter.digest)
+                    self._publish(published, lease, replace=replace)
+        if is_pinned:
+            self._cache.pin(adapter)
         return published
 
     def unload(self, name: str) -> None:
@@ -107,17 +101,24 @@ class Catalog:
         if published is None:
             raise Conflict(f"{name!r} is the base model and stays loaded.")
         del self._names[name]
+        self._leases.pop(name).close()
         self._drop_if_unnamed(published.adapter.digest)
 
-    def _hold(self, adapter: Adapter) -> None:
-        if adapter.digest not in self._leases:
-            lease = ExitStack()
-            lease.enter_context(self._registry.lease(adapter))
-            self._leases[adapter.digest] = lease
+    def _publish(self, published: Published, lease: ExitStack, *, replace: bool) -> None:
+        self._check_free(published, replace=replace)  # another may have come to lead there meanwhile
+        before = self._names.get(published.name)
+        self._names[published.name] = published
+        if before is not None:
+            self._leases.pop(published.name).close()
+            self._drop_if_unnamed(before.adapter.digest)
+        self._leases[published.name] = lease.pop_all()
 
-    def _let_go(self, digest: str) -> None:
-        if not self._is_named(digest) and digest in self._leases:
-            self._leases.pop(digest).close()
+    def _check_free(self, published: Published, *, replace: bool) -> None:
+        there = self._names.get(published.name)
+        if there is not None and there.adapter.digest != published.adapter.digest and not replace:
+            raise Conflict(
+                f"{published.name!r} already leads to {there.adapter.digest}: unload it first, or ask to replace it."
+            )
 
     def _is_named(self, digest: str) -> bool:
         return any(published.adapter.digest == digest for published in self._names.values())
@@ -125,7 +126,6 @@ class Catalog:
     def _drop_if_unnamed(self, digest: str) -> None:
         if self._is_named(digest):
             return
-        self._let_go(digest)
         task = asyncio.create_task(self._cache.drop(digest))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
