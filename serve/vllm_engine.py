@@ -38,7 +38,7 @@ WATCH_S = 2.0
 ANSWER_S = 20.0
 """a health request unanswered for this long is a server that hangs"""
 STALLED_S = 180.0
-"""so is one that has answers open and gives no token of any for this long, healthy as it may say it is"""
+"""so is one that is waited for and gives no token of any answer for this long, healthy as it may say it is"""
 STEADY_S = 60.0
 """up for this long, a server of ours counts as started well"""
 MAX_STARTS = 5
@@ -57,8 +57,10 @@ class _Place:
     down: asyncio.Event = field(default_factory=asyncio.Event)
     up_since: float = field(default_factory=time.monotonic)
     num_open: int = 0
+    num_awaited: int = 0
+    """open answers whose next event is waited for; the others' clients have still to take the last one"""
     moved_at: float = 0.0
-    """when it last began or went on with an answer"""
+    """when it last went on with an answer, or the first was waited for"""
     reason: str = "ready"
 
 
@@ -144,7 +146,6 @@ class VllmEngine:
         place = min(self._up(), key=lambda one: one.num_open)
         body = body_of(request, _model(request, place))
         place.num_open += 1
-        place.moved_at = time.monotonic()
         try:
             async with aclosing(self._events(place, body)) as events:
                 async for chunk in chunks_of(events, request, self._tokenizer):
@@ -243,7 +244,7 @@ class VllmEngine:
         if not await place.server.is_healthy(timeout_s=ANSWER_S):
             return "it does not answer"
         if place.is_up:
-            is_stalled = place.num_open and time.monotonic() - place.moved_at > STALLED_S
+            is_stalled = place.num_awaited and time.monotonic() - place.moved_at > STALLED_S
             return f"it has given no token for {STALLED_S:.0f} s" if is_stalled else None
         try:
             await self._take_back(place)
@@ -313,11 +314,15 @@ async def _until_down(
     try:
         while True:
             coming = asyncio.ensure_future(anext(stream, None))
+            if not place.num_awaited:
+                place.moved_at = time.monotonic()
+            place.num_awaited += 1
             try:
                 await asyncio.wait({coming, waiting}, return_when=asyncio.FIRST_COMPLETED)
                 if not coming.done():
                     raise EngineStopped("the vLLM server stopped answering in mid-answer: ask again in a moment.")
             finally:
+                place.num_awaited -= 1
                 if not coming.done():
                     coming.cancel()
                     await asyncio.gather(coming, return_exceptions=True)

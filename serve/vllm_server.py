@@ -22,6 +22,7 @@ from adapterhub.errors import (
     ServerBusy,
     UsageError,
 )
+from serve.chat_client import trusts_proxy
 
 TESTED = ("0.32.0",)
 _CONNECT_S = 5.0
@@ -38,7 +39,9 @@ class VllmServer:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         timeout = httpx.Timeout(_LOAD_S, connect=_CONNECT_S)
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S)
-        self._client = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
+        self._client = httpx.AsyncClient(
+            base_url=self.url, headers=headers, timeout=timeout, limits=limits, trust_env=trusts_proxy(self.url)
+        )
 
     async def is_healthy(self, *, timeout_s: float) -> bool:
         try:

@@ -44,7 +44,10 @@ def body_of(request: GenerationRequest, model: str) -> dict[str, Any]:
 async def chunks_of(
     events: AsyncGenerator[dict[str, Any], None], request: GenerationRequest, tokenizer: Any
 ) -> AsyncGenerator[Chunk, None]:
-    """vLLM's events as ours. The last chunk waits for the usage, which comes after it."""
+    """vLLM's events as ours. The last chunk waits for the usage, which comes after it.
+
+    Raises EngineStopped for an answer that vLLM gave up.
+    """
     count, num_shared = 0, 0
     last: Chunk | None = None
     async for event in events:
@@ -55,6 +58,8 @@ async def chunks_of(
             count += len(tokens)
             logprobs = _logprobs(choice.get("logprobs"), request.sampling.top_logprobs, tokenizer)
             chunk = Chunk(choice["text"], count, tokens, None, logprobs, num_shared)
+            if choice.get("finish_reason") in ("abort", "error"):
+                raise EngineStopped(f"vLLM gave up the answer ({choice['finish_reason']}): ask again.")
             if choice.get("finish_reason") is None:
                 yield chunk
             else:

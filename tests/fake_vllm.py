@@ -40,6 +40,10 @@ class FakeVllm:
     open_answers: int = 0
     hold: bool = False
     """answers stop after their first token"""
+    is_silent: bool = False
+    """answers stop before it"""
+    ending: str = "length"
+    """what every answer ends with"""
     is_broken: bool = False
     """healthy, but without an answer"""
     asked: list[str] = field(default_factory=list)
@@ -118,7 +122,7 @@ class FakeVllm:
         try:
             tokens = answer_of(self.adapters.get(body["model"], ""), body["prompt"], body["max_tokens"])
             for number, token in enumerate(tokens, 1):
-                while self.hold and number == 2:
+                while (self.hold and number == 2) or self.is_silent:
                     await asyncio.sleep(0.02)
                 choice = {"index": 0, "text": f" {token}", "token_ids": [token], "finish_reason": None}
                 if body.get("logprobs") is not None:
@@ -127,7 +131,7 @@ class FakeVllm:
                         "tokens": [f"token_id:{token}"], "token_logprobs": [-0.5], "top_logprobs": [top]
                     }  # fmt: skip
                 if number == len(tokens):
-                    choice["finish_reason"] = "length"
+                    choice["finish_reason"] = self.ending
                 yield f"data: {json.dumps({'choices': [choice]})}\n\n"
                 await asyncio.sleep(0)
             usage = {"prompt_tokens_details": {"cached_tokens": 3}}

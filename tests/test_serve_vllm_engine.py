@@ -247,6 +247,49 @@ def test_a_server_that_is_healthy_and_gives_no_token_hangs(
     run(check())
 
 
+def test_new_requests_do_not_hide_that_no_answer_goes_on(
+    tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running]
+) -> None:
+    async def check() -> None:
+        running = run_fake(fake_of(tiny_base))
+        async with engine_on(tiny_base, tmp_path, running.url) as engine:
+            (place,) = engine._places
+            running.fake.is_silent = True
+            asked = [asyncio.create_task(ask(engine))]
+            await until(lambda: running.fake.open_answers == 1)
+            assert await engine._fault_of(place) is None
+            place.moved_at -= vllm_engine.STALLED_S
+            asked.append(asyncio.create_task(ask(engine)))
+            await until(lambda: running.fake.open_answers == 2)
+            assert "no token" in str(await engine._fault_of(place))
+            running.fake.is_silent = False
+            assert [tokens_of(chunks) for chunks in await asyncio.gather(*asked)] == [expected(None)] * 2
+            assert await engine._fault_of(place) is None
+
+    run(check())
+
+
+def test_a_client_that_reads_no_further_is_no_stalled_server(
+    tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running]
+) -> None:
+    async def check() -> None:
+        running = run_fake(fake_of(tiny_base))
+        async with engine_on(tiny_base, tmp_path, running.url) as engine:
+            (place,) = engine._places
+            async with aclosing(engine.generate(GenerationRequest("r", (5, 6, 7), SamplingParams(max_tokens=4)))) as it:
+                await anext(it)
+                place.moved_at -= vllm_engine.STALLED_S
+                assert await engine._fault_of(place) is None
+                running.fake.is_silent = True
+                asked = asyncio.create_task(ask(engine))
+                await until(lambda: running.fake.open_answers > 0)
+                assert await engine._fault_of(place) is None
+                running.fake.is_silent = False
+                await asked
+
+    run(check())
+
+
 def test_a_server_that_comes_back_with_another_base_is_not_asked(
     tiny_base: StoredBase, packed: Adapter, tmp_path: Path, run_fake: Callable[..., Running],
     monkeypatch: pytest.MonkeyPatch,
@@ -333,6 +376,33 @@ def test_a_wrong_address_is_refused_at_the_start(tiny_base: StoredBase, tmp_path
         with pytest.raises(EngineStopped, match="no vLLM server answers"):
             async with engine_on(tiny_base, tmp_path, f"http://127.0.0.1:{free_port()}"):
                 pass
+
+    run(check())
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_a_server_of_this_machine(
+    tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+    async def check() -> None:
+        async with engine_on(tiny_base, tmp_path, run_fake(fake_of(tiny_base)).url) as engine:
+            assert tokens_of(await ask(engine)) == expected(None)
+
+    run(check())
+
+
+@pytest.mark.parametrize("ending", ["abort", "error"])
+def test_an_answer_that_vllm_gave_up_is_no_complete_one(
+    tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running], ending: str
+) -> None:
+    async def check() -> None:
+        async with engine_on(tiny_base, tmp_path, run_fake(fake_of(tiny_base, ending=ending)).url) as engine:
+            with pytest.raises(EngineStopped, match=f"gave up the answer \\({ending}\\)"):
+                await ask(engine)
 
     run(check())
 
