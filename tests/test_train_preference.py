@@ -18,6 +18,7 @@ from adapterhub.run_record import read_run_record
 from train.comparisons import Comparisons, Labelled, Pair
 from train.data import Sample
 from train.evaluate import log_likelihoods
+from train.objective import Answers, Measured
 from train.preference_loss import dpo_loss, kto_loss, orpo_loss
 from train.preference_objective import preference_objective
 from train.progress import Silent
@@ -178,6 +179,34 @@ def test_going_on_from_an_adapter_keeps_its_shape_and_begins_where_it_is(tmp_pat
     assert '"start_digest":"' + start.digest in (tmp_path / "second" / "train_log.jsonl").read_text()
     assert pack(tmp_path / "second", base=tiny_base).manifest.evaluations[0].preference == tuned
     open_adapter(tmp_path / "second")
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_soft_prompt_is_measured_from_where_its_training_starts(
+    tmp_path: Path, tiny_base: StoredBase, method: str
+) -> None:
+    recipe = preference_recipe(tmp_path, "dpo", train=TRAIN | {"steps": 1}, lora={"dropout": 0.0})
+    recipe = recipe.model_copy(update={"method": method})
+    tuned = run(recipe, tiny_base, tmp_path / "out").evaluations[0].preference
+    assert tuned is not None
+    assert tuned.loss_before == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_plain_answers_are_measured_from_the_bare_base_alone(
+    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path, train={"steps": 1}, lora={"init": "loftq"})
+    measured = []
+    monkeypatch.setattr("train.objective.held_out_loss", lambda model, samples: (float(len(measured) + 1), 4))
+    sound = Answers.measure
+
+    def measure(self: Answers, model: Any) -> Measured:
+        measured.append(sound(self, model))
+        return measured[-1]
+
+    monkeypatch.setattr(Answers, "measure", measure)
+    run(recipe, tiny_base, tmp_path / "out")
+    assert len(measured) == 2  # the bare base, and the result
 
 
 def test_another_shape_than_the_start_has(tmp_path: Path, tiny_base: StoredBase) -> None:

@@ -240,6 +240,74 @@ def test_weights_that_are_no_numbers_replace_no_checkpoint(
     assert [path.name for path in run_path(tmp_path / "out").glob("step-*")] == ["step-000002"]
 
 
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_held_out_loss_that_is_no_number_leaves_a_run_that_can_go_on(
+    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch, keep: str
+) -> None:
+    recipe = recipe_of(tmp_path, evaluate_every=1, keep=keep, checkpoint_every=1)
+    run(recipe, tiny_base, tmp_path / "whole")
+    sound, calls = trainer.set_rate, iter(range(1, 7))
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "set_rate", lambda adam, rate: sound(adam, float("nan") if next(calls) == 4 else rate))
+        with pytest.raises(TrainingFailed) as caught:
+            run(recipe, tiny_base, tmp_path / "out")
+    assert f"after step 3 is kept: {run_path(tmp_path / 'out') / 'step-000003' / 'adapter'}" in str(caught.value)
+    resumed(tmp_path / "out", tiny_base)
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    assert sha256_of(tmp_path / "whole" / WEIGHTS) == sha256_of(tmp_path / "out" / WEIGHTS)
+
+
+def test_the_best_weights_are_kept_when_the_last_are_no_numbers(
+    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measures = iter([3.0, 2.0, 1.0, float("nan"), 1.0])  # bare, three steps, the result
+    monkeypatch.setattr("train.objective.held_out_loss", lambda model, samples: (next(measures), 4))
+    end = run(recipe_of(tmp_path, steps=3, evaluate_every=1, keep="best"), tiny_base, tmp_path / "out")
+    assert losses(tmp_path / "out") == [2.0, 1.0]
+    assert (end.evaluations[0].base_loss, end.evaluations[0].adapter_loss) == (3.0, 1.0)
+    record = read_run_record(tmp_path / "out")
+    assert record is not None
+    assert [step.step for step in record.steps] == [1, 2, 3]
+
+
+def test_held_out_losses_that_are_no_numbers_use_up_patience(
+    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measures = iter([3.0, 2.0, float("nan"), float("nan"), 2.0])
+    monkeypatch.setattr("train.objective.held_out_loss", lambda model, samples: (next(measures), 4))
+    recipe = recipe_of(tmp_path, evaluate_every=1, keep="best", patience=2)
+    assert run(recipe, tiny_base, tmp_path / "out").steps == 3
+
+
+@pytest.mark.parametrize(
+    ("measures", "what"),
+    [([float("nan")], "the bare base is nan"), ([3.0, float("inf")], "the trained adapter is inf")],
+)
+def test_a_held_out_loss_before_or_after_that_is_no_number(
+    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch, measures: list[float], what: str
+) -> None:
+    given = iter(measures)
+    with monkeypatch.context() as patched:
+        patched.setattr("train.objective.held_out_loss", lambda model, samples: (next(given), 4))
+        with pytest.raises(TrainingFailed, match=f"the held-out loss of {what}: lower learning_rate"):
+            run(recipe_of(tmp_path), tiny_base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert run_path(tmp_path / "out").exists() == (len(measures) > 1)
+    if len(measures) > 1:
+        resumed(tmp_path / "out", tiny_base)
+
+
+def test_weights_that_are_no_numbers_after_the_last_step(
+    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = trainer.learning_rate_at
+    monkeypatch.setattr(
+        trainer, "learning_rate_at", lambda step, **rest: float("nan") if step == 6 else sound(step, **rest)
+    )
+    with pytest.raises(TrainingFailed, match="after step 6 the weights .* are no numbers.*after step 4 is kept"):
+        run(recipe_of(tmp_path), tiny_base, tmp_path / "out")
+
+
 def test_interrupting_at_once_keeps_the_last_checkpoint(tmp_path: Path, tiny_base: StoredBase) -> None:
     class Late(Interrupt):
         def step(self, done: RunStep, *, of: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +24,10 @@ class Measured:
     """tokens `nats_per_token` is the mean over; 0: nothing is held out"""
     accuracy: float | None = None
     """share of held-out pairs whose desirable reply is the likelier one, per token"""
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.nats_per_token)
 
 
 class Objective(Protocol):

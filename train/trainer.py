@@ -154,8 +154,12 @@ def _train(run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | No
         bare = objective.measure(model)
         if run.newest is None:
             _log_answers(run, 0, prompts.answer(model))
-    before = objective.measure(model) if start or recipe.lora.init == "loftq" else bare
+    # Only preference tuning tells what training started from apart from the bare base.
+    is_other = start or recipe.lora.init == "loftq" or recipe.method in ("prompt", "prefix")
+    before = objective.measure(model) if recipe.preference and is_other else bare
     _check_measures(recipe, bare)
+    for what, measured in (("the bare base", bare), ("the adapter that training starts from", before)):
+        _check_finite(run, what, measured)
 
     # 5. The steps.
     course = _Course(run, model, optimizer, objective, base, progress, prompts)
@@ -164,6 +168,7 @@ def _train(run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | No
 
     # 6. The same questions again, and the folder.
     after = _settle(run, model, objective, state, progress)
+    _check_finite(run, "the trained adapter", after)
     events = run.events()
     taken = [event for event in events if isinstance(event, RunStep)]
     end = RunEnd(
@@ -191,6 +196,8 @@ class _Course:
         self._train = run.recipe.train
         self._total = self._train.num_steps(objective.num_samples)
         self._world = current_world()
+        self._is_lost = False
+        """Was the newest held-out loss no number?"""
 
     def restored(self) -> State:
         """Model and optimizer as the newest checkpoint has them. The start of the run, when there is none."""
@@ -222,6 +229,8 @@ class _Course:
                 _log_answers(self._run, number, self._prompts.answer(self._model))
             if self._train.checkpoint_every and number % self._train.checkpoint_every == 0:
                 self._save(state)
+        if not self._is_sound():
+            self._back_to_best(state)
         # Whatever writing the adapter meets, the steps are not lost.
         self._save(state)
         return state
@@ -265,6 +274,10 @@ class _Course:
         measured = self._objective.measure(self._model)
         if not measured.tokens:
             return state
+        self._is_lost = not measured.is_finite
+        if self._is_lost:
+            self._progress.say(f"step {state.step}: the held-out loss is {measured.loss}: it counts as a worse one")
+            return state.model_copy(update={"num_worse": state.num_worse + 1})
         self._run.log(RunMeasured(step=state.step, loss=measured.loss))
         self._progress.say(f"step {state.step}: held-out loss {measured.loss:.3f}")
         if state.best_loss is not None and measured.loss >= state.best_loss:
@@ -273,9 +286,21 @@ class _Course:
             self._run.save_best(state.step, lambda folder: save_trained(self._model, folder, base=self._base.ref))
         return state.model_copy(update={"best_loss": measured.loss, "best_step": state.step, "num_worse": 0})
 
+    def _is_sound(self) -> bool:
+        return not self._is_lost and all(bool(p.isfinite().all()) for p in trainable(self._model))
+
+    def _back_to_best(self, state: State) -> None:
+        if self._train.keep == "last" or state.best_loss is None:
+            raise TrainingFailed(
+                f"after step {state.step} the weights or the held-out loss are no numbers: {_advice(self._run)}"
+            )
+        load_trained(self._model, self._run.best_at(state.best_step))
+        self._is_lost = False
+        self._progress.say(f"kept: the weights of step {state.best_step}, with the lowest held-out loss")
+
     def _save(self, state: State) -> None:
-        """A checkpoint, unless the weights are no numbers: an older one is then the last that is good."""
-        if not all(bool(parameter.isfinite().all()) for parameter in trainable(self._model)):
+        """A checkpoint, unless weights or held-out loss are no numbers: an older one is then the last that is good."""
+        if not self._is_sound():
             return
 
         def write(folder: Path) -> None:
@@ -298,12 +323,8 @@ class _Course:
     def _fail(self, number: int, loss: float, norm: float, state: State) -> None:
         if state.step:
             self._save(state)
-        newest, kept = self._run.newest, ""
-        if newest is not None:
-            kept = f" The adapter as it was after step {newest.state.step} is kept: {newest.path / _ADAPTER}"
         raise TrainingFailed(
-            f"at step {number} of {self._total} the loss is {loss} and the gradient norm {norm}: lower learning_rate "
-            f"(now {self._train.learning_rate:g}), or set compute_dtype to float32.{kept}"
+            f"at step {number} of {self._total} the loss is {loss} and the gradient norm {norm}: {_advice(self._run)}"
         )
 
 
@@ -363,6 +384,20 @@ def _log_answers(run: RunFolder, step: int, answers: list[Answer]) -> None:
 def _check_measures(recipe: Recipe, bare: Measured) -> None:
     if not bare.tokens and (recipe.train.keep == "best" or recipe.train.patience):
         raise DatasetError("keep = best and patience need held-out samples, and the split left none: raise held_out.")
+
+
+def _check_finite(run: RunFolder, what: str, measured: Measured) -> None:
+    if not measured.is_finite:
+        raise TrainingFailed(f"the held-out loss of {what} is {measured.loss}: {_advice(run)}")
+
+
+def _advice(run: RunFolder) -> str:
+    """Against losses that are no numbers, and what is kept."""
+    newest, kept = run.newest, ""
+    if newest is not None:
+        kept = f" The adapter as it was after step {newest.state.step} is kept: {newest.path / _ADAPTER}"
+    rate = run.recipe.train.learning_rate
+    return f"lower learning_rate (now {rate:g}), or set compute_dtype to float32.{kept}"
 
 
 def _seed_of_step(seed: int, number: int) -> int:
