@@ -180,6 +180,11 @@ def test_more_left_out_than_trained_is_noted() -> None:
     assert report(untrained=5).notes == ["more samples were left out (5) than are trained (2)"]
 
 
+def test_pieces_of_a_text_are_not_said_to_be_cut() -> None:
+    assert report(ends_trained=1).notes == []
+    assert report(ends_trained=1, cut=1).notes == ["1 samples are cut before the end of the answer"]
+
+
 def test_a_beginning_the_template_forgets_is_counted(tmp_path: Path, tiny_base: StoredBase) -> None:
     """SmolLM2's own tokenizer puts nothing first; one that does, under a template that does not."""
     folder = tmp_path / "base"

@@ -131,7 +131,7 @@ def _asked(question: str, answer: str) -> tuple[Message, ...]:
 
 
 def _without_last_question(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Guanaco's and hh-rlhf's rows may end with a question nobody answered."""
+    """Guanaco's rows may end with a question nobody answered."""
     return turns[:-1] if turns and turns[-1]["role"] == "user" else turns
 
 

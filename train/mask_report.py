@@ -77,7 +77,7 @@ class MaskReport(_Closed):
                 f"{self.begins_without} samples do not begin with the beginning of text, which the tokenizer puts "
                 "before every text: the base may never have seen one without"
             )
-        if 0 < self.ends_trained < self.samples:
+        if self.cut and 0 < self.ends_trained < self.samples:
             found.append(f"{self.samples - self.ends_trained} samples are cut before the end of the answer")
         if self.end_token is not None and self.end_token != self.eos_token:
             found.append(

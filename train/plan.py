@@ -24,7 +24,7 @@ from train.mask_report import MaskReport, mask_report
 from train.methods import put_on
 from train.objective import Objective
 from train.packing import common_prefix
-from train.preflight import HubAccess, disk_needed, disk_problems, free_bytes, hub_access, memory_problems, moment_bytes
+from train.preflight import HubAccess, disk_needed, disk_problems, free_bytes, hub_access, memory_problems
 from train.recipe import LoraSection, Method, Recipe, adapter_size
 from train.schedule import step_batches
 
@@ -111,7 +111,7 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
     total = sum(item.size_bytes for item in items)
     tokens = sum(map(_row_tokens, rows))
     adapter_bytes = 4 * model.trainable
-    disk_bytes = disk_needed(model.trainable, moment_bytes(recipe))
+    disk_bytes = disk_needed(model.trainable, recipe.train.moment_bytes)
     low, high = total * (1 - SPREAD), total * (1 + SPREAD)
     hub = hub_access()
     return Plan(
@@ -235,7 +235,7 @@ def _memory(
                 places_at_once(model.config["vocab_size"]),
             ),
             dtype_bytes=getattr(torch, dtype).itemsize,
-            moment_bytes=moment_bytes(recipe),
+            moment_bytes=recipe.train.moment_bytes,
             device="cuda" if device.startswith("cuda") else "cpu",
             weight_bits=8 if recipe.quantization.kind == "int8" else 4,
             block_size=recipe.quantization.block_size,

@@ -54,14 +54,9 @@ def disk_needed(num_trainable: int, moment_bytes: int) -> int:
     return 2 * (adapter + moment_bytes * num_trainable) + 2 * adapter
 
 
-def moment_bytes(recipe: Recipe) -> int:
-    """Of the optimizer, both moments of one parameter."""
-    return 2 if recipe.train.optimizer.endswith("8bit") else 8
-
-
 def check_room(output: Path, parameters: Sequence[torch.nn.Parameter], recipe: Recipe) -> None:
     """Raises StorageFull when the first checkpoints could not be written: better now than after hours."""
-    needed = disk_needed(sum(parameter.numel() for parameter in parameters), moment_bytes(recipe))
+    needed = disk_needed(sum(parameter.numel() for parameter in parameters), recipe.train.moment_bytes)
     if problems := list(_room(output, needed, "the run and its checkpoints")):
         raise StorageFull(problems[0])
 

@@ -179,6 +179,11 @@ class TrainSection(_Section):
             raise ValueError("keep = best compares held-out losses: set evaluate_every too")
         return self
 
+    @property
+    def moment_bytes(self) -> int:
+        """Of the optimizer, both moments of one parameter."""
+        return 2 if self.optimizer.endswith("8bit") else 8
+
     def num_steps(self, num_samples: int) -> int:
         if self.steps is not None:
             return self.steps

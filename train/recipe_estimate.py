@@ -29,7 +29,7 @@ def setting_of(recipe: Recipe) -> TrainingSetting:
         trained_tokens=tokens if shape is None else min(tokens, places_at_once(shape.vocabulary)),
         is_checkpointed=recipe.train.activation_checkpointing,
         is_double_quantized=recipe.quantization.double_quant,
-        moment_bytes=2 if recipe.train.optimizer.endswith("8bit") else 8,
+        moment_bytes=recipe.train.moment_bytes,
         is_paged=recipe.train.optimizer.startswith("paged"),
     )
 
