@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ TOLERANCE = {"float32": 1e-2, "bfloat16": 0.75, "float16": 0.25}
 
 def record(base: LoadedBase, folder: Path) -> Probe:
     """Answer each prompt greedily with PEFT's own model: the reference every engine is held to."""
-    return Probe(dtype=base.quantization.compute_dtype, answers=_answers(base, folder))
+    return Probe(dtype=base.quantization.compute_dtype, answers=_answers(base, folder, PROMPTS))
 
 
 def replay(base: LoadedBase, adapter: Adapter) -> None:
@@ -33,7 +34,8 @@ def replay(base: LoadedBase, adapter: Adapter) -> None:
     assert recorded is not None
     tolerance = max(TOLERANCE[recorded.dtype], TOLERANCE[base.quantization.compute_dtype])
     held = base.quantization
-    for now, then in zip(_answers(base, adapter.path), recorded.answers, strict=True):
+    answers = _answers(base, adapter.path, [then.prompt for then in recorded.answers])
+    for now, then in zip(answers, recorded.answers, strict=True):
         cause = likely_cause(
             adapter.manifest,
             fingerprint=base.ref.fingerprint,
@@ -96,7 +98,7 @@ def compare(now: ProbeAnswer, then: ProbeAnswer, *, tolerance: float, cause: str
             )
 
 
-def _answers(base: LoadedBase, folder: Path) -> list[ProbeAnswer]:
+def _answers(base: LoadedBase, folder: Path, prompts: Sequence[str]) -> list[ProbeAnswer]:
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(base.model, str(folder), low_cpu_mem_usage=True)
@@ -105,7 +107,7 @@ def _answers(base: LoadedBase, folder: Path) -> list[ProbeAnswer]:
         if ".modules_to_save." in name:  # kept as saved, while all around them computes in the base's dtype
             parameter.data = parameter.data.to(base.model.dtype)
     try:
-        return [_answer(model, base.tokenizer, (folder / "chat_template.jinja").read_text(), text) for text in PROMPTS]
+        return [_answer(model, base.tokenizer, (folder / "chat_template.jinja").read_text(), text) for text in prompts]
     finally:
         model.unload()
 

@@ -18,6 +18,7 @@ from adapterhub.base_store import StoredBase
 from adapterhub.errors import InvalidManifest, ProbeMismatch, RequestTooLong
 from adapterhub.manifest import MANIFEST_NAME, Probe, parse_manifest
 from adapterhub.package import pack
+from adapterhub.probe import replay as verify
 from serve.local_engine import LocalEngine, LocalEngineConfig
 from serve.prompt import PromptRenderer
 from serve.proof import replay
@@ -83,6 +84,13 @@ def test_a_prompt_recorded_twice_is_asked_twice(tiny_base: StoredBase, packed: A
     probe = packed.manifest.probe
     assert probe is not None
     _replayed(tiny_base, _with_probe(packed, probe.model_copy(update={"answers": [probe.answers[0]] * 2})))
+
+
+def test_a_proof_of_other_prompts_than_ours_is_replayed_as_recorded(tiny_base: StoredBase, packed: Adapter) -> None:
+    probe = packed.manifest.probe
+    assert probe is not None
+    base = load_base(tiny_base, purpose="serve", dtype="float32")
+    verify(base, _with_probe(packed, probe.model_copy(update={"answers": probe.answers[1:2]})))
 
 
 def test_an_answer_that_fails_leaves_no_other_running(tiny_base: StoredBase, packed: Adapter) -> None:
