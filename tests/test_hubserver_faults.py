@@ -166,8 +166,11 @@ def test_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
             (answer,) = ask(url, "POST", f"/{REPO}.git/info/lfs/objects/batch", json=body).json()["objects"]
             assert (answer["error"]["code"], "hub gc" in answer["error"]["message"]) == (507, True)
             halves = [os.urandom(2_300_000) for _ in range(2)]
-            body["objects"] = [{"oid": sha_of(half), "size": len(half)} for half in halves]
-            answers = ask(url, "POST", f"/{REPO}.git/info/lfs/objects/batch", json=body).json()["objects"]
+            batches = [{**body, "objects": [{"oid": sha_of(half), "size": len(half)}]} for half in halves]
+            answers = [
+                ask(url, "POST", f"/{REPO}.git/info/lfs/objects/batch", json=one).json()["objects"][0]
+                for one in batches
+            ]
             replies = [
                 httpx.put(answer["actions"]["upload"]["href"], content=half, timeout=20)
                 for answer, half in zip(answers, halves, strict=True)

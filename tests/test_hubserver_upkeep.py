@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from hub_fixtures import ALICE, BOB, LFS_UPLOADS_WARN, PEOPLE, start_hub
 from huggingface_hub import CommitOperationAdd, HfApi, get_session
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from adapterhub.cli import app
 from adapterhub.errors import StorageFull
 from adapterhub.files import sha256_of
+from adapterhub.hubserver.app import create_hub_app
 from adapterhub.hubserver.commits import DeleteFile, NewCommit, PutFile
 from adapterhub.hubserver.discussions import Discussions
 from adapterhub.hubserver.history import squash
@@ -67,6 +69,14 @@ def batch(url: str, repo: str, data: bytes, *transfers: str) -> Any:
 def test_object_beyond_the_quota_is_refused_before_it_is_sent(url: str, repo: str) -> None:
     (answer,) = batch(url, repo, bytes(20_001), "basic")["objects"]
     assert (answer["error"]["code"], "do not fit" in answer["error"]["message"]) == (413, True)
+
+
+def test_objects_that_together_exceed_the_quota_are_refused(url: str, repo: str) -> None:
+    sizes = {"a": 15_000, "b": 6_000, "c": 5_000}
+    wanted = [{"oid": oid * 64, "size": sizes[oid]} for oid in "aabc"]
+    body = {"operation": "upload", "objects": wanted}
+    answers = ask(url, "POST", f"/{repo}.git/info/lfs/objects/batch", json=body).json()["objects"]
+    assert [answer.get("error", {}).get("code") for answer in answers] == [None, None, 413, None]
 
 
 def test_small_files_count_too(url: str, repo: str) -> None:
@@ -128,6 +138,15 @@ def test_every_change_is_noted_with_who_and_what(url: str, root: Path, repo: str
         (None, "POST", "/api/validate-yaml", 200),
     ]
     assert (root / "audit.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_change_that_breaks_is_noted(store: HubStore, tmp_path: Path) -> None:
+    (store.folder(REPO) / "repo.json").write_text("cut of")
+    client = TestClient(create_hub_app(tmp_path, PEOPLE), raise_server_exceptions=False)
+    path = f"/api/models/{REPO}/branch/try"
+    assert client.post(path, json={}, headers={"Authorization": f"Bearer {ALICE}"}).status_code == 500
+    (line,) = map(json.loads, (tmp_path / "audit.jsonl").read_text().splitlines())
+    assert (line["user"], line["path"], line["status"]) == ("alice", path, 500)
 
 
 def test_audit_log_keeps_no_permissions(url: str, root: Path, repo: str) -> None:

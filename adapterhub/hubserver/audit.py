@@ -46,11 +46,23 @@ class Audited:
             return
         state = scope.setdefault("state", {})
         path = scope["raw_path"].decode("ascii", "replace")
+        is_noted = False
 
-        async def note(message: Message) -> None:
+        def note(status: int) -> None:
+            nonlocal is_noted
+            is_noted = True
+            self._log.add(user=state.get("user"), method=scope["method"], path=path, status=status)
+
+        async def send_noted(message: Message) -> None:
             # Before the answer leaves: what was confirmed is in the log.
             if message["type"] == "http.response.start":
-                self._log.add(user=state.get("user"), method=scope["method"], path=path, status=message["status"])
+                note(message["status"])
             await send(message)
 
-        await self._app(scope, receive, note)
+        try:
+            await self._app(scope, receive, send_noted)
+        except Exception:
+            # What failed half-way may have changed something, and is answered with 500 outside of here.
+            if not is_noted:
+                note(500)
+            raise

@@ -6,7 +6,7 @@ The bytes come without a token: their address is signed and expires.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Annotated
 from urllib.parse import urlencode
@@ -51,6 +51,8 @@ class _Offer:
     repo_id: RepoId
     base_url: str
     is_in_parts: bool
+    promised: set[wire.LfsObject] = field(default_factory=set)
+    """what this batch was offered to send; none of it is here yet, and all of it must fit"""
 
     def answer(self, wanted: wire.LfsObject) -> wire.LfsAnswer:
         try:
@@ -65,7 +67,9 @@ class _Offer:
             raise TooLarge(f"larger than {MAX_OBJECT_BYTES} bytes, the most taken here.")
         if self.hub.store.has_lfs(self.repo_id, wanted.oid):
             return None
-        self.hub.quotas.check(self.repo_id, added_bytes=wanted.size)
+        added_bytes = sum(one.size for one in self.promised | {wanted})
+        self.hub.quotas.check(self.repo_id, added_bytes=added_bytes)
+        self.promised.add(wanted)
         ticket = self.hub.signer.ticket(self.repo_id, wanted.oid, size_bytes=wanted.size)
         upload = wire.LfsAction(href=self._address(ticket))
         if self.is_in_parts:
