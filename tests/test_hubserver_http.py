@@ -96,6 +96,18 @@ def test_unknown_address_is_not_found(url: str, path: str) -> None:
     assert ask(url, "GET", path).status_code == 404
 
 
+@pytest.mark.parametrize("digits", [10, 400, 5000])
+def test_huge_number_in_an_address_names_nothing(url: str, digits: int) -> None:
+    number, repo = "9" * digits, f"/api/models/{REPO}"
+    pull = f"refs%2Fpr%2F{number}"
+    for path in (f"{repo}/discussions/{number}", f"{repo}/revision/{pull}", f"{repo}/tree/{pull}"):
+        assert ask(url, "GET", path).status_code == 404
+    assert ask(url, "POST", f"{repo}/discussions/{number}/merge").status_code == 404
+    assert ask(url, "POST", f"{repo}/commit/{pull}", content=json.dumps(HEADER)).status_code == 404
+    for path in (f"{repo}/commits/main", f"{repo}/discussions"):
+        assert ask(url, "GET", f"{path}?p={number}").status_code == 400
+
+
 def test_other_kinds_of_repository_are_not_found(url: str) -> None:
     reply = ask(url, "GET", "/api/spaces/alice/app")
     assert (reply.status_code, reply.headers["X-Error-Code"]) == (404, "RepoNotFound")

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import unquote
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 from pydantic import AfterValidator
-from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.convertors import IntegerConvertor, StringConvertor, register_url_convertor
 
 from adapterhub.hubserver.auth import Account, Tokens
 from adapterhub.hubserver.catalog import Catalog
 from adapterhub.hubserver.discussions import Discussions
-from adapterhub.hubserver.names import RepoId
+from adapterhub.hubserver.names import MAX_NUMBER, RepoId
 from adapterhub.hubserver.quotas import Quotas
 from adapterhub.hubserver.refusals import (
     AccessNotGranted,
@@ -40,7 +40,13 @@ class _Prefix(StringConvertor):
     regex = "(?:datasets/)?"
 
 
+class _Number(IntegerConvertor):
+    # As many digits as MAX_NUMBER has; longer ones name nothing.
+    regex = "[0-9]{1,9}"
+
+
 register_url_convertor("kinds", _Kinds())
+register_url_convertor("number", _Number())
 register_url_convertor("prefix", _Prefix())
 
 REPO = "/api/{kinds:kinds}/{namespace}/{name}"
@@ -52,6 +58,9 @@ FILES = "/{prefix:prefix}{namespace}/{name}"
 def _decoded(part: str) -> str:
     return unquote(part, errors="strict")
 
+
+PageNumber = Annotated[int, Query(ge=0, le=MAX_NUMBER)]
+"""counted from 0"""
 
 Part = Annotated[str, AfterValidator(_decoded)]
 """One part of the path; routing happened on the raw path, so a branch `a/b` (`a%2Fb`) is one part."""

@@ -13,6 +13,10 @@ MAX_PART_BYTES = 255
 _REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _REF_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+@-]*")
 _MAX_REF = 200
+PULL_PREFIX = "refs/pr/"
+_PULL = re.compile(re.escape(PULL_PREFIX) + "([0-9]{1,9})")
+MAX_NUMBER = 10**9 - 1
+"""of a page, a discussion or a pull request in an address"""
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 _RESERVED_NAMESPACES = frozenset({"api", "datasets", "health", "models", "spaces", "v1"})
 
@@ -68,6 +72,12 @@ def _check_repo_part(name: str) -> str:
 
 def is_commit_sha(text: str) -> bool:
     return _SHA1.fullmatch(text) is not None
+
+
+def pull_number(revision: str) -> int | None:
+    """N of `refs/pr/N`; None for what names no pull request."""
+    found = _PULL.fullmatch(revision)
+    return int(found[1]) if found is not None else None
 
 
 def check_ref(name: str) -> str:

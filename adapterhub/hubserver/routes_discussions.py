@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 
 from adapterhub.hubserver import wire
 from adapterhub.hubserver import wire_discussions as said
@@ -15,6 +13,7 @@ from adapterhub.hubserver.access import (
     Contributable,
     Hub,
     HubHere,
+    PageNumber,
     User,
     Visible,
     Writable,
@@ -27,14 +26,14 @@ from adapterhub.hubserver.store import Repo
 
 router = APIRouter()
 _PAGE = 50
-_ONE = REPO + "/discussions/{num:int}"
+_ONE = REPO + "/discussions/{num:number}"
 
 
 @router.api_route(REPO + "/discussions", methods=READ)
 def list_discussions(
     repo: Visible,
     hub: HubHere,
-    p: Annotated[int, Query(ge=0)] = 0,
+    p: PageNumber = 0,
     type: str = "all",
     status: str = "all",
     author: str | None = None,

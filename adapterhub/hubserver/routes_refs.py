@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from adapterhub.hubserver import wire
-from adapterhub.hubserver.access import READ, REPO, BaseUrl, Hub, HubHere, Part, User, Visible, Writable
+from adapterhub.hubserver.access import READ, REPO, BaseUrl, Hub, HubHere, PageNumber, Part, User, Visible, Writable
 from adapterhub.hubserver.commits import Commit
 from adapterhub.hubserver.history import remove_objects, squash
 from adapterhub.hubserver.store import DEFAULT_BRANCH, Repo
@@ -39,7 +39,7 @@ def list_commits(
     revision: Part,
     hub: HubHere,
     base_url: BaseUrl,
-    p: Annotated[int, Query(ge=0)] = 0,
+    p: PageNumber = 0,
     limit: Annotated[int, Query(ge=1, le=_MAX_COMMITS)] = _MAX_COMMITS,
 ) -> list[wire.CommitItem]:
     """Newest first, a page at a time."""

@@ -26,9 +26,9 @@ from adapterhub.hubserver.access import (
 )
 from adapterhub.hubserver.bodies import lines
 from adapterhub.hubserver.commits import Change, Commit, DeleteFile, DeleteFolder, FileEntry, NewCommit, PutFile
-from adapterhub.hubserver.names import check_path
+from adapterhub.hubserver.names import check_path, pull_number
 from adapterhub.hubserver.refusals import Refusal, UploadMismatch
-from adapterhub.hubserver.store import PULL_PREFIX, Repo
+from adapterhub.hubserver.store import Repo
 
 MAX_REGULAR_BYTES = 10 << 20
 """files up to this size travel inside the commit; larger ones by LFS"""
@@ -78,9 +78,9 @@ async def commit(
     create_pr: str = "",
 ) -> wire.CommitReply:
     """Lines of JSON: a header, then the changes in order."""
-    pull = branch.removeprefix(PULL_PREFIX) if branch.startswith(PULL_PREFIX) else None
-    if pull is not None and pull.isdecimal():
-        author = (await run_in_threadpool(hub.discussions.get, repo, int(pull))).author
+    pull = pull_number(branch)
+    if pull is not None:
+        author = (await run_in_threadpool(hub.discussions.get, repo, pull)).author
         if author != user.user:
             check_can_write(user, repo.repo_id.namespace)
     elif not create_pr:
@@ -106,7 +106,7 @@ def _commit(
     hub: Hub, repo: Repo, branch: str, changes: list[Change], new: NewCommit, address: str, is_new_pull: bool
 ) -> wire.CommitReply:
     repo_id, base = repo.repo_id, branch.removeprefix("refs/heads/")
-    pull_url, number = None, branch.removeprefix(PULL_PREFIX)
+    pull_url, number = None, pull_number(branch)
     if is_new_pull:
         pull = hub.discussions.open(
             repo_id,
@@ -119,8 +119,8 @@ def _commit(
         )
         assert pull.head is not None
         sha, pull_url = pull.head, f"{address}/discussions/{pull.num}"
-    elif number != branch and number.isdecimal():
-        sha = hub.discussions.commit(repo_id, int(number), changes=changes, new=new).sha
+    elif number is not None:
+        sha = hub.discussions.commit(repo_id, number, changes=changes, new=new).sha
     else:
         sha = hub.store.commit(repo_id, base, changes=changes, new=new).sha
     return wire.CommitReply(commit_oid=sha, commit_url=f"{address}/commit/{sha}", pull_request_url=pull_url)

@@ -15,9 +15,9 @@ from fastapi.concurrency import run_in_threadpool
 from adapterhub.hubserver import wire
 from adapterhub.hubserver.access import READ, REPO, BaseUrl, Contributable, Hub, HubHere, Part, User, check_can_write
 from adapterhub.hubserver.bodies import pour
+from adapterhub.hubserver.names import PULL_PREFIX
 from adapterhub.hubserver.objects import Spool
 from adapterhub.hubserver.refusals import InvalidToken
-from adapterhub.hubserver.store import PULL_PREFIX
 from adapterhub.hubserver.tickets import XET_LIFETIME_S, XetTicket
 from adapterhub.hubserver.xet_format import MAX_SHARD_BYTES, MAX_XORB_BYTES, shard_files, xorb_chunks
 

@@ -23,7 +23,7 @@ from adapterhub.files import write_atomic
 from adapterhub.hubserver.commits import Change, Commit, FileEntry, NewCommit, files_after
 from adapterhub.hubserver.discussion import Discussion
 from adapterhub.hubserver.git_ids import blob_id, lfs_pointer
-from adapterhub.hubserver.names import Kind, RepoId, check_ref, is_commit_sha
+from adapterhub.hubserver.names import Kind, RepoId, check_ref, is_commit_sha, pull_number
 from adapterhub.hubserver.objects import ObjectStore, touched
 from adapterhub.hubserver.refusals import (
     AlreadyExists,
@@ -42,7 +42,6 @@ _LOCK_TIMEOUT_S = 30.0
 
 Gate = Literal["auto", "manual"]
 AccessStatus = Literal["pending", "accepted", "rejected"]
-PULL_PREFIX = "refs/pr/"
 
 
 class AccessRequest(BaseModel):
@@ -205,11 +204,11 @@ class HubStore:
             raise repo.missing(revision) from None
 
     def _sha_of(self, repo: Repo, revision: str) -> str:
-        number = revision.removeprefix(PULL_PREFIX)
-        if number == revision or not number.isdecimal():
+        number = pull_number(revision)
+        if number is None:
             return repo.sha_of(revision)
         try:
-            record = self.folder(repo.repo_id) / "discussions" / f"{int(number)}.json"
+            record = self.folder(repo.repo_id) / "discussions" / f"{number}.json"
             head = Discussion.model_validate_json(record.read_bytes()).head
         except FileNotFoundError:
             raise repo.missing(revision) from None
