@@ -92,16 +92,20 @@ class Registry:
         revision: str = DEFAULT_REVISION,
         origin: str = "local",
         act: Literal["add", "import"] = "add",
+        expect: str | None = None,
         by: str | None = None,
     ) -> Adapter:
-        """Keep a verified package, file by file and each content once, and let `name@revision` lead to it."""
+        """Keep a verified package, file by file and each content once, and let `name@revision` lead to it.
+
+        With `expect` only where it leads there before, or to NOTHING. Raises Conflict where it leads elsewhere.
+        """
         called = name or adapter.manifest.name
         if AdapterRef.parse(called) != AdapterRef(name=called):
             raise UsageError(f"{called!r} is a folder, a digest or a revision, not a name to keep an adapter under.")
         if revision in Policy.read(self.root).protected:
             raise UsageError(f"{revision} is a protected alias here: add it as {DEFAULT_REVISION} and promote it.")
         with self.store.keep(adapter) as kept:
-            self._lead(called, revision, kept, act, by=by, origin=origin)
+            self._lead(called, revision, kept, act, by=by, origin=origin, expect=expect)
         return kept
 
     def pull(self, ref: AdapterRef, hub: Hub, *, report: Report = lambda line: None, by: str | None = None) -> Adapter:

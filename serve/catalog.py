@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.base_store import StoredBase
-from adapterhub.errors import AdapterNotFound, Conflict
+from adapterhub.errors import AdapterNotFound, Conflict, UsageError
 from adapterhub.package import check_base
 from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
@@ -23,8 +23,17 @@ class Published:
     adapter: Adapter
     weight: float = 1.0
     """share beside others when requests wait (serve.fairness)"""
+    is_pinned: bool = False
     since: int = field(default_factory=lambda: int(time.time()))
     """unix time, s"""
+
+
+def clients_ref(text: str) -> AdapterRef:
+    """What a client may name: no path, which would be one on the server's disk. Raises InvalidRef, UsageError."""
+    ref = AdapterRef.parse(text)
+    if ref.folder is not None:
+        raise UsageError(f"{text} is a path on the server's disk, which clients may not choose: name an adapter.")
+    return ref
 
 
 class Catalog:
@@ -82,7 +91,7 @@ class Catalog:
         before = self._names.get(name)
         if before is not None and before.adapter.digest == adapter.digest:
             return before
-        published = Published(name, adapter, weight)
+        published = Published(name, adapter, weight, is_pinned)
         self._check_free(published, replace=replace)
         with ExitStack() as lease:
             lease.enter_context(self._registry.lease(adapter))

@@ -181,6 +181,11 @@ def owner_of(authorization: str | None) -> str:
     return hashlib.sha256(b"adapterhub feedback\0" + key.encode()).hexdigest()[:32]
 
 
+def actor_of(authorization: str | None) -> str | None:
+    """Who a history says it was: as much of a key as tells it from others. None: this process."""
+    return f"key {owner_of(authorization)[:8]}" if authorization else None
+
+
 def exported(rows: Iterable[Vote | Thumb | Correction], form: ExportFormat) -> list[dict[str, Any]]:
     """Rows for a trainer: TRL's conversational `dpo`, `kto` and `sft`, or `verdicts` for `adapterhub ratings`."""
     turn = {"dpo": _pairs, "kto": _labels, "sft": _examples, "verdicts": _verdict_rows}[form]

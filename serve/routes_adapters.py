@@ -16,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.bundle import MAX_BYTES, opened_bundle
 from adapterhub.difference import difference
-from adapterhub.errors import AdapterNotFound, BundleTooLarge, Conflict, UsageError
+from adapterhub.errors import BundleTooLarge, Conflict, UsageError
 from adapterhub.files import disk_full_is_said, hold
 from adapterhub.name_log import Move
-from adapterhub.registry import DEFAULT_REVISION, Entry, Registry
-from serve.catalog import Catalog
-from serve.feedback import owner_of
+from adapterhub.registry import DEFAULT_REVISION, NOTHING, Entry, Registry
+from adapterhub.trust import Policy
+from serve.catalog import Catalog, clients_ref
+from serve.feedback import actor_of
 
 Authorization = Annotated[str | None, Header()]
 
@@ -89,7 +90,7 @@ def _add_bringing_in(router: APIRouter, registry: Registry, managing: Sequence[p
     async def pull(body: RefBody, authorization: Authorization = None) -> Response:
         if registry.hub is None:
             raise UsageError("this server knows no Hub: start it with --hub URL.")
-        by = _actor(authorization)
+        by = actor_of(authorization)
         adapter = await asyncio.to_thread(registry.pull, AdapterRef.parse(body.ref), registry.hub, by=by)
         return JSONResponse({"name": adapter.manifest.name, "digest": adapter.digest}, status_code=201)
 
@@ -102,7 +103,7 @@ def _add_bringing_in(router: APIRouter, registry: Registry, managing: Sequence[p
         with tempfile.TemporaryDirectory(dir=registry.root, prefix=".pull-") as folder, hold(Path(folder)):
             path = Path(folder) / "package.zip"
             await _receive(request, path)
-            adapter = await asyncio.to_thread(_kept, registry, path, name, by=_actor(authorization))
+            adapter = await asyncio.to_thread(_kept, registry, path, name, by=actor_of(authorization))
         return JSONResponse({"name": name or adapter.manifest.name, "digest": adapter.digest}, status_code=201)
 
 
@@ -111,22 +112,17 @@ def _add_moving(router: APIRouter, registry: Registry, managing: Sequence[params
 
     @router.post("/promote", dependencies=managing)
     async def promote(body: PromoteBody, authorization: Authorization = None) -> Response:
-        ref, by = AdapterRef.parse(body.ref), _actor(authorization)
+        ref, by = AdapterRef.parse(body.ref), actor_of(authorization)
         return JSONResponse(
             _move(await asyncio.to_thread(registry.promote, ref, body.alias, expect=body.expect, by=by))
         )
 
     @router.post("/rollback", dependencies=managing)
     async def rollback(body: RollbackBody, authorization: Authorization = None) -> Response:
-        by = _actor(authorization)
+        by = actor_of(authorization)
         return JSONResponse(
             _move(await asyncio.to_thread(registry.rollback, body.name, body.alias, expect=body.expect, by=by))
         )
-
-
-def _actor(authorization: str | None) -> str | None:
-    """Who the history says it was: as much of a key as tells it from others. None: this process."""
-    return f"key {owner_of(authorization)[:8]}" if authorization else None
 
 
 def _move(move: Move) -> dict[str, Any]:
@@ -155,26 +151,22 @@ async def _receive(request: Request, path: Path) -> None:
 
 
 def _kept(registry: Registry, path: Path, name: str | None, *, by: str | None) -> Adapter:
-    """Raises Conflict where the name leads to something else already: nobody's name moves by an upload."""
+    """Raises Conflict where the name leads to something else: nobody's name moves by an upload. SignatureInvalid."""
     with opened_bundle(path, path.parent) as adapter:
         called = AdapterRef.parse(name or adapter.manifest.name)
         if called.name is None or called.revision is not None:
             raise UsageError(f"{name} is no name to keep an adapter under: give ?name=NAME.")
-        try:
-            there = Registry(registry.root).resolve(called).digest
-        except AdapterNotFound:
-            there = adapter.digest
-        if there != adapter.digest:
+        Policy.read(registry.root).check(adapter, called.name)
+        known = registry.log.read(called.name)
+        there = known.leads_to(DEFAULT_REVISION) if known else None
+        if there not in (None, adapter.digest):
             raise Conflict(f"{called} leads to {there[:19]} here: upload under another name (?name=NAME).")
-        return registry.add(adapter, name=called.name, origin="upload", by=by)
+        return registry.add(adapter, name=called.name, origin="upload", expect=there or NOTHING, by=by)
 
 
 def _local(registry: Registry, text: str) -> Adapter:
-    """A verified package that is here already: reading must not make the server fetch. Raises UsageError for paths."""
-    ref = AdapterRef.parse(text)
-    if ref.folder is not None:
-        raise UsageError(f"{text} is a path on the server's disk, which clients may not choose: name an adapter.")
-    return Registry(registry.root).resolve(ref)
+    """A verified package that is here already, to look at: reading must not make the server fetch."""
+    return Registry(registry.root).open(clients_ref(text))
 
 
 def _row(entry: Entry, served: dict[str, str]) -> dict[str, Any]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, params
+from fastapi import APIRouter, Header, params
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve.feedback import actor_of
 from serve.improvement import Improvement, Method
 from serve.training_runs import TrainingRun, TrainingRuns
 from serve.workshop import Workshop
+
+Authorization = Annotated[str | None, Header()]
 
 
 class RecipeBody(BaseModel):
@@ -78,12 +81,12 @@ def _add_workshop(router: APIRouter, workshop: Workshop) -> None:
         return JSONResponse(_summary(run), status_code=201)
 
     @router.post("/runs/{name}/publish")
-    async def publish(name: str) -> Response:
-        return JSONResponse({"name": await workshop.publish(name)}, status_code=201)
+    async def publish(name: str, authorization: Authorization = None) -> Response:
+        return JSONResponse({"name": await workshop.publish(name, by=actor_of(authorization))}, status_code=201)
 
     @router.post("/runs/{name}/promote")
-    async def promote(name: str) -> Response:
-        return JSONResponse({"name": await workshop.promote(name)})
+    async def promote(name: str, authorization: Authorization = None) -> Response:
+        return JSONResponse({"name": await workshop.promote(name, by=actor_of(authorization))})
 
 
 def _summary(run: TrainingRun) -> dict[str, Any]:

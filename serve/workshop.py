@@ -10,7 +10,7 @@ from adapterhub.base_store import list_bases
 from adapterhub.errors import UsageError
 from adapterhub.package import open_adapter
 from adapterhub.registry import DEFAULT_REVISION, Registry
-from serve.catalog import Catalog
+from serve.catalog import Catalog, clients_ref
 from serve.feedback import FeedbackStore
 from serve.improvement import Improvement
 from serve.training_runs import TrainingRun, TrainingRuns
@@ -31,26 +31,27 @@ class Workshop:
         Raises UsageError, AdapterNotFound, TrainingBusy.
         """
         served = {published.name: published.adapter for published in self._catalog.list()}
-        adapter = served[ref] if ref in served else await asyncio.to_thread(self._local, ref)
+        adapter = served[ref] if ref in served else await asyncio.to_thread(self._kept, ref)
         if not await asyncio.to_thread(self._feedback.counts):
             raise UsageError("there is no feedback to learn from yet: votes with a winner and corrections are.")
         base = await asyncio.to_thread(_name_of_base, adapter)
         recipe = improvement.recipe(adapter, base=base)
+        await asyncio.to_thread(self._keep, adapter)
         improves = await asyncio.to_thread(self._name_of, adapter)
         return await self._runs.start(recipe, improves=improves)
 
-    async def publish(self, name: str) -> str:
+    async def publish(self, name: str, *, by: str | None = None) -> str:
         """Pack what a run made, keep it, and let it answer beside the others. Returns the name it answers to.
 
         Raises TrainingRunNotFound, UsageError for a run that is not complete, and what packing and loading raise.
         """
         adapter = await self._packed(name)
         called = f"{adapter.manifest.name}-{name.rpartition('-')[2]}"
-        kept = await asyncio.to_thread(self._registry.add, adapter, name=called, origin="local")
+        kept = await asyncio.to_thread(self._registry.add, adapter, name=called, by=by)
         await self._catalog.load(called, AdapterRef(digest=kept.digest), replace=True)
         return called
 
-    async def promote(self, name: str) -> str:
+    async def promote(self, name: str, *, by: str | None = None) -> str:
         """Let the name that an improvement began from lead to its result, here and wherever it is served.
 
         Raises as publish does, and UsageError for a run that improves nothing.
@@ -59,13 +60,14 @@ class Workshop:
         if run.improves is None:
             raise UsageError(f"run {name} began from no adapter: publish it under a name of its own.")
         adapter = await self._packed(name)
-        kept = await asyncio.to_thread(self._registry.add, adapter, name=run.improves, origin="local")
+        kept = await asyncio.to_thread(self._registry.add, adapter, name=run.improves, by=by)
         before = tomllib.loads(run.recipe).get("start")
         for published in self._catalog.list():
             if published.adapter.digest == before:
                 await self._catalog.load(
-                    published.name, AdapterRef(digest=kept.digest), replace=True, weight=published.weight
-                )
+                    published.name, AdapterRef(digest=kept.digest), replace=True,
+                    weight=published.weight, is_pinned=published.is_pinned,
+                )  # fmt: skip
         return run.improves
 
     async def _packed(self, name: str) -> Adapter:
@@ -78,11 +80,13 @@ class Workshop:
         names = [entry.name for entry in kept if entry.revision == DEFAULT_REVISION]
         return names[0] if names else adapter.manifest.name
 
-    def _local(self, text: str) -> Adapter:
-        ref = AdapterRef.parse(text)
-        if ref.folder is not None:
-            raise UsageError(f"{text} is a path on the server's disk, which clients may not choose: name an adapter.")
-        return Registry(self._registry.root).resolve(ref)
+    def _kept(self, text: str) -> Adapter:
+        return Registry(self._registry.root).resolve(clients_ref(text))
+
+    def _keep(self, adapter: Adapter) -> None:
+        """One served from a folder: a run finds what it begins from by its digest alone."""
+        with self._registry.store.keep(adapter):
+            pass
 
 
 def _name_of_base(adapter: Adapter) -> str:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from packages import FINGERPRINT, write_package
 from test_serve_api import Bench, run
 
+from adapterhub.adapter import Adapter, AdapterRef
+from adapterhub.errors import Conflict
 from adapterhub.package import open_adapter
+from adapterhub.registry import Registry
 from serve import routes_adapters
 from serve.auth import ApiKeys
 
@@ -109,6 +113,46 @@ def test_an_upload_moves_nobody_s_name(tmp_path: Path) -> None:
             assert (kept.status_code, kept.json()["name"]) == (201, "spare2")
         bad = await b.client.post("/v1/adapters/upload", params={"name": "../x"}, content=other)
         assert bad.status_code == 400
+
+    run(tmp_path, test)
+
+
+def test_an_upload_that_another_overtakes(tmp_path: Path) -> None:
+    first = open_adapter(write_package(tmp_path / "first", name="fresh", seed=41))
+    zipped = tmp_path / "second.zip"
+    zipped.write_bytes(_zipped(write_package(tmp_path / "second", name="fresh", seed=42)))
+
+    class Overtaken(Registry):
+        def add(self, adapter: Adapter, **given: Any) -> Adapter:
+            Registry(self.root).add(first)
+            return super().add(adapter, **given)
+
+    registry = Overtaken(tmp_path / "home")
+    with pytest.raises(Conflict, match="somebody moved it"):
+        routes_adapters._kept(registry, zipped, None, by=None)
+    assert registry.resolve(AdapterRef.parse("fresh")).digest == first.digest
+
+
+def test_an_upload_nobody_trusted_signed(tmp_path: Path) -> None:
+    async def test(b: Bench) -> None:
+        (tmp_path / "home" / "policy.toml").write_text('[[trust]]\nnames = "acme/*"\nkeys = []\n')
+        unsigned = _zipped(write_package(tmp_path / "fresh", name="fresh", seed=41))
+        refused = await b.client.post("/v1/adapters/upload", params={"name": "acme/fresh"}, content=unsigned)
+        assert refused.status_code == 422
+        assert refused.json()["error"]["code"] == "adapter_signature_invalid"
+        assert "acme/fresh" not in await _names(b)
+
+    run(tmp_path, test)
+
+
+def test_an_adapter_nobody_trusted_signed_is_looked_at(tmp_path: Path) -> None:
+    async def test(b: Bench) -> None:
+        (tmp_path / "home" / "policy.toml").write_text('[[trust]]\nnames = "*"\nkeys = []\n')
+        assert (await b.client.get("/v1/adapters/inspect", params={"ref": "spare"})).status_code == 200
+        assert (await b.client.get("/v1/adapters/diff", params={"a": "spare", "b": "poet"})).status_code == 200
+        assert (await b.client.post("/v1/adapters/verify", json={"ref": "spare"})).status_code == 200
+        loaded = await b.client.post("/v1/load_lora_adapter", json={"lora_name": "spare", "lora_path": "spare"})
+        assert loaded.status_code == 422
 
     run(tmp_path, test)
 
