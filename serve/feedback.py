@@ -6,6 +6,7 @@ them, of which only a digest is kept, and are deleted for good when that key ask
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import random
@@ -21,7 +22,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from adapterhub.errors import Conflict, UsageError
+from adapterhub.errors import Conflict, ServeError, ServerBusy, UsageError
+from adapterhub.files import disk_full_is_said
 from adapterhub.ratings import Outcome, Verdict, rate
 
 STORE_NAME = "feedback.sqlite"
@@ -29,7 +31,7 @@ STORE_NAME = "feedback.sqlite"
 ExportFormat = Literal["dpo", "kto", "sft", "verdicts"]
 _MAX_CHARACTERS = 200_000
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS battles (id TEXT PRIMARY KEY, created INTEGER, owner TEXT, a TEXT, b TEXT);
+CREATE TABLE IF NOT EXISTS battles (id TEXT PRIMARY KEY, a TEXT, b TEXT);
 CREATE TABLE IF NOT EXISTS feedback (
     number INTEGER PRIMARY KEY, id TEXT UNIQUE, created INTEGER, owner TEXT, kind TEXT, battle TEXT UNIQUE, body TEXT
 );
@@ -98,7 +100,11 @@ class Battle:
 
 
 class FeedbackStore:
-    """One file, any number of processes. Every method opens it anew: there is nothing to lose when one is killed."""
+    """One file, any number of processes. Every method opens it anew: there is nothing to lose when one is killed.
+
+    Every method raises StorageFull, ServerBusy while others write for half a minute, and ServeError for a file that
+    cannot be read or written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -119,7 +125,7 @@ class FeedbackStore:
                 raise Conflict(f"there is a vote on battle {battle} already: it stays, a vote counts once.") from None
         return kept
 
-    def begin_battle(self, models: Sequence[str], *, owner: str) -> Battle:
+    def begin_battle(self, models: Sequence[str]) -> Battle:
         """A pair to judge, drawn where a vote teaches most, on random sides. Raises UsageError for fewer than two."""
         if len(set(models)) < 2:
             raise UsageError(f"a battle needs two models, there are {len(set(models))}: load another adapter.")
@@ -127,9 +133,7 @@ class FeedbackStore:
         random.shuffle(pair)
         battle = Battle(f"bt-{secrets.token_hex(8)}", *pair)
         with self._open() as db:
-            db.execute(
-                "INSERT INTO battles VALUES (?, ?, ?, ?, ?)", (battle.id, int(time.time()), owner, battle.a, battle.b)
-            )
+            db.execute("INSERT INTO battles (id, a, b) VALUES (?, ?, ?)", (battle.id, battle.a, battle.b))
         return battle
 
     def of(self, owner: str | None = None) -> list[tuple[Kept, Vote | Thumb | Correction]]:
@@ -152,7 +156,10 @@ class FeedbackStore:
 
     def verdicts(self) -> list[Verdict]:
         """Votes as ratings take them; two bad answers are a tie."""
-        return [Verdict(one.a.model, one.b.model, _outcome(one)) for _, one in self.of() if isinstance(one, Vote)]
+        with self._open() as db:
+            rows = db.execute("SELECT body FROM feedback WHERE kind = 'vote' ORDER BY number").fetchall()
+        votes = (Vote.model_validate_json(body) for (body,) in rows)
+        return [Verdict(one.a.model, one.b.model, _outcome(one)) for one in votes]
 
     def _check_battle(self, db: sqlite3.Connection, vote: Vote) -> None:
         found = db.execute("SELECT a, b FROM battles WHERE id = ?", (vote.battle,)).fetchone()
@@ -166,13 +173,30 @@ class FeedbackStore:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self.path, timeout=30)) as db:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            db.executescript(_SCHEMA)
-            with db:
-                yield db
+        with disk_full_is_said(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with closing(sqlite3.connect(self.path, timeout=30)) as db:
+                    db.execute("PRAGMA journal_mode = WAL")
+                    db.execute("PRAGMA synchronous = FULL")
+                    db.executescript(_SCHEMA)
+                    with db:
+                        yield db
+            except sqlite3.Error as error:
+                raise _ours(error, self.path) from error
+
+
+def _ours(error: sqlite3.Error, path: Path) -> Exception:
+    """What SQLite met, as ours; a full disk as the system's own error, for disk_full_is_said."""
+    name = getattr(error, "sqlite_errorname", "")
+    if name.startswith("SQLITE_FULL"):
+        return OSError(errno.ENOSPC, str(error))
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return ServerBusy(f"{path} is being written by others: try again.")
+    return ServeError(
+        f"the feedback in {path} cannot be read or written ({error}): see to the file's rights, or move it away to "
+        "begin a new one."
+    )
 
 
 def owner_of(authorization: str | None) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from typer.testing import CliRunner
 from adapterhub.adapter import BaseName
 from adapterhub.base_store import pull_base
 from adapterhub.cli import app
-from adapterhub.errors import AdapterHubError, Conflict, UsageError
+from adapterhub.errors import AdapterHubError, Conflict, ServeError, ServerBusy, StorageFull, UsageError
 from serve.auth import ApiKeys
 from serve.feedback import Correction, FeedbackStore, Thumb, Vote, exported
 
@@ -51,7 +54,7 @@ def store(tmp_path: Path) -> FeedbackStore:
 
 
 def voted(store: FeedbackStore, winner: str, owner: str = "me") -> Vote:
-    battle = store.begin_battle(["captain", "poet"], owner=owner)
+    battle = store.begin_battle(["captain", "poet"])
     cast = vote(battle.id, winner, battle.a, battle.b)
     store.add(cast, owner=owner)
     return cast
@@ -67,15 +70,15 @@ def test_a_vote_counts_once(store: FeedbackStore) -> None:
 def test_a_vote_must_fit_its_battle(store: FeedbackStore) -> None:
     with pytest.raises(UsageError, match="there is no battle"):
         store.add(vote("bt-made-up", "a"), owner="me")
-    battle = store.begin_battle(["captain", "poet"], owner="me")
+    battle = store.begin_battle(["captain", "poet"])
     with pytest.raises(UsageError, match="the vote between"):
         store.add(vote(battle.id, "a", "captain", "stranger"), owner="me")
     with pytest.raises(UsageError, match="needs two models"):
-        store.begin_battle(["captain", "captain"], owner="me")
+        store.begin_battle(["captain", "captain"])
 
 
 def test_votes_race_and_one_wins(store: FeedbackStore) -> None:
-    battle = store.begin_battle(["captain", "poet"], owner="me")
+    battle = store.begin_battle(["captain", "poet"])
     outcomes: list[str] = []
 
     def cast(winner: str) -> None:
@@ -107,18 +110,17 @@ def test_a_key_sees_and_deletes_its_own(store: FeedbackStore) -> None:
 def test_pairs_that_teach_most_come_more_often(store: FeedbackStore) -> None:
     """Old rivals have met often and one always wins; a newcomer is drawn with either of them instead."""
     for _ in range(12):
-        battle = store.begin_battle(["old", "champion"], owner="me")
+        battle = store.begin_battle(["old", "champion"])
         store.add(vote(battle.id, "a" if battle.a == "champion" else "b", battle.a, battle.b), owner="me")
     drawn = Counter(
-        frozenset((one.a, one.b))
-        for one in (store.begin_battle(["old", "champion", "new"], owner="me") for _ in range(60))
+        frozenset((one.a, one.b)) for one in (store.begin_battle(["old", "champion", "new"]) for _ in range(60))
     )
     assert drawn[frozenset(("old", "champion"))] < 10
     assert min(drawn[frozenset(("old", "new"))], drawn[frozenset(("champion", "new"))]) > 10
 
 
 def test_both_sides_are_left_about_as_often(store: FeedbackStore) -> None:
-    left = Counter(store.begin_battle(["captain", "poet"], owner="me").a for _ in range(60))
+    left = Counter(store.begin_battle(["captain", "poet"]).a for _ in range(60))
     assert min(left["captain"], left["poet"]) > 10
 
 
@@ -139,6 +141,67 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
     writer.wait()
     writer.stdout.close()
     assert set(told) <= {kept.id for kept, _ in FeedbackStore(path).of()}
+
+
+@contextmanager
+def opened_with(monkeypatch: pytest.MonkeyPatch, *pragmas: str) -> Iterator[None]:
+    """The store opens its file without patience, and with more pragmas."""
+    connect = sqlite3.connect
+
+    def impatient(path: Path, timeout: float) -> sqlite3.Connection:
+        db = connect(path, timeout=0)
+        for pragma in pragmas:
+            db.execute(f"PRAGMA {pragma}")
+        return db
+
+    with monkeypatch.context() as patched:
+        patched.setattr("serve.feedback.sqlite3.connect", impatient)
+        yield
+
+
+def test_disk_that_is_full(store: FeedbackStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.add(thumb(), owner="me")
+    long = correction("Aye. " * 20_000)
+    with opened_with(monkeypatch, "max_page_count = 1"), pytest.raises(StorageFull, match="the disk is full"):
+        store.add(long, owner="me")
+    assert store.counts() == {"thumb": 1}
+
+
+def test_file_that_another_writes(store: FeedbackStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.add(thumb(), owner="me")
+    with closing(sqlite3.connect(store.path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with opened_with(monkeypatch), pytest.raises(ServerBusy, match="try again"):
+            store.add(thumb(), owner="me")
+    assert store.counts() == {"thumb": 1}
+
+
+def test_file_that_is_no_database(store: FeedbackStore) -> None:
+    store.path.write_bytes(b"Avast! " * 1000)
+    for act in (store.counts, store.verdicts, store.of):
+        with pytest.raises(ServeError, match=r"feedback\.sqlite cannot be read or written .*move it away"):
+            act()
+
+
+def test_folder_in_the_file_s_place(store: FeedbackStore) -> None:
+    store.path.mkdir()
+    with pytest.raises(ServeError, match="cannot be read or written"):
+        store.begin_battle(["captain", "poet"])
+
+
+def test_battles_of_an_earlier_version(store: FeedbackStore) -> None:
+    with closing(sqlite3.connect(store.path)) as db:
+        db.execute("CREATE TABLE battles (id TEXT PRIMARY KEY, created INTEGER, owner TEXT, a TEXT, b TEXT)")
+    voted(store, "a")
+    assert len(store.verdicts()) == 1
+
+
+def test_ratings_read_votes_alone(store: FeedbackStore) -> None:
+    voted(store, "a")
+    store.add(thumb(), owner="me")
+    with closing(sqlite3.connect(store.path)) as db, db:
+        db.execute("UPDATE feedback SET body = 'torn' WHERE kind = 'thumb'")
+    assert len(store.verdicts()) == 1
 
 
 def test_formats_for_trainers() -> None:
