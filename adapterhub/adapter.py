@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterhub.errors import InvalidRef
+from adapterhub.files import expanded
 from adapterhub.manifest import Manifest
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
@@ -97,9 +98,9 @@ class BaseName:
 
     @classmethod
     def parse(cls, text: str) -> BaseName:
-        """Raises InvalidRef for anything that is neither a name nor written as a path."""
+        """Raises InvalidRef for what is neither a name nor written as a path, UsageError for `~name` of nobody."""
         if _is_folder(text):
-            return cls(folder=Path(text).expanduser())
+            return cls(folder=expanded(text))
         name, revision = _split_name(text, "a base model")
         return cls(name=name, revision=revision)
 

@@ -1,4 +1,4 @@
-"""Writing that is never seen half-done, folders in use, and sha256 of files. Knows nothing of adapters."""
+"""Writing that is never seen half-done, folders in use, paths people write, sha256s. Knows nothing of adapters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from adapterhub.errors import StorageFull
+from adapterhub.errors import StorageFull, UsageError
 
 _CHUNK = 1 << 20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+
+
+def expanded(path: Path | str) -> Path:
+    """A path as a person wrote it, `~` and `~name` replaced. Raises UsageError for a name without a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{path} begins with the home of nobody known here: write the folder's own path.") from error
 
 
 def sha256_of(path: Path) -> str:

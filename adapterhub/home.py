@@ -7,6 +7,8 @@ from pathlib import Path
 
 import platformdirs
 
+from adapterhub.files import expanded
+
 HOME_VARIABLE = "ADAPTERHUB_HOME"
 
 
@@ -14,5 +16,5 @@ def home() -> Path:
     """`$ADAPTERHUB_HOME`, else the platform's folder for user data. Not created here."""
     configured = os.environ.get(HOME_VARIABLE)
     if configured:
-        return Path(configured).expanduser().absolute()
+        return expanded(configured).absolute()
     return platformdirs.user_data_path("adapterhub")

@@ -26,7 +26,7 @@ from typing import Literal
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.bundle import opened_bundle
 from adapterhub.errors import AdapterNotFound, Conflict, DigestMismatch, ProbeMismatch, UsageError
-from adapterhub.files import disk_full_is_said, hold, write_atomic
+from adapterhub.files import disk_full_is_said, expanded, hold, write_atomic
 from adapterhub.home import home
 from adapterhub.hub import Hub
 from adapterhub.lock_file import Lock, Locked
@@ -199,7 +199,7 @@ class Registry:
     def open(self, ref: AdapterRef) -> Adapter:
         """As `resolve`, to look at and not to use: whoever signed it, or nobody."""
         if ref.folder is not None:
-            return open_adapter(ref.folder.expanduser())
+            return open_adapter(expanded(ref.folder))
         if ref.digest is not None:
             return self.store.open(ref.digest)
         known = self.log.read(str(ref.name))

@@ -8,11 +8,10 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from adapterhub.errors import AdapterHubError, ServeError, UsageError
-from adapterhub.files import write_atomic
+from adapterhub.files import expanded, write_atomic
 from serve.chat_client import Answer, Sampling, Turn, to_send
 from serve.terminal_api import ChatApi
 from serve.terminal_lines import BLOCK, history, read, say, write
@@ -257,7 +256,7 @@ class TerminalChat:
         turns = self._turns if self._turns and self._turns[-1].role == "assistant" else self._turns[:-1]
         if not turns:
             raise UsageError("there is no answer to save yet.")
-        path = Path(name).expanduser()
+        path = expanded(name)
         before = path.read_text() if path.exists() else ""
         gap = "\n" if before and not before.endswith("\n") else ""
         line = json.dumps({"messages": to_send(self._options.system, turns)}, ensure_ascii=False)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from adapterhub.errors import StorageFull
-from adapterhub.files import disk_full_is_said, new_folder, sha256_of, write_atomic
+from adapterhub.errors import StorageFull, UsageError
+from adapterhub.files import disk_full_is_said, expanded, new_folder, sha256_of, write_atomic
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
@@ -49,3 +49,8 @@ def test_a_really_full_disk_leaves_nothing_half_written() -> None:
         pytest.skip("this system has no /dev/full")
     with pytest.raises(StorageFull), disk_full_is_said(full), full.open("wb", buffering=0) as file:
         file.write(b"x")
+
+
+def test_a_home_that_nobody_has() -> None:
+    with pytest.raises(UsageError, match="~nobody-of-this-name/x begins with the home of nobody known here"):
+        expanded("~nobody-of-this-name/x")

@@ -176,6 +176,7 @@ def test_a_template_file_stands_beside_the_recipe(tmp_path: Path, tiny_base: Sto
     [
         (None, "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
+        (b"{{ " + b"(" * 10_000, "cannot be read"),
         (b"{% for m in %}", "is not Jinja: line 1"),
     ],
 )

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import httpx
 import pytest
 from test_train_oasst import TREE
 
-from adapterhub.errors import DatasetError, RecipeError
+from adapterhub.errors import DatasetError, RecipeError, UsageError
 from train.datasets_library import _known, known_dataset
 from train.formats import FormatName
 from train.recipe import Recipe
@@ -73,6 +74,35 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
     text = refusal(tmp_path, "tatsu-lab/alpaca")
     assert "data set tatsu-lab/alpaca cannot be fetched, the Hub is not answering" in text
     assert 'path = "./FOLDER"' in text
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (httpx.ConnectTimeout("too slow"), "the Hub is not answering (too slow)"),
+        (RuntimeError("Dataset scripts are no longer supported"), "cannot be read: Dataset scripts are no longer"),
+        (ImportError("To support decoding audio, install it"), "cannot be read: To support decoding audio"),
+    ],
+)
+def test_what_the_library_raises_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, words: str
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert words in refusal(tmp_path, "tatsu-lab/alpaca")
+
+
+def test_rows_that_cannot_be_decoded(tmp_path: Path) -> None:
+    found = datasets.Dataset.from_list([{"picture": {"bytes": b"no picture", "path": None}}])
+    found.cast_column("picture", datasets.Image()).save_to_disk(tmp_path / "saved")
+    assert "data set ./saved (subset default, split train) cannot be read: " in refusal(tmp_path, "./saved")
+
+
+def test_a_folder_in_a_home_that_nobody_has(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the home of nobody"):
+        read_source(recipe(tmp_path, "~nobody-of-this-name/x"))
 
 
 def test_the_library_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ def test_each_line_becomes_a_conversation(tmp_path: Path) -> None:
         (turns("user", "system", "assistant"), "message 2 is of the system, expected the assistant"),
         ({"messages": [{"role": "user", "content": " "}, *GOOD["messages"][1:]]}, "message 1 (user) has no text"),
         ({"messages": [{"role": "user", "content": 5}, *GOOD["messages"][1:]]}, "message 1 (user) has no text"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}, *GOOD["messages"][1:]]}, "'utf-8' codec can't encode"),
     ],
 )
 def test_a_bad_line_is_named_with_its_fault(tmp_path: Path, line: object, words: str) -> None:

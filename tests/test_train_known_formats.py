@@ -148,6 +148,7 @@ def test_rows_whose_format_cannot_be_told() -> None:
         ("longform", {"input": "x", "output": None}, "'output' is no text"),
         ("unnatural-instructions", {"instances": ["x"]}, "instance 1 is no object"),
         ("unnatural-instructions", {"instances": "["}, "'instances' is no JSON list"),
+        ("unnatural-instructions", {"instances": "[" * 100_000}, "'instances' is no JSON list"),
         ("text", {"text": ""}, "'text' is empty"),
         ("chat", {"text": "Hi?"}, "no 'messages'"),
     ],

@@ -97,11 +97,20 @@ def test_a_tree_nobody_answered() -> None:
         (message("a9", "nowhere"), "x:11: its parent nowhere is not in the data"),
         (message("a0", "p"), "x:11: message_id 'a0' is there twice"),
         (message("a9", "p") | {"message_id": 5}, "x:11: message_id 5 is no text"),
+        (message("a9", "p") | {"message_id": ["a9"]}, "x:11: message_id ['a9'] is no text"),
+        (message("a9", "p") | {"parent_id": ["p"]}, "x:11: its parent ['p'] is not in the data"),
+        (message("p", "a0"), "x:11: message_id 'p' is there twice"),
+        (message("x", None, role=["prompter"]), "x:11: role ['prompter'] is neither prompter nor assistant"),
         (message("x", None, role="narrator"), "x:11: role 'narrator' is neither prompter nor assistant"),
     ],
 )
 def test_a_row_that_fits_no_tree(row: dict[str, Any], words: str) -> None:
     assert words in refusal(*TREE, row)
+
+
+@pytest.mark.parametrize("rank", [[0], "first", 10**400])
+def test_a_rank_that_is_no_number(rank: Any) -> None:
+    assert "is no number" in refusal(message("p", None), message("a1", "p", rank), message("a2", "p", 1))
 
 
 def test_messages_in_a_circle_belong_to_no_tree() -> None:

@@ -117,6 +117,13 @@ def test_bad_toml_names_the_line(tmp_path: Path) -> None:
     assert "at line 3" in fault(tmp_path, '\nname = "x"\nbase = =\n')
 
 
+def test_a_recipe_of_lists_in_lists(tmp_path: Path) -> None:
+    path = tmp_path / "deep.toml"
+    path.write_text("name = " + "[" * 10_000)
+    with pytest.raises(RecipeError, match="is not TOML"):
+        read_recipe(path)
+
+
 def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(b"\xff\xfe\x00")

@@ -70,6 +70,8 @@ def test_line_separators_within_a_json_text_end_no_line(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1}\n{"a": 2}]', "a.json:2: not JSON (expected a comma"),
         ("a.json", '[{"a": 1},', "a.json:1: not JSON (the list does not end)"),
         ("a.json", "[1]", "a.json:1: not a JSON object"),
+        ("a.json", '[{"a": 1}]\n\n[{"a": 2}]', "a.json:3: not JSON (something follows its end)"),
+        ("a.json", '{"a": 1}\n]', "a.json:2: not JSON (something follows its end)"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: 3 columns, the first line names 2"),
         ("a.csv", 'a,b\n1,"2\n', "a.csv:2: not a table"),
     ],
@@ -89,6 +91,22 @@ def test_a_file_of_an_unknown_kind(tmp_path: Path, name: str) -> None:
 def test_a_damaged_gzip_file(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="cannot be read as a data set"):
         rows(tmp_path, "a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 100)[:-12])
+
+
+def test_a_gzip_file_of_no_known_compression(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="cannot be read as a data set"):
+        rows(tmp_path, "a.jsonl.gz", gzip.compress(b'{"a": 1}\n')[:10] + b"\xff" * 20)
+
+
+def test_a_path_with_a_zero_byte() -> None:
+    with pytest.raises(DatasetError, match="embedded null byte"):
+        read_rows(Path("a\0.jsonl"))
+
+
+def test_a_field_longer_than_the_library_takes_unasked(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    found = rows(tmp_path, "a.csv", f"a,b\n{long},1\ny,2\n")
+    assert [row.value["a"] for row in found.rows] == [long, "y"]
 
 
 def test_a_gzip_file_that_is_none(tmp_path: Path) -> None:

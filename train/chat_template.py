@@ -11,6 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import RecipeError
+from adapterhub.files import expanded
 from adapterhub.package import TEMPLATE_NAME
 from train.recipe import SHIPPED_TEMPLATES, Recipe
 
@@ -52,11 +53,11 @@ def _named(name: str, folder: Path) -> ChatTemplate:
     if name in SHIPPED_TEMPLATES:
         shipped = package_files("train") / "chat_templates" / f"{name}.jinja"
         return ChatTemplate(shipped.read_text(encoding="utf-8"), _STOPS.get(name, ()))
-    path = folder / Path(name).expanduser()
+    path = folder / expanded(name)
     try:
         text = path.read_text(encoding="utf-8")
         ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"template {path} cannot be read ({error}): expected a Jinja file.") from error
     except TemplateSyntaxError as error:
         raise RecipeError(f"template {path} is not Jinja: line {error.lineno}: {error.message}.") from error

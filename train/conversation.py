@@ -55,6 +55,11 @@ def messages_of(raw: Sequence[Any], *, roles: Mapping[str, Role] | None = None) 
     return messages
 
 
+def check_encodes(text: str) -> None:
+    """Raises ValueError for half of a surrogate pair, which JSON can write and no tokenizer reads."""
+    text.encode()
+
+
 def listed(faults: Sequence[str]) -> str:
     """`3 faults: a; b; c`, ten at most, the rest counted."""
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -70,6 +75,7 @@ def _message(number: int, raw: Any, roles: Mapping[str, Role]) -> Message:
     content = raw.get("content")
     if not isinstance(content, str) or not content.strip():
         raise ValueError(f"message {number} ({said}) has no text")
+    check_encodes(content)
     return Message(roles[said], content)
 
 

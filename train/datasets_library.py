@@ -9,9 +9,11 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+import httpx
 from pydantic import BaseModel, ConfigDict
 
 from adapterhub.errors import DatasetError
+from adapterhub.files import expanded
 from train.formats import FormatName
 from train.recipe import DatasetsData
 from train.rows import Row, Rows
@@ -46,24 +48,23 @@ def read_dataset(data: DatasetsData, *, folder: Path) -> Rows:
         ) from error
     datasets.disable_progress_bars()
     try:
-        found = _load(datasets, data, folder)
-    except ConnectionError as error:
+        # Rows are read here: a damaged file or a missing decoder shows only then.
+        return Rows(tuple(_rows(_load(datasets, data, folder), data.path)), ())
+    except (ConnectionError, httpx.TransportError) as error:
         raise DatasetError(
             f"data set {data.path} cannot be fetched, the Hub is not answering ({_first_line(error)}): try again "
             'later, or copy the set here and name its folder (path = "./FOLDER").'
         ) from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
         raise DatasetError(
             f"data set {data.path} (subset {data.subset or 'default'}, split {data.split}) cannot be read: "
             f"{_first_line(error)}. Check path, subset and split."
         ) from error
-    return Rows(tuple(_rows(found, data.path)), ())
 
 
 def _load(datasets: Any, data: DatasetsData, folder: Path) -> Any:
-    path = Path(data.path).expanduser()
     if data.path.startswith((".", "/", "~")):
-        place = folder / path
+        place = folder / expanded(data.path)
         if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
             return _split_of(datasets.load_from_disk(str(place)), data.split)
         if not place.is_dir():

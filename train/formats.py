@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from adapterhub.errors import DatasetError
-from train.conversation import Conversation, Example, Message, Role, Source, Text, listed, messages_of
+from train.conversation import Conversation, Example, Message, Role, Source, Text, check_encodes, listed, messages_of
 from train.oasst import top_ranked, trees_of
 from train.rows import Row, Rows
 
@@ -123,6 +123,7 @@ def _text_of(value: dict[str, Any], key: str, *, may_be_empty: bool = False) -> 
         raise ValueError(f"{key!r} is no text")
     if not found.strip() and not may_be_empty:
         raise ValueError(f"{key!r} is empty")
+    check_encodes(found)
     return found
 
 
@@ -230,7 +231,7 @@ def _list_of(value: dict[str, Any], key: str) -> list[Any]:
     if isinstance(found, str):  # a column of a table
         try:
             found = json.loads(found)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{key!r} is no JSON list ({error})") from error
     if not isinstance(found, list):
         raise ValueError(f"{key!r} is no list")

@@ -23,27 +23,28 @@ def trees_of(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     trees = [row for row in rows if "prompt" in row.value]
     faults: list[str] = []
     nodes: dict[str, dict[str, Any]] = {}
+    named: list[tuple[Row, str]] = []
     for row in flat:
         name = row.value.get("message_id")
-        if not isinstance(name, str) or name in nodes:
-            faults.append(f"{row.where}: message_id {name!r} is {'there twice' if name in nodes else 'no text'}")
+        if not isinstance(name, str):
+            faults.append(f"{row.where}: message_id {name!r} is no text")
+        elif name in nodes:
+            faults.append(f"{row.where}: message_id {name!r} is there twice")
         else:
             nodes[name] = row.value | {"replies": []}
-    for row in flat:
-        name, parent = row.value.get("message_id"), row.value.get("parent_id")
-        if name not in nodes or not parent:
-            continue
-        if parent in nodes:
-            nodes[parent]["replies"].append(nodes[str(name)])
-        else:
+            named.append((row, name))
+    for row, name in named:
+        parent = row.value.get("parent_id")
+        if isinstance(parent, str) and parent in nodes:
+            nodes[parent]["replies"].append(nodes[name])
+        elif parent:
             faults.append(f"{row.where}: its parent {parent} is not in the data")
     reached: set[str] = set()
-    for row in flat:
-        if not row.value.get("parent_id") and row.value.get("message_id") in nodes:
-            root = nodes[str(row.value["message_id"])]
+    for row, name in named:
+        if not row.value.get("parent_id"):
+            root = nodes[name]
             reached |= _names_below(root)
             trees.append(Row(row.where, {"prompt": root, "tree_state": row.value.get("tree_state")}))
-    named = [(row, row.value.get("message_id")) for row in flat]
     if not faults:
         faults += [f"{row.where}: it hangs on no prompt" for row, name in named if name not in reached]
     return trees, faults
@@ -69,10 +70,12 @@ def top_ranked(tree: dict[str, Any]) -> tuple[Message, ...]:
         return ()
     path: list[dict[str, Any]] = []
     while node is not None:
-        if not isinstance(node, dict) or node.get("role") not in _ROLES:
-            raise ValueError(f"role {node.get('role')!r} is neither prompter nor assistant" if isinstance(node, dict)
-                             else "a reply is no object")  # fmt: skip
-        path.append({"role": _ROLES[node["role"]], "content": node.get("text")})
+        if not isinstance(node, dict):
+            raise ValueError("a reply is no object")
+        role = node.get("role")
+        if not isinstance(role, str) or role not in _ROLES:
+            raise ValueError(f"role {role!r} is neither prompter nor assistant")
+        path.append({"role": _ROLES[role], "content": node.get("text")})
         node = _best(node.get("replies") or [])
     while path and path[-1]["role"] == "user":
         path.pop()
@@ -93,4 +96,7 @@ def _best(replies: Any) -> Any:
 def _rank(reply: Any) -> float:
     """0 is best; a reply without a rank comes after those that have one, in the order of the data."""
     rank = reply.get("rank") if isinstance(reply, dict) else None
-    return float("inf") if rank is None else float(rank)
+    try:
+        return float("inf") if rank is None else float(rank)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"rank {rank!r} is no number") from error

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
@@ -43,7 +44,7 @@ def read_rows(path: Path | Traversable) -> Rows:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.name.endswith(".gz") else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DatasetError(f"{path} cannot be read as a data set ({error}): expected UTF-8 text.") from error
     rows, faults = [], []
     for line, value in read(text):
@@ -95,6 +96,8 @@ def _json(text: str) -> _Read:
             return
     if is_list and place >= len(text):
         yield line, "not JSON (the list does not end)"
+    elif (rest := _skip(text, place + is_list)) < len(text):
+        yield line + text.count("\n", end, rest), "not JSON (something follows its end)"
 
 
 def _skip(text: str, place: int) -> int:
@@ -106,6 +109,8 @@ def _skip(text: str, place: int) -> int:
 def _table(delimiter: str) -> Callable[[str], _Read]:
     def read(text: str) -> _Read:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        # The library's own limit, 131,072, is for the whole process and shorter than some texts.
+        csv.field_size_limit(max(csv.field_size_limit(), len(text)))
         header: list[str] = []
         before = 0
         try:

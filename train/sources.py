@@ -8,6 +8,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from adapterhub.errors import DatasetError, RecipeError
+from adapterhub.files import expanded
 from train.conversation import Conversation, Message, Source
 from train.formats import FormatName, OnFault, examples_of
 from train.recipe import ChatterbotData, DatasetsData, FeedbackData, Recipe, RowData, ShippedData
@@ -41,7 +42,7 @@ def rows_of(recipe: Recipe) -> tuple[str, Rows, FormatName | None]:
 
         known = known_dataset(data.path)
         return data.path, read_dataset(data, folder=recipe.folder), format or (known.format if known else None)
-    path = recipe.folder / Path(data.path).expanduser()
+    path = recipe.folder / expanded(data.path)
     return path.name, read_rows(path), format
 
 

@@ -43,12 +43,12 @@ def feedback_exported(
 
 def _export(recipe: Recipe, data: FeedbackData, place: Path) -> None:
     from adapterhub.errors import UsageError
-    from adapterhub.files import write_atomic
+    from adapterhub.files import expanded, write_atomic
     from serve.feedback import ExportFormat, exported, write_lines
 
     method = recipe.preference.method if recipe.preference else None
     form: ExportFormat = "sft" if method is None else "kto" if method == "kto" else "dpo"
-    store = recipe.folder / Path(data.path).expanduser() if data.path else None
+    store = recipe.folder / expanded(data.path) if data.path else None
     lines = exported((given for _, given in open_store(store).of()), form)
     if not lines:
         wanted = "to learn" if method is None else "to compare"
@@ -61,13 +61,14 @@ def _export(recipe: Recipe, data: FeedbackData, place: Path) -> None:
 def _reading(recipe: Recipe, data: FeedbackData, name: str) -> Recipe:
     """The recipe over the file `name`; its other paths no longer start at the folder it lay in."""
     from adapterhub.adapter import AdapterRef
+    from adapterhub.files import expanded
     from train.recipe import FileData
 
     kept = data.model_dump(exclude={"source", "path"})
     if data.template and data.template.endswith(".jinja"):
-        kept["template"] = str((recipe.folder / Path(data.template).expanduser()).absolute())
+        kept["template"] = str((recipe.folder / expanded(data.template)).absolute())
     changed: dict[str, object] = {"data": FileData(source="file", path=name, **kept)}
     folder = AdapterRef.parse(recipe.start).folder if recipe.start else None
     if folder is not None:
-        changed["start"] = str((recipe.folder / folder.expanduser()).absolute())
+        changed["start"] = str((recipe.folder / expanded(folder)).absolute())
     return recipe.model_copy(update=changed)

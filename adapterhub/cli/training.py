@@ -204,11 +204,12 @@ def _start_of(recipe: Recipe, hub: str | None) -> Adapter | None:
     if recipe.start is None:
         return None
     from adapterhub.adapter import AdapterRef
+    from adapterhub.files import expanded
     from adapterhub.package import open_adapter
 
     folder = AdapterRef.parse(recipe.start).folder
     if folder is not None:
-        return open_adapter(recipe.folder / folder.expanduser())
+        return open_adapter(recipe.folder / expanded(folder))
     return resolved(recipe.start, hub_at(hub))
 
 
