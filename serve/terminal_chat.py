@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from adapterhub.errors import AdapterHubError, ServeError, UsageError
-from adapterhub.files import expanded, write_atomic
+from adapterhub.files import disk_full_is_said, expanded
 from serve.chat_client import Answer, Sampling, Turn, to_send
 from serve.terminal_api import ChatApi
-from serve.terminal_lines import BLOCK, history, read, say, write
+from serve.terminal_lines import BLOCK, history, read, read_any_bytes, say, write
 
 _RANGES: dict[str, tuple[type[float] | type[int], float, float]] = {
     "temperature": (float, 0.0, 2.0),
@@ -42,6 +44,7 @@ def run_chat(options: ChatOptions, *, prompt: str | None, as_json: bool = False)
     before the first question: AdapterNotFound, NotAuthorized, RequestTooLong, UsageError for what the server refuses,
     ServeError where there is none or its answer breaks off.
     """
+    read_any_bytes()
     question = None if prompt is None else _question(prompt)
     with contextlib.closing(ChatApi(options.url)) as api:
         chat = TerminalChat(api, options)
@@ -179,7 +182,7 @@ class TerminalChat:
         """The conversation stays as it is: what others would have said is only shown."""
         if not names:
             raise UsageError("/compare needs NAMES: /adapters lists them.")
-        kept = list(self._turns)
+        turns, answers = list(self._turns), list(self._answers)
         self._forget_answer()
         try:
             for name in names.split():
@@ -190,7 +193,7 @@ class TerminalChat:
         except KeyboardInterrupt:
             say("[stopped]")
         finally:
-            self._turns = kept
+            self._turns, self._answers = turns, answers
 
     def _set_system(self, text: str) -> None:
         self._options = replace(self._options, system=text or None)
@@ -220,6 +223,7 @@ class TerminalChat:
             raise UsageError("nothing was asked yet.")
         if self._turns[-1].role == "assistant":
             self._turns.pop()
+            self._answers.pop()
         return self._turns[-1]
 
     def _clear(self, _: str) -> None:
@@ -257,10 +261,8 @@ class TerminalChat:
         if not turns:
             raise UsageError("there is no answer to save yet.")
         path = expanded(name)
-        before = path.read_text() if path.exists() else ""
-        gap = "\n" if before and not before.endswith("\n") else ""
         line = json.dumps({"messages": to_send(self._options.system, turns)}, ensure_ascii=False)
-        write_atomic(path, f"{before}{gap}{line}\n")
+        _append_line(path, line)
         say(f"{path}: 1 conversation added ({len(turns)} messages)")
 
     def _stats(self, _: str) -> None:
@@ -278,6 +280,16 @@ class TerminalChat:
 
     def _quit(self, _: str) -> None:
         raise EOFError
+
+
+def _append_line(path: Path, line: str) -> None:
+    """A line of its own, whatever bytes the file holds. Raises StorageFull."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_full_is_said(path), path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
 
 
 def _number(key: str, text: str) -> float | int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 
@@ -26,6 +27,12 @@ def say(line: str) -> None:
 def write(text: str) -> None:
     """A piece of an answer."""
     print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def read_any_bytes() -> None:
+    """What is piped in may be in any encoding: bytes that are none of ours become a mark, not the end of the chat."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
 
 
 def read(prompt: str) -> str | None:

@@ -86,6 +86,16 @@ def test_piped_text_follows_the_prompt(api: FakeApi, typed: Callable[[str], None
     assert api.requests()[0]["body"]["messages"][-1]["content"] == "Sum up:\n\nline one\nline two"
 
 
+def test_piped_bytes_that_are_no_utf8(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped = b"gr\xfc\xdfe"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
+    run_chat(options(api), prompt="Sum up:")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped + b"\nnext\n"), encoding="utf-8"))
+    run_chat(options(api), prompt=None)
+    asked = [request["body"]["messages"][-1]["content"] for request in api.requests()]
+    assert asked == ["Sum up:\n\ngr\ufffd\ufffde", "gr\ufffd\ufffde", "next"]
+
+
 def test_without_a_model_the_base_answers(
     api: FakeApi, typed: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +256,27 @@ def test_save_appends_one_line_of_training_data(tmp_path: Path, talk: Callable[.
         {"role": "assistant", "content": "captain says: one"},
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["kept.jsonl"]
+
+
+def test_save_behind_bytes_that_are_no_utf8(tmp_path: Path, talk: Callable[..., tuple[str, str]]) -> None:
+    file = tmp_path / "kept.jsonl"
+    file.write_bytes(b"gr\xfc\xdfe")
+    talk("one", f"/save {file}", f"/save {file}")
+    before, *added = file.read_bytes().splitlines()
+    assert before == b"gr\xfc\xdfe"
+    assert [json.loads(line)["messages"][0]["content"] for line in added] == ["one", "one"]
+
+
+def test_undone_answer_is_judged_no_more(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
+    _, said = talk("one", "two", "/undo", "/good", "/stats", "/undo", "/good")
+    assert [given["answer"]["text"] for given in api.posted()] == ["captain says: one"]
+    assert "1 answers, 3 tokens, 2 messages" in said
+    assert "there is no answer to judge" in said
+
+
+def test_compare_leaves_the_answer_to_be_judged(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
+    talk("one", "/compare trivia", "/good")
+    assert [given["answer"]["model"] for given in api.posted()] == ["captain"]
 
 
 def test_compare_lets_others_answer_beside_the_conversation(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
