@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -135,7 +136,8 @@ class TrainingRuns:
         record = self._read(name)
         if self._is_alive(record):
             self._write(record.model_copy(update={"is_stop_wanted": True}))
-            os.killpg(record.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # ended meanwhile
+                os.killpg(record.pid, signal.SIGTERM)
         return self.get(name)
 
     def all(self) -> list[TrainingRun]:
@@ -146,13 +148,14 @@ class TrainingRuns:
     def get(self, name: str) -> TrainingRun:
         """Raises TrainingRunNotFound."""
         record = self._read(name)
+        is_alive = self._is_alive(record)  # asked first: one that completes meanwhile is not taken for failed
         output = self.folder / name
         is_complete = (output / LOG_NAME).is_file()
         events = self._events(output if is_complete else self._run_folder(name))
         return TrainingRun(
             id=name,
             created=record.created,
-            status=self._status(record, is_complete=is_complete),
+            status=_status(record, is_alive=is_alive, is_complete=is_complete),
             recipe=(self.folder / f"{name}.toml").read_text(encoding="utf-8"),
             steps=tuple(event for event in events if isinstance(event, RunStep)),
             measured=tuple(event for event in events if isinstance(event, RunMeasured)),
@@ -162,13 +165,6 @@ class TrainingRuns:
             output=output if is_complete else None,
             message=self._last_line(name),
         )
-
-    def _status(self, record: _Record, *, is_complete: bool) -> Status:
-        if self._is_alive(record):
-            return "running"
-        if is_complete:
-            return "done"
-        return "stopped" if record.is_stop_wanted else "failed"
 
     def _check_idle(self) -> None:
         for path in self.folder.glob("run-*.json"):
@@ -208,7 +204,8 @@ class TrainingRuns:
             raise UsageError(f"no answer within {_PLAN_TIMEOUT_S} s: try it with the command itself.") from error
         finally:
             if child.returncode is None:
-                os.killpg(child.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
                 await child.wait()
         if child.returncode:
             raise UsageError(_last_line(said.decode(errors="replace")))
@@ -246,6 +243,14 @@ class TrainingRuns:
         write_atomic(self.folder / f"{record.id}.json", record.model_dump_json())
 
 
+def _status(record: _Record, *, is_alive: bool, is_complete: bool) -> Status:
+    if is_alive:
+        return "running"
+    if is_complete:
+        return "done"
+    return "stopped" if record.is_stop_wanted else "failed"
+
+
 def check_paths(recipe: str) -> None:
     """A client may not choose files on the server's disk, but those below the folder of training data.
 
@@ -253,7 +258,7 @@ def check_paths(recipe: str) -> None:
     """
     try:
         raw = tomllib.loads(recipe)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own, a number too long, brackets too deep
         raise UsageError(f"the recipe is not TOML: {error}.") from error
     data = raw.get("data")
     for key in ("path", "template"):

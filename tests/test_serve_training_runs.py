@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -19,6 +21,7 @@ from fastapi.responses import JSONResponse
 
 from adapterhub.base_store import _RECORD_NAME, StoredBase
 from adapterhub.errors import AdapterHubError, UsageError
+from adapterhub.run_record import LOG_NAME
 from serve.auth import ApiKeys
 from serve.routes_training import training_routes
 from serve.training_runs import TrainingRuns, check_paths
@@ -213,6 +216,35 @@ def test_a_base_or_start_that_is_a_path(line: str) -> None:
         check_paths(RECIPE.replace('base = "tiny"', line))
 
 
-def test_a_recipe_that_is_not_toml() -> None:
+@pytest.mark.parametrize("recipe", ["name = ", f"rank = {'[' * 100_000}", f"rank = {'1' * 5000}"], ids=len)
+def test_a_recipe_that_is_not_toml(recipe: str) -> None:
     with pytest.raises(UsageError, match="not TOML"):
-        check_paths("name = ")
+        check_paths(recipe)
+
+
+def recorded(folder: Path, pid: int) -> str:
+    """A run that an earlier server began."""
+    (folder / "run-1.toml").write_text(RECIPE)
+    (folder / "run-1.json").write_text(json.dumps({"id": "run-1", "created": 1, "pid": pid, "started": 1.0}))
+    return "run-1"
+
+
+def test_a_run_that_completes_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, runs = recorded(tmp_path, 1), TrainingRuns(tmp_path)
+
+    def completes(record: object) -> bool:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / LOG_NAME).touch()
+        return False
+
+    monkeypatch.setattr(runs, "_is_alive", completes)
+    assert runs.get(name).status == "done"
+
+
+def test_a_run_that_ends_before_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    ended.wait()
+    name, runs = recorded(tmp_path, ended.pid), TrainingRuns(tmp_path)
+    answers = iter((True, False))
+    monkeypatch.setattr(runs, "_is_alive", lambda record: next(answers))
+    assert runs.stop(name).status == "stopped"
