@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from test_train_preference import preference_recipe
 from test_train_trainer import WEIGHTS, make_recipe, run
+from transformers import Gemma3Config, OPTConfig, PretrainedConfig
 from typer.testing import CliRunner
 
 from adapterhub.base_store import StoredBase
 from adapterhub.cli import app
-from adapterhub.errors import DatasetError, RecipeError
+from adapterhub.errors import DatasetError, IncompatibleBase, RecipeError
 from adapterhub.lora_config import lora_tensors, read_lora_config
 from adapterhub.memory import ModelShape, TrainingLoad, training_memory
 from adapterhub.package import pack
@@ -25,6 +26,7 @@ from adapterhub.safetensors_header import read_header
 from train.mask_report import MaskReport
 from train.plan import Plan, make_plan, servable
 from train.recipe import LoraSection, read_recipe
+from train.trainer import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -103,6 +105,37 @@ def test_memory_follows_the_row_and_the_optimizer() -> None:
     assert total(moment_bytes=2) == total() - 6 * 10**4
     assert total(row_tokens=200) > total()
     assert total(dtype_bytes=4) > total()
+
+
+def base_of(folder: Path, config: PretrainedConfig, tokenizer_from: StoredBase) -> StoredBase:
+    """A base of another architecture: a config and a tokenizer, no weights."""
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer_from.path / name, folder / name)
+    return StoredBase(folder, tokenizer_from.ref)
+
+
+def test_a_base_whose_config_has_other_words_for_its_sizes(tmp_path: Path, tiny_base: StoredBase) -> None:
+    config = OPTConfig(
+        vocab_size=49152, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32
+    )
+    base = base_of(tmp_path / "base", config, tiny_base)
+    recipe = make_recipe(tmp_path)
+    for begin in (make_plan, fit):
+        with pytest.raises(IncompatibleBase, match="tests/tiny-llama .* has no intermediate_size"):
+            begin(recipe, base, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_base_of_text_and_pictures_is_planned_by_its_text(tmp_path: Path, tiny_base: StoredBase) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 49152, "head_dim": 16, "num_key_value_heads": 1}
+    base = base_of(tmp_path / "base", Gemma3Config(text_config=text, vision_config=sizes), tiny_base)
+    recipe = make_recipe(tmp_path, lora={"targets": ["q_proj"]})
+    plan = make_plan(recipe, base, tmp_path / "out")
+    assert [item.name for item in plan.memory] == [
+        item.name for item in make_plan(recipe, tiny_base, tmp_path / "out").memory
+    ]
 
 
 def test_a_layer_the_base_does_not_have_is_found_before_the_run(tmp_path: Path, tiny_base: StoredBase) -> None:

@@ -7,13 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from adapterhub.base_model import choose_precision
-from adapterhub.base_store import StoredBase
 from adapterhub.errors import TrainingFailed
-from train.distributed import current_world
-from train.objective import Objective
-from train.plan import MemoryItem, planned_memory
-from train.recipe import Recipe
+from train.plan import MemoryItem
 
 _SMALLER_ROWS = (
     "set activation_checkpointing = true, or halve batch_size and double gradient_accumulation (the result is the "
@@ -33,8 +28,8 @@ _CUTS = {
 
 
 @contextmanager
-def memory_errors_named(recipe: Recipe, base: StoredBase, objective: Objective) -> Iterator[None]:
-    """Raises TrainingFailed, with what to cut, when the block runs out of memory."""
+def memory_errors_named(planned: Sequence[MemoryItem]) -> Iterator[None]:
+    """Raises TrainingFailed, with what of the plan to cut, when the block runs out of memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -42,9 +37,7 @@ def memory_errors_named(recipe: Recipe, base: StoredBase, objective: Objective) 
         is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not is_memory:
             raise
-        device, dtype = choose_precision(recipe.base_arguments()["dtype"], current_world().device)
-        items = planned_memory(recipe, base, objective, device=device.value, dtype=dtype.value)
-        raise TrainingFailed(f"memory ran out; {what_to_cut(items)}.") from error
+        raise TrainingFailed(f"memory ran out; {what_to_cut(planned)}.") from error
 
 
 def what_to_cut(items: Sequence[MemoryItem]) -> str:

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapterhub.adapter import Adapter
 from adapterhub.base_model import choose_precision
 from adapterhub.base_store import StoredBase
-from adapterhub.errors import BaseNotFound
+from adapterhub.errors import BaseNotFound, IncompatibleBase
 from adapterhub.memory import SPREAD, ModelShape, TrainingLoad, places_at_once, training_memory
 from train.data import Sample
+from train.distributed import current_world
 from train.inputs import load_inputs, with_lora_of
 from train.lora import trainable
 from train.mask_report import MaskReport, mask_report
@@ -98,7 +99,8 @@ class Plan(_Closed):
 
 
 def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None = None) -> Plan:
-    """What `fit` would do with the same arguments. Raises RecipeError, DatasetError, BaseNotFound, UsageError."""
+    """What `fit` would do with the same arguments. Raises RecipeError, DatasetError, BaseNotFound, UsageError,
+    IncompatibleBase."""
     recipe = with_lora_of(recipe, start)
     inputs = load_inputs(recipe, base, start=start)
     objective = inputs.objective
@@ -146,12 +148,11 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
     )
 
 
-def planned_memory(
-    recipe: Recipe, base: StoredBase, objective: Objective, *, device: str, dtype: str
-) -> list[MemoryItem]:
-    """The plan's memory items alone, for a run whose data is read already. Raises BaseNotFound."""
+def planned_memory(recipe: Recipe, base: StoredBase, objective: Objective) -> list[MemoryItem]:
+    """The plan's memory items alone, for a run whose data is read already. Raises BaseNotFound, IncompatibleBase."""
+    device, dtype = choose_precision(recipe.base_arguments()["dtype"], current_world().device)
     rows = list(_rows(recipe, objective))
-    return _memory(recipe, _on_meta(recipe, base, dtype), rows, device=device, dtype=dtype)
+    return _memory(recipe, _on_meta(recipe, base, dtype.value), rows, device=device.value, dtype=dtype.value)
 
 
 def servable(lora: LoraSection, *, method: Method = "lora") -> list[Servable]:
@@ -186,7 +187,7 @@ class _MetaModel:
     """The base and its adapter, without weights."""
 
     adapted: Any
-    config: dict[str, Any]
+    shape: ModelShape
     parameters: int
     """of the base"""
     linear: int
@@ -202,6 +203,14 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise BaseNotFound(f"{base.path} cannot be read as a base model: {error}") from error
+    try:
+        # A model of text and pictures keeps the sizes of its decoder one level down.
+        shape = ModelShape.from_config(config.get_text_config().to_dict())
+    except KeyError as error:
+        raise IncompatibleBase(
+            f"the config of {base.ref} has no {error.args[0]}, by which a run's memory is planned: use a base of "
+            "LLaMA's shape, such as `adapterhub base list` names."
+        ) from error
     model.requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
@@ -210,7 +219,7 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
     adapted = put_on(model, recipe)
     return _MetaModel(
         adapted=adapted,
-        config=config.to_dict(),
+        shape=shape,
         parameters=parameters,
         linear=linear,
         head=head.weight.numel(),
@@ -223,7 +232,7 @@ def _memory(
 ) -> list[MemoryItem]:
     quantized = model.linear if recipe.quantization.kind != "none" else 0
     items = training_memory(
-        ModelShape.from_config(model.config),
+        model.shape,
         TrainingLoad(
             quantized=quantized,
             # Trained whole, the base's weights are the trained ones.
@@ -232,7 +241,7 @@ def _memory(
             row_tokens=max(map(_row_tokens, rows)),
             row_trained=min(
                 max(sum(sample.num_trained for sample in row) for row in rows),
-                places_at_once(model.config["vocab_size"]),
+                places_at_once(model.shape.vocabulary),
             ),
             dtype_bytes=getattr(torch, dtype).itemsize,
             moment_bytes=recipe.train.moment_bytes,

@@ -15,7 +15,6 @@ import jinja2
 import torch
 
 from adapterhub.base_model import LoadedBase
-from adapterhub.base_store import StoredBase
 from adapterhub.memory import SPREAD
 from adapterhub.run_record import (
     REPORT_HEAD,
@@ -30,7 +29,7 @@ from adapterhub.run_record import (
 from train.distributed import current_world
 from train.mask_report import mask_report
 from train.objective import Objective
-from train.plan import planned_memory
+from train.plan import MemoryItem
 from train.recipe import Recipe
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 240, 52, 28
@@ -69,14 +68,13 @@ class Asked:
 
 
 def report(
-    recipe: Recipe, events: Sequence[RunEvent], base: StoredBase, objective: Objective, loaded: LoadedBase
+    recipe: Recipe, events: Sequence[RunEvent], memory: Sequence[MemoryItem], objective: Objective, loaded: LoadedBase
 ) -> str:
-    """The page of a run whose record is complete; bytes follow from the record, the data and the machine."""
+    """The page of a run whose record is complete, `memory` as planned; bytes follow from these, the data and the
+    machine."""
     start = next(event for event in events if isinstance(event, RunStart))
     end = next(event for event in events if isinstance(event, RunEnd))
     steps = [event for event in events if isinstance(event, RunStep)]
-    device = str(loaded.model.device)
-    memory = planned_memory(recipe, base, objective, device=device, dtype=loaded.quantization.compute_dtype)
     planned = sum(item.size_bytes for item in memory)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((Path(str(package_files("train"))) / "report.html.jinja").read_text())

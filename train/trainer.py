@@ -51,6 +51,7 @@ from train.methods import load_trained, put_on, save_trained, with_options, with
 from train.objective import Measured, Objective
 from train.optimizer import load_optimizer, make_optimizer, save_optimizer, set_rate
 from train.out_of_memory import memory_errors_named
+from train.plan import MemoryItem, planned_memory
 from train.preflight import check_room
 from train.progress import Progress, peak_memory_bytes, progress_on
 from train.recipe import Recipe
@@ -84,10 +85,10 @@ def fit(
         recipe = with_lora_of(recipe, start)
         # 1. The data, before anything expensive.
         inputs = _load(recipe, base, start, progress)
-        named = memory_errors_named(recipe, base, inputs.objective)
-        with RunFolder.create(output, recipe, start=start) as run, named:
+        memory = planned_memory(recipe, base, inputs.objective)
+        with RunFolder.create(output, recipe, start=start) as run, memory_errors_named(memory):
             run.listen = listen
-            return _train(run, base, inputs, start, progress)
+            return _train(run, base, inputs, start, memory, progress)
     finally:
         progress.close()
 
@@ -106,8 +107,9 @@ def resume(
             start = open_adapter(run.start) if run.start else None
             inputs = _load(run.recipe, base, start, progress)
             run.listen = listen
-            with memory_errors_named(run.recipe, base, inputs.objective):
-                return _train(run, base, inputs, start, progress)
+            memory = planned_memory(run.recipe, base, inputs.objective)
+            with memory_errors_named(memory):
+                return _train(run, base, inputs, start, memory, progress)
     finally:
         progress.close()
 
@@ -124,7 +126,10 @@ def _load(recipe: Recipe, base: StoredBase, start: Adapter | None, progress: Pro
     return inputs
 
 
-def _train(run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | None, progress: Progress) -> RunEnd:
+def _train(
+    run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | None, memory: Sequence[MemoryItem],
+    progress: Progress,
+) -> RunEnd:  # fmt: skip
     recipe, objective = run.recipe, inputs.objective
     # 2. The base, quantized, and on it the adapter: drawn from the seed, or the one to go on from.
     torch.manual_seed(recipe.seed)
@@ -180,7 +185,7 @@ def _train(run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | No
         answers=prompts.answer(model),
     )
     run.log(end)
-    _write_adapter_folder(run, model, loaded, report(recipe, [*events, end], base, objective, loaded))
+    _write_adapter_folder(run, model, loaded, report(recipe, [*events, end], memory, objective, loaded))
     return end
 
 
