@@ -202,6 +202,16 @@ def test_a_tracker_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pass
 
 
+def test_a_tracker_that_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(module: Any, recipe: Recipe) -> Any:
+        raise ConnectionError("no key is configured")
+
+    monkeypatch.setitem(TRACKERS, "keyless", ("json", begin))
+    said = r"the tracker keyless cannot begin \(ConnectionError: no key is configured\)"
+    with pytest.raises(UsageError, match=said), tracking(["keyless"], make_recipe(tmp_path)):
+        pass
+
+
 def test_the_command_refuses_an_unknown_tracker_before_it_trains(tmp_path: Path, tiny_base: StoredBase) -> None:
     make_recipe(tmp_path)
     file = tmp_path / "mine.toml"

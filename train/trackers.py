@@ -70,12 +70,13 @@ TRACKERS: dict[str, tuple[str, Callable[[Any, Recipe], Tracker]]] = {
 
 @contextmanager
 def tracking(names: Sequence[str], recipe: Recipe) -> Iterator[Listener]:
-    """What to call with each event of the run. Raises UsageError for a tracker that is unknown or not installed."""
+    """What to call with each event of the run. Raises UsageError for a tracker that is unknown, not installed or
+    cannot begin."""
     modules = [_module_of(name) for name in names]
     with ExitStack() as stack:
         trackers: dict[str, Tracker] = {}
         for name, module in zip(names, modules, strict=True):
-            trackers[name] = TRACKERS[name][1](module, recipe)
+            trackers[name] = _begun(name, module, recipe)
             stack.callback(_told, trackers, name, lambda tracker: tracker.finish())
 
         def listen(event: RunEvent) -> None:
@@ -95,6 +96,16 @@ def _module_of(name: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise UsageError(f"the tracker {name} is not installed: pip install {module}") from error
+
+
+def _begun(name: str, module: Any, recipe: Recipe) -> Tracker:
+    try:
+        return TRACKERS[name][1](module, recipe)
+    except Exception as error:  # trackers raise what they like
+        raise UsageError(
+            f"the tracker {name} cannot begin ({type(error).__name__}: {error}): set it up, or leave out --report-to "
+            f"{name}."
+        ) from error
 
 
 def _told(trackers: dict[str, Tracker], name: str, act: Callable[[Tracker], None]) -> None:
