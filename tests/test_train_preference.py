@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_train_comparisons import label, pair, says
 from test_train_trainer import make_recipe, run, tensors_of
 
@@ -20,7 +22,7 @@ from train.data import Sample
 from train.evaluate import log_likelihoods
 from train.objective import Answers, Measured
 from train.preference_loss import dpo_loss, kto_loss, orpo_loss
-from train.preference_objective import preference_objective
+from train.preference_objective import _groups_of, _mismatched, _num_pairs, _share_told_apart, preference_objective
 from train.progress import Silent
 from train.recipe import PreferenceMethod, PreferenceSection, Recipe, read_recipe
 from train.sources import read_chatterbot
@@ -136,6 +138,38 @@ def test_a_step_of_kto_is_that_of_replies_one_by_one(models: tuple[Any, Any], ba
     expected.backward()  # type: ignore[no-untyped-call]
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(found, gradients(policy), rtol=1e-3, atol=1e-5)
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=12))
+def test_replies_are_matched_with_the_next_of_another_prompt(drawn: list[tuple[int, bool]]) -> None:
+    items = [Labelled(sample(one, 100 + n, trained=1), good) for n, (one, good) in enumerate(drawn)]
+    others = [
+        next((o for o in (*items[n + 1 :], *items[:n]) if o.prompt != item.prompt), item)
+        for n, item in enumerate(items)
+    ]
+    expected = [sample(*item.prompt, o.sample.tokens[-1], trained=1) for item, o in zip(items, others, strict=True)]
+    assert _mismatched(items) == expected
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.booleans(), st.integers(0, 4)), max_size=12))
+def test_the_share_told_apart_is_that_of_all_pairs(drawn: list[tuple[int, bool, int]]) -> None:
+    items = [Labelled(sample(one, 100 + n, trained=1), good) for n, (one, good, _) in enumerate(drawn)]
+    value = {item.sample: float(likely) for item, (_, _, likely) in zip(items, drawn, strict=True)}
+    every = [(b, w) for b in items for w in items if b.is_desirable and not w.is_desirable]
+    pairs = [(b, w) for b, w in every if b.prompt == w.prompt] or every
+    groups = _groups_of(items)
+    assert _num_pairs(groups) == len(pairs)
+    if pairs:
+        right = sum(value[b.sample] > value[w.sample] for b, w in pairs)
+        assert _share_told_apart(groups, value) == right / len(pairs)
+
+
+def test_many_labels_are_matched_without_comparing_all_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, sound = [], Labelled.prompt.fget
+    monkeypatch.setattr(Labelled, "prompt", property(lambda item: asked.append(item) or sound(item)))  # type: ignore[misc, func-returns-value]
+    items = tuple(Labelled(sample(n // 500, n, trained=1), n % 2 == 0) for n in range(2000))
+    preference_objective(Comparisons("x", items, items[:600], ()), PreferenceSection(method="kto"))
+    assert len(asked) <= 2 * len(items) + 2 * 600
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])

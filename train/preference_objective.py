@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from train.evaluate import log_likelihoods, measuring, rows_to_measure
 from train.objective import Measured
 from train.preference_loss import dpo_loss, kto_drift, kto_loss, orpo_loss
 from train.recipe import PreferenceSection
+
+_Group = tuple[list[Sample], list[Sample]]
+"""(desirable, undesirable) replies, to be compared each with each"""
 
 
 class _Compared:
@@ -142,7 +146,8 @@ class Labels(_Compared):
         self._held_out = [item for item in data.held_out if isinstance(item, Labelled)]
         self._mismatched = _mismatched(self._train)
         self._mismatched_held_out = _mismatched(self._held_out)
-        super().__init__(data, section, num_held_out_pairs=len(_comparable(self._held_out)))
+        self._groups = _groups_of(self._held_out)
+        super().__init__(data, section, num_held_out_pairs=_num_pairs(self._groups))
 
     def refer_to(self, model: Any) -> None:
         own = [item.sample for item in (*self._train, *self._held_out)]
@@ -163,8 +168,7 @@ class Labels(_Compared):
     def measure(self, model: Any) -> Measured:
         """Accuracy compares replies to the same prompt, and where no prompt has both kinds, all with all."""
         desirable = [item.sample for item in self._held_out if item.is_desirable]
-        pairs = _comparable(self._held_out)
-        if not desirable or not pairs:
+        if not self._num_held_out_pairs:
             return Measured(0.0, 0.0, 0)
         found = _all_log_likelihoods(model, [item.sample for item in self._held_out])
         values = torch.tensor([found[item.sample] for item in self._held_out])
@@ -175,7 +179,7 @@ class Labels(_Compared):
             loss=float(self._losses(self._held_out, values, drift).mean()),
             nats_per_token=-sum(found[sample] for sample in desirable) / tokens,
             tokens=tokens,
-            accuracy=sum(per_token[better] > per_token[worse] for better, worse in pairs) / len(pairs),
+            accuracy=_share_told_apart(self._groups, per_token),
         )
 
     def _drift(self, model: Any, samples: Sequence[Sample]) -> float:
@@ -213,25 +217,42 @@ def _all_log_likelihoods(model: Any, samples: Sequence[Sample]) -> dict[Sample, 
 
 
 def _mismatched(items: Sequence[Labelled]) -> list[Sample]:
-    """Each prompt with the next reply that was given to another prompt."""
-    return [_with_reply_of(item, _next_other(items, place)) for place, item in enumerate(items)]
+    """Each prompt with the next reply that was given to another prompt, the first following the last."""
+    prompts = [item.prompt for item in items]
+    if len(set(prompts)) < 2:
+        return [item.sample for item in items]
+    other = [0] * len(items)
+    # Backwards each learns from the one after it; twice, since the last ones learn from the first.
+    for place in reversed(range(2 * len(items))):
+        here, after = place % len(items), (place + 1) % len(items)
+        other[here] = after if prompts[after] != prompts[here] else other[after]
+    return [_reply_to(prompts[here], items[there].sample, prompts[there]) for here, there in enumerate(other)]
 
 
-def _next_other(items: Sequence[Labelled], place: int) -> Labelled:
-    own = items[place].prompt
-    following = (*items[place + 1 :], *items[:place])
-    return next((item for item in following if item.prompt != own), items[place])
-
-
-def _with_reply_of(item: Labelled, other: Labelled) -> Sample:
-    prompt, start = item.prompt, len(other.prompt)
-    reply = other.sample
+def _reply_to(prompt: tuple[int, ...], reply: Sample, asked: tuple[int, ...]) -> Sample:
+    start = len(asked)
     return Sample((*prompt, *reply.tokens[start:]), (*(False,) * len(prompt), *reply.trained[start:]))
 
 
-def _comparable(items: Sequence[Labelled]) -> list[tuple[Sample, Sample]]:
-    """(desirable, undesirable) replies to the same prompt; all with all when no prompt has both."""
-    better = [item for item in items if item.is_desirable]
-    worse = [item for item in items if not item.is_desirable]
-    same = [(b.sample, w.sample) for b in better for w in worse if b.prompt == w.prompt]
-    return same or [(b.sample, w.sample) for b in better for w in worse]
+def _groups_of(items: Sequence[Labelled]) -> list[_Group]:
+    """One for each prompt that has both kinds of replies; one of all replies when none has."""
+    by_prompt: dict[tuple[int, ...], _Group] = {}
+    for item in items:
+        better, worse = by_prompt.setdefault(item.prompt, ([], []))
+        (better if item.is_desirable else worse).append(item.sample)
+    sides = list(by_prompt.values())
+    every = [sample for better, _ in sides for sample in better], [sample for _, worse in sides for sample in worse]
+    return [side for side in sides if all(side)] or [every]
+
+
+def _share_told_apart(groups: Sequence[_Group], value: dict[Sample, float]) -> float:
+    """Of the pairs of each group, how many have the greater value on the desirable reply; sorted, not one by one."""
+    right = 0
+    for better, worse in groups:
+        known = sorted(value[sample] for sample in worse)
+        right += sum(bisect_left(known, value[sample]) for sample in better)
+    return right / _num_pairs(groups)
+
+
+def _num_pairs(groups: Sequence[_Group]) -> int:
+    return sum(len(better) * len(worse) for better, worse in groups)
