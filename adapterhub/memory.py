@@ -127,7 +127,7 @@ def constant_bytes(quantized: int, *, is_double: bool = True, block_size: int = 
 
 
 def training_memory(shape: ModelShape, load: TrainingLoad) -> list[Item]:
-    """The peak of a step of train/trainer.py, by what takes it."""
+    """The peak of a step of train/steps.py, by what takes it."""
     dtype, tokens = load.dtype_bytes, load.row_tokens
     hidden, intermediate = shape.hidden, shape.intermediate
     # Kept for the backward pass, a token and layer: both norms' inputs in fp32; in the compute dtype queries, keys and

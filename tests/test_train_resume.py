@@ -22,7 +22,7 @@ from adapterhub.base_store import StoredBase
 from adapterhub.errors import OutputNotFresh, RunNotResumable, StorageFull, TrainingFailed, TrainingStopped
 from adapterhub.files import sha256_of
 from adapterhub.run_record import RunMeasured, RunStep, read_run_events, read_run_record
-from train import objective, trainer
+from train import objective, steps, trainer
 from train.optimizer import load_optimizer, make_optimizer, save_optimizer
 from train.progress import Silent
 from train.recipe import Recipe, TrainSection
@@ -231,9 +231,9 @@ def test_a_loss_that_is_no_number_keeps_the_step_before(
 def test_weights_that_are_no_numbers_replace_no_checkpoint(
     tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sound = trainer.learning_rate_at
+    sound = steps.learning_rate_at
     monkeypatch.setattr(
-        trainer, "learning_rate_at", lambda step, **rest: float("nan") if step == 4 else sound(step, **rest)
+        steps, "learning_rate_at", lambda step, **rest: float("nan") if step == 4 else sound(step, **rest)
     )
     with pytest.raises(TrainingFailed, match="at step 5 of 6 the loss is nan.*after step 2 is kept"):
         run(recipe_of(tmp_path), tiny_base, tmp_path / "out")
@@ -246,9 +246,9 @@ def test_a_held_out_loss_that_is_no_number_leaves_a_run_that_can_go_on(
 ) -> None:
     recipe = recipe_of(tmp_path, evaluate_every=1, keep=keep, checkpoint_every=1)
     run(recipe, tiny_base, tmp_path / "whole")
-    sound, calls = trainer.set_rate, iter(range(1, 7))
+    sound, calls = steps.set_rate, iter(range(1, 7))
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "set_rate", lambda adam, rate: sound(adam, float("nan") if next(calls) == 4 else rate))
+        patched.setattr(steps, "set_rate", lambda adam, rate: sound(adam, float("nan") if next(calls) == 4 else rate))
         with pytest.raises(TrainingFailed) as caught:
             run(recipe, tiny_base, tmp_path / "out")
     assert f"after step 3 is kept: {run_path(tmp_path / 'out') / 'step-000003' / 'adapter'}" in str(caught.value)
@@ -300,9 +300,9 @@ def test_a_held_out_loss_before_or_after_that_is_no_number(
 def test_weights_that_are_no_numbers_after_the_last_step(
     tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sound = trainer.learning_rate_at
+    sound = steps.learning_rate_at
     monkeypatch.setattr(
-        trainer, "learning_rate_at", lambda step, **rest: float("nan") if step == 6 else sound(step, **rest)
+        steps, "learning_rate_at", lambda step, **rest: float("nan") if step == 6 else sound(step, **rest)
     )
     with pytest.raises(TrainingFailed, match="after step 6 the weights .* are no numbers.*after step 4 is kept"):
         run(recipe_of(tmp_path), tiny_base, tmp_path / "out")
