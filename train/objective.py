@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from adapterhub.manifest import Evaluation
+from train.comparisons import Comparisons
 from train.data import Sample, TokenData
 from train.evaluate import held_out_loss, row_loss
 from train.packing import pack
@@ -31,10 +32,30 @@ class Measured:
 
 
 class Objective(Protocol):
-    """Data and loss of a run. Places are indices into its training samples."""
+    """Data and loss of a run. Places are indices into its training samples; what data say of themselves is here."""
+
+    _data: TokenData | Comparisons
 
     @property
-    def num_samples(self) -> int: ...
+    def num_samples(self) -> int:
+        return len(self._data.train)
+
+    @property
+    def digest(self) -> str:
+        return self._data.digest
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self._data.notes
+
+    @property
+    def num_held_out(self) -> int:
+        return len(self._data.held_out)
+
+    @property
+    def num_left_out(self) -> tuple[int, int]:
+        """(samples cut, samples without a trained token)"""
+        return self._data.num_cut, self._data.num_untrained
 
     @property
     def longest(self) -> int:
@@ -42,19 +63,6 @@ class Objective(Protocol):
 
     def lengths(self) -> list[int]:
         """tokens of each training sample"""
-
-    @property
-    def digest(self) -> str: ...
-
-    @property
-    def notes(self) -> Sequence[str]: ...
-
-    @property
-    def num_held_out(self) -> int: ...
-
-    @property
-    def num_left_out(self) -> tuple[int, int]:
-        """(samples cut, samples without a trained token)"""
 
     def describe(self) -> str: ...
 
@@ -73,15 +81,13 @@ class Objective(Protocol):
         """In the record's words: the bare base, what training started from, and the result."""
 
 
-class Answers:
+class Answers(Objective):
     """The mean negative log-likelihood of the trained tokens."""
+
+    _data: TokenData
 
     def __init__(self, data: TokenData) -> None:
         self._data = data
-
-    @property
-    def num_samples(self) -> int:
-        return len(self._data.train)
 
     @property
     def longest(self) -> int:
@@ -89,22 +95,6 @@ class Answers:
 
     def lengths(self) -> list[int]:
         return [len(sample.tokens) for sample in self._data.train]
-
-    @property
-    def digest(self) -> str:
-        return self._data.digest
-
-    @property
-    def notes(self) -> Sequence[str]:
-        return self._data.notes
-
-    @property
-    def num_held_out(self) -> int:
-        return len(self._data.held_out)
-
-    @property
-    def num_left_out(self) -> tuple[int, int]:
-        return self._data.num_cut, self._data.num_untrained
 
     def describe(self) -> str:
         data = self._data

@@ -12,7 +12,7 @@ from adapterhub.manifest import Evaluation, Preference
 from train.comparisons import Comparisons, Labelled, Pair
 from train.data import Sample
 from train.evaluate import log_likelihoods, measuring, rows_to_measure
-from train.objective import Measured
+from train.objective import Measured, Objective
 from train.preference_loss import dpo_loss, kto_drift, kto_loss, orpo_loss
 from train.recipe import PreferenceSection
 
@@ -20,12 +20,14 @@ _Group = tuple[list[Sample], list[Sample]]
 """(desirable, undesirable) replies, to be compared each with each"""
 
 
-class _Compared:
+class _Compared(Objective):
     """What both kinds of comparison share: data, words, and the reference's log-likelihoods.
 
     The reference is what training starts from, so one pass before the first step gives all that is needed of it:
     no second model is held, and a step costs no more than with plain answers.
     """
+
+    _data: Comparisons
 
     def __init__(self, data: Comparisons, section: PreferenceSection, *, num_held_out_pairs: int) -> None:
         self._data = data
@@ -34,31 +36,11 @@ class _Compared:
         self._reference: dict[Sample, float] = {}
 
     @property
-    def num_samples(self) -> int:
-        return len(self._data.train)
-
-    @property
     def longest(self) -> int:
         return max(len(s.tokens) for item in (*self._data.train, *self._data.held_out) for s in item.samples)
 
     def lengths(self) -> list[int]:
         return [sum(len(sample.tokens) for sample in item.samples) for item in self._data.train]
-
-    @property
-    def digest(self) -> str:
-        return self._data.digest
-
-    @property
-    def notes(self) -> Sequence[str]:
-        return self._data.notes
-
-    @property
-    def num_held_out(self) -> int:
-        return len(self._data.held_out)
-
-    @property
-    def num_left_out(self) -> tuple[int, int]:
-        return self._data.num_cut, self._data.num_untrained
 
     def describe(self) -> str:
         method = self._section.method.upper()
