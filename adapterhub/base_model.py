@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,8 +135,11 @@ class Nf4Weights:
         )
 
     @classmethod
-    def join(cls, layers: Sequence[Any]) -> Nf4Weights:
-        """The layers' rows one below the other; the layers keep working, as views of the joined codes."""
+    def join(cls, layers: Sequence[Any], *, keep: Callable[[torch.Tensor], torch.Tensor]) -> Nf4Weights:
+        """The layers' rows one below the other; the layers keep working, as views of the joined codes.
+
+        `keep` copies a tensor to where it is to stay.
+        """
         import torch
         from bitsandbytes.functional import dequantize_blockwise
 
@@ -145,7 +148,7 @@ class Nf4Weights:
             dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
             for state in states
         ]
-        codes = torch.cat([layer.weight.data.flatten() for layer in layers])
+        codes = keep(torch.cat([layer.weight.data.flatten() for layer in layers]))
         start = 0
         for layer in layers:
             size = layer.weight.data.numel()
@@ -153,7 +156,7 @@ class Nf4Weights:
             start += size
         return cls(
             codes,
-            torch.cat([one.flatten().float() for one in constants]),
+            keep(torch.cat([one.flatten().float() for one in constants])),
             states[0].code.float().contiguous(),
             states[0].blocksize,
             (sum(layer.out_features for layer in layers), layers[0].in_features),

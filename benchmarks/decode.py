@@ -26,7 +26,7 @@ from adapterhub.base_store import StoredBase, pull_base
 from serve.cpu_kernels import load_kernels
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from serve.lora_layers import AdapterBank
-from serve.lora_weights import LowRank
+from serve.lora_weights import LowRank, Weights
 from serve.model_runner import ModelRunner
 from serve.scheduler import BlockPool, Scheduler, SchedulerLimits, Sequence
 
@@ -41,16 +41,16 @@ def stored_base() -> StoredBase:
     return pull_base(BaseName.parse("smollm2-135m-instruct"), report=print)
 
 
-def random_adapter(bank: AdapterBank, number: int, rank: int = RANK) -> dict[str, LowRank]:
+def random_adapter(bank: AdapterBank, number: int, rank: int = RANK) -> Weights:
     """A and B on every linear layer but the head."""
     torch.manual_seed(number)
-    weights = {}
+    weights: Weights = {}
     for name, (group, place) in bank.places.items():
         layer = group.layers[place]
         if name != "lm_head":
             a, bt = torch.randn(rank, layer.in_features), torch.randn(rank, layer.out_features)
             weights[name] = LowRank(a * 0.02, bt * 0.02, scaling=1.0)
-    return weights
+    return bank.prepare(f"{number:04}", weights)
 
 
 def server_dtype() -> str | None:

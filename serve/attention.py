@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from serve import host_memory
 from serve.cpu_kernels import LANES, MAX_HEAD_DIM, CpuKernels, Tiles
 from serve.scheduler import Batch, Piece
 
@@ -48,7 +49,11 @@ class KvCache:
         self.shape = shape
         size = (shape.num_layers, 2, shape.num_heads, num_blocks * block_size, shape.head_dim)
         # Zeros, not empty: masked slots are multiplied by a zero weight, and NaN * 0 is NaN.
-        self.layers = torch.zeros(size, dtype=shape.dtype, device=device)
+        if device.type == "cpu":
+            # The budget is a bound: what no sequence has used yet takes no memory.
+            self.layers = host_memory.zeros(size, shape.dtype)
+        else:
+            self.layers = torch.zeros(size, dtype=shape.dtype, device=device)
 
 
 @dataclass(frozen=True)

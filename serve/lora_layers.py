@@ -19,8 +19,9 @@ from adapterhub.base_model import Nf4Weights, PackedNf4, dense_weight, layer_dty
 from adapterhub.errors import AdapterNoEffect, AdapterUnsupported, IncompatibleBase
 from serve import cpu_kernels
 from serve.cpu_kernels import LANES, CpuKernels, Part, Parts, WeightMatrix
+from serve.host_memory import HugePages
 from serve.lora_embedding import LoraEmbedding
-from serve.lora_weights import EmbeddingUpdate, FullWeight, LowRank, Weights
+from serve.lora_weights import EmbeddingUpdate, FullWeight, LowRank, Weights, in_one_block
 from serve.scheduler import AdapterMix, Batch
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -71,11 +72,19 @@ class Segments:
 class LinearGroup:
     """Linear layers of the base that share their input, computed together, with the resident adapters beside them."""
 
-    def __init__(self, index: int, layers: Sequence[nn.Linear], segments: Segments, kernels: CpuKernels | None) -> None:
+    def __init__(
+        self,
+        index: int,
+        layers: Sequence[nn.Linear],
+        segments: Segments,
+        kernels: CpuKernels | None,
+        pages: HugePages,
+    ) -> None:
+        """`pages`: where the layers' weights are kept, if `kernels` are to read them."""
         self.index = index
         self.layers = layers
         self.widths = [layer.out_features for layer in layers]
-        self.matrix = _matrix_of(layers) if kernels is not None else None
+        self.matrix = _matrix_of(layers, pages) if kernels is not None else None
         self._matmul = self._choose_matmul(kernels)
         self._kernels = kernels
         self._segments = segments
@@ -201,6 +210,7 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module, kernels: CpuKernels | None = None) -> None:
         self.device = next(model.parameters()).device
+        self._has_kernels = kernels is not None
         self.rows = Segments()
         """of the layers, which see every row"""
         self._head_rows = Segments()
@@ -212,10 +222,11 @@ class AdapterBank:
         self._head = head
         dtype = layer_dtype(head)
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        pages = HugePages()
         for names in _groups(linears, has_kernels=kernels is not None):
             layers = [linears[name] for name in names]
             segments = self._head_rows if layers[0] is head else self.rows
-            group = LinearGroup(len(self.groups), layers, segments, kernels)
+            group = LinearGroup(len(self.groups), layers, segments, kernels, pages)
             self.groups.append(group)
             for place, name in enumerate(names):
                 parent, _, child = name.rpartition(".")
@@ -242,7 +253,8 @@ class AdapterBank:
         May run beside the worker thread. Raises AdapterNoEffect, IncompatibleBase.
         """
         self._check_fits(name, weights)
-        return {module: self._divided(module, change) for module, change in weights.items()}
+        ready = {module: self._divided(module, weights[module]) for module in sorted(weights, key=self._order_of)}
+        return in_one_block(ready) if self._has_kernels else ready
 
     def install(self, digest: str, weights: Weights) -> None:
         """`weights` as `prepare` returned them; all of them, or none when it fails."""
@@ -272,6 +284,13 @@ class AdapterBank:
 
     def is_resident(self, digest: str) -> bool:
         return digest in self._residents
+
+    def _order_of(self, module: str) -> tuple[int, int]:
+        """When a step reads what changes the module; the embedding comes first."""
+        if module not in self.places:
+            return -1, 0
+        group, place = self.places[module]
+        return group.index, place
 
     def _divided(self, module: str, change: LowRank | EmbeddingUpdate | FullWeight) -> Any:
         if not isinstance(change, LowRank) or change.magnitude is None:
@@ -325,26 +344,27 @@ def _shape(change: LowRank | EmbeddingUpdate | FullWeight) -> tuple[int, int]:
     return change.a.shape[1], change.bt.shape[1]
 
 
-def _matrix_of(layers: Sequence[nn.Linear]) -> WeightMatrix | None:
+def _matrix_of(layers: Sequence[nn.Linear], pages: HugePages) -> WeightMatrix | None:
     """The layers' weights as one matrix of the kernels, or None where those do not read them."""
     bias = None if layers[0].bias is None else torch.cat([layer.bias.detach().float() for layer in layers])
     if Nf4Weights.fits(layers):
-        return WeightMatrix(Nf4Weights.join(layers), bias)
-    return WeightMatrix(_joined(layers), bias) if _are_dense(layers) else None
+        return WeightMatrix(Nf4Weights.join(layers, keep=pages.keep), bias)
+    return WeightMatrix(_joined(layers, pages), bias) if _are_dense(layers) else None
 
 
-def _joined(layers: Sequence[nn.Linear]) -> torch.Tensor:
+def _joined(layers: Sequence[nn.Linear], pages: HugePages) -> torch.Tensor:
     """Dense weights one below the other, in bf16 where that loses nothing; the layers become views of them."""
     weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
     half = weight.bfloat16()
     # In pieces: a head is the largest tensor there is, and this its peak.
     if all(torch.equal(a.float(), b) for a, b in zip(half.chunk(32), weight.chunk(32), strict=True)):
         weight = half
+    weight = pages.keep(weight)
     start = 0
     for layer in layers:
         layer.weight.data = weight[start : start + layer.out_features]
         start += layer.out_features
-    return weight.contiguous()
+    return weight
 
 
 def _wrapped_embedding(model: nn.Module, segments: Segments, dtype: torch.dtype) -> tuple[str, LoraEmbedding] | None:

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from adapterhub.base_model import Nf4Weights, PackedNf4
 from serve import cpu_kernels
 from serve.cpu_kernels import CpuKernels, Part, Parts, Segment, Tiles, WeightMatrix, load_kernels
+from serve.host_memory import HugePages
 from serve.lora_weights import LowRank
 from serve.norms import FastRmsNorm, use_fast_norms
 
@@ -98,7 +99,7 @@ def test_a_matrix_product_is_torchs_and_the_same_bits_in_any_company(
     if kind == "nf4":
         layer = _nf4(832, out_features, compute=torch.float32)
         dense = layer(torch.eye(832)).T.contiguous()
-        matrix = WeightMatrix(Nf4Weights.join([layer]), bias)
+        matrix = WeightMatrix(Nf4Weights.join([layer], keep=HugePages().keep), bias)
     else:
         weight = torch.randn(out_features, 832).to(torch.bfloat16 if kind == "bf16" else torch.float32)
         dense, matrix = weight.float(), WeightMatrix(weight, bias)
@@ -113,7 +114,7 @@ def test_nf4_weights_are_bitsandbytes_to_the_bit(kernels: CpuKernels) -> None:
 
     layers = [_nf4(128, width, compute=torch.float32) for width in (64, 96)]
     theirs = torch.cat([dequantize_4bit(layer.weight.data, layer.weight.quant_state) for layer in layers]).float()
-    joined = WeightMatrix(Nf4Weights.join(layers))
+    joined = WeightMatrix(Nf4Weights.join(layers, keep=HugePages().keep))
     assert torch.equal(kernels.matmul(joined, torch.eye(128)).T, theirs)
     rows = torch.randn(3, 128)
     torch.testing.assert_close(torch.cat([layer(rows) for layer in layers], -1), rows @ theirs.T)  # they work alone

@@ -7,12 +7,33 @@
 
 enum { RANKS = 8, ITEM_ROWS = 6, MAX_RANK = 1024, PANEL = 512 };
 
-/* Four ranks' part of B, needed after A: a part is too small for the processor to see the stream in it by itself. */
-static void fetch(const void *bt, const Part *part, int rank) {
-    int64_t row = (int64_t)part->out * (part->is_bf16 ? sizeof(bf16) : sizeof(float));
-    const char *from = (const char *)bt + rank * row;
-    int ranks = part->rank - rank < TILE_OUTPUTS ? part->rank - rank : TILE_OUTPUTS;
-    for (int64_t at = 0; at < ranks * row; at += 64) __builtin_prefetch(from + at);
+static inline vec lanes_of_floats(const float *from) {
+    return *(const vec *)from;
+}
+
+/* One row: rank after rank. An adapter lies in memory as its halves are read here, from the first number to the last,
+ * and so memory gives it fastest (Zen 5, 32 rows on 32 adapters of rank 16, all layers: 20 ms instead of 28). */
+#define ADD_PRODUCTS(TYPE, LANES_OF)                                                                                  \
+    for (int k = 0; k < in; k += LANES) sum = fma_lanes(*(const vec *)(x + k), LANES_OF((const TYPE *)a + k), sum);
+
+static void shrink_row(const Part *part, const float *x, int in, float *hidden) {
+    const char *a = part->a;
+    for (int rank = 0; rank < part->rank; rank += TILE_OUTPUTS) {
+        vec sums[TILE_OUTPUTS] = {0};
+        int ranks = part->rank - rank < TILE_OUTPUTS ? part->rank - rank : TILE_OUTPUTS;
+        for (int o = 0; o < ranks; o++, a += in * (part->is_bf16 ? sizeof(bf16) : sizeof(float))) {
+            vec sum = {0};
+            if (part->is_bf16) {
+                ADD_PRODUCTS(bf16, lanes_of_bf16)
+            } else {
+                ADD_PRODUCTS(float, lanes_of_floats)
+            }
+            sums[o] = sum;
+        }
+        float four[TILE_OUTPUTS];
+        sum_four(sums, four);
+        for (int o = 0; o < ranks; o++) hidden[rank + o] = part->scaling * four[o];
+    }
 }
 
 /* hidden [rows, rank] = x A^T */
@@ -35,7 +56,6 @@ static void shrink(const Part *part, const float *x, int64_t x_stride, int in, i
                 multiply_rows(w, at, n, &sums[r], tile);
             }
         }
-        fetch(part->bt, part, rank);
         for (int r = 0; r < rows; r++) {
             float four[TILE_OUTPUTS];
             sum_four(sums[r], four);
@@ -48,29 +68,25 @@ static void shrink(const Part *part, const float *x, int64_t x_stride, int in, i
 #define ADD_RANKS(TYPE, LANES_OF, ONE)                                                                                \
     for (int o = 0; o + LANES <= out; o += LANES) {                                                                   \
         vec sum = *(vec *)(y + o);                                                                                    \
-        for (int i = 0; i < RANKS; i++) sum = fma_lanes(all_lanes(h[i]), LANES_OF((const TYPE *)b[i] + o), sum);      \
+        for (int i = 0; i < ranks; i++) sum = fma_lanes(all_lanes(h[i]), LANES_OF((const TYPE *)b[i] + o), sum);      \
         *(vec *)(y + o) = sum;                                                                                        \
     }                                                                                                                 \
     for (int o = out / LANES * LANES; o < out; o++)                                                                   \
-        for (int i = 0; i < RANKS; i++) y[o] = FMA(h[i], ONE(((const TYPE *)b[i])[o]), y[o]);
+        for (int i = 0; i < ranks; i++) y[o] = FMA(h[i], ONE(((const TYPE *)b[i])[o]), y[o]);
 #define AS_IS(value) (value)
 
-static inline vec lanes_of_floats(const float *from) {
-    return *(const vec *)from;
-}
-
-/* y [out] += scale * B hidden */
-static void expand(float *restrict y, const float *restrict hidden, float scale, const void *bt, int is_bf16, int rank,
-                   int out) {
-    int64_t row = (int64_t)out * (is_bf16 ? sizeof(bf16) : sizeof(float));
-    for (int r = 0; r < rank; r += RANKS) {
+static inline __attribute__((always_inline)) void add_ranks(float *restrict y, const float *restrict hidden, float scale,
+                                                            const Part *part, const int ranks) {
+    int out = part->out;
+    int64_t row = (int64_t)out * (part->is_bf16 ? sizeof(bf16) : sizeof(float));
+    for (int r = 0; r < part->rank; r += ranks) {
         const void *b[RANKS];
         float h[RANKS];
-        for (int i = 0; i < RANKS; i++) {
-            b[i] = (const char *)bt + (r + i < rank ? r + i : r) * row;
-            h[i] = r + i < rank ? scale * hidden[r + i] : 0.0f;
+        for (int i = 0; i < ranks; i++) {
+            b[i] = (const char *)part->bt + (r + i < part->rank ? r + i : r) * row;
+            h[i] = r + i < part->rank ? scale * hidden[r + i] : 0.0f;
         }
-        if (is_bf16) {
+        if (part->is_bf16) {
             ADD_RANKS(bf16, lanes_of_bf16, from_bf16)
         } else {
             ADD_RANKS(float, lanes_of_floats, AS_IS)
@@ -78,20 +94,31 @@ static void expand(float *restrict y, const float *restrict hidden, float scale,
     }
 }
 
+/* y [out] += scale * B hidden. The only row takes B from its beginning to its end, more of them a few ranks at once. */
+static void expand(float *restrict y, const float *restrict hidden, float scale, const Part *part, int rows) {
+    if (rows == 1)
+        add_ranks(y, hidden, scale, part, 1);
+    else
+        add_ranks(y, hidden, scale, part, RANKS);
+}
+
 /* `base`: y before the first adapter, [rows, width]; read for DoRA alone. */
 static void apply_part(const Part *part, float scale, const float *x, int64_t x_stride, int in, const float *base, float *y,
                        int64_t y_stride, int width, const float *bias, int rows) {
     float hidden[ITEM_ROWS][MAX_RANK];
-    shrink(part, x, x_stride, in, rows, hidden);
+    if (rows == 1)
+        shrink_row(part, x, in, hidden[0]);
+    else
+        shrink(part, x, x_stride, in, rows, hidden);
     for (int r = 0; r < rows; r++) {
         float *mine = y + r * y_stride + part->offset;
         if (!part->magnitude) {
-            expand(mine, hidden[r], scale, part->bt, part->is_bf16, part->rank, part->out);
+            expand(mine, hidden[r], scale, part, rows);
             continue;
         }
         float update[part->out];
         memset(update, 0, sizeof update);
-        expand(update, hidden[r], scale, part->bt, part->is_bf16, part->rank, part->out);
+        expand(update, hidden[r], scale, part, rows);
         const float *before = base + (int64_t)r * width + part->offset;
         for (int o = 0; o < part->out; o++) {
             float product = before[o] - (bias ? bias[part->offset + o] : 0.0f);

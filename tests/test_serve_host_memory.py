@@ -1,0 +1,93 @@
+"""Memory that is used only once written, and tensors one behind the other."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from engine_runs import load_tiny
+
+from adapterhub.base_store import StoredBase
+from adapterhub.errors import UsageError
+from serve.attention import KvCache, KvShape
+from serve.host_memory import HugePages, zeros
+from serve.lora_weights import LowRank, Weights, in_one_block
+from serve.model_runner import ModelRunner
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory."""
+    found = re.search(r"^VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) << 10
+
+
+def test_zeros_are_used_as_far_as_they_are_written() -> None:
+    before = _resident()
+    block = zeros([64, 1 << 20], torch.uint8)
+    assert not block[::7, ::4096].any()
+    assert _resident() - before < 8 << 20
+    block[:16] = 1
+    assert 12 << 20 < _resident() - before < 24 << 20
+    assert int(block.count_nonzero()) == 16 << 20
+    del block
+    assert _resident() - before < 8 << 20
+
+
+def test_a_cache_takes_what_its_written_slots_need() -> None:
+    before = _resident()
+    cache = KvCache(KvShape(8, 4, 64, torch.float32), 4096, 16, torch.device("cpu"))
+    assert cache.layers.nbytes == 1 << 30
+    cache.layers[:, :, :, : 64 * 16] = 1
+    assert _resident() - before < 40 << 20
+
+
+def test_tensors_lie_one_behind_the_other_from_lines_on() -> None:
+    pages = HugePages(1 << 12)
+    odd, wide, large = torch.randn(3, 5), torch.randn(7, 16).bfloat16().T, torch.randn(4096)
+    kept = [pages.keep(tensor) for tensor in (odd, wide, large)]
+    assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(kept, (odd, wide, large), strict=True))
+    assert kept[1].data_ptr() == kept[0].data_ptr() + 64  # 60 bytes
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in kept)
+    kept[0].fill_(1)
+    assert torch.equal(kept[1], wide)
+
+
+def test_updates_of_any_types_share_a_block_in_the_order_given() -> None:
+    def update(dtype: torch.dtype, rank: int, magnitude: torch.Tensor | None = None) -> LowRank:
+        return LowRank(torch.randn(rank, 16).to(dtype), torch.randn(rank, 3).to(dtype), 0.5, magnitude)
+
+    weights = {"b": update(torch.bfloat16, 1, torch.ones(3)), "a": update(torch.float32, 2)}
+    block = in_one_block(dict(weights))
+    assert list(block) == ["b", "a"]
+    halves = [half for change in block.values() if isinstance(change, LowRank) for half in (change.a, change.bt)]
+    assert [half.data_ptr() - halves[0].data_ptr() for half in halves] == [0, 64, 128, 256]
+    for module, before in weights.items():
+        after = block[module]
+        assert isinstance(after, LowRank)
+        assert torch.equal(after.a, before.a)
+        assert torch.equal(after.bt, before.bt)
+        assert replace(after, a=before.a, bt=before.bt) == before
+
+
+def test_an_adapter_lies_in_the_order_a_step_reads_it(tiny_base: StoredBase) -> None:
+    bank = ModelRunner(load_tiny(tiny_base), num_blocks=4, block_size=16).adapters
+    layers = {name: group.layers[place] for name, (group, place) in bank.places.items() if name != "lm_head"}
+    weights: Weights = {
+        name: LowRank(torch.randn(4, layer.in_features), torch.randn(4, layer.out_features), 1.0)
+        for name, layer in sorted(layers.items(), reverse=True)
+    }
+    bank.install("a", bank.prepare("a", weights))
+    parts = [part for group in bank.groups for part in group.parts("a")]
+    assert len(parts) == len(weights)
+    addresses = [address for part in parts for address in (part.a, part.bt)]
+    assert addresses == sorted(addresses)
+    assert addresses[-1] - addresses[0] < sum(change.a.nbytes + change.bt.nbytes for change in weights.values())
+
+
+def test_a_cache_larger_than_any_memory() -> None:
+    with pytest.raises(UsageError, match=r"bytes of memory cannot be had .*ask for less"):
+        KvCache(KvShape(1000, 1000, 1 << 17, torch.float32), 64, 16, torch.device("cpu"))
