@@ -146,6 +146,22 @@ def test_two_nodes_that_meet_on_loopback_write_what_two_processes_write(place: P
     assert sha256_of(place / "nodes" / WEIGHTS) == sha256_of(two.folder / WEIGHTS)
 
 
+@pytest.mark.parametrize("two", ["divided"], indirect=True)
+def test_parts_in_host_memory_and_activations_computed_again_change_no_byte(
+    tmp_path: Path, two: Outcome, base: StoredBase
+) -> None:
+    recipe_on(tmp_path, base, activation_checkpointing=True)
+    offloaded = ended(tmp_path, "offloaded", "--shard", "--offload")
+    assert sha256_of(offloaded.folder / WEIGHTS) == sha256_of(two.folder / WEIGHTS)
+    assert "base divided among them in host memory" in (offloaded.folder / "report.html").read_text()
+
+
+def test_offloading_a_base_that_is_not_divided(place: Path) -> None:
+    done = CliRunner().invoke(app, ["train", str(place / "mine.toml"), "--launch", "2", "--offload"])
+    assert isinstance(done.exception, UsageError)
+    assert str(done.exception).endswith("in host memory: give --shard with it.")
+
+
 @pytest.mark.parametrize("two", ["whole"], indirect=True)
 def test_accelerate_with_the_shipped_config_writes_the_same(place: Path, two: Outcome) -> None:
     config = Path(__file__).parent.parent / "docs" / "accelerate.yaml"

@@ -220,7 +220,7 @@ def test_a_model_trained_whole_is_a_base_and_no_package(
 
 def test_a_model_trained_whole_is_not_divided(tmp_path: Path, tiny_base: StoredBase) -> None:
     with pytest.raises(UsageError, match="leave --shard out"):
-        work(recipe_of(tmp_path, method="full"), tiny_base, tmp_path / "out", start=None, is_sharded=True)
+        work(recipe_of(tmp_path, method="full"), tiny_base, tmp_path / "out", start=None, shards="device")
 
 
 @pytest.mark.parametrize("method", ["head", *SOFT, "full"])

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from test_train_resume import stopped
 from test_train_trainer import WEIGHTS, make_recipe, run
 from typer.testing import CliRunner
 
+from adapterhub.base_model import load_base
 from adapterhub.base_store import StoredBase
 from adapterhub.cli import app
 from adapterhub.errors import TrainingFailed, UnsafeFile, UsageError
@@ -84,6 +87,24 @@ def test_a_resumed_run_answers_as_one_that_was_not_stopped(tmp_path: Path, tiny_
         [event for event in events_of(tmp_path / name) if isinstance(event, RunSampled)] for name in ("whole", "parts")
     )
     assert whole == parts
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_answers_of_a_soft_prompt_are_those_it_gives_each_question_alone(
+    tmp_path: Path, tiny_base: StoredBase, method: str
+) -> None:
+    recipe = asking(tmp_path, learning_rate=0.05).model_copy(update={"method": method})
+    end = run(recipe, tiny_base, tmp_path / "out")
+    assert [event.step for event in events_of(tmp_path / "out") if isinstance(event, RunSampled)] == [0, 2, 4]
+    base = load_base(tiny_base, purpose="serve", dtype="float32")
+    model = PeftModel.from_pretrained(base.model, str(tmp_path / "out"))
+    for answer in end.answers:
+        ids = base.tokenizer.apply_chat_template(
+            [{"role": "user", "content": answer.prompt}], add_generation_prompt=True, return_tensors="pt"
+        )["input_ids"]
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        assert base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip() == answer.text
 
 
 class _Tags(HTMLParser):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,13 +31,24 @@ _PATIENCE = timedelta(minutes=30)
 """for the slowest process between two meetings: loading and quantizing a large base"""
 
 
+Shards = Literal["device", "host"]
+"""where the parts of a divided base live: with the processor that computes, or in host memory until their layer does"""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those that train together; alone by default."""
 
     rank: int = 0
     size: int = 1
-    is_sharded: bool = False
+    shards: Shards | None = None
+    """None: the base is whole in each process"""
+
+    @property
+    def division(self) -> str:
+        """Of the base among the processes, in words behind their number."""
+        where = {None: "", "device": ", base divided among them", "host": ", base divided among them in host memory"}
+        return where[self.shards]
 
     @property
     def device(self) -> str | None:
@@ -109,12 +120,12 @@ def is_worker() -> bool:
 
 
 @contextmanager
-def joined(*, is_sharded: bool) -> Iterator[World]:
+def joined(*, shards: Shards | None) -> Iterator[World]:
     """The world that torchrun's environment describes, until it is left."""
     global _current
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
-    _current = World(dist.get_rank(), dist.get_world_size(), is_sharded)
+    _current = World(dist.get_rank(), dist.get_world_size(), shards)
     if _current.device:
         torch.cuda.set_device(_current.device)
     try:
@@ -130,15 +141,17 @@ def shard_base(model: Any, world: World) -> None:
     Codes stay bytes: no floating-point type has to be declared for them, and quantization constants, 1.6 % of the
     base, stay with each process. Embedding and head are left whole, since gathering them takes more than they do.
     """
-    if not world.is_sharded or world.size == 1:
+    if world.shards is None or world.size == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+    # A GPU reads pinned memory by itself. Without one, the parts are in host memory anyhow.
+    offload = CPUOffloadPolicy(pin_memory=world.device is not None) if world.shards == "host" else OffloadPolicy()
     mesh = init_device_mesh("cuda" if world.device else "cpu", (world.size,))
     for layer in _decoder_layers(model):
         adapters = {parameter for parameter in layer.parameters() if parameter.requires_grad}
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, offload_policy=offload, ignored_params=adapters)
 
 
 def held_bytes(model: Any) -> int:
@@ -147,7 +160,7 @@ def held_bytes(model: Any) -> int:
 
 
 def work(
-    recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None, is_sharded: bool,
+    recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None, shards: Shards | None,
     report_to: Sequence[str] = (),
 ) -> RunEnd | None:  # fmt: skip
     """This worker's part of a run into `output`: begun, or after a restart gone on with from its newest checkpoint.
@@ -162,10 +175,10 @@ def work(
 
     if recipe.preference is not None:
         raise UsageError("preference tuning runs in one process: leave --launch out.")
-    if recipe.method == "full" and is_sharded:
+    if recipe.method == "full" and shards:
         raise UsageError("--shard divides frozen weights, and method = full trains them all: leave --shard out.")
     check_same_run(recipe, output, start)
-    with joined(is_sharded=is_sharded) as world, _own_folder(output, world) as folder:
+    with joined(shards=shards) as world, _own_folder(output, world) as folder:
         progress = None if world.rank == 0 else Silent()
         with tracking(report_to if world.rank == 0 else (), recipe) as listen:
             if any(run_path(folder).glob("step-*")):

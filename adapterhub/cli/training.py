@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adapterhub.adapter import Adapter
     from adapterhub.base_store import StoredBase
     from adapterhub.run_record import RunEnd
+    from train.distributed import Shards
     from train.recipe import Recipe
 
 
@@ -39,6 +40,9 @@ def train(
     shard: Annotated[
         bool, typer.Option("--shard", help="With --launch: divide the base among the processes (FSDP).")
     ] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="With --shard: the parts wait in host memory until their layer computes.")
+    ] = False,
     nodes: Annotated[str, typer.Option(help="With --launch: machines, a number or least:most.")] = "1",
     rendezvous: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="With --nodes: where the machines meet.")
@@ -58,6 +62,8 @@ def train(
 
     if (recipe is None) == (resume is None):
         raise UsageError("expected either a recipe, or --resume and the folder of a stopped run.")
+    if offload and not shard:
+        raise UsageError("--offload keeps the parts of a divided base in host memory: give --shard with it.")
     if as_json and not plan:
         raise UsageError("--json is for --plan: a run's figures are in train_log.jsonl.")
     if resume is not None:
@@ -96,15 +102,16 @@ def train(
             if launch is not None:
                 from adapterhub.cli.scale_out import launch_training
 
-                where = ["--hub", hub] if hub else []
+                where = ["--shard"] * shard + ["--offload"] * offload + (["--hub", hub] if hub else [])
                 where += [word for name in report_to or [] for word in ("--report-to", name)]
-                arguments = ["train", str(path), "--output", str(folder), *(["--shard"] if shard else []), *where]
+                arguments = ["train", str(path), "--output", str(folder), *where]
                 launch_training(
                     parsed, folder, start=start, arguments=arguments, processes=launch, nodes=nodes,
                     rendezvous=rendezvous,
                 )  # fmt: skip
                 return
-            ended = _train_here(parsed, base, folder, start, is_sharded=shard, report_to=report_to or [])
+            shards: Shards | None = ("host" if offload else "device") if shard else None
+            ended = _train_here(parsed, base, folder, start, shards=shards, report_to=report_to or [])
         if ended is None:
             return
         end = ended
@@ -159,15 +166,21 @@ def _plan(recipe: Recipe, base: StoredBase, folder: Path, start: Adapter | None,
 
 
 def _train_here(
-    recipe: Recipe, base: StoredBase, folder: Path, start: Adapter | None, *, is_sharded: bool, report_to: list[str]
+    recipe: Recipe,
+    base: StoredBase,
+    folder: Path,
+    start: Adapter | None,
+    *,
+    shards: Shards | None,
+    report_to: list[str],
 ) -> RunEnd | None:
     """In this process, which may be one of several; None when another one of them writes the adapter."""
     from adapterhub.errors import UsageError
     from train.distributed import is_worker, work
 
     if is_worker():
-        return work(recipe, base, folder, start=start, is_sharded=is_sharded, report_to=report_to)
-    if is_sharded:
+        return work(recipe, base, folder, start=start, shards=shards, report_to=report_to)
+    if shards:
         raise UsageError("--shard divides the base among processes: give --launch N with it.")
     from train.trackers import tracking
     from train.trainer import fit
