@@ -111,13 +111,17 @@ def estimate_training(shape: ModelShape, setting: TrainingSetting) -> Estimate:
 
 
 def estimate_serving(shape: ModelShape, setting: ServingSetting) -> Estimate:
-    """Base, resident adapters (bf16), keys and values (bf16), and the logits of a decode step."""
+    """Base, resident adapters, keys and values, and the logits of a decode step.
+
+    A GPU holds adapters, keys and values in bf16, a CPU in fp32, in which it computes.
+    """
     base = _base(shape, TrainingSetting(method="qlora" if setting.is_quantized else "lora"))
-    adapter = 2 * shape.lora_weights(setting.rank)
+    number_bytes = 4 if setting.device == "cpu" else 2
+    adapter_weights = shape.lora_weights(setting.rank)
     device = (
         *base,
-        Item(f"{setting.adapters} adapters", setting.adapters * adapter),
-        Item("keys and values", 2 * 2 * shape.layers * shape.key_value * setting.kv_tokens),
+        Item(f"{setting.adapters} adapters", setting.adapters * number_bytes * adapter_weights),
+        Item("keys and values", 2 * number_bytes * shape.layers * shape.key_value * setting.kv_tokens),
         Item("logits", 6 * setting.requests * shape.vocabulary),
         *_process(setting.device, 1),
     )
@@ -125,7 +129,7 @@ def estimate_serving(shape: ModelShape, setting: ServingSetting) -> Estimate:
     return Estimate(
         device=device,
         host=(Item("process", PROCESS_CPU),),
-        disk=(Item("base", 2 * shape.weights), Item("adapters", 2 * setting.adapters * adapter)),
+        disk=(Item("base", 2 * shape.weights), Item("adapters", 4 * setting.adapters * adapter_weights)),
         spikes=(Item("loading the base", _loading(shape, base)),),
         textbook=(Item("4-bit inference, N/2", shape.weights // 2), Item("16-bit inference, 2N", 2 * shape.weights)),
         low=int(total * (1 - SPREAD)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,11 @@ import pytest
 import torch
 from engine_runs import load_tiny
 
+from adapterhub.adapter import BaseName
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import UsageError
+from adapterhub.memory_estimate import ServingSetting, estimate_serving
+from adapterhub.model_shapes import shape_of
 from serve.attention import KvCache, KvShape
 from serve.host_memory import HugePages, zeros
 from serve.lora_weights import LowRank, Weights, in_one_block
@@ -91,3 +96,51 @@ def test_an_adapter_lies_in_the_order_a_step_reads_it(tiny_base: StoredBase) -> 
 def test_a_cache_larger_than_any_memory() -> None:
     with pytest.raises(UsageError, match=r"bytes of memory cannot be had .*ask for less"):
         KvCache(KvShape(1000, 1000, 1 << 17, torch.float32), 64, 16, torch.device("cpu"))
+
+
+_SERVE = """
+import asyncio, sys
+import torch
+from adapterhub.adapter import BaseName
+from adapterhub.base_model import load_base
+from adapterhub.base_store import find_base
+from serve.engine import AdapterScale, GenerationRequest, SamplingParams
+from serve.local_engine import LocalEngine, LocalEngineConfig
+from serve.lora_weights import LowRank
+from train.progress import peak_memory_bytes
+
+stored = find_base(BaseName.parse(sys.argv[1]))
+engine = LocalEngine(load_base(stored, purpose="serve", dtype="float32"), LocalEngineConfig(kv_cache_bytes=94_371_840))
+bank = engine._runner.adapters
+for number in "01234567":
+    layers = {name: group.layers[place] for name, (group, place) in bank.places.items() if name != "lm_head"}
+    random = {
+        name: LowRank(torch.randn(16, layer.in_features), torch.randn(16, layer.out_features), 0.001)
+        for name, layer in layers.items()
+    }
+    bank.install(number, bank.prepare(number, random))
+
+
+async def ask(number):
+    prompt = tuple(range(1000 + 10 * int(number), 1240 + 10 * int(number)))
+    request = GenerationRequest(number, prompt, SamplingParams(max_tokens=8, ignore_eos=True), (AdapterScale(number),))
+    assert [chunk async for chunk in engine.generate(request)]
+
+
+async def main():
+    await asyncio.gather(*map(ask, "01234567"))
+    await engine.close()
+
+
+asyncio.run(main())
+print(peak_memory_bytes())
+"""
+
+
+def test_the_peak_of_serving_the_real_base_lies_in_the_estimated_range(smollm2: StoredBase) -> None:
+    """Eight adapters of rank 16, and requests that fill 2,048 tokens of keys and values."""
+    shape = shape_of(BaseName.parse("smollm2-135m-instruct"))
+    assert shape is not None
+    found = estimate_serving(shape, ServingSetting(adapters=8, rank=16, kv_tokens=2048, requests=8, device="cpu"))
+    done = subprocess.run([sys.executable, "-c", _SERVE, str(smollm2.path)], capture_output=True, text=True, check=True)
+    assert found.low < int(done.stdout) < found.high
