@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 from collections.abc import Sequence
 
@@ -30,6 +31,16 @@ def zeros(size: Sequence[int], dtype: torch.dtype, *, huge_pages: bool = False) 
         with contextlib.suppress(OSError):  # a Linux built without them
             block.madvise(advice)
     return torch.frombuffer(block, dtype=dtype).view(*size)
+
+
+def give_back() -> None:
+    """Return to the system what was freed between things still in use, as far as the C library can.
+
+    Loading a base of 135 million parameters leaves some 300 MB of that with glibc.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class HugePages:

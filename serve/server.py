@@ -26,6 +26,7 @@ from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.engines import start_engine
 from serve.feedback import STORE_NAME, FeedbackStore
+from serve.host_memory import give_back
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
 from serve.proof import replay
@@ -64,6 +65,7 @@ async def _serve(
             mount_page(app, url, needs_key=keys.are_required)
             app.get("/", include_in_schema=False)(lambda: RedirectResponse("/ui"))
         gc.collect()
+        give_back()
         gc.freeze()  # the model stays: full collections that walk it cost a lone stream some 4 % of its speed
         report(f"ready: {url}/v1" + (f", page {url}/ui" if config.has_page else ""))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
