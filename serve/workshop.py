@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import tomllib
+from contextlib import ExitStack
 
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.base_store import list_bases
-from adapterhub.errors import UsageError
+from adapterhub.errors import Conflict, UsageError
 from adapterhub.package import open_adapter
-from adapterhub.registry import DEFAULT_REVISION, Registry
+from adapterhub.registry import DEFAULT_REVISION, NOTHING, Registry
+from adapterhub.trust import Policy
 from serve.catalog import Catalog, clients_ref
 from serve.feedback import FeedbackStore
 from serve.improvement import Improvement
@@ -36,38 +38,46 @@ class Workshop:
             raise UsageError("there is no feedback to learn from yet: votes with a winner and corrections are.")
         base = await asyncio.to_thread(_name_of_base, adapter)
         recipe = improvement.recipe(adapter, base=base)
-        await asyncio.to_thread(self._keep, adapter)
+        with ExitStack() as lease:  # one served from a folder is kept: a run finds its beginning by the digest alone
+            await asyncio.to_thread(self._keep, adapter, lease)
         improves = await asyncio.to_thread(self._name_of, adapter)
         return await self._runs.start(recipe, improves=improves)
 
     async def publish(self, name: str, *, by: str | None = None) -> str:
         """Pack what a run made, keep it, and let it answer beside the others. Returns the name it answers to.
 
-        Raises TrainingRunNotFound, UsageError for a run that is not complete, and what packing and loading raise.
+        Raises TrainingRunNotFound, UsageError for a run that is not complete, SignatureInvalid, and what packing and
+        loading raise; the name is led there last, so that none leads to what could not be loaded.
         """
         adapter = await self._packed(name)
         called = f"{adapter.manifest.name}-{name.rpartition('-')[2]}"
-        kept = await asyncio.to_thread(self._registry.add, adapter, name=called, by=by)
-        await self._catalog.load(called, AdapterRef(digest=kept.digest), replace=True)
+        with ExitStack() as lease:
+            await asyncio.to_thread(self._keep, adapter, lease, called)
+            await self._catalog.load(called, AdapterRef(digest=adapter.digest), replace=True)
+            await asyncio.to_thread(self._registry.add, adapter, name=called, by=by)
         return called
 
     async def promote(self, name: str, *, by: str | None = None) -> str:
         """Let the name that an improvement began from lead to its result, here and wherever it is served.
 
-        Raises as publish does, and UsageError for a run that improves nothing.
+        Raises as publish does, UsageError for a run that improves nothing, and Conflict for a name that leads to
+        something else than the run began from.
         """
         run = await asyncio.to_thread(self._runs.get, name)
         if run.improves is None:
             raise UsageError(f"run {name} began from no adapter: publish it under a name of its own.")
         adapter = await self._packed(name)
-        kept = await asyncio.to_thread(self._registry.add, adapter, name=run.improves, by=by)
         before = tomllib.loads(run.recipe).get("start")
-        for published in self._catalog.list():
-            if published.adapter.digest == before:
-                await self._catalog.load(
-                    published.name, AdapterRef(digest=kept.digest), replace=True,
-                    weight=published.weight, is_pinned=published.is_pinned,
-                )  # fmt: skip
+        expect = await asyncio.to_thread(self._expected, run.improves, before, adapter)
+        with ExitStack() as lease:
+            await asyncio.to_thread(self._keep, adapter, lease, run.improves)
+            for published in self._catalog.list():
+                if published.adapter.digest == before:
+                    await self._catalog.load(
+                        published.name, AdapterRef(digest=adapter.digest), replace=True,
+                        weight=published.weight, is_pinned=published.is_pinned,
+                    )  # fmt: skip
+            await asyncio.to_thread(self._registry.add, adapter, name=run.improves, expect=expect, by=by)
         return run.improves
 
     async def _packed(self, name: str) -> Adapter:
@@ -83,10 +93,22 @@ class Workshop:
     def _kept(self, text: str) -> Adapter:
         return Registry(self._registry.root).resolve(clients_ref(text))
 
-    def _keep(self, adapter: Adapter) -> None:
-        """One served from a folder: a run finds what it begins from by its digest alone."""
-        with self._registry.store.keep(adapter):
-            pass
+    def _expected(self, name: str, before: str | None, after: Adapter) -> str:
+        """Where `name` leads, if it may be led from there to `after`. Raises Conflict."""
+        known = self._registry.log.read(name)
+        there = known.leads_to(DEFAULT_REVISION) if known else None
+        if there not in (None, before, after.digest):
+            raise Conflict(
+                f"{name} leads to {there[:19]}, not to {str(before)[:19]} that the run began from: publish the result "
+                "under a name of its own."
+            )
+        return there or NOTHING
+
+    def _keep(self, adapter: Adapter, lease: ExitStack, name: str | None = None) -> None:
+        """No collection takes it until `lease` ends. Raises SignatureInvalid where it may not be used as `name`."""
+        kept = lease.enter_context(self._registry.store.keep(adapter))
+        if name is not None:
+            Policy.read(self._registry.root).check(kept, name)
 
 
 def _name_of_base(adapter: Adapter) -> str:

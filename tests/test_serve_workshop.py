@@ -15,7 +15,8 @@ from test_serve_feedback import thumb
 
 from adapterhub.adapter import AdapterRef
 from adapterhub.base_store import StoredBase
-from adapterhub.errors import UsageError
+from adapterhub.errors import Conflict, ServerBusy, SignatureInvalid, UsageError
+from adapterhub.package import open_adapter
 from serve import workshop
 from serve.improvement import Improvement
 from serve.training_runs import TrainingRun, TrainingRuns
@@ -93,5 +94,66 @@ def test_promoting_keeps_the_pin_the_share_and_who_did_it(tmp_path: Path, monkey
         assert (move.after, move.by) == (served.adapter.digest, "key 12345678")
         called = await w.publish(begun.id, by="key 87654321")
         assert b.registry.history(called)[-1].by == "key 87654321"
+
+    run(tmp_path, monkeypatch, test)
+
+
+async def _refused(b: Bench, act: Awaitable[str], match: str, kind: type[Exception]) -> None:
+    """Names lead where they led, here and wherever they are served."""
+
+    def names() -> list[tuple[str, str]]:
+        kept = [(entry.name, entry.digest) for entry in b.registry.list()]
+        return kept + [(published.name, published.adapter.digest) for published in b.services.catalog.list()]
+
+    before = names()
+    with pytest.raises(kind, match=match):
+        await act
+    assert names() == before
+
+
+@pytest.mark.parametrize("act", ["publish", "promote"])
+def test_unsigned_result_where_all_is_to_be_signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
+    async def test(b: Bench, w: Workshop) -> None:
+        begun = await w.improve("captain", Improvement())
+        (b.registry.root / "policy.toml").write_text('[[trust]]\nnames = "*"\nkeys = []\n')
+        await _refused(b, getattr(w, act)(begun.id), "sign", SignatureInvalid)
+
+    run(tmp_path, monkeypatch, test)
+
+
+@pytest.mark.parametrize("act", ["publish", "promote"])
+def test_result_for_which_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
+    async def test(b: Bench, w: Workshop) -> None:
+        begun = await w.improve("captain", Improvement())
+        b.services.engine.load_error = ServerBusy("all are pinned")
+        await _refused(b, getattr(w, act)(begun.id), "pinned", ServerBusy)
+
+    run(tmp_path, monkeypatch, test)
+
+
+def test_promoting_for_a_name_that_leads_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(b: Bench, w: Workshop) -> None:
+        visitor = write_package(tmp_path / "elsewhere", name="captain", seed=5)
+        await b.services.catalog.load("visitor", AdapterRef(folder=visitor))
+        begun = await w.improve("visitor", Improvement())
+        await _refused(b, w.promote(begun.id), "captain leads to", Conflict)
+
+    run(tmp_path, monkeypatch, test)
+
+
+def test_promoting_for_a_name_that_moved_during_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(b: Bench, w: Workshop) -> None:
+        begun = await w.improve("captain", Improvement())
+        b.registry.add(open_adapter(write_package(tmp_path / "v2", name="captain", seed=6)))
+        await _refused(b, w.promote(begun.id), "captain leads to", Conflict)
+
+    run(tmp_path, monkeypatch, test)
+
+
+def test_promoting_twice_moves_the_name_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(b: Bench, w: Workshop) -> None:
+        begun = await w.improve("captain", Improvement())
+        assert [await w.promote(begun.id), await w.promote(begun.id)] == ["captain", "captain"]
+        assert [move.act for move in b.registry.history("captain")] == ["add", "add"]
 
     run(tmp_path, monkeypatch, test)
