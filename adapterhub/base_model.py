@@ -164,9 +164,12 @@ class Nf4Weights:
 
 
 def dense_weight(layer: Any) -> torch.Tensor:
-    """fp32 [out, in] of a linear layer, however it is held: its own answer to the unit vectors."""
+    """fp32 [out, in] of a linear layer: as it is held, or a quantized one's own answer to the unit vectors."""
     import torch
 
+    if type(layer) is torch.nn.Linear:
+        weight: torch.Tensor = layer.weight.detach().float()
+        return weight
     with torch.inference_mode():
         units = torch.eye(layer.in_features, dtype=layer_dtype(layer), device=layer.weight.device)
         found = layer(units).float()

@@ -37,7 +37,10 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """Raises KeyError for a config without these sizes."""
+        """Raises KeyError for a config without these sizes, each a single number (Gemma 3n has one for each layer)."""
+        for key in ("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
+            if type(config[key]) is not int or config[key] < 1:
+                raise KeyError(key)
         heads = config["num_attention_heads"]
         head = config.get("head_dim") or config["hidden_size"] // heads
         return cls(

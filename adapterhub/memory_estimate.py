@@ -113,7 +113,7 @@ def estimate_training(shape: ModelShape, setting: TrainingSetting) -> Estimate:
 def estimate_serving(shape: ModelShape, setting: ServingSetting) -> Estimate:
     """Base, resident adapters, keys and values, and the logits of a decode step.
 
-    A GPU holds adapters, keys and values in bf16, a CPU in fp32, in which it computes.
+    A GPU holds adapters, keys and values in bf16; a CPU in fp32, in which it computes and adapters are saved here.
     """
     base = _base(shape, TrainingSetting(method="qlora" if setting.is_quantized else "lora"))
     number_bytes = 4 if setting.device == "cpu" else 2

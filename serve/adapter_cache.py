@@ -162,5 +162,5 @@ class AdapterCache:
 
 
 def size_of(adapter: Adapter) -> int:
-    """Bytes an adapter takes when resident: its tensors, kept as they are in its file."""
+    """Bytes an adapter takes when resident: those of its file, whose fp32 and bf16 tensors are kept as they are."""
     return adapter.manifest.files[WEIGHTS_NAME].size

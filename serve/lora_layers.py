@@ -257,7 +257,8 @@ class AdapterBank:
         return in_one_block(ready) if self._has_kernels else ready
 
     def install(self, digest: str, weights: Weights) -> None:
-        """`weights` as `prepare` returned them; all of them, or none when it fails."""
+        """`weights` as `prepare` returned them, in place of what the digest had; all of them, or none on failure."""
+        self.remove(digest)
         try:
             for module, change in weights.items():
                 self._install_one(digest, module, change)
@@ -396,7 +397,8 @@ def _can_join(layers: Sequence[nn.Linear], has_kernels: bool) -> bool:
 
 
 def _groups(linears: dict[str, nn.Linear], *, has_kernels: bool) -> list[list[str]]:
-    """Names of layers to compute together: those known to share their input, where a kernel can join them."""
+    """Names of layers to compute together, in the order a step does: those known to share their input are joined
+    where a kernel can."""
     groups = []
     left = dict(linears)
     for name in linears:
@@ -408,4 +410,5 @@ def _groups(linears: dict[str, nn.Linear], *, has_kernels: bool) -> list[list[st
         groups.append(names)
         for taken in names:
             del left[taken]
-    return groups + [[name] for name in left]
+    when = {name: number for number, name in enumerate(linears)}
+    return sorted(groups + [[name] for name in left], key=lambda names: when[names[0]])

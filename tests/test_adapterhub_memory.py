@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from adapterhub.cli import app
 from adapterhub.errors import AdapterHubError, UsageError
-from adapterhub.memory import constant_bytes
+from adapterhub.memory import ModelShape, constant_bytes
 from adapterhub.memory_estimate import (
     ServingSetting,
     TrainingSetting,
@@ -158,6 +158,13 @@ def test_serving_grows_by_each_adapter_and_each_cached_token() -> None:
     assert size(adapters=9) - size(adapters=8) == 2 * shape.lora_weights(16)
     # 32 layers, 8 heads of 128 for keys and for values, 2 bytes each: 128 KiB a token.
     assert size(kv_tokens=1001) - size(kv_tokens=1000) == 128 << 10
+
+
+@pytest.mark.parametrize("size", [[64, 64], None, True, 0])
+def test_a_config_whose_sizes_are_no_single_numbers(size: object) -> None:
+    config = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 1000, "num_attention_heads": 4}
+    with pytest.raises(KeyError, match="intermediate_size"):
+        ModelShape.from_config(config | {"intermediate_size": size})
 
 
 def test_the_verb_reads_names_and_configs_and_prints_a_range(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from adapterhub.base_model import Nf4Weights, PackedNf4
+from adapterhub.base_model import Nf4Weights, PackedNf4, dense_weight
 from serve import cpu_kernels
 from serve.cpu_kernels import CpuKernels, Part, Parts, Segment, Tiles, WeightMatrix, load_kernels
 from serve.host_memory import HugePages
@@ -246,3 +246,10 @@ def test_a_compiler_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, home: Pa
     assert found is None
     assert "failed" in str(choice)
     assert list((home / "kernels").iterdir()) == []
+
+
+def test_the_weight_of_a_layer_held_in_less_than_its_bias() -> None:
+    """As an unquantized Qwen2's, which lose nothing in bf16."""
+    layer = nn.Linear(32, 16)
+    layer.weight.data = layer.weight.data.bfloat16()
+    assert torch.equal(dense_weight(layer), layer.weight.data.float())

@@ -19,7 +19,7 @@ from adapterhub.memory_estimate import ServingSetting, estimate_serving
 from adapterhub.model_shapes import shape_of
 from serve.attention import KvCache, KvShape
 from serve.host_memory import HugePages, give_back, zeros
-from serve.lora_weights import LowRank, Weights, in_one_block
+from serve.lora_weights import LowRank, in_one_block
 from serve.model_runner import ModelRunner
 
 
@@ -91,14 +91,19 @@ def test_updates_of_any_types_share_a_block_in_the_order_given() -> None:
 def test_an_adapter_lies_in_the_order_a_step_reads_it(tiny_base: StoredBase) -> None:
     bank = ModelRunner(load_tiny(tiny_base), num_blocks=4, block_size=16).adapters
     layers = {name: group.layers[place] for name, (group, place) in bank.places.items() if name != "lm_head"}
-    weights: Weights = {
+    weights = {
         name: LowRank(torch.randn(4, layer.in_features), torch.randn(4, layer.out_features), 1.0)
         for name, layer in sorted(layers.items(), reverse=True)
     }
-    bank.install("a", bank.prepare("a", weights))
-    parts = [part for group in bank.groups for part in group.parts("a")]
-    assert len(parts) == len(weights)
-    addresses = [address for part in parts for address in (part.a, part.bt)]
+    ready = {name: change for name, change in bank.prepare("a", {**weights}).items() if isinstance(change, LowRank)}
+    attention, mlp = ("q", "k", "v", "o"), ("gate", "up", "down")
+    assert list(ready) == [
+        f"model.layers.{layer}.{part}.{word}_proj"
+        for layer in (0, 1)
+        for part, words in (("self_attn", attention), ("mlp", mlp))
+        for word in words
+    ]
+    addresses = [half.data_ptr() for change in ready.values() for half in (change.a, change.bt)]
     assert addresses == sorted(addresses)
     assert addresses[-1] - addresses[0] < sum(change.a.nbytes + change.bt.nbytes for change in weights.values())
 

@@ -156,10 +156,19 @@ def test_parts_in_host_memory_and_activations_computed_again_change_no_byte(
     assert "base divided among them in host memory" in (offloaded.folder / "report.html").read_text()
 
 
-def test_offloading_a_base_that_is_not_divided(place: Path) -> None:
-    done = CliRunner().invoke(app, ["train", str(place / "mine.toml"), "--launch", "2", "--offload"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["mine.toml", "--launch", "2", "--offload"], "give --shard with it"),
+        (["mine.toml", "--plan", "--launch", "2", "--shard"], "--plan counts one process"),
+        (["--resume", "one", "--shard"], "--resume goes on in one process"),
+        (["--resume", "one", "--rendezvous", "127.0.0.1:1"], "--resume goes on in one process"),
+    ],
+)
+def test_options_of_several_processes_where_they_mean_nothing(options: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["train", *options])
     assert isinstance(done.exception, UsageError)
-    assert str(done.exception).endswith("in host memory: give --shard with it.")
+    assert said in str(done.exception)
 
 
 @pytest.mark.parametrize("two", ["whole"], indirect=True)

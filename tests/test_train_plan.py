@@ -122,7 +122,7 @@ def test_a_base_whose_config_has_other_words_for_its_sizes(tmp_path: Path, tiny_
     base = base_of(tmp_path / "base", config, tiny_base)
     recipe = make_recipe(tmp_path)
     for begin in (make_plan, fit):
-        with pytest.raises(IncompatibleBase, match="tests/tiny-llama .* has no intermediate_size"):
+        with pytest.raises(IncompatibleBase, match="tests/tiny-llama .* has no number as intermediate_size"):
             begin(recipe, base, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 

@@ -260,7 +260,7 @@ def test_a_held_out_loss_that_is_no_number_leaves_a_run_that_can_go_on(
 def test_the_best_weights_are_kept_when_the_last_are_no_numbers(
     tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measures = iter([3.0, 2.0, 1.0, float("nan"), 1.0])  # bare, three steps, the result
+    measures = iter([3.0, 2.0, 1.0, float("nan"), float("nan"), 1.0])  # bare, three steps, the last, the best
     monkeypatch.setattr("train.objective.held_out_loss", lambda model, samples: (next(measures), 4))
     end = run(recipe_of(tmp_path, steps=3, evaluate_every=1, keep="best"), tiny_base, tmp_path / "out")
     assert losses(tmp_path / "out") == [2.0, 1.0]
@@ -268,6 +268,33 @@ def test_the_best_weights_are_kept_when_the_last_are_no_numbers(
     record = read_run_record(tmp_path / "out")
     assert record is not None
     assert [step.step for step in record.steps] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_one_held_out_loss_that_is_no_number_costs_no_step(
+    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch, keep: str
+) -> None:
+    run(recipe_of(tmp_path, evaluate_every=0), tiny_base, tmp_path / "unmeasured")
+    measures = iter([3.0, float("inf"), 2.0, 1.0])  # bare, steps 3 and 6, the result
+    monkeypatch.setattr("train.objective.held_out_loss", lambda model, samples: (next(measures), 4))
+    run(recipe_of(tmp_path, evaluate_every=3, keep=keep), tiny_base, tmp_path / "out")
+    assert losses(tmp_path / "out") == [2.0]
+    assert sha256_of(tmp_path / "unmeasured" / WEIGHTS) == sha256_of(tmp_path / "out" / WEIGHTS)
+
+
+def test_stopping_a_run_whose_weights_are_no_numbers_says_what_is_kept(
+    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = steps.learning_rate_at
+    monkeypatch.setattr(
+        steps, "learning_rate_at", lambda step, **rest: float("nan") if step == 3 else sound(step, **rest)
+    )
+    for every, said in (
+        (2, "stopped after step 3 of 6, of which 2 are kept: go on with"),
+        (0, "3 of 6; nothing was kept."),
+    ):
+        with pytest.raises(TrainingStopped, match=said):
+            run(recipe_of(tmp_path, checkpoint_every=every), tiny_base, tmp_path / f"out{every}", progress=StopAfter(3))
 
 
 def test_held_out_losses_that_are_no_numbers_use_up_patience(
@@ -281,7 +308,10 @@ def test_held_out_losses_that_are_no_numbers_use_up_patience(
 
 @pytest.mark.parametrize(
     ("measures", "what"),
-    [([float("nan")], "the bare base is nan"), ([3.0, float("inf")], "the trained adapter is inf")],
+    [
+        ([float("nan")], "the bare base is nan: set compute_dtype"),
+        ([3.0, float("inf")], "the trained adapter is inf: lower learning_rate"),
+    ],
 )
 def test_a_held_out_loss_before_or_after_that_is_no_number(
     tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch, measures: list[float], what: str
@@ -289,7 +319,7 @@ def test_a_held_out_loss_before_or_after_that_is_no_number(
     given = iter(measures)
     with monkeypatch.context() as patched:
         patched.setattr("train.objective.held_out_loss", lambda model, samples: (next(given), 4))
-        with pytest.raises(TrainingFailed, match=f"the held-out loss of {what}: lower learning_rate"):
+        with pytest.raises(TrainingFailed, match=f"the held-out loss of {what}"):
             run(recipe_of(tmp_path), tiny_base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert run_path(tmp_path / "out").exists() == (len(measures) > 1)
@@ -304,7 +334,7 @@ def test_weights_that_are_no_numbers_after_the_last_step(
     monkeypatch.setattr(
         steps, "learning_rate_at", lambda step, **rest: float("nan") if step == 6 else sound(step, **rest)
     )
-    with pytest.raises(TrainingFailed, match="after step 6 the weights .* are no numbers.*after step 4 is kept"):
+    with pytest.raises(TrainingFailed, match="after step 6 the weights are no numbers.*after step 4 is kept"):
         run(recipe_of(tmp_path), tiny_base, tmp_path / "out")
 
 

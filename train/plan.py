@@ -208,8 +208,8 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
         shape = ModelShape.from_config(config.get_text_config().to_dict())
     except KeyError as error:
         raise IncompatibleBase(
-            f"the config of {base.ref} has no {error.args[0]}, by which a run's memory is planned: use a base of "
-            "LLaMA's shape, such as `adapterhub base list` names."
+            f"the config of {base.ref} has no number as {error.args[0]}, by which a run's memory is planned: use one "
+            "of LLaMA's shape, such as `adapterhub base list` names."
         ) from error
     model.requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in model.parameters())

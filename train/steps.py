@@ -42,8 +42,6 @@ class Course:
         self._train = run.recipe.train
         self._total = self._train.num_steps(objective.num_samples)
         self._world = current_world()
-        self._is_lost = False
-        """Was the newest held-out loss no number?"""
 
     def restored(self) -> State:
         """Model and optimizer as the newest checkpoint has them. The start of the run, when there is none."""
@@ -75,7 +73,7 @@ class Course:
                 log_answers(self._run, number, self._prompts.answer(self._model))
             if self._train.checkpoint_every and number % self._train.checkpoint_every == 0:
                 self._save(state)
-        if not self._is_sound():
+        if not self._has_numbers():
             self._back_to_best(state)
         # Whatever writing the adapter meets, the steps are not lost.
         self._save(state)
@@ -120,8 +118,7 @@ class Course:
         measured = self._objective.measure(self._model)
         if not measured.tokens:
             return state
-        self._is_lost = not measured.is_finite
-        if self._is_lost:
+        if not measured.is_finite:
             self._progress.say(f"step {state.step}: the held-out loss is {measured.loss}: it counts as a worse one")
             return state.model_copy(update={"num_worse": state.num_worse + 1})
         self._run.log(RunMeasured(step=state.step, loss=measured.loss))
@@ -135,29 +132,27 @@ class Course:
     def result(self, state: State) -> Measured:
         """The final held-out figures, with the best weights back in the model when the recipe keeps those."""
         after = self._objective.measure(self._model)
-        if self._train.keep == "last" or state.best_loss is None or after.loss <= state.best_loss:
+        is_best = after.is_finite and (state.best_loss is None or after.loss <= state.best_loss)
+        if is_best or self._train.keep == "last" or state.best_loss is None:
             return after
         self._load_best(state)
         return self._objective.measure(self._model)
 
-    def _is_sound(self) -> bool:
-        return not self._is_lost and all(bool(p.isfinite().all()) for p in trainable(self._model))
+    def _has_numbers(self) -> bool:
+        return all(bool(parameter.isfinite().all()) for parameter in trainable(self._model))
 
     def _back_to_best(self, state: State) -> None:
         if self._train.keep == "last" or state.best_loss is None:
-            raise TrainingFailed(
-                f"after step {state.step} the weights or the held-out loss are no numbers: {_advice(self._run)}"
-            )
+            raise TrainingFailed(f"after step {state.step} the weights are no numbers: {_advice(self._run)}")
         self._load_best(state)
-        self._is_lost = False
 
     def _load_best(self, state: State) -> None:
         load_trained(self._model, self._run.best_at(state.best_step))
         self._progress.say(f"kept: the weights of step {state.best_step}, with the lowest held-out loss")
 
     def _save(self, state: State) -> None:
-        """A checkpoint, unless weights or held-out loss are no numbers: an older one is then the last that is good."""
-        if not self._is_sound():
+        """A checkpoint, unless the weights are no numbers: an older one is then the last that is good."""
+        if not self._has_numbers():
             return
 
         def write(folder: Path) -> None:
@@ -170,11 +165,13 @@ class Course:
     def _stop(self, state: State) -> None:
         if state.step:
             self._save(state)
+        newest = self._run.newest
+        if newest is None:
+            raise TrainingStopped(f"stopped after step {state.step} of {self._total}; nothing was kept.")
+        kept = "" if newest.state.step == state.step else f", of which {newest.state.step} are kept"
         raise TrainingStopped(
-            f"stopped after step {state.step} of {self._total}: go on with `adapterhub train --resume "
+            f"stopped after step {state.step} of {self._total}{kept}: go on with `adapterhub train --resume "
             f"{self._run.output}`."
-            if state.step
-            else "stopped before the first step; nothing was kept."
         )
 
     def _fail(self, number: int, loss: float, norm: float, state: State) -> None:
@@ -191,9 +188,15 @@ def log_answers(run: RunFolder, step: int, answers: list[Answer]) -> None:
 
 
 def check_finite(run: RunFolder, what: str, measured: Measured) -> None:
-    """Raises TrainingFailed, with what to do, for a held-out loss that is no number."""
+    """Raises TrainingFailed, with what to do, for a held-out loss of what was trained that is no number."""
     if not measured.is_finite:
         raise TrainingFailed(f"the held-out loss of {what} is {measured.loss}: {_advice(run)}")
+
+
+def check_bare(measured: Measured) -> None:
+    """Raises TrainingFailed when the base by itself gives no number: no rate has made it so."""
+    if not measured.is_finite:
+        raise TrainingFailed(f"the held-out loss of the bare base is {measured.loss}: set compute_dtype to float32.")
 
 
 def _advice(run: RunFolder) -> str:

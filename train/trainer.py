@@ -37,7 +37,7 @@ from train.progress import Progress, peak_memory_bytes, progress_on
 from train.recipe import Recipe
 from train.report import report
 from train.run_folder import Listener, RunFolder, check_fresh
-from train.steps import Course, check_finite, log_answers
+from train.steps import Course, check_bare, check_finite, log_answers
 from train.stopping import stop_wishes
 
 _VERSIONS_OF = ("adapterhub", "torch", "transformers", "peft", "bitsandbytes")
@@ -141,8 +141,8 @@ def _train(
     is_other = start or recipe.lora.init == "loftq" or recipe.method in ("prompt", "prefix")
     before = objective.measure(model) if recipe.preference and is_other else bare
     _check_measures(recipe, bare)
-    for what, measured in (("the bare base", bare), ("the adapter that training starts from", before)):
-        check_finite(run, what, measured)
+    check_bare(bare)
+    check_finite(run, "the adapter that training starts from", before)
 
     # 5. The steps.
     course = Course(run, model, optimizer, objective, base, progress, prompts)

@@ -64,6 +64,11 @@ def train(
         raise UsageError("expected either a recipe, or --resume and the folder of a stopped run.")
     if offload and not shard:
         raise UsageError("--offload keeps the parts of a divided base in host memory: give --shard with it.")
+    if plan and (launch is not None or shard):
+        raise UsageError(
+            "--plan counts one process: leave --launch and --shard out; `adapterhub memory BASE --gpus N` counts "
+            "several."
+        )
     if as_json and not plan:
         raise UsageError("--json is for --plan: a run's figures are in train_log.jsonl.")
     if resume is not None:
@@ -73,6 +78,11 @@ def train(
             raise UsageError("--plan goes with a recipe, not with --resume.")
         if output is not None:
             raise UsageError("--resume writes the folder the run was started for: leave --output out.")
+        if shard or nodes != "1" or rendezvous is not None:
+            raise UsageError(
+                "--resume goes on in one process: leave --shard, --nodes and --rendezvous out, or give the run's "
+                "command again, with --launch."
+            )
         from train.run_folder import read_run
 
         begun, _ = read_run(resume)
