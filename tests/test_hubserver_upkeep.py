@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import hashlib
 import json
@@ -11,23 +12,26 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from hub_fixtures import ALICE, BOB, LFS_UPLOADS_WARN, PEOPLE, start_hub
 from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 from typer.testing import CliRunner
 
 from adapterhub.cli import app
 from adapterhub.errors import StorageFull
 from adapterhub.files import sha256_of
 from adapterhub.hubserver.app import create_hub_app
+from adapterhub.hubserver.audit import Audited, AuditLog
 from adapterhub.hubserver.commits import DeleteFile, NewCommit, PutFile
 from adapterhub.hubserver.discussions import Discussions
 from adapterhub.hubserver.history import squash
 from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.quotas import Limits, Quotas
-from adapterhub.hubserver.refusals import QuotaExceeded, UploadMismatch
+from adapterhub.hubserver.refusals import QuotaExceeded, StoreBusy, UploadMismatch
 from adapterhub.hubserver.store import HubStore
 from adapterhub.hubserver.sweeping import Sweeper
 
@@ -149,6 +153,19 @@ def test_change_that_breaks_is_noted(store: HubStore, tmp_path: Path) -> None:
     assert (line["user"], line["path"], line["status"]) == ("alice", path, 500)
 
 
+def test_change_that_is_cancelled_is_noted(tmp_path: Path) -> None:
+    async def cancelled(scope: Scope, receive: Receive, send: Send) -> None:
+        raise asyncio.CancelledError
+
+    async def nothing(*_: Any) -> Any:
+        raise AssertionError
+
+    scope = {"type": "http", "method": "POST", "raw_path": b"/x"}
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(Audited(cancelled, AuditLog(tmp_path / "log"))(scope, nothing, nothing))
+    assert json.loads((tmp_path / "log").read_text())["path"] == "/x"
+
+
 def test_audit_log_keeps_no_permissions(url: str, root: Path, repo: str) -> None:
     (answer,) = batch(url, repo, b"signed", "basic")["objects"]
     get_session().put(answer["actions"]["upload"]["href"], content=b"signed")
@@ -184,7 +201,19 @@ def test_object_comes_in_parts_in_any_order(url: str, root: Path, repo: str) -> 
     assert (root / "objects" / "lfs" / sha256).read_bytes() == data
     body = {"oid": sha256, "size": len(data)}
     assert ask(url, "POST", f"/{repo}.git/info/lfs/verify", json=body).status_code == 200
-    assert finish(upload, data, 3).status_code == 400
+
+
+def test_finish_that_is_sent_again_is_answered_as_before(url: str, root: Path, repo: str) -> None:
+    data = os.urandom(1500)
+    upload = parts_of(url, repo, data)
+    for number in (1, 2):
+        get_session().put(upload["header"][str(number)], content=data[(number - 1) * 1000 : number * 1000])
+    (spool,) = parse_qs(urlsplit(upload["href"]).query)["spool"]
+    with HubStore(root).objects.open_part(spool, start=0, end=1000):
+        reply = finish(upload, data, 2)
+    # A client tries again after 503, and only then.
+    assert (reply.status_code, "try again" in reply.json()["error"]) == (503, True)
+    assert [finish(upload, data, 2).status_code for _ in range(2)] == [200, 200]
 
 
 @LFS_UPLOADS_WARN
@@ -212,6 +241,8 @@ def test_parts_that_make_another_object_are_refused(url: str, root: Path, repo: 
     assert finish(upload, data, 1).status_code == 400
     reply = finish(upload, data, 2)
     assert (reply.status_code, "the parts make" in reply.json()["error"]) == (400, True)
+    reply = finish(upload, data, 2)
+    assert (reply.status_code, "start it again" in reply.json()["error"]) == (400, True)
     assert not (root / "objects" / "lfs" / hashlib.sha256(data).hexdigest()).exists()
 
 
@@ -233,7 +264,7 @@ def parts_here(store: HubStore, data: bytes) -> tuple[str, dict[str, Any]]:
 def test_part_still_open_holds_up_the_finish_and_cannot_spoil_the_object(store: HubStore, tmp_path: Path) -> None:
     name, announced = parts_here(store, b"what was checked")
     with store.objects.open_part(name, start=0, end=99) as late:
-        with pytest.raises(UploadMismatch) as refusal:
+        with pytest.raises(StoreBusy) as refusal:
             store.objects.finish_parts(name, **announced)
         assert "still being sent" in str(refusal.value)
         assert objects(tmp_path) == set()
@@ -270,7 +301,7 @@ def test_two_finishes_at_once_store_one_object(
     said: list[str] = []
 
     def finished_meanwhile(path: Path) -> str:
-        with pytest.raises(UploadMismatch) as refusal:
+        with pytest.raises(StoreBusy) as refusal:
             store.objects.finish_parts(name, **announced)
         said.append(str(refusal.value))
         return sha256_of(path)

@@ -61,8 +61,8 @@ class Audited:
 
         try:
             await self._app(scope, receive, send_noted)
-        except Exception:
-            # What failed half-way may have changed something, and is answered with 500 outside of here.
+        except BaseException:
+            # What failed or was cancelled half-way may have changed something; if anybody still hears, it hears 500.
             if not is_noted:
                 note(500)
             raise

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from adapterhub.files import disk_full_is_said, sha256_of, write_atomic
 from adapterhub.hubserver.git_ids import blob_id
-from adapterhub.hubserver.refusals import TooLarge, UploadMismatch
+from adapterhub.hubserver.refusals import StoreBusy, TooLarge, UploadEnded, UploadMismatch
 
 
 class Spool:
@@ -85,7 +85,7 @@ class Upload:
 class PartWriter:
     """One part of an object, written where it belongs; parts may come at once and in any order.
 
-    While one is open, the object cannot be finished. Raises UploadMismatch when it is not here, or being finished.
+    While one is open, the object cannot be finished. Raises UploadEnded, and StoreBusy when it is being finished.
     """
 
     def __init__(self, path: Path, *, start: int, end: int) -> None:
@@ -170,7 +170,7 @@ class ObjectStore:
     def finish_parts(self, name: str, *, sha256: str, size_bytes: int) -> None:
         """Check an object whose parts are all here and make it visible.
 
-        Raises UploadMismatch: nothing is done while a part is still being sent, and all is dropped that does not match.
+        Raises UploadMismatch, then all is dropped; UploadEnded; and StoreBusy while a part is still being sent.
         """
         path = self._parts_path(name)
         with _missing_is_said(), path.open("rb") as file:
@@ -200,11 +200,11 @@ class ObjectStore:
 
 
 def _lock(file: BinaryIO, how: int) -> None:
-    """Shared for those who write parts, exclusive for who finishes; the lock ends when the file is closed."""
+    """Shared for those who write parts, exclusive for who finishes, until the file is closed. Raises StoreBusy."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UploadMismatch(
+        raise StoreBusy(
             "a part of this upload is still being sent, or it is being finished: wait for that, then try again."
         ) from None
 
@@ -214,7 +214,7 @@ def _missing_is_said() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise UploadMismatch("this upload was finished or dropped; start it again.") from None
+        raise UploadEnded("this upload was finished or dropped; start it again.") from None
 
 
 def touched(path: Path) -> bool:

@@ -4,6 +4,7 @@ Refusal (an AdapterHubError)                                        400
   BadName          a path, repository or ref name that is not safe  400
   BadCard          the YAML head of a README that cannot be read    400
   UploadMismatch   bytes that are not the object that was announced 400
+    UploadEnded    its parts are gone: it was finished or dropped   400
   InvalidToken     a token nobody here has                          401
   LoginNeeded      this needs a token                               401
   NoWriteRight     known, but may not write here                    403
@@ -20,7 +21,7 @@ Refusal (an AdapterHubError)                                        400
   StaleParent      somebody else committed first                    412
   TooLarge         more bytes than allowed                          413
     QuotaExceeded  more than the repository or its owner may keep   413
-  StoreBusy        the lock on a repository was not free in time    503
+  StoreBusy        a repository or an upload is locked by another   503
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ class BadCard(Refusal):
 
 
 class UploadMismatch(Refusal):
+    pass
+
+
+class UploadEnded(UploadMismatch):
     pass
 
 

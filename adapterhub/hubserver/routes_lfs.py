@@ -19,7 +19,7 @@ from adapterhub.hubserver import wire
 from adapterhub.hubserver.access import FILES, AddressedRepo, BaseUrl, Contributable, Hub, HubHere, Part
 from adapterhub.hubserver.bodies import pour
 from adapterhub.hubserver.names import RepoId
-from adapterhub.hubserver.refusals import TooLarge, UploadMismatch
+from adapterhub.hubserver.refusals import TooLarge, UploadEnded, UploadMismatch
 from adapterhub.hubserver.tickets import UploadTicket
 
 MAX_OBJECT_BYTES = 50 * 10**9
@@ -139,7 +139,12 @@ def finish_parts(request: wire.LfsParts, ticket: Ticket, hub: HubHere) -> None:
     count = ceil(ticket.size_bytes / hub.quotas.limits.part_bytes)
     if not ticket.spool or ticket.part or [part.part_number for part in request.parts] != list(range(1, count + 1)):
         raise UploadMismatch(f"the object has {count} parts; name each once, in order.")
-    hub.store.objects.finish_parts(ticket.spool, sha256=ticket.sha256, size_bytes=ticket.size_bytes)
+    try:
+        hub.store.objects.finish_parts(ticket.spool, sha256=ticket.sha256, size_bytes=ticket.size_bytes)
+    except UploadEnded:
+        # Asked again by a client that did not hear our answer; a proxy may have been quicker than our check.
+        if not hub.store.has_lfs(ticket.repo_id, ticket.sha256):
+            raise
     hub.store.mark_lfs(ticket.repo_id, ticket.sha256)
 
 
