@@ -80,12 +80,14 @@ class AdapterCache:
             async with self._changed:
                 self._changed.notify_all()
 
-    async def drop(self, digest: str) -> None:
-        """Unload an adapter when its last lease ends (at once when it is idle)."""
-        self._pinned.discard(digest)
+    async def drop(self, digest: str, *, unless: Callable[[], bool] = lambda: False) -> None:
+        """Unload an adapter when its last lease ends (at once when it is idle), `unless` it is wanted again by then."""
+        if not unless():
+            self._pinned.discard(digest)
         async with self._changed:
             await self._changed.wait_for(lambda: digest not in self._residents or self._is_idle(digest))
-            if self._residents.pop(digest, None):
+            if digest in self._residents and not unless():
+                del self._residents[digest]
                 await self._unload(digest)
                 self._changed.notify_all()
 

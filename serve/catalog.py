@@ -99,9 +99,13 @@ class Catalog:
                 self._publish(published, lease, replace=replace)
             else:
                 async with self._cache.lease([adapter]):
-                    self._publish(published, lease, replace=replace)
-        if is_pinned:
-            self._cache.pin(adapter)
+                    try:
+                        self._publish(published, lease, replace=replace)
+                    except Conflict:
+                        self._drop_if_unnamed(adapter.digest)
+                        raise
+                    if is_pinned:
+                        self._cache.pin(adapter)
         return published
 
     def unload(self, name: str) -> None:
@@ -135,6 +139,6 @@ class Catalog:
     def _drop_if_unnamed(self, digest: str) -> None:
         if self._is_named(digest):
             return
-        task = asyncio.create_task(self._cache.drop(digest))
+        task = asyncio.create_task(self._cache.drop(digest, unless=lambda: self._is_named(digest)))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)

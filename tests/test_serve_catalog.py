@@ -36,6 +36,11 @@ class _Cache(AdapterCache):
     """Says when a lease is asked for."""
 
     reached: asyncio.Event | None = None
+    pinned_in_use: bool | None = None
+
+    def pin(self, adapter: Adapter) -> None:
+        self.pinned_in_use = self._residents[adapter.digest].leases > 0
+        super().pin(adapter)
 
     def lease(self, adapters: Sequence[Adapter]) -> AbstractAsyncContextManager[None]:
         if self.reached is not None:
@@ -114,5 +119,40 @@ def test_of_two_loads_of_one_name_at_once_the_later_is_a_conflict(tmp_path: Path
         assert "already leads to" in str(second)
         assert [published.adapter.digest for published in b.catalog.list()] == [b.unnamed.digest]
         assert b.catalog.find("one") is first
+
+    _run(tmp_path, test)
+
+
+def test_what_the_later_of_two_loads_brought_goes_again(tmp_path: Path) -> None:
+    async def test(b: _Bench) -> None:
+        both = [await b.loading("one", adapter) for adapter in (b.unnamed, b.other)]
+        b.engine.may_end.set()
+        await asyncio.gather(*both, return_exceptions=True)
+        while b.catalog._retiring:
+            await asyncio.sleep(0)
+        assert b.engine.loaded == {b.unnamed.digest}
+
+    _run(tmp_path, test)
+
+
+def test_content_named_again_while_its_last_request_ends(tmp_path: Path) -> None:
+    async def test(b: _Bench) -> None:
+        b.engine.may_end.set()
+        await (await b.loading("one", b.unnamed))
+        async with b.cache.lease([b.unnamed]):
+            b.catalog.unload("one")
+            await b.catalog.load("two", AdapterRef(digest=b.unnamed.digest), is_pinned=True)
+        while b.catalog._retiring:
+            await asyncio.sleep(0)
+        assert b.cache.resident == (b.unnamed.digest,)
+
+    _run(tmp_path, test)
+
+
+def test_pin_comes_before_anything_could_evict(tmp_path: Path) -> None:
+    async def test(b: _Bench) -> None:
+        b.engine.may_end.set()
+        await b.catalog.load("one", AdapterRef(digest=b.unnamed.digest), is_pinned=True)
+        assert b.cache.pinned_in_use
 
     _run(tmp_path, test)
