@@ -3,6 +3,7 @@
     $ADAPTERHUB_HOME/objects/, adapters/     the packages (adapterhub.package_store)
     $ADAPTERHUB_HOME/names/<name>.jsonl      where a name's revisions lead, and every move (adapterhub.name_log)
     $ADAPTERHUB_HOME/proofs/<digest>.json    a replayed probe that passed here
+    $ADAPTERHUB_HOME/training/               runs of servers, whose beginnings are kept (adapterhub.run_record)
     $ADAPTERHUB_HOME/policy.toml             what must be signed, and what is protected (adapterhub.trust)
 
 An alias is a revision that somebody moves on purpose. Knows disk and Hub; refuses to know engines.
@@ -34,6 +35,7 @@ from adapterhub.manifest import Manifest, read_manifest
 from adapterhub.name_log import Act, Move, Name, NameLog, Summary, default_actor, now
 from adapterhub.package import open_adapter
 from adapterhub.package_store import PackageStore, Removed
+from adapterhub.run_record import starts_of_unfinished
 from adapterhub.trust import Policy
 
 DEFAULT_REVISION = "main"
@@ -299,7 +301,7 @@ class Registry:
         return self.store.lease(adapter.digest)
 
     def collect(self, *, grace_s: float = GRACE_S, is_trial: bool = False) -> Removed:
-        """Take away packages no name leads to (nor would roll back to) and no process leases.
+        """Take away packages no name leads to (nor would roll back to), no run here goes on from, no process leases.
 
         One is spared for `grace_s` after it came, and after the last name left it. What killed processes left
         half-done goes as well.
@@ -307,7 +309,8 @@ class Registry:
         since = datetime.now(UTC) - timedelta(seconds=grace_s)
 
         def needed() -> set[str]:
-            return set().union(*(name.holds(since=since) for name in self.log.all()))
+            starts = starts_of_unfinished(self.root / "training")
+            return starts.union(*(name.holds(since=since) for name in self.log.all()))
 
         return self.store.collect(needed, grace_s=grace_s, is_trial=is_trial)
 

@@ -8,6 +8,8 @@ The trainer writes the log line by line; packing reads it back. One JSON object 
 from __future__ import annotations
 
 import json
+import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -124,6 +126,17 @@ def read_run_events(path: Path, *, is_whole: bool = True) -> list[RunEvent]:
         return [_EVENT.validate_python(json.loads(line)) for line in lines]
     except (ValueError, ValidationError) as error:
         raise InvalidManifest(f"{path} is not a training log ({error}): train again, or remove it.") from error
+
+
+def starts_of_unfinished(folder: Path) -> set[str]:
+    """Digests of the adapters that runs in a server's training folder (`RUN.toml`, in the end `RUN/`) go on from, as
+    long as they are not complete."""
+    starts: set[str] = set()
+    for path in folder.glob("run-*.toml"):
+        if not (path.with_suffix("") / LOG_NAME).is_file():
+            with suppress(OSError, ValueError, RecursionError):  # one that cannot be read cannot be resumed
+                starts.add(str(tomllib.loads(path.read_text(encoding="utf-8")).get("start")))
+    return starts
 
 
 def read_run_record(folder: Path) -> RunRecord | None:

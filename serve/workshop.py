@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.base_store import list_bases
-from adapterhub.errors import Conflict, UsageError
+from adapterhub.errors import AdapterNotFound, Conflict, UsageError
 from adapterhub.package import open_adapter
 from adapterhub.registry import DEFAULT_REVISION, NOTHING, Registry
 from adapterhub.trust import Policy
@@ -39,9 +39,14 @@ class Workshop:
         base = await asyncio.to_thread(_name_of_base, adapter)
         recipe = improvement.recipe(adapter, base=base)
         with ExitStack() as lease:  # one served from a folder is kept: a run finds its beginning by the digest alone
-            await asyncio.to_thread(self._keep, adapter, lease)
-        improves = await asyncio.to_thread(self._name_of, adapter)
-        return await self._runs.start(recipe, improves=improves)
+            try:
+                await asyncio.to_thread(self._keep, adapter, lease)
+            except FileNotFoundError as error:
+                raise AdapterNotFound(
+                    f"{adapter.path}, from which {ref} is served, is no longer whole: put it back, or load another."
+                ) from error
+            improves = await asyncio.to_thread(self._name_of, adapter)
+            return await self._runs.start(recipe, improves=improves)
 
     async def publish(self, name: str, *, by: str | None = None) -> str:
         """Pack what a run made, keep it, and let it answer beside the others. Returns the name it answers to.

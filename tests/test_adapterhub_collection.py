@@ -18,6 +18,7 @@ from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.errors import AdapterNotFound, DigestMismatch
 from adapterhub.package import open_adapter
 from adapterhub.registry import Registry
+from adapterhub.run_record import LOG_NAME
 
 
 @pytest.fixture
@@ -44,6 +45,19 @@ def test_what_no_name_leads_to_goes_with_its_files(registry: Registry, adapters:
     linked = {path.stat().st_ino for path in (registry.root / "adapters").glob("*/*")}
     assert {path.stat().st_ino for path in (registry.root / "objects").iterdir()} == linked
     assert registry.collect(grace_s=0).packages == ()
+
+
+def test_what_a_stopped_run_goes_on_from_stays_until_it_is_complete(
+    registry: Registry, adapters: list[Adapter]
+) -> None:
+    folder = registry.root / "training"
+    folder.mkdir()
+    (folder / "run-1.toml").write_text(f'start = "{adapters[0].digest}"')
+    (folder / "run-2.toml").write_text("torn =")
+    assert registry.collect(grace_s=0).packages == ()
+    (folder / "run-1").mkdir()
+    (folder / "run-1" / LOG_NAME).touch()
+    assert registry.collect(grace_s=0).packages == (adapters[0].digest,)
 
 
 def test_within_the_grace_period_nothing_goes(registry: Registry, adapters: list[Adapter]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tomllib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from test_serve_feedback import thumb
 
 from adapterhub.adapter import AdapterRef
 from adapterhub.base_store import StoredBase
-from adapterhub.errors import Conflict, ServerBusy, SignatureInvalid, UsageError
+from adapterhub.errors import AdapterNotFound, Conflict, ServerBusy, SignatureInvalid, UsageError
 from adapterhub.package import open_adapter
 from serve import workshop
 from serve.improvement import Improvement
@@ -67,6 +68,17 @@ def test_adapter_served_from_a_folder_is_improved(tmp_path: Path, monkeypatch: p
         begun = await w.improve("visitor", Improvement())
         start = str(tomllib.loads(begun.recipe)["start"])
         assert b.registry.resolve(AdapterRef.parse(start)).manifest.name == "elsewhere"
+
+    run(tmp_path, monkeypatch, test)
+
+
+def test_improving_one_whose_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(b: Bench, w: Workshop) -> None:
+        folder = write_package(tmp_path / "elsewhere", name="elsewhere", seed=5)
+        await b.services.catalog.load("visitor", AdapterRef(folder=folder))
+        shutil.rmtree(folder)
+        with pytest.raises(AdapterNotFound, match="from which visitor is served"):
+            await w.improve("visitor", Improvement())
 
     run(tmp_path, monkeypatch, test)
 
