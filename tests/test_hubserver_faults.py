@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,17 @@ def test_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
                 ask(url, "POST", f"/{REPO}.git/info/lfs/objects/batch", json=one).json()["objects"][0]
                 for one in batches
             ]
-            replies = [
-                httpx.put(answer["actions"]["upload"]["href"], content=half, timeout=20)
-                for answer, half in zip(answers, halves, strict=True)
-            ]
+            addresses = [answer["actions"]["upload"]["href"] for answer in answers]
+            spools = Path(f"/proc/{hub.pid}/root{tmp_path}/uploads")
+            replies: list[httpx.Response] = []
+
+            def first_meanwhile() -> Iterator[bytes]:
+                # Until the second is taken in; the questions pass the time.
+                assert any(ask(url, "GET", f"/api/models/{REPO}") and any(spools.iterdir()) for _ in range(1000))
+                replies.append(httpx.put(addresses[0], content=halves[0], timeout=20))
+                yield halves[1]
+
+            replies.append(httpx.put(addresses[1], content=first_meanwhile(), timeout=20))
             assert [reply.status_code for reply in replies] == [200, 507]
             assert "disk is full" in replies[1].json()["error"]
             assert commit(url, 0, sha_of(halves[0])).status_code == 200

@@ -8,13 +8,15 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from fastapi import Request
 from hub_fixtures import ALICE, BOB, LFS_UPLOADS_WARN, PEOPLE, start_hub
 from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from starlette.testclient import TestClient
@@ -26,6 +28,7 @@ from adapterhub.errors import StorageFull
 from adapterhub.files import sha256_of
 from adapterhub.hubserver.app import create_hub_app
 from adapterhub.hubserver.audit import Audited, AuditLog
+from adapterhub.hubserver.bodies import pour
 from adapterhub.hubserver.commits import DeleteFile, NewCommit, PutFile
 from adapterhub.hubserver.discussions import Discussions
 from adapterhub.hubserver.history import squash
@@ -81,6 +84,85 @@ def test_objects_that_together_exceed_the_quota_are_refused(url: str, repo: str)
     body = {"operation": "upload", "objects": wanted}
     answers = ask(url, "POST", f"/{repo}.git/info/lfs/objects/batch", json=body).json()["objects"]
     assert [answer.get("error", {}).get("code") for answer in answers] == [None, None, 413, None]
+
+
+class LfsSender:
+    """Sends large objects to a hub in this process, by addresses it asked for beforehand."""
+
+    def __init__(self, root: Path, limits: Limits) -> None:
+        app = create_hub_app(root, PEOPLE, limits=limits)
+        self._client = TestClient(app, headers={"Authorization": f"Bearer {ALICE}"})
+
+    def offer(self, data: bytes, *transfers: str) -> dict[str, Any]:
+        wanted = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}
+        body = {"operation": "upload", "transfers": transfers, "objects": [wanted]}
+        (answer,) = self._client.post(f"/{REPO}.git/info/lfs/objects/batch", json=body).json()["objects"]
+        upload: dict[str, Any] = answer["actions"]["upload"]
+        return upload
+
+    def put(self, address: str, data: bytes) -> int:
+        return self._client.put(address, content=data).status_code
+
+    def put_parts(self, upload: dict[str, Any], data: bytes) -> list[int]:
+        size = int(upload["header"]["chunk_size"])
+        pieces = [data[start : start + size] for start in range(0, len(data), size)]
+        return [self.put(upload["header"][str(number)], piece) for number, piece in enumerate(pieces, 1)]
+
+    def finish(self, upload: dict[str, Any], data: bytes) -> int:
+        parts = [{"partNumber": int(name), "etag": "x"} for name in upload["header"] if name.isdigit()]
+        body = {"oid": hashlib.sha256(data).hexdigest(), "parts": parts}
+        return self._client.post(upload["href"], json=body).status_code
+
+
+def test_objects_offered_apart_that_together_exceed_the_quota_are_refused(store: HubStore, tmp_path: Path) -> None:
+    sender = LfsSender(tmp_path, Limits(repo_bytes=10, free_bytes=0))
+    first, second = b"a" * 8, b"b" * 8
+    addresses = [sender.offer(data, "basic")["href"] for data in (first, second)]
+    # The first once more: an answer may get lost, and it takes its room only once.
+    sent = [(0, first), (1, second), (0, first)]
+    assert [sender.put(addresses[number], data) for number, data in sent] == [200, 413, 200]
+    assert objects(tmp_path) == {first}
+
+
+def test_objects_sent_at_once_that_exceed_the_quota_are_refused(
+    store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = LfsSender(tmp_path, Limits(repo_bytes=10, free_bytes=0))
+    address = sender.offer(b"b" * 8, "basic")["href"]
+
+    async def another_is_quicker(request: Request, write: Callable[[bytes], None]) -> None:
+        await pour(request, write)
+        upload(store, b"a" * 8)
+
+    monkeypatch.setattr("adapterhub.hubserver.routes_lfs.pour", another_is_quicker)
+    assert sender.put(address, b"b" * 8) == 413
+    assert store.stored_bytes(store.repo(REPO)) == 8
+
+
+def test_parts_offered_apart_that_together_exceed_the_quota_are_refused(store: HubStore, tmp_path: Path) -> None:
+    sender = LfsSender(tmp_path, Limits(repo_bytes=10, free_bytes=0, part_bytes=5))
+    first, second, third = b"a" * 8, b"b" * 8, b"c" * 8
+    uploads = [sender.offer(data, "multipart") for data in (first, second, third)]
+    assert sender.put_parts(uploads[0], first) + sender.put_parts(uploads[1], second) == [200] * 4
+    assert [sender.finish(uploads[0], first), sender.finish(uploads[1], second)] == [200, 413]
+    assert sender.put_parts(uploads[2], third) == [413, 413]
+    assert store.stored_bytes(store.repo(REPO)) == 8
+
+
+def test_object_for_which_the_disk_has_no_room_any_more_is_refused(
+    store: HubStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = LfsSender(tmp_path, Limits(free_bytes=100, part_bytes=5))
+    whole, parts, late = b"a" * 5, b"b" * 8, b"c" * 8
+    address = sender.offer(whole, "basic")["href"]
+    uploads = [sender.offer(data, "multipart") for data in (parts, late)]
+    assert sender.put_parts(uploads[0], parts) == [200, 200]
+    monkeypatch.setattr("adapterhub.hubserver.quotas.shutil.disk_usage", lambda _: SimpleNamespace(free=104))
+    assert sender.put(address, whole) == 507
+    # The last part is smaller, and still fits.
+    assert sender.put_parts(uploads[1], late) == [507, 200]
+    # What has come in parts takes no more room when it is finished.
+    assert sender.finish(uploads[0], parts) == 200
 
 
 def test_small_files_count_too(url: str, repo: str) -> None:

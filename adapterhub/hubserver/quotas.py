@@ -35,13 +35,21 @@ class Quotas:
         self.limits = limits
 
     def check(self, repo_id: RepoId, *, added_bytes: int) -> None:
-        """Raises QuotaExceeded, and StorageFull when the disk would have less than `free_bytes` left."""
+        """Both of the below."""
+        self.check_disk(coming_bytes=added_bytes)
+        self.check_kept(repo_id, added_bytes=added_bytes)
+
+    def check_disk(self, *, coming_bytes: int) -> None:
+        """Raises StorageFull when the disk would have less than `free_bytes` left."""
         free = shutil.disk_usage(self._root).free
-        if added_bytes + self.limits.free_bytes > free:
+        if coming_bytes + self.limits.free_bytes > free:
             raise StorageFull(
                 f"the hub's disk has {free / 1e6:.0f} MB free and keeps {self.limits.free_bytes / 1e6:.0f} MB of them: "
-                f"{added_bytes / 1e6:.0f} MB do not fit. Free some space (adapterhub hub gc)."
+                f"{coming_bytes / 1e6:.0f} MB do not fit. Free some space (adapterhub hub gc)."
             )
+
+    def check_kept(self, repo_id: RepoId, *, added_bytes: int) -> None:
+        """Raises QuotaExceeded, whether the bytes are on the disk yet or not."""
         if self.limits.repo_bytes is not None:
             _check(
                 str(repo_id), self._store.stored_bytes(self._store.repo(repo_id)), added_bytes, self.limits.repo_bytes

@@ -116,10 +116,11 @@ async def receive_object(request: Request, response: Response, ticket: Ticket, h
         response.headers["ETag"] = f'"{ticket.part}"'
         await _receive_part(request, ticket, hub)
         return
+    await run_in_threadpool(_check_room, ticket, hub, coming_bytes=ticket.size_bytes)
     with contextlib.closing(hub.store.objects.begin_upload(ticket.sha256, size_bytes=ticket.size_bytes)) as upload:
         await pour(request, upload.write)
         await run_in_threadpool(upload.finish)
-    hub.store.mark_lfs(ticket.repo_id, ticket.sha256)
+    await run_in_threadpool(_mark, ticket, hub)
 
 
 async def _receive_part(request: Request, ticket: UploadTicket, hub: Hub) -> None:
@@ -128,9 +129,28 @@ async def _receive_part(request: Request, ticket: UploadTicket, hub: Hub) -> Non
     end = min(start + part_bytes, ticket.size_bytes)
     if not 0 <= start < end:
         raise UploadMismatch("this address stands for the whole object: send its parts to their own.")
+    await run_in_threadpool(_check_room, ticket, hub, coming_bytes=end - start)
     with hub.store.objects.open_part(ticket.spool, start=start, end=end) as part:
         await pour(request, part.write)
         await run_in_threadpool(part.check_complete)
+
+
+def _check_room(ticket: UploadTicket, hub: Hub, *, coming_bytes: int) -> None:
+    """Asked again as bytes come: what else was offered since may have taken the room."""
+    hub.quotas.check_disk(coming_bytes=coming_bytes)
+    _check_quota(ticket, hub)
+
+
+def _check_quota(ticket: UploadTicket, hub: Hub) -> None:
+    # Sent again, it would take nothing more.
+    if not hub.store.has_lfs(ticket.repo_id, ticket.sha256):
+        hub.quotas.check_kept(ticket.repo_id, added_bytes=ticket.size_bytes)
+
+
+def _mark(ticket: UploadTicket, hub: Hub) -> None:
+    """The last word of the quota: others may have come at the same time."""
+    _check_quota(ticket, hub)
+    hub.store.mark_lfs(ticket.repo_id, ticket.sha256)
 
 
 @router.post(_UPLOADS)
@@ -145,7 +165,7 @@ def finish_parts(request: wire.LfsParts, ticket: Ticket, hub: HubHere) -> None:
         # Asked again by a client that did not hear our answer; a proxy may have been quicker than our check.
         if not hub.store.has_lfs(ticket.repo_id, ticket.sha256):
             raise
-    hub.store.mark_lfs(ticket.repo_id, ticket.sha256)
+    _mark(ticket, hub)
 
 
 @router.post(FILES + ".git/info/lfs/verify")
