@@ -124,6 +124,10 @@ def test_a_recipe_of_lists_in_lists(tmp_path: Path) -> None:
         read_recipe(path)
 
 
+def test_a_number_of_too_many_digits(tmp_path: Path) -> None:
+    assert "is not TOML" in fault(tmp_path, f"rank = {'1' * 5000}\n")
+
+
 def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(b"\xff\xfe\x00")

@@ -355,7 +355,7 @@ def read_recipe(path: Path, *, folder: Path | None = None) -> Recipe:
         ) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text ({error}): a recipe is a TOML file.") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own, a number too long, brackets too deep
         raise RecipeError(f"{path} is not TOML: {error}.") from error
     try:
         recipe = Recipe.model_validate(raw)
