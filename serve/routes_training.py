@@ -63,7 +63,7 @@ def training_routes(
 
     @router.post("/runs/{name}/stop")
     async def stop(name: str) -> Response:
-        return JSONResponse(_summary(await asyncio.to_thread(runs.stop, name)))
+        return JSONResponse(_summary(await runs.stop(name)))
 
     @router.post("/runs/{name}/resume")
     async def resume(name: str) -> Response:

@@ -131,14 +131,15 @@ class TrainingRuns:
                 self._launch(name, *self._anew(name), improves=run.improves)
             return self.get(name)
 
-    def stop(self, name: str) -> TrainingRun:
+    async def stop(self, name: str) -> TrainingRun:
         """Ask the run to write a checkpoint and end; it does so after its step. Raises TrainingRunNotFound."""
+        # Nothing is awaited up to the signal, so that nothing is launched between reading the record and writing it.
         record = self._read(name)
         if self._is_alive(record):
             self._write(record.model_copy(update={"is_stop_wanted": True}))
             with suppress(ProcessLookupError):  # ended meanwhile
                 os.killpg(record.pid, signal.SIGTERM)
-        return self.get(name)
+        return await asyncio.to_thread(self.get, name)
 
     def all(self) -> list[TrainingRun]:
         """Newest first."""

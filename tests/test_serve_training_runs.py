@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -247,4 +248,26 @@ def test_a_run_that_ends_before_it_is_stopped(tmp_path: Path, monkeypatch: pytes
     name, runs = recorded(tmp_path, ended.pid), TrainingRuns(tmp_path)
     answers = iter((True, False))
     monkeypatch.setattr(runs, "_is_alive", lambda record: next(answers))
-    assert runs.stop(name).status == "stopped"
+    assert asyncio.run(runs.stop(name)).status == "stopped"
+
+
+def test_a_run_that_is_resumed_while_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(client: httpx.AsyncClient) -> None:
+        loop, has_resumed = asyncio.get_running_loop(), threading.Event()
+
+        def resumes() -> None:
+            recorded(tmp_path, 2)
+            has_resumed.set()
+
+        def ends(runs: TrainingRuns, record: object) -> bool:
+            if not has_resumed.is_set():
+                loop.call_soon_threadsafe(resumes)
+                has_resumed.wait(0.1)  # the loop goes on meanwhile, if this is not on it
+            return True
+
+        monkeypatch.setattr(TrainingRuns, "_is_alive", ends)
+        monkeypatch.setattr(os, "killpg", lambda pid, number: None)
+        await client.post(f"/runs/{recorded(tmp_path, 1)}/stop")
+        assert pid_of(tmp_path, "run-1") == 2
+
+    run(tmp_path, test)
