@@ -181,9 +181,19 @@ class FeedbackStore:
                     db.execute("PRAGMA synchronous = FULL")
                     db.executescript(_SCHEMA)
                     with db:
+                        _forget_owners_of_battles(db)
                         yield db
             except sqlite3.Error as error:
                 raise _ours(error, self.path) from error
+
+
+def _forget_owners_of_battles(db: sqlite3.Connection) -> None:
+    """An earlier version wrote down who began a battle, which nobody could have deleted."""
+    if db.execute("SELECT 1 FROM pragma_table_info('battles') WHERE name = 'owner'").fetchone() is None:
+        return
+    if db.execute("SELECT 1 FROM battles WHERE owner IS NOT NULL LIMIT 1").fetchone() is not None:
+        db.execute("PRAGMA secure_delete = ON")
+        db.execute("UPDATE battles SET owner = NULL WHERE owner IS NOT NULL")
 
 
 def _ours(error: sqlite3.Error, path: Path) -> Exception:

@@ -190,10 +190,14 @@ def test_folder_in_the_file_s_place(store: FeedbackStore) -> None:
 
 
 def test_battles_of_an_earlier_version(store: FeedbackStore) -> None:
-    with closing(sqlite3.connect(store.path)) as db:
+    with closing(sqlite3.connect(store.path)) as db, db:
         db.execute("CREATE TABLE battles (id TEXT PRIMARY KEY, created INTEGER, owner TEXT, a TEXT, b TEXT)")
+        db.execute("INSERT INTO battles VALUES ('bt-1', 1, 'the digest of a key', 'captain', 'poet')")
     voted(store, "a")
     assert len(store.verdicts()) == 1
+    with closing(sqlite3.connect(store.path)) as db:
+        assert db.execute("SELECT DISTINCT owner FROM battles").fetchall() == [(None,)]
+    assert b"the digest of a key" not in store.path.read_bytes()
 
 
 def test_ratings_read_votes_alone(store: FeedbackStore) -> None:
