@@ -6,11 +6,12 @@ import asyncio
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from starlette.applications import Starlette
 
 from serve.page_api import PageClient
 from serve.page_sign_in import COOKIE, Gate
-from serve.page_style import CONTENT_POLICY
+from serve.ui import mount_page
 
 
 def _replies(key: str) -> tuple[httpx.Response, httpx.Response]:
@@ -32,5 +33,14 @@ def test_key_that_no_header_can_carry(key: str) -> None:
     assert "does not take this key" in signed_in.text
 
 
-def test_page_in_a_stranger_s_frame() -> None:
-    assert "frame-ancestors 'self'" in CONTENT_POLICY.split("; ")
+@pytest.mark.parametrize(("needs_key", "status"), [(False, 200), (True, 401)], ids=["page", "sign-in form"])
+def test_page_in_a_stranger_s_frame(needs_key: bool, status: int) -> None:
+    async def whole() -> httpx.Response:
+        app = FastAPI()
+        mount_page(app, "http://127.0.0.1:9", needs_key=needs_key)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://page") as client:
+            return await client.get("/ui/")
+
+    shown = asyncio.run(whole())
+    assert shown.status_code == status
+    assert "frame-ancestors 'self'" in shown.headers["content-security-policy"].split("; ")
