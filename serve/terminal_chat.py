@@ -283,13 +283,20 @@ class TerminalChat:
 
 
 def _append_line(path: Path, line: str) -> None:
-    """A line of its own, whatever bytes the file holds. Raises StorageFull."""
+    """A line of its own, whatever bytes the file holds. Raises StorageFull, and then the file is as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with disk_full_is_said(path), path.open("ab+") as file:
-        if file.tell():
+    with disk_full_is_said(path), path.open("ab+", buffering=0) as file:  # a buffer writes what is left when it closes
+        if size := file.tell():
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else f"\n{line}"
-        file.write(f"{line}\n".encode())
+        left = f"{line}\n".encode()
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # a device
+                file.truncate(size)
+            raise
 
 
 def _number(key: str, text: str) -> float | int | None:

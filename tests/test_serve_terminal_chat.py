@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import resource
 import select
 import signal
 import subprocess
@@ -265,6 +266,19 @@ def test_save_behind_bytes_that_are_no_utf8(tmp_path: Path, talk: Callable[..., 
     before, *added = file.read_bytes().splitlines()
     assert before == b"gr\xfc\xdfe"
     assert [json.loads(line)["messages"][0]["content"] for line in added] == ["one", "one"]
+
+
+def test_save_to_a_file_that_cannot_grow_by_a_line(tmp_path: Path, talk: Callable[..., tuple[str, str]]) -> None:
+    file = tmp_path / "kept.jsonl"
+    file.write_bytes(b"x" * 1_000_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_010, limits[1]))
+    try:
+        _, said = talk("one", f"/save {file}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in said
+    assert file.read_bytes() == b"x" * 1_000_000
 
 
 def test_undone_answer_is_judged_no_more(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
