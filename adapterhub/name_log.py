@@ -165,15 +165,16 @@ class NameLog:
         """
         path = self._path(name)
         lines = "".join(move.model_dump_json() + "\n" for move in moves).encode()
-        with disk_full_is_said(path), path.open("ab") as file:
+        # No buffer: it would write what is left of a line when it closes, behind the cut.
+        with disk_full_is_said(path), path.open("ab", buffering=0) as file:
             whole = _whole_bytes(path)
             file.truncate(whole)
             try:
-                file.write(lines)
-                file.flush()
+                while lines:
+                    lines = lines[file.write(lines) :]
                 os.fsync(file.fileno())
             except OSError:
-                os.ftruncate(file.fileno(), whole)
+                file.truncate(whole)
                 raise
 
     def _path(self, name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -278,3 +279,20 @@ def test_what_would_not_lead_back_is_no_name(registry: Registry, tmp_path: Path,
     with pytest.raises(UsageError, match="not a name"):
         registry.add(open_adapter(write_package(tmp_path / "p", name="captain")), name=name)
     assert registry.list() == []
+
+
+def test_a_move_that_does_not_fit_leaves_the_log_as_it_was(tmp_path: Path) -> None:
+    log = NameLog(tmp_path)
+    move = Move(at="2026-01-01T00:00:00+00:00", by="x", act="add", revision="main", before=None, after="sha256:0")
+    with log.locked():
+        log.append("owner/name", [move])
+        (file,) = tmp_path.glob("*.jsonl")
+        before = file.read_bytes()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                log.append("owner/name", [move])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert file.read_bytes() == before
