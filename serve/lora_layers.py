@@ -210,7 +210,6 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module, kernels: CpuKernels | None = None) -> None:
         self.device = next(model.parameters()).device
-        self._has_kernels = kernels is not None
         self.rows = Segments()
         """of the layers, which see every row"""
         self._head_rows = Segments()
@@ -254,7 +253,7 @@ class AdapterBank:
         """
         self._check_fits(name, weights)
         ready = {module: self._divided(module, weights[module]) for module in sorted(weights, key=self._order_of)}
-        return in_one_block(ready) if self._has_kernels else ready
+        return in_one_block(ready) if self.device.type == "cpu" else ready
 
     def install(self, digest: str, weights: Weights) -> None:
         """`weights` as `prepare` returned them, in place of what the digest had; all of them, or none on failure."""

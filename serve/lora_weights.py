@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import safe_open
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import AdapterUnsupported, InvalidTensors, RankTooLarge
 from adapterhub.lora_config import WEIGHTS_NAME, LoraConfig, lora_tensors, read_lora_config
-from adapterhub.safetensors_header import read_header
+from adapterhub.safetensors_header import TensorInfo, read_header
 from serve.host_memory import HugePages
 
 
@@ -53,6 +54,8 @@ class FullWeight:
     weight: torch.Tensor
 
 
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
 Weights = dict[str, LowRank | EmbeddingUpdate | FullWeight]
 """module name -> what the adapter changes about it"""
 
@@ -81,8 +84,9 @@ def read_weights(
     """
     config = read_lora_config(adapter.path)
     path = adapter.path / WEIGHTS_NAME
+    header = read_header(path)
     modules: dict[str, dict[str, str]] = {}
-    for tensor in lora_tensors(read_header(path), config):
+    for tensor in lora_tensors(header, config):
         modules.setdefault(tensor.module, {})[tensor.kind] = tensor.key
     largest = max((config.rank_of(module) for module, keys in modules.items() if set(keys) != {"weight"}), default=0)
     if largest > max_rank:
@@ -90,35 +94,61 @@ def read_weights(
             f"adapter {adapter.manifest.name} has rank {largest}, this server takes at most {max_rank}: serve with "
             f"--max-lora-rank {largest}."
         )
-    with safe_open(path, framework="pt", device="cpu") as file:
+    tensors = _read_tensors(path, header)
 
-        def read(key: str) -> torch.Tensor:
-            tensor = file.get_tensor(key)
-            # A sum is infinite or NaN where a term is, and ten times faster to ask; it may also overflow by itself.
-            if not math.isfinite(tensor.sum().item()) and not tensor.isfinite().all():
+    def read(key: str) -> torch.Tensor:
+        return tensors[key].to(device, dtype_of(tensors[key].dtype))
+
+    return {module: _change(read, modules[module], module, config) for module in sorted(modules)}
+
+
+def _read_tensors(path: Path, header: dict[str, TensorInfo]) -> dict[str, torch.Tensor]:
+    """The file's tensors as views of its bytes, read at once: a call for each took longer than reading (420 of them).
+
+    Raises InvalidTensors for NaN, infinity, and a dtype no LoRA is kept in.
+    """
+    data = torch.from_numpy(np.fromfile(path, np.uint8))
+    if len(data) != max(info.end for info in header.values()):
+        raise InvalidTensors(f"{path} was changed while it was read: load the adapter again.")
+    if strange := next((key for key, info in header.items() if info.dtype not in _DTYPES), None):
+        raise InvalidTensors(
+            f"{strange} has dtype {header[strange].dtype}, expected one of {', '.join(_DTYPES)}; save it again."
+        )
+
+    def view(start: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        piece = data[start:end]
+        return (piece.clone() if start % dtype.itemsize else piece).view(dtype)
+
+    tensors = {key: view(info.start, info.end, _DTYPES[info.dtype]).view(info.shape) for key, info in header.items()}
+    kinds = {info.dtype for info in header.values()}
+    start = min(info.start for info in header.values())
+    # A sum is infinite or NaN where a term is, and ten times faster to ask; it may also overflow by itself.
+    if len(kinds) > 1 or not math.isfinite(view(start, len(data), _DTYPES[kinds.pop()]).sum().item()):
+        for key, tensor in tensors.items():
+            if not tensor.isfinite().all():
                 raise InvalidTensors(f"{key} holds NaN or infinity: the training run diverged; train again.")
-            return tensor.to(device, dtype_of(tensor.dtype))  # type: ignore[no-any-return]
-
-        return {module: _change(read, modules[module], module, config) for module in sorted(modules)}
+    return tensors
 
 
 def _change(
     read: Callable[[str], torch.Tensor], keys: dict[str, str], module: str, config: LoraConfig
 ) -> LowRank | EmbeddingUpdate | FullWeight:
     """`keys`: kind -> name of the tensor in the file."""
+    # What is no half of a linear layer's update is copied, or it would hold the whole file's bytes in memory.
     if set(keys) == {"weight"}:
-        return FullWeight(read(keys["weight"]).contiguous())
+        return FullWeight(read(keys["weight"]).clone())
     if "lora_embedding_A" in keys:
         if config.use_dora:
             raise AdapterUnsupported(
                 f"{module} is an embedding with DoRA, which is not served: train it with plain LoRA."
             )
         a, b = (read(keys[f"lora_embedding_{half}"]) for half in "AB")
-        return EmbeddingUpdate(a.T.contiguous(), b.T.contiguous(), config.scaling_of(module))
+        a, b = (half.T.clone(memory_format=torch.contiguous_format) for half in (a, b))
+        return EmbeddingUpdate(a, b, config.scaling_of(module))
     magnitude = keys.get("lora_magnitude_vector")
     return LowRank(
-        a=read(keys["lora_A"]).contiguous(),
-        bt=read(keys["lora_B"]).T.contiguous(),
+        a=read(keys["lora_A"]),
+        bt=read(keys["lora_B"]).T,
         scaling=config.scaling_of(module),
-        magnitude=None if magnitude is None else read(magnitude).float().flatten(),
+        magnitude=None if magnitude is None else read(magnitude).float().flatten().clone(),
     )
