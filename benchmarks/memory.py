@@ -35,7 +35,7 @@ def main() -> None:
         done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=True)
         peaks[name] = int(done.stdout.split()[-1]) / 1024
     print("| | |\n|---|---|")
-    print(f"| peak memory, ours (512 MiB of it for keys and values) | {peaks['ours']:.0f} MiB |")
+    print(f"| peak memory, ours (keys and values as used, of up to 512 MiB) | {peaks['ours']:.0f} MiB |")
     print(f"| peak memory, transformers + PEFT | {peaks['peft']:.0f} MiB |")
     print(f"| ours / theirs | {peaks['ours'] / peaks['peft']:.2f} |")
 
