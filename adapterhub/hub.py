@@ -173,7 +173,7 @@ class Hub:
                     parent_commit=parent,
                     create_pr=create_pr,
                 ),
-                statuses=(429, 503),
+                when=_was_not_taken,
             )
 
     def pull(self, repo: str, folder: Path, *, revision: str | None = None) -> tuple[Adapter, str]:
@@ -224,7 +224,7 @@ class Hub:
                 lambda: self._api.create_commit(
                     repo, operations, commit_message=title, commit_description=rest.strip(), parent_commit=parent
                 ),
-                statuses=(429, 503),
+                when=_was_not_taken,
             )
         return str(commit.oid)
 
@@ -285,8 +285,22 @@ class Hub:
         return None
 
 
-def _retried(ask: Callable[[], T], *, statuses: Sequence[int] = (429, 500, 502, 503, 504)) -> T:
-    """`ask`, again after a pause while the Hub says it is busy or failing; the last error is raised.
+def _may_pass(error: BaseException) -> bool:
+    """Is the Hub busy or failing, or was the connection reset? (One that was closed the client takes up again.)"""
+    return _status(error) in (429, 500, 502, 503, 504) or _was_reset(error)
+
+
+def _was_not_taken(error: BaseException) -> bool:
+    """Did the Hub say that it did not do what was asked, so that asking again cannot do it twice?"""
+    return _status(error) in (429, 503)
+
+
+def _was_reset(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, ConnectionResetError) or _was_reset(error.__cause__))
+
+
+def _retried(ask: Callable[[], T], *, when: Callable[[BaseException], bool] = _may_pass) -> T:
+    """`ask`, again after a pause while it fails in a way that may pass; the last error is raised.
 
     The pause is what the Hub asks for (`Retry-After`), at most a minute, else 1, 2 and 4 s.
     """
@@ -294,7 +308,7 @@ def _retried(ask: Callable[[], T], *, statuses: Sequence[int] = (429, 500, 502, 
         try:
             return ask()
         except Exception as error:
-            if _status(error) not in statuses:
+            if not when(error):
                 raise
             time.sleep(_asked_pause_s(error, pause_s))
     return ask()
@@ -305,7 +319,7 @@ def _asked_pause_s(error: Exception, default_s: float) -> float:
     return min(float(asked), 60.0) if asked.isdigit() else default_s
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     return getattr(response, "status_code", None)
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
+import socket
+import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import pytest
-from hub_fixtures import ALICE, BOB, PEOPLE, start_hub
+from hub_fixtures import ALICE, BOB, LFS_UPLOADS_WARN, PEOPLE, start_hub
 from huggingface_hub import HfApi
-from packages import write_package
+from packages import write_manifest, write_package
 
 from adapterhub import hub as hub_module
 from adapterhub.adapter import AdapterRef
@@ -49,7 +55,10 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Moody:
-    """A proxy: answers `status` so many times to requests whose `METHOD path` holds `where`, else passes them on."""
+    """A proxy: answers `status` so many times to requests whose `METHOD path` holds `where`, else passes them on.
+
+    With `cut_at` the refusal is a connection that ends after so many bytes of the answer instead, `how` it does.
+    """
 
     behind: str
     where: str
@@ -58,7 +67,11 @@ class Moody:
     headers: dict[str, str] = field(default_factory=dict)
     rewrites: tuple[bytes, bytes] = (b"", b"")
     """what stands in an answer for what the Hub said"""
+    cut_at: int | None = None
+    how: Literal["closed", "reset"] = "closed"
     refused: int = 0
+    ranges: list[str | None] = field(default_factory=list)
+    """what was asked for where it refuses or refused"""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def refuses(self, line: str) -> bool:
@@ -76,7 +89,11 @@ def proxied(mood: Moody) -> Iterator[str]:
 
         def _pass(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if mood.refuses(f"{self.command} {self.path}"):
+            line = f"{self.command} {self.path}"
+            if mood.where in line and self.command != "HEAD":
+                mood.ranges.append(self.headers["Range"])
+            is_refused = (mood.cut_at is None or self.command != "HEAD") and mood.refuses(line)
+            if is_refused and mood.cut_at is None:
                 self.send_response(mood.status)
                 for key, value in mood.headers.items():
                     self.send_header(key, value)
@@ -95,7 +112,13 @@ def proxied(mood: Moody) -> Iterator[str]:
             length = answer.headers.get("content-length") if self.command == "HEAD" else str(len(content))
             self.send_header("Content-Length", length or "0")
             self.end_headers()
-            if self.command != "HEAD":
+            if is_refused:
+                self.wfile.write(content[: mood.cut_at])
+                self.close_connection = True
+                if mood.how == "reset":
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.close()
+            elif self.command != "HEAD":
                 self.wfile.write(content)
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _pass
@@ -251,3 +274,76 @@ def test_a_lock_is_fetched_by_commit_and_held_to_its_digest(url: str, repo: str,
     other = json.loads(locked.model_dump_json()) | {"digest": "sha256:" + "0" * 64}
     with pytest.raises(DigestMismatch, match="locked is sha256:000"):
         Registry(tmp_path / "third").obtain(type(locked).model_validate(other), hub)
+
+
+def _large_package(folder: Path, size_bytes: int) -> Path:
+    (write_package(folder) / "tokenizer.json").write_text(json.dumps({"padding": "x" * size_bytes}))
+    write_manifest(folder)
+    return folder
+
+
+@LFS_UPLOADS_WARN
+@pytest.mark.parametrize(("how", "asked"), [("closed", [None, "bytes=10485760-"]), ("reset", [None, None])])
+def test_a_connection_cut_within_a_large_file_goes_on_in_the_same_pull(
+    url: str, repo: str, tmp_path: Path, how: Literal["closed", "reset"], asked: list[str | None]
+) -> None:
+    """The client keeps 10 MiB at a time of what came, and nothing once the connection was reset."""
+    pushed = open_adapter(_large_package(tmp_path / "p", 12 << 20))
+    Hub(url, ALICE).push(pushed, repo)
+    mood = Moody(url, "/tokenizer.json", 0, 1, cut_at=11 << 20, how=how)
+    with proxied(mood) as moody:
+        assert Hub(moody, ALICE).pull(repo, tmp_path / "x")[0].digest == pushed.digest
+    assert mood.refused == 1
+    assert mood.ranges == asked
+
+
+_PULL_UNTIL_THERE_IS_ROOM = """
+import json, sys
+from pathlib import Path
+from adapterhub.adapter import AdapterRef
+from adapterhub.errors import StorageFull
+from adapterhub.hub import Hub
+from adapterhub.registry import Registry
+
+repo, hub, disk = AdapterRef.parse(sys.argv[2]), Hub(sys.argv[1]), Path(sys.argv[3])
+registry, filler = Registry(disk / "home"), disk / "filler"
+room, refused = 0, []
+while True:
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(1 << 16)):
+                pass
+        except OSError:
+            file.truncate(file.tell() - room)
+    try:
+        registry.pull(repo, hub)
+    except StorageFull as error:
+        paths = [path for path in registry.root.rglob("*") if path.is_file() or path.name.startswith(".")]
+        refused.append([str(error), [path.name for path in paths], registry.store.digests(), registry.log.names()])
+        room = room + 4096 if room else 1 << 20
+    else:
+        break
+print(json.dumps([refused, registry.resolve(repo).digest]))
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare to mount a small disk")
+def test_a_disk_that_fills_during_a_pull_keeps_nothing_of_it(url: str, repo: str, tmp_path: Path) -> None:
+    """A RAM disk of 4 MiB in a mount namespace of its own: full, then with a page more room at each try."""
+    pushed = open_adapter(_large_package(tmp_path / "p", 1 << 20))
+    Hub(url, ALICE).push(pushed, repo)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f'mount -t tmpfs -o size=4m tmpfs {disk} && exec "$@"'
+    pulls = [sys.executable, "-c", _PULL_UNTIL_THERE_IS_ROOM, url, repo, str(disk)]
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh", *pulls]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.stderr.startswith(("unshare:", "mount:")):
+        pytest.skip(f"no small disk can be mounted here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    refused, digest = json.loads(done.stdout)
+    assert len(refused) > 2
+    for said, left, digests, names in refused:
+        assert "the disk is full" in said
+        assert (left, digests, names) == ([], [], [])
+    assert digest == pushed.digest
