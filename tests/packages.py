@@ -17,19 +17,19 @@ from adapterhub.package import UNLISTED
 FINGERPRINT = "fp1:" + "ab" * 32
 
 
-def write_peft_folder(folder: Path, *, rank: int = 4, seed: int = 0, **config: object) -> Path:
-    """A PEFT-like LoRA folder for one 64 -> 32 layer."""
+def write_peft_folder(folder: Path, *, rank: int = 4, seed: int = 0, module: str = "q_proj", **config: object) -> Path:
+    """A PEFT-like LoRA folder for one 64 -> 32 layer; of the tiny base `v_proj` is one."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": 8,
-        "target_modules": ["q_proj"],
+        "target_modules": [module],
         "base_model_name_or_path": "x",
     }
     (folder / "adapter_config.json").write_text(json.dumps(raw | config))
     random = np.random.default_rng(seed)
-    key = "base_model.model.model.layers.0.self_attn.q_proj"
+    key = f"base_model.model.model.layers.0.self_attn.{module}"
     tensors = {
         f"{key}.lora_A.weight": random.normal(size=(rank, 64)).astype("float32"),
         f"{key}.lora_B.weight": random.normal(size=(32, rank)).astype("float32"),
@@ -46,12 +46,14 @@ def write_package(folder: Path, *, name: str = "small", base_id: str = "owner/ba
     return folder
 
 
-def write_manifest(folder: Path, *, name: str = "small", base_id: str = "owner/base") -> None:
+def write_manifest(
+    folder: Path, *, name: str = "small", base_id: str = "owner/base", fingerprint: str = FINGERPRINT
+) -> None:
     listed = [path for path in sorted(folder.iterdir()) if path.name not in UNLISTED]
     manifest = Manifest(
         name=name,
         licence="apache-2.0",
-        base=BaseEntry(id=base_id, fingerprint=FINGERPRINT),
+        base=BaseEntry(id=base_id, fingerprint=fingerprint),
         lora=read_lora_config(folder).described(),
         chat=Chat(template_sha256=sha256_of(folder / "chat_template.jinja"), bos="<s>", eos="</s>", pad="</s>"),
         files={path.name: FileEntry(sha256=sha256_of(path), size=path.stat().st_size) for path in listed},

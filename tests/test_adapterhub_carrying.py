@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-from packages import write_package
+from hub_fixtures import ALICE, LFS_UPLOADS_WARN, PEOPLE, start_hub
+from packages import write_manifest, write_package, write_peft_folder
 from road import COMMAND, run, run_any
+from typer.testing import CliRunner
 
 from adapterhub.adapter import AdapterRef
+from adapterhub.base_store import StoredBase
 from adapterhub.bundle import write_bundle
-from adapterhub.errors import AdapterNotFound, InvalidManifest, SignatureInvalid, UsageError
-from adapterhub.lock_file import read_lock
+from adapterhub.cli import app
+from adapterhub.errors import (
+    AdapterHubError,
+    AdapterNotFound,
+    DigestMismatch,
+    HubUnavailable,
+    InvalidManifest,
+    SignatureInvalid,
+    UsageError,
+)
+from adapterhub.hub import Hub
+from adapterhub.lock_file import Lock, Locked, read_lock, write_lock
 from adapterhub.package import open_adapter
 from adapterhub.registry import Registry
 from adapterhub.signing import make_key, sign
@@ -121,3 +138,89 @@ def test_the_verbs(home: Path, tmp_path: Path) -> None:
                 line = process.stdout.readline()
         process.terminate()
     assert json.loads(line)["act"] == "promote"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with start_hub(tmp_path_factory.mktemp("hub"), PEOPLE) as url:
+        yield Hub(url, ALICE)
+
+
+@LFS_UPLOADS_WARN
+def test_a_locked_server_answers_with_what_was_locked_though_the_name_moved(
+    hub: Hub, registry: Registry, tmp_path: Path, tiny_base: StoredBase
+) -> None:
+    """It moved on the Hub and on the machine that serves, which never had what is locked."""
+    versions = []
+    for seed in range(2):
+        folder = write_peft_folder(tmp_path / f"{seed}", seed=seed, module="v_proj")
+        write_manifest(folder, name="captain", base_id="tests/tiny", fingerprint=str(tiny_base.ref.fingerprint))
+        versions.append(open_adapter(folder))
+    first, second = versions
+    hub.push(first, "alice/captain")
+    elsewhere = Registry(tmp_path / "elsewhere")
+    elsewhere.pull(_ref("alice/captain"), hub)
+    write_lock(tmp_path / "adapterhub.lock", elsewhere.lock({"captain": _ref("alice/captain")}))
+    hub.push(second, "alice/captain")
+    registry.pull(_ref("alice/captain"), hub)
+    command = [COMMAND, "serve", "--base", str(tiny_base.path), "--locked", str(tmp_path / "adapterhub.lock")]
+    options = ["--pin", "captain", "--port", "0", "--no-page", "--threads", "1"]
+    env = {**os.environ, "ADAPTERHUB_HOME": str(registry.root)}
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=env) as server:
+        assert server.stderr is not None
+        try:
+            url = next(found[1] for line in server.stderr if (found := re.match(r"ready: (\S+/v1)", line)))
+            cards = httpx.get(f"{url}/models").json()["data"]
+            body = {"prompt": "Hello", "max_tokens": 1}
+            statuses = [
+                httpx.post(f"{url}/completions", json={"model": name, **body}, timeout=30).status_code
+                for name in ("captain", "alice/captain")
+            ]
+        finally:
+            server.terminate()
+            server.communicate()
+    assert {card["id"]: card.get("digest") for card in cards} == {tiny_base.path.name: None, "captain": first.digest}
+    assert statuses == [200, 404]
+    assert registry.resolve(_ref("alice/captain")).digest == second.digest
+
+
+@LFS_UPLOADS_WARN
+@pytest.mark.parametrize(
+    ("faults", "error", "said"),
+    [
+        ({"commit": None, "hub": None}, AdapterNotFound, "alice/other sha256:[0-9a-f]{64} is not .*bring it here"),
+        ({"commit": "0" * 40}, AdapterNotFound, "alice/other exists at .*, that revision does not"),
+        ({"name": "alice/nobody"}, AdapterNotFound, "shows no alice/nobody"),
+        ({"digest": "sha256:" + "0" * 64}, DigestMismatch, "is sha256:[0-9a-f]{64}, locked is sha256:000"),
+        ({"hub": "http://127.0.0.1:1"}, HubUnavailable, "http://127.0.0.1:1 is not answering"),
+    ],
+)
+def test_nothing_is_served_of_a_lock_whose_digest_is_not_to_be_had(
+    hub: Hub, home: Path, tmp_path: Path, faults: dict[str, str | None], error: type[AdapterHubError], said: str
+) -> None:
+    _write_lock(hub, tmp_path, faults)
+    with pytest.raises(error, match=said):
+        _serve(tmp_path)
+
+
+@LFS_UPLOADS_WARN
+@pytest.mark.parametrize("options", [("--pin", "poet"), ("--weight", "poet=2")])
+def test_nothing_is_served_when_an_option_names_what_the_lock_does_not(
+    hub: Hub, home: Path, tmp_path: Path, options: tuple[str, str]
+) -> None:
+    _write_lock(hub, tmp_path, {})
+    with pytest.raises(UsageError, match="given by --adapter or --locked; poet is not one"):
+        _serve(tmp_path, *options)
+
+
+def _write_lock(hub: Hub, folder: Path, faults: dict[str, str | None]) -> None:
+    adapter = open_adapter(write_package(folder / "p", name="captain"))
+    commit = hub.push(adapter, "alice/other")
+    kept = Locked(name="alice/other", hub=hub.endpoint, commit=commit, digest=adapter.digest)
+    write_lock(folder / "adapterhub.lock", Lock(adapters={"captain": kept.model_copy(update=faults)}))
+
+
+def _serve(folder: Path, *options: str) -> None:
+    """On a base that is not there, so that whatever goes wrong before it is looked for goes wrong first."""
+    arguments = ["serve", "--base", str(folder / "no-base"), "--locked", str(folder / "adapterhub.lock"), *options]
+    CliRunner().invoke(app, arguments, catch_exceptions=False)

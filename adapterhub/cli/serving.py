@@ -91,7 +91,9 @@ def serve(
     weights = dict(parse_weight(text) for text in weight or ())
     strangers = sorted({*weights, *(pin or ())} - {called for called, _ in adapters})
     if strangers:
-        raise UsageError(f"--weight and --pin name adapters given by --adapter; {', '.join(strangers)} is not one.")
+        raise UsageError(
+            f"--weight and --pin name adapters given by --adapter or --locked; {', '.join(strangers)} is not one."
+        )
     pull_base(name, report=say)
 
     import torch
