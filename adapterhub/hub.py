@@ -253,6 +253,10 @@ class Hub:
         """The one table from the client's exceptions to ours; None for what is not the Hub's doing."""
         from huggingface_hub import errors as hf
 
+        if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+            return self._map(error.__cause__, act, repo)  # the client's word for an upload by LFS that failed
+        if isinstance(error, ValueError) and str(error).startswith("LFS batch API returned errors:"):
+            return HubError(f"cannot {act}: {self.endpoint} refused a file ({str(error).splitlines()[-1][:300]}).")
         who = "with the token given (HF_TOKEN)" if self.token else "without a token"
         if isinstance(error, hf.GatedRepoError):
             return NotAuthorized(f"cannot {act}: access is gated; ask for it at {self.endpoint}/{repo}.")

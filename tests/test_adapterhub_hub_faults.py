@@ -24,8 +24,9 @@ from packages import write_manifest, write_package
 
 from adapterhub import hub as hub_module
 from adapterhub.adapter import AdapterRef
-from adapterhub.errors import Conflict, DigestMismatch, HubUnavailable, NotAuthorized, SignatureInvalid
+from adapterhub.errors import Conflict, DigestMismatch, HubError, HubUnavailable, NotAuthorized, SignatureInvalid
 from adapterhub.hub import Hub
+from adapterhub.hubserver.quotas import Limits
 from adapterhub.mirror import mirror
 from adapterhub.package import open_adapter
 from adapterhub.registry import Registry
@@ -295,6 +296,28 @@ def test_a_connection_cut_within_a_large_file_goes_on_in_the_same_pull(
         assert Hub(moody, ALICE).pull(repo, tmp_path / "x")[0].digest == pushed.digest
     assert mood.refused == 1
     assert mood.ranges == asked
+
+
+@LFS_UPLOADS_WARN
+@pytest.mark.parametrize(("status", "error"), [(403, NotAuthorized), (507, HubUnavailable)])
+def test_a_large_file_refused_while_it_is_sent_is_an_error_of_the_hub(
+    url: str, repo: str, tmp_path: Path, status: int, error: type[HubError]
+) -> None:
+    mood = Moody(url, "PUT /", status, 99)
+    with proxied(mood) as moody, pytest.raises(error, match=f"cannot push to {repo}"):
+        mood.rewrites = (url.encode(), moody.encode())  # the addresses the Hub gives for uploads
+        Hub(moody, ALICE).push(open_adapter(_large_package(tmp_path / "p", 11 << 20)), repo)
+    assert mood.refused
+
+
+def test_a_large_file_beyond_the_quota_is_refused_in_the_words_of_the_hub(tmp_path: Path) -> None:
+    large = open_adapter(_large_package(tmp_path / "p", 11 << 20))
+    (tmp_path / "hub").mkdir()
+    with (
+        start_hub(tmp_path / "hub", PEOPLE, Limits(repo_bytes=1 << 20)) as url,
+        pytest.raises(HubError, match="cannot push to alice/large: .* refused .* more do not fit"),
+    ):
+        Hub(url, ALICE).push(large, "alice/large")
 
 
 _PULL_UNTIL_THERE_IS_ROOM = """
