@@ -1,9 +1,10 @@
-"""Adapters that are not resident: the first token of a cold one, more active ones than slots, a thousand registered.
+"""Adapters that are not resident: the first token of one on disk or on a Hub, more than slots, a thousand registered.
 
     .venv/bin/python benchmarks/residency.py [--threads 1] [--rounds 5]
 
 SmolLM2-135M NF4, rank-16 adapters on all linear layers in files of their own, the engine behind its AdapterCache, no
-HTTP. The files are in the page cache, as after a pull. Of the thousand, each shares its file with thirty others.
+HTTP. The files are in the page cache, as after a pull. Of the thousand, each shares its file with thirty others. The
+Hub is ours, a process on loopback; the transfer alone is what huggingface_hub's own download takes from it.
 """
 
 from __future__ import annotations
@@ -11,20 +12,32 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import os
 import random
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
 import decode
 import torch
+from hub_fixtures import ALICE, PEOPLE, start_hub
+from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
+from vllm import write_adapters as write_packages
 
-from adapterhub.adapter import Adapter
+from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.base_model import load_base
+from adapterhub.base_store import StoredBase
+from adapterhub.hub import Hub
 from adapterhub.manifest import BaseEntry, Chat, FileEntry, Lora, Manifest
+from adapterhub.package import open_adapter
+from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from serve.local_engine import LocalEngine
@@ -100,6 +113,26 @@ async def cold(server: Server, adapters: list[Adapter], rounds: int) -> tuple[fl
     return statistics.median(resident[2:]), statistics.median(on_disk[2:])
 
 
+async def on_a_hub(server: Server, stored: StoredBase, rounds: int) -> tuple[float, float]:
+    """Median seconds to the first token of an adapter that must be pulled first, and of a download of its files."""
+    whole, transfer = [], []
+    cache = server.cache(1)
+    with tempfile.TemporaryDirectory() as text, start_hub(Path(text) / "hub", PEOPLE) as url:
+        hub, registry = Hub(url, ALICE), Registry(Path(text) / "home")
+        for folder in write_packages(Path(text), stored)[: 2 * rounds + 1]:
+            name = f"alice/{folder.name}"
+            hub.push(open_adapter(folder), name)
+            start = time.perf_counter()
+            snapshot_download(name, endpoint=url, token=ALICE, local_dir=Path(text) / "plain" / folder.name)
+            transfer.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            adapter = await asyncio.to_thread(registry.pull, AdapterRef(name=name), hub)
+            await server.ask(cache, adapter, 1)
+            whole.append(time.perf_counter() - start)
+    await server.empty(cache)
+    return statistics.median(whole[1:]), statistics.median(transfer[1:])
+
+
 async def crowded(server: Server, adapters: list[Adapter], slots: int, rounds: int) -> float:
     """Median seconds to the first token of 16 adapters in turn, 4 clients."""
     cache = server.cache(slots)
@@ -147,11 +180,15 @@ async def zipf(server: Server, adapters: list[Adapter], requests: int, seed: int
     return requests * TOKENS / seconds, memory
 
 
-async def measure(server: Server, adapters: list[Adapter], rounds: int) -> None:
+async def measure(server: Server, stored: StoredBase, adapters: list[Adapter], rounds: int) -> None:
     resident, on_disk = await cold(server, adapters, rounds)
     print(f"| first token, adapter resident | {resident * 1e3:.0f} ms |")
     print(f"| first token, adapter on disk | {on_disk * 1e3:.0f} ms |")
     print(f"| **on disk - 1.3 x resident** (at most 60 ms) | {(on_disk - 1.3 * resident) * 1e3:.0f} ms |")
+    whole, transfer = await on_a_hub(server, stored, rounds)
+    print(f"| first token, adapter on a Hub / its download alone | {whole * 1e3:.0f} / {transfer * 1e3:.0f} ms |")
+    print(f"| **on a Hub - download - 1.3 x resident** (at most 60 ms) | "
+          f"{(whole - transfer - 1.3 * resident) * 1e3:.0f} ms |")  # fmt: skip
     turns: dict[int, list[float]] = {16: [], 8: []}
     for _ in range(2):
         for slots, found in turns.items():
@@ -184,7 +221,7 @@ def main() -> None:
             gc.collect()
             gc.freeze()  # as the server does
             print("\n| | |\n|---|---|")
-            await measure(Server(engine), adapters, chosen.rounds)
+            await measure(Server(engine), stored, adapters, chosen.rounds)
         await engine.close()
 
     asyncio.run(run())

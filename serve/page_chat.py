@@ -16,6 +16,7 @@ from serve.page_script import (
     KEEP,
     KEEP_IN_ADDRESS,
     LIST,
+    NOTHING,
     OPEN,
     OPEN_IF_WIDE,
 )
@@ -145,35 +146,28 @@ def _connect_models(blocks: Any, on: Widgets, models: Models) -> None:
 def _connect_conversations(blocks: Any, on: Widgets) -> None:
     here = {"api_visibility": "private"}
     gr.on([blocks.load, on.kept.focus], None, None, [on.kept], js=LIST, **here)
-    on.forget.click(None, [on.kept], [on.kept, on.chat], js=FORGET, **here)
     on.as_json.click(None, [on.chat, on.system], None, js=EXPORT_JSON, **here)
     on.as_markdown.click(None, [on.chat, on.system], None, js=EXPORT_MARKDOWN, **here)
 
 
 def _connect_talk(on: Widgets, talk: Talk) -> None:
-    quiet = {"outputs": on.drawn, "show_progress": "hidden", "api_visibility": "private"}
+    here = {"api_visibility": "private"}
+    quiet = here | {"outputs": on.drawn, "show_progress": "hidden"}
     # Gradio loses an event that joins its queue in the moment in which the one before leaves it. So only answers queue,
     # and asking again is always possible.
     at_once = quiet | {"queue": False}
     asking = quiet | {"concurrency_limit": CONCURRENT_ANSWERS, "trigger_mode": "multiple"}
-    kept = {
-        "fn": None,
-        "inputs": [on.kept, on.chat],
-        "outputs": [on.kept],
-        "js": KEEP,
-        "api_visibility": "private",
-    }
+    kept = here | {"fn": None, "inputs": [on.kept, on.chat], "outputs": [on.kept], "js": KEEP}
     gr.on([on.box.submit, on.send.click], talk.send, on.asked, **asking).then(**kept)
     on.chat.retry(talk.retry, on.asked, **asking).then(**kept)
     on.chat.edit(talk.edit, on.asked, **asking).then(**kept)
     on.chat.undo(talk.undo, {on.chat}, **at_once).then(**kept)
-    on.chat.clear(talk.clear, set(), **at_once).then(None, None, [on.kept], js="() => null", api_visibility="private")
+    on.chat.clear(talk.clear, set(), **at_once).then(None, None, [on.kept], js="() => null", **here)
     on.stop.click(talk.stop, {on.chat}, **at_once)
-    # The run ends first: what it still draws must not land in the other conversation.
-    opened = {"fn": None, "inputs": [on.kept], "outputs": [on.chat], "js": OPEN, "api_visibility": "private"}
-    on.kept.input(talk.leave, set(), **at_once).then(**opened)
-    nothing = {"js": "() => [[], null]", "api_visibility": "private"}
-    on.fresh.click(talk.leave, set(), **at_once).then(None, None, [on.chat, on.kept], **nothing)
+    turned = at_once | {"inputs": [on.kept, on.chat]}
+    on.kept.input(talk.leave, js=OPEN, **turned)
+    on.fresh.click(talk.leave, js=NOTHING, **turned).then(None, None, [on.kept], js="() => null", **here)
+    on.forget.click(None, [on.kept], [on.kept], js=FORGET, **here).then(talk.leave, js=NOTHING, **turned)
     liking = at_once | {"outputs": [on.said, on.correcting, on.wording, on.corrected_at]}
     on.chat.like(talk.liked, {on.chat, on.system, on.corrected_at}, **liking)
     wording = {on.chat, on.system, on.wording, on.corrected_at}

@@ -18,8 +18,10 @@ class Ending(Enum):
     """What becomes of answers that are ended from outside."""
 
     STOPPED = "stopped"
-    CLEARED = "cleared"
+    LEFT = "left"
+    """for another conversation, or none: the run draws that last, since what it drew before may still be on its way"""
     REPLACED = "replaced"
+    """by a newer run, which draws"""
 
 
 @dataclass
@@ -29,13 +31,15 @@ class Run:
     answers: tuple[Answer, ...]
     tasks: tuple[asyncio.Task[None], ...]
     ending: Ending | None = None
+    left_for: Any = None
+    """what to draw in the end of a run that was left"""
 
     @property
     def is_done(self) -> bool:
         return all(task.done() for task in self.tasks)
 
-    def end(self, ending: Ending) -> None:
-        self.ending = ending
+    def end(self, ending: Ending, left_for: Any = None) -> None:
+        self.ending, self.left_for = ending, left_for
         for task in self.tasks:
             task.cancel()
 
@@ -54,11 +58,11 @@ class Runs:
 
     _of: dict[str | None, Run] = field(default_factory=dict)
 
-    def end(self, session: str | None, ending: Ending) -> bool:
+    def end(self, session: str | None, ending: Ending, left_for: Any = None) -> bool:
         """Whether there was something to end."""
         run = self._of.get(session)
         if run is not None:
-            run.end(ending)
+            run.end(ending, left_for)
         return run is not None
 
     async def follow(

@@ -99,12 +99,13 @@ KEEP = """(id, chat) => {
 
 LIST = '() => ({ __type__: "update", choices: adapterhub.choices(adapterhub.kept()) })'
 
-# Gradio takes a list for one value an output, so the one value goes in a list.
-OPEN = "(id) => [adapterhub.kept().find((one) => one.id === id)?.messages ?? []]"
+OPEN = "(id) => [id, adapterhub.kept().find((one) => one.id === id)?.messages ?? []]"
+NOTHING = "() => [null, []]"
+"""input: a conversation's id; both give the id and the messages of the one to turn to"""
 
 FORGET = """(id) => {
     const all = adapterhub.keep(adapterhub.kept().filter((one) => one.id !== id));
-    return [{ __type__: "update", choices: adapterhub.choices(all), value: null }, []];
+    return { __type__: "update", choices: adapterhub.choices(all), value: null };
 }"""
 
 EXPORT_JSON = """(chat, system) => {

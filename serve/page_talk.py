@@ -114,13 +114,14 @@ class Talk:
         return self._draw(read_lines(given[self._on.chat])[: event.index]) | {self._on.box: text_of(event.value)}
 
     def clear(self, given: Given, request: gr.Request) -> Updates:
-        self._runs.end(request.session_hash, Ending.CLEARED)
+        self._runs.end(request.session_hash, Ending.LEFT, [])
         return self._nothing  # the browser has cleared it already
 
-    def leave(self, given: Given, request: gr.Request) -> Updates:
-        """The visitor turns to another conversation, which the browser draws."""
-        self._runs.end(request.session_hash, Ending.REPLACED)
-        return self._buttons(is_running=False)
+    def leave(self, _: str | None, chat: Any, request: gr.Request) -> Updates:
+        """The visitor turns to the conversation `chat`, out of the browser's own or empty."""
+        lines = read_lines(chat)
+        self._runs.end(request.session_hash, Ending.LEFT, lines)
+        return self._draw(lines)
 
     def stop(self, given: Given, request: gr.Request) -> Updates:
         if self._runs.end(request.session_hash, Ending.STOPPED):
@@ -204,8 +205,8 @@ def _mix(name: str | None, scale: float, partner: str | None, partner_scale: flo
 
 def _ended(lines: list[Line], run: Run) -> list[Line]:
     (answer,) = run.answers
-    if run.ending is Ending.CLEARED:
-        return []
+    if run.ending is Ending.LEFT:
+        return list(run.left_for)
     if run.ending is Ending.STOPPED:
         return [*lines, *stopped(answer)]
     error = run.error(0)

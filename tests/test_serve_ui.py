@@ -359,12 +359,13 @@ def test_conversations_outlive_the_server_and_the_page(
         expect(page.get_by_role("option", name="one", exact=True)).to_have_count(0)
 
 
-def test_turning_to_another_conversation_ends_the_answer(page: Page, api: FakeApi) -> None:
+@pytest.mark.parametrize("turned_by", ["New", "Delete"])
+def test_turning_to_another_conversation_ends_the_answer(page: Page, api: FakeApi, turned_by: str) -> None:
     ask_and_wait(page, "one")
     ask(page, "slow")
     expect(page.locator("#chat .bot").filter(has_text="and 3")).to_be_visible()
     button(page, "Conversations").click()
-    button(page, "New").click()
+    button(page, turned_by).click()
     wait_for_requests(page, "requests[1].is_cancelled")
     expect(button(page, "Send")).to_be_visible()
     expect(page.locator("#chat .message")).to_have_count(0)
