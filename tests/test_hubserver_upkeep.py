@@ -1,4 +1,4 @@
-"""Looking after a hub: quotas, the audit log, uploads in parts, removal of what is unused, pages to look at."""
+"""Looking after a hub: quotas, the audit log, uploads in parts, pages to look at."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,22 +20,17 @@ from hub_fixtures import ALICE, BOB, LFS_UPLOADS_WARN, PEOPLE, start_hub
 from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
-from typer.testing import CliRunner
 
-from adapterhub.cli import app
 from adapterhub.errors import StorageFull
 from adapterhub.files import sha256_of
 from adapterhub.hubserver.app import create_hub_app
 from adapterhub.hubserver.audit import Audited, AuditLog
 from adapterhub.hubserver.bodies import pour
-from adapterhub.hubserver.commits import DeleteFile, NewCommit, PutFile
-from adapterhub.hubserver.discussions import Discussions
-from adapterhub.hubserver.history import squash
+from adapterhub.hubserver.commits import NewCommit, PutFile
 from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.quotas import Limits, Quotas
 from adapterhub.hubserver.refusals import QuotaExceeded, StoreBusy, UploadMismatch
 from adapterhub.hubserver.store import HubStore
-from adapterhub.hubserver.sweeping import Sweeper
 
 REPO = RepoId.parse("alice/poems")
 LIMITS = Limits(repo_bytes=20_000, owner_bytes=30_000, part_bytes=1000)
@@ -68,6 +62,19 @@ def batch(url: str, repo: str, data: bytes, *transfers: str) -> Any:
     oid = hashlib.sha256(data).hexdigest()
     body = {"operation": "upload", "transfers": transfers, "objects": [{"oid": oid, "size": len(data)}]}
     return ask(url, "POST", f"/{repo}.git/info/lfs/objects/batch", json=body).json()
+
+
+def upload(store: HubStore, data: bytes, repo: RepoId = REPO) -> str:
+    sha256 = hashlib.sha256(data).hexdigest()
+    with closing(store.objects.begin_upload(sha256, size_bytes=len(data))) as incoming:
+        incoming.write(data)
+        incoming.finish()
+    store.mark_lfs(repo, sha256)
+    return sha256
+
+
+def objects(root: Path) -> set[bytes]:
+    return {path.read_bytes() for path in (root / "objects").rglob("*") if path.is_file()}
 
 
 # Quotas
@@ -400,113 +407,6 @@ def test_object_that_is_here_is_not_replaced_by_parts(store: HubStore, tmp_path:
     store.objects.finish_parts(name, **announced)
     assert store.objects.lfs_path(sha256).stat().st_ino == inode
     assert list((tmp_path / "uploads").iterdir()) == []
-
-
-# Removal of what is unused
-
-
-def upload(store: HubStore, data: bytes, repo: RepoId = REPO) -> str:
-    sha256 = hashlib.sha256(data).hexdigest()
-    with closing(store.objects.begin_upload(sha256, size_bytes=len(data))) as incoming:
-        incoming.write(data)
-        incoming.finish()
-    store.mark_lfs(repo, sha256)
-    return sha256
-
-
-def put_lfs(store: HubStore, path: str, data: bytes) -> PutFile:
-    return PutFile(path, store.lfs_entry(REPO, upload(store, data)))
-
-
-def commit(store: HubStore, *changes: PutFile | DeleteFile, branch: str = "main") -> str:
-    return store.commit(REPO, branch, changes=changes, new=NewCommit("alice", "a change")).sha
-
-
-def age(root: Path) -> None:
-    """As if everything had been done three days ago."""
-    old = time.time() - 3 * 24 * 3600
-    for path in root.rglob("*"):
-        os.utime(path, (old, old))
-
-
-def objects(root: Path) -> set[bytes]:
-    return {path.read_bytes() for path in (root / "objects").rglob("*") if path.is_file()}
-
-
-def test_what_a_ref_reaches_stays(store: HubStore, tmp_path: Path) -> None:
-    commit(store, put_lfs(store, "w", b"before"))
-    first = commit(store, put_lfs(store, "w", b"after"))
-    store.create_branch(REPO, "try", start=first)
-    commit(store, put_lfs(store, "w", b"branch"), branch="try")
-    store.create_tag(REPO, "v1", target="try")
-    store.delete_branch(REPO, "try")
-    pull = Discussions(store).open(
-        REPO,
-        author="bob",
-        title="t",
-        description="",
-        is_pull=True,
-        first=([put_lfs(store, "w", b"pull")], NewCommit("bob", "t")),
-    )
-    age(tmp_path)
-    swept = Sweeper(tmp_path).sweep()
-    assert (swept.objects, swept.commits) == (0, 0)
-    assert objects(tmp_path) == {b"before", b"after", b"branch", b"pull"}
-    assert store.commit_at(store.repo(REPO), f"refs/pr/{pull.num}").files["w"].size == 4
-
-
-def test_what_nothing_reaches_goes(store: HubStore, tmp_path: Path) -> None:
-    upload(store, b"never committed")
-    commit(store, put_lfs(store, "w", b"squashed away"))
-    commit(store, put_lfs(store, "w", b"kept"), PutFile("a", store.lfs_entry(REPO, upload(store, b"twice"))))
-    squash(store, REPO, "main", author="alice", message="one")
-    store.objects.put_blob(b"never committed, small")
-    left = store.objects.begin_upload("0" * 64, size_bytes=1)
-    left.close()
-    age(tmp_path)
-    swept = Sweeper(tmp_path).sweep()
-    assert (swept.objects, swept.commits) == (3, 3)
-    assert swept.freed_bytes == len(b"never committed" + b"squashed away" + b"never committed, small")
-    assert objects(tmp_path) == {b"kept", b"twice"}
-    assert Sweeper(tmp_path).sweep().objects == 0
-
-
-def test_young_uploads_stay(store: HubStore, tmp_path: Path) -> None:
-    fresh, reused = upload(store, b"fresh"), upload(store, b"reused")
-    age(tmp_path)
-    upload(store, b"fresh")
-    # The client asked, heard that it is here, and has not committed yet.
-    assert store.has_lfs(REPO, reused)
-    store.objects.put_blob(b"blob")
-    assert Sweeper(tmp_path).sweep().objects == 0
-    assert store.lfs_entry(REPO, fresh).size == 5
-    assert objects(tmp_path) == {b"fresh", b"reused", b"blob"}
-    commit(store, PutFile("w", store.lfs_entry(REPO, reused)))
-
-
-def test_deleted_repository_frees_what_no_other_holds(store: HubStore, tmp_path: Path) -> None:
-    commit(store, put_lfs(store, "w", b"shared"), put_lfs(store, "x", b"alone"))
-    other = RepoId.parse("datasets/bob/copy")
-    store.create_repo(other, author="bob")
-    entry = store.lfs_entry(other, upload(store, b"shared", other))
-    store.commit(other, "main", changes=[PutFile("w", entry)], new=NewCommit("bob", "w"))
-    store.delete_repo(REPO)
-    age(tmp_path)
-    Sweeper(tmp_path).sweep()
-    assert objects(tmp_path) == {b"shared"}
-
-
-def test_gc_command_says_what_it_removed(store: HubStore, tmp_path: Path) -> None:
-    upload(store, bytes(2_000_000))
-    age(tmp_path)
-    done = CliRunner().invoke(app, ["hub", "gc", "--root", str(tmp_path)])
-    assert done.output == "removed 1 objects and 0 commits, 2.0 MB in all\n"
-
-
-def test_gc_of_another_folder_is_refused(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["hub", "gc", "--root", str(tmp_path)])
-    assert done.exit_code != 0
-    assert list(tmp_path.iterdir()) == []
 
 
 # Pages
