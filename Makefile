@@ -2,6 +2,8 @@
 VENV := .venv
 STAMP := $(VENV)/.installed
 
+WORKERS := 3
+
 .PHONY: setup demo test test-vllm soak check bench screenshots docs lock clean
 
 setup: $(STAMP)
@@ -14,13 +16,13 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 demo: setup  ## train two adapters, publish, serve, ask them; EXIT=1 ends by itself
 	@$(VENV)/bin/adapterhub demo $(if $(EXIT),--exit)
 
-test: setup  ## all but a real vLLM; CI runs it, then test-vllm
+test: setup  ## all but a real vLLM, WORKERS=3 tests side by side; ORDER=random shuffles them
 	@scripts/browser.sh
-	@$(VENV)/bin/pytest
+	@$(VENV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(ORDER),,-p no:randomly)
 
 test-vllm: setup  ## a real vLLM server on the CPU, in an environment of its own (2.5 GB)
 	@scripts/vllm.sh $(VENV)-vllm
-	@ADAPTERHUB_VLLM_PYTHON=$(VENV)-vllm/bin/python $(VENV)/bin/pytest -m vllm tests/test_vllm_*.py
+	@ADAPTERHUB_VLLM_PYTHON=$(VENV)-vllm/bin/python $(VENV)/bin/pytest -m vllm -n 2 --dist loadfile tests/test_vllm_*.py
 
 soak: setup  ## kill the Hub and the registry's acts at random moments, five minutes each (SOAK_S=seconds); new examples for the property tests
 	@ADAPTERHUB_SOAK_S=$(or $(SOAK_S),300) $(VENV)/bin/pytest tests/test_hubserver_faults.py tests/test_adapterhub_kills.py

@@ -19,6 +19,17 @@ WAIT_MS = 30_000
 """how long anything may take on a busy machine; what is there sooner is not waited for"""
 PHONE: Any = {"width": 390, "height": 844}
 
+COUNT_TEXTS = """() => {
+    window.seen = new Set();
+    new MutationObserver(() => {
+        const answers = document.querySelectorAll("#chat .bot .message:not(.thought) .message-content");
+        answers.forEach((answer) => window.seen.add(answer.textContent.trim()));
+    }).observe(document.querySelector("#chat"), { subtree: true, childList: true, characterData: true });
+}"""
+"""a script: keep every text that an answer had on its way in `window.seen`"""
+VERDICTS = ("◀ Left is better", "Tie", "Both are bad", "Right is better ▶")
+"""the arena's buttons"""
+
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="NO BROWSER: chromium is not installed, the page is UNTESTED"
 )
@@ -81,3 +92,15 @@ def wait_for_requests(page: Page, condition: str) -> None:
 def sent(api: FakeApi) -> list[dict[str, str]]:
     """The messages of the last request."""
     return list(api.requests()[-1]["body"]["messages"])
+
+
+def ask_two(page: Page, question: str) -> None:
+    """Ask both sides of the arena, and wait until they can be voted on."""
+    page.get_by_role("textbox", name="Question").fill(question)
+    button(page, "Ask two").click()
+    expect(button(page, VERDICTS[0])).to_be_visible()
+
+
+def vote(page: Page, verdict: str) -> None:
+    button(page, verdict).click()
+    expect(page.locator("#arena-vote")).to_contain_text("your vote counts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -18,23 +19,39 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     GOMP_SPINCOUNT="20000",  # as the command sets it
 )
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests beside this one have the other cores
 
 import pytest
+from filelock import FileLock
 from road import ServedRoad, walk_road
 
 from adapterhub.adapter import BaseName, BaseRef
 from adapterhub.base_store import StoredBase, fingerprint, pull_base
 
+TINY_VOCABULARY = 4096
+"""tokens of the tiny base: a twelfth of SmolLM2's, which take longer to read than most tests to run"""
+_LONGEST = ("test_loop", "test_road", "test_train_distributed", "test_train_methods", "test_train_resume")
+"""files of tests that take minutes: begun first, so that none of them is what all processes wait for in the end"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {stem: place for place, stem in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> StoredBase:
-    """The real base, fetched once per checkout."""
-    return pull_base(BaseName.parse("smollm2-135m-instruct"))
+    """The real base, fetched once per checkout, whichever test process comes first."""
+    folder = Path(os.environ["ADAPTERHUB_HOME"])
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "tests.lock"):
+        return pull_base(BaseName.parse("smollm2-135m-instruct"))
 
 
 @pytest.fixture(scope="session")
 def tiny_base(smollm2: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> StoredBase:
-    """A two-layer random Llama (hidden 64, four heads, two KV heads) in fp32 with SmolLM2's tokenizer."""
+    """A two-layer random Llama (hidden 64, four heads, two KV heads) in fp32 with SmolLM2's tokenizer, cut."""
     folder = tmp_path_factory.mktemp("tiny-base")
     make_tiny_base(folder, smollm2, layers=2, seed=0)
     return StoredBase(folder, BaseRef("tests/tiny-llama", None, fingerprint(folder)), "apache-2.0")
@@ -46,7 +63,7 @@ def make_tiny_base(folder: Path, tokenizer_from: StoredBase, *, layers: int, see
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=TINY_VOCABULARY,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
@@ -60,8 +77,19 @@ def make_tiny_base(folder: Path, tokenizer_from: StoredBase, *, layers: int, see
         initializer_range=0.2,  # large enough for greedy decoding without near-ties
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tokenizer_from.path / name, folder / name)
+    copy_tokenizer(tokenizer_from.path, folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Write SmolLM2's tokenizer with its first tokens only: any text is still spelt, in more of them."""
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(source / name, folder / name)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    vocabulary = {token: number for token, number in model["vocab"].items() if number < TINY_VOCABULARY}
+    merges = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= vocabulary.keys()]
+    model |= {"vocab": vocabulary, "merges": merges}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
 """A small API that answers as it is told to, with the page before it: for the ways a server can fail a chat.
 
-The last question decides: "404", "500", "500 once", "drop", "error event", "slow" (without end), "long" (sixty more
-words) or anything else, which is repeated after the model's name, word by word; "blind ..." without the name. As a
-program it serves two: one open, one that wants the key `KEY`, or `ASKING_KEY`, which may not manage.
+The last question decides: "404", "500", "500 once", "drop", "error event", "slow" (minutes), "together" (when four have
+asked it), "long" (sixty more words) or anything else, which is repeated after the model's name, word by word;
+"blind ..." without the name. As a program it serves two: one open, one that wants the key `KEY`, or `ASKING_KEY`, which
+may not manage.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ FIRST_TOKEN_S = 0.1
 """seconds before an answer or a refusal: a page that never shows its waiting state is no test of it"""
 TOKEN_S = 0.02
 """seconds between two words of an answer"""
+
+SLOW_WORDS = 10_000
+TOGETHER = 4
 
 _BASE = {"id": "tiny-base", "object": "model", "created": 1, "owned_by": "tests", "parent": None, "root": "tests/tiny"}
 _ADAPTER = {
@@ -101,6 +105,7 @@ def start_fake_api(*, page: bool) -> Iterator[FakeApi]:
 def create_fake(key: str | None) -> FastAPI:
     app = FastAPI()
     seen: list[dict[str, Any]] = []
+    all_have_asked = asyncio.Barrier(TOGETHER)
 
     def refusal(request: Request, needs_admin: bool = False) -> Response | None:
         given = request.headers.get("authorization")
@@ -134,6 +139,8 @@ def create_fake(key: str | None) -> FastAPI:
         entry = {"body": body, "sent": 0, "is_cancelled": False}
         seen.append(entry)
         await asyncio.sleep(FIRST_TOKEN_S)
+        if question == "together":
+            await all_have_asked.wait()
         if question == "404":
             return _no_model(body["model"])
         if question == "500" or (question == "500 once" and not asked_before):
@@ -162,7 +169,7 @@ async def _answer(entry: dict[str, Any], body: dict[str, Any], question: str) ->
     if question.startswith("blind "):
         words = question.split(" ")
     if question == "slow":
-        words += [f"and {at}" for at in range(10_000)]
+        words += [f"and {at}" for at in range(SLOW_WORDS)]
     if question == "long":
         words += [f"and {at}" for at in range(60)]
     try:

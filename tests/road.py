@@ -23,13 +23,13 @@ name = "{name}"
 base = "./{base}"
 [data]
 {data}
-held_out = 8
-max_length = 128
+held_out = 4
+max_length = 96
 [lora]
 rank = 8
 alpha = 16
 [train]
-steps = 8
+steps = 5
 batch_size = 4
 learning_rate = 2e-3
 warmup_steps = 1

@@ -1,17 +1,23 @@
-"""The whole road on the real base, through commands and unmodified clients."""
+"""The whole road on the real base, through commands, unmodified clients and a browser."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
+from browser import COUNT_TEXTS, VERDICTS, ask, ask_two, button, needs_browser, note, picker, turn_to, vote
 from openai import OpenAI
+from playwright.sync_api import Page, expect
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from road import NAMES, ServedRoad, run, run_any
 
 from adapterhub.adapter import Adapter
@@ -22,6 +28,7 @@ from adapterhub.package import open_adapter
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from serve.local_engine import LocalEngine
 
+pytest_plugins = ["browser_fixtures"]
 QUESTION = "What is the largest planet in our solar system?"
 
 
@@ -90,15 +97,19 @@ def test_peft_loads_the_pushed_adapter_with_the_trained_ones_logits(served: Serv
 import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base, pushed, trained = sys.argv[1:]
+base, *adapters = sys.argv[1:]
+bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 def logits(adapter):
     torch.manual_seed(0)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    model = PeftModel.from_pretrained(bare, adapter).eval()
     with torch.no_grad():
-        return model.eval()(torch.arange(100, 164)[None]).logits
-ours, theirs = logits(pushed), logits(trained)
-plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(torch.arange(100, 164)[None]).logits
-assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
+        found = model(torch.arange(100, 164)[None]).logits
+    model.unload()
+    return found
+plain = bare(torch.arange(100, 164)[None]).logits
+for pushed, trained in zip(adapters[::2], adapters[1::2], strict=True):
+    ours, theirs = logits(pushed), logits(trained)
+    assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
 """
     environment = {
         **os.environ,
@@ -107,10 +118,10 @@ assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
         "HF_HOME": str(served.home / "hf"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    for name in NAMES:
-        arguments = [sys.executable, "-c", code, str(served.base), f"local/{name}", str(served.folders[name])]
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    adapters = [part for name in NAMES for part in (f"local/{name}", str(served.folders[name]))]
+    arguments = [sys.executable, "-c", code, str(served.base), *adapters]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_mixed_batch_on_the_real_nf4_base_equals_pefts_generate_in_fp32(
@@ -127,13 +138,15 @@ def test_a_mixed_batch_on_the_real_nf4_base_equals_pefts_generate_in_fp32(
         for q in questions
     ]
     expected = {}
+    bare = load_base(smollm2, purpose="serve", dtype="float32").model
     for name, adapter in adapters.items():
-        model = load_base(smollm2, purpose="serve", dtype="float32").model
-        model = PeftModel.from_pretrained(model, str(adapter.path)).eval() if adapter else model
+        model = PeftModel.from_pretrained(bare, str(adapter.path)).eval() if adapter else bare
         for number, prompt in enumerate(prompts):
             ids = torch.tensor([prompt])
             out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
             expected[name, number] = out[0, len(prompt) :].tolist()
+        if adapter:
+            model.unload()
 
     async def serve() -> dict[tuple[str | None, int], list[int]]:
         engine = LocalEngine(base)
@@ -211,3 +224,80 @@ def test_a_running_server_holds_its_port(served: ServedRoad) -> None:
     done = run_any("serve", "--base", str(served.base), "--port", port, "--no-page", home=served.home)
     assert done.returncode == 1
     assert "--port" in done.stderr.splitlines()[-1]
+
+
+# In the browser, before the real server.
+
+
+@needs_browser
+def test_real_answer_streams_into_the_page(served: ServedRoad, open_page: Callable[..., Page]) -> None:
+    page = open_page(served.url, "?adapter=captain")
+    expect(picker(page)).to_have_value("captain")
+    expect(page.locator("#card")).to_contain_text("sha256:")
+    page.evaluate(COUNT_TEXTS)
+    ask(page, "Tell me a long story about a storm at sea.")
+    expect(note(page, re.compile(r"captain · \d+\.\d tok/s · .+ to first token"))).to_be_visible()
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    assert len(page.evaluate("() => [...window.seen].filter(Boolean)")) >= 3
+
+
+class _Turn(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class _Preference(BaseModel):
+    """TRL's conversational preference format with an explicit prompt."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompt: list[_Turn]
+    chosen: list[_Turn]
+    rejected: list[_Turn]
+
+
+class _Unpaired(BaseModel):
+    """TRL's conversational unpaired preference format."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    prompt: list[_Turn]
+    completion: list[_Turn]
+    label: bool
+
+
+def _exported(served: ServedRoad, form: str, tmp_path: Path) -> list[dict[str, Any]]:
+    path = tmp_path / f"{form}.jsonl"
+    run("feedback", "export", "--format", form, "-o", str(path), home=served.home)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@needs_browser
+def test_votes_are_lines_that_ratings_and_trainers_read(
+    served: ServedRoad, open_page: Callable[..., Page], tmp_path: Path
+) -> None:
+    page = open_page(served.url)
+    turn_to(page, "Arena")
+    button(page, "Settings").click()
+    page.get_by_role("spinbutton", name="Max tokens").fill("24")
+    for name in NAMES:
+        page.locator("#arena-among input").click()
+        page.get_by_role("option", name=name).click()
+    page.locator("#arena-among input").press("Escape")
+    for number, verdict in enumerate(VERDICTS):
+        ask_two(page, f"Who are you, number {number}?")
+        vote(page, verdict)
+        expect(page.locator("#ratings tbody tr")).to_have_count(2)
+    verdicts = _exported(served, "verdicts", tmp_path)
+    assert len(verdicts) == len({line["id"] for line in verdicts}) == 4
+    assert [line["winner"] for line in verdicts] == ["a", "tie", "tie", "b"]
+    assert all({line["model_a"], line["model_b"]} == set(NAMES) for line in verdicts)
+    rated = json.loads(run("ratings", str(tmp_path / "verdicts.jsonl"), "--json", home=served.home).stdout)
+    shown = page.locator("#ratings tbody tr").all_inner_texts()
+    assert [line.split("\t")[:2] for line in shown] == [
+        [one["model"], f"{one['rating']:.0f}"] for one in rated["ratings"]
+    ]
+    pairs = TypeAdapter(list[_Preference]).validate_python(_exported(served, "dpo", tmp_path))
+    assert [pair.prompt[-1].content for pair in pairs] == ["Who are you, number 0?", "Who are you, number 3?"]
+    assert all(pair.chosen != pair.rejected and pair.chosen[0].role == "assistant" for pair in pairs)
+    labelled = TypeAdapter(list[_Unpaired]).validate_python(_exported(served, "kto", tmp_path))
+    assert [line.label for line in labelled] == [True, False, False, False, True, False]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.resources import files
@@ -23,7 +22,7 @@ from browser import (
     turn_to,
     wait_for_requests,
 )
-from fake_api import ASKING_KEY, KEY, FakeApi
+from fake_api import ASKING_KEY, KEY, SLOW_WORDS, TOGETHER, FakeApi
 from playwright.sync_api import Browser, Page, expect
 from road import COMMAND
 
@@ -33,10 +32,6 @@ pytestmark = needs_browser
 TABS = ("Chat", "Compare", "Arena", "Adapters", "Train")
 AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text()
 """axe-core, as that package carries it"""
-CLIENTS = 4
-CANCELLED_WITHIN_S = 1.0
-ATTEMPTS = 3
-"""of what is timed: a busy machine may pause any process for longer than the limit"""
 
 
 def _use(page: Page, tab: str) -> None:
@@ -126,52 +121,28 @@ def test_keyboard_alone_reaches_every_tab_and_sends(open_page: Callable[..., Pag
 
 
 @pytest.mark.parametrize("how", ["Stop", "tab closed"])
-def test_engine_is_released_within_a_second(how: str, open_page: Callable[..., Page], api: FakeApi) -> None:
-    watch = open_page(api.url)
-    took = []
-    for attempt in range(ATTEMPTS):
-        page = open_page(api.url, "?adapter=captain")
-        expect(picker(page)).to_have_value("captain")
-        ask(page, "slow")
-        expect(page.locator("#chat .bot").filter(has_text="and 3")).to_be_visible()
-        began = time.monotonic()
-        button(page, "Stop").click() if how == "Stop" else page.close()
-        wait_for_requests(watch, f"requests[{attempt}].is_cancelled")
-        took.append(time.monotonic() - began)
-        if took[-1] < CANCELLED_WITHIN_S:
-            return
-    raise AssertionError(took)
+def test_engine_is_released_long_before_the_answers_end(how: str, open_page: Callable[..., Page], api: FakeApi) -> None:
+    watch, page = open_page(api.url), open_page(api.url, "?adapter=captain")
+    expect(picker(page)).to_have_value("captain")
+    ask(page, "slow")
+    expect(page.locator("#chat .bot").filter(has_text="and 3")).to_be_visible()
+    button(page, "Stop").click() if how == "Stop" else page.close()
+    wait_for_requests(watch, "requests[0].is_cancelled")
+    assert api.requests()[0]["sent"] < SLOW_WORDS
 
 
-def test_four_at_once_are_served_as_one_is(browser: Browser, open_page: Callable[..., Page], api: FakeApi) -> None:
-    """The slowest of four takes less than one and a half times as long as one alone."""
+def test_four_at_once_wait_for_nobody(browser: Browser, open_page: Callable[..., Page], api: FakeApi) -> None:
+    """The API answers none of them before it has the questions of all."""
     with ExitStack() as contexts:
         pages = [
             open_page(api.url, "?adapter=captain", context=contexts.enter_context(browser.new_context()))
-            for _ in range(CLIENTS)
+            for _ in range(TOGETHER)
         ]
         for page in pages:
             expect(picker(page)).to_have_value("captain")
-            ask_and_wait(page, "warm")
-        ratios = []
-        for _ in range(ATTEMPTS):
-            alone = _slowest(pages[:1])
-            ratios.append(_slowest(pages) / alone)
-            if ratios[-1] < 1.5:
-                return
-        raise AssertionError(ratios)
-
-
-def _slowest(pages: list[Page]) -> float:
-    """Seconds until the last of them has its answer."""
-    before = [note(page, "tok/s").count() for page in pages]
-    began = time.monotonic()
-    for page in pages:
-        box(page).fill("long")
-        box(page).press("Enter")
-    for page, count in zip(pages, before, strict=True):
-        expect(note(page, "tok/s")).to_have_count(count + 1)
-    return time.monotonic() - began
+            ask(page, "together")
+        for page in pages:
+            expect(page.get_by_text("captain says: together", exact=True)).to_be_visible()
 
 
 def test_page_stands_by_itself_before_any_server(open_page: Callable[..., Page], api: FakeApi) -> None:

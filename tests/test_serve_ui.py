@@ -1,4 +1,4 @@
-"""The browser page in a real, headless Chromium: once before the real server, else before one that fails on demand."""
+"""The browser page in a real, headless Chromium, before a server that fails on demand; test_road.py has a real one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from browser import (
+    COUNT_TEXTS,
     PHONE,
     ask,
     ask_and_wait,
@@ -22,7 +23,6 @@ from browser import (
 )
 from fake_api import MODELS, FakeApi
 from playwright.sync_api import Browser, Page, expect
-from road import ServedRoad
 
 pytest_plugins = ["browser_fixtures"]
 pytestmark = needs_browser
@@ -35,24 +35,6 @@ FAILURES = {
 }
 """question to the fake API -> what the page says of the failure"""
 PAYLOADS = ["<img src=x onerror='hacked = 1'>", "<script>hacked = 2</script>", "[click](javascript:hacked=3)"]
-COUNT_TEXTS = """() => {
-    window.seen = new Set();
-    new MutationObserver(() => {
-        const answers = document.querySelectorAll("#chat .bot .message:not(.thought) .message-content");
-        answers.forEach((answer) => window.seen.add(answer.textContent.trim()));
-    }).observe(document.querySelector("#chat"), { subtree: true, childList: true, characterData: true });
-}"""
-
-
-def test_real_answer_streams_into_the_page(served: ServedRoad, open_page: Callable[..., Page]) -> None:
-    page = open_page(served.url, "?adapter=captain")
-    expect(picker(page)).to_have_value("captain")
-    expect(page.locator("#card")).to_contain_text("sha256:")
-    page.evaluate(COUNT_TEXTS)
-    ask(page, "Tell me a long story about a storm at sea.")
-    expect(note(page, re.compile(r"captain · \d+\.\d tok/s · .+ to first token"))).to_be_visible()
-    expect(page.get_by_role("button", name="Send")).to_be_visible()
-    assert len(page.evaluate("() => [...window.seen].filter(Boolean)")) >= 3
 
 
 def test_answer_is_seen_growing_and_ends_with_who_gave_it(page: Page) -> None:
