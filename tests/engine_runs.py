@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from conftest import TINY_VOCABULARY
 from packages import FINGERPRINT
 
 from adapterhub.adapter import Adapter
@@ -19,7 +20,7 @@ from serve.engine import Chunk, GenerationRequest, SamplingParams
 from serve.local_engine import LocalEngine, LocalEngineConfig
 
 NUM_TOKENS = 12
-PROMPTS = tuple(tuple(random.Random(n).choices(range(100, 49_000), k=3 + 7 * n)) for n in range(5))
+PROMPTS = tuple(tuple(random.Random(n).choices(range(100, TINY_VOCABULARY), k=3 + 7 * n)) for n in range(5))
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
 
 

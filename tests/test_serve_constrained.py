@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+from conftest import TINY_VOCABULARY
 
 from adapterhub.base_model import load_base
 from adapterhub.base_store import StoredBase
@@ -122,8 +123,8 @@ def test_a_bias_on_a_token_that_does_not_exist_is_refused(tiny_base: StoredBase)
     async def test() -> None:
         engine = LocalEngine(load_base(tiny_base, purpose="serve", dtype="float32"))
         try:
-            sampling = SamplingParams(logit_bias=((49_152, 1.0),))
-            with pytest.raises(UsageError, match="49152"):
+            sampling = SamplingParams(logit_bias=((TINY_VOCABULARY, 1.0),))
+            with pytest.raises(UsageError, match=str(TINY_VOCABULARY)):
                 await anext(engine.generate(GenerationRequest("a", PROMPT, sampling)))
         finally:
             await engine.close()

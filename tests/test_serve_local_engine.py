@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_peft_adapter
+from conftest import TINY_VOCABULARY, make_peft_adapter
 from engine_runs import GREEDY, NUM_TOKENS, PROMPTS, ask, idle, load_tiny, run, running, tokens_of, unverified
 
 from adapterhub.adapter import Adapter, BaseRef
@@ -298,9 +298,9 @@ def test_the_families_of_standard_attention_answer_as_generate_does(
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        family, vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
-        **FAMILIES[family],
+        family, vocab_size=TINY_VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
+        bos_token_id=1, eos_token_id=2, **FAMILIES[family],
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
     wanted = [greedy(model, prompt) for prompt in PROMPTS]

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import make_peft_adapter, make_tiny_base
+from conftest import TINY_VOCABULARY, make_peft_adapter, make_tiny_base
 from engine_runs import GREEDY, NUM_TOKENS, PROMPTS, ask, idle, load_tiny, run, running, tokens_of, unverified
 
 from adapterhub.adapter import Adapter, BaseRef
@@ -82,11 +82,13 @@ def test_a_prompt_that_cannot_fit_shows_both_numbers(tiny_base: StoredBase) -> N
     run(test)
 
 
-@pytest.mark.parametrize("token", [1_000_000_000, 49_152, -1])
+@pytest.mark.parametrize("token", [1_000_000_000, TINY_VOCABULARY, -1])
 def test_a_prompt_token_outside_the_vocabulary_is_refused(tiny_base: StoredBase, token: int) -> None:
     async def test() -> None:
         async with running(load_tiny(tiny_base)) as engine:
-            with pytest.raises(UsageError, match=f"the prompt names token {token}, the vocabulary has 49152 tokens"):
+            with pytest.raises(
+                UsageError, match=f"the prompt names token {token}, the vocabulary has {TINY_VOCABULARY} tokens"
+            ):
                 await ask(engine, GenerationRequest("a", (5, token), GREEDY))
             assert len(tokens_of(await ask(engine, GenerationRequest("b", (5,), GREEDY)))) == NUM_TOKENS
 
@@ -349,7 +351,7 @@ def test_a_token_of_the_tokenizer_that_the_model_has_not_is_a_bad_request(tiny_b
             services = Services(engine, catalog, cache, PromptRenderer(base.tokenizer), Metrics(engine))
             transport = httpx.ASGITransport(create_app(services, ApiKeys()))
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                for prompt, status in (([49_152], 400), ([49_153], 400), ([5], 200)):
+                for prompt, status in (([TINY_VOCABULARY], 400), ([TINY_VOCABULARY + 1], 400), ([5], 200)):
                     answer = await client.post("/v1/completions", json={"model": "base", "prompt": prompt})
                     assert answer.status_code == status, answer.text
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import free_port, make_peft_adapter, make_tiny_base
+from conftest import TINY_VOCABULARY, free_port, make_peft_adapter, make_tiny_base
 from vllm_fixtures import Running, ask, engine_on, expected, fake_of, fakes, run, tokens_of, until
 
 from adapterhub.adapter import Adapter, BaseRef
@@ -150,7 +150,7 @@ def test_shapes_are_the_models_own(tiny_base: StoredBase) -> None:
     shapes = module_shapes(tiny_base)
     assert shapes["model.layers.1.mlp.down_proj"] == (128, 64)
     assert shapes["model.layers.0.self_attn.k_proj"] == (64, 32)
-    assert shapes["model.embed_tokens"] == (49152, 64)
+    assert shapes["model.embed_tokens"] == (TINY_VOCABULARY, 64)
 
 
 def test_mixes_and_scales_are_refused(

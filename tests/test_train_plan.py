@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY_VOCABULARY
 from test_train_preference import preference_recipe
 from test_train_trainer import WEIGHTS, make_recipe, run
-from transformers import Gemma3Config, OPTConfig, PretrainedConfig
+from transformers import AutoTokenizer, Gemma3Config, OPTConfig, PretrainedConfig
 from typer.testing import CliRunner
 
 from adapterhub.base_store import StoredBase
@@ -117,7 +118,12 @@ def base_of(folder: Path, config: PretrainedConfig, tokenizer_from: StoredBase) 
 
 def test_a_base_whose_config_has_other_words_for_its_sizes(tmp_path: Path, tiny_base: StoredBase) -> None:
     config = OPTConfig(
-        vocab_size=49152, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32
+        vocab_size=TINY_VOCABULARY,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        word_embed_proj_dim=32,
     )
     base = base_of(tmp_path / "base", config, tiny_base)
     recipe = make_recipe(tmp_path)
@@ -129,7 +135,7 @@ def test_a_base_whose_config_has_other_words_for_its_sizes(tmp_path: Path, tiny_
 
 def test_a_base_of_text_and_pictures_is_planned_by_its_text(tmp_path: Path, tiny_base: StoredBase) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = sizes | {"vocab_size": 49152, "head_dim": 16, "num_key_value_heads": 1}
+    text = sizes | {"vocab_size": TINY_VOCABULARY, "head_dim": 16, "num_key_value_heads": 1}
     base = base_of(tmp_path / "base", Gemma3Config(text_config=text, vision_config=sizes), tiny_base)
     recipe = make_recipe(tmp_path, lora={"targets": ["q_proj"]})
     plan = make_plan(recipe, base, tmp_path / "out")
@@ -182,7 +188,10 @@ def test_cut_answers_are_counted_and_noted(tmp_path: Path, tiny_base: StoredBase
 
 
 def test_answers_without_any_end_stop_the_run(tmp_path: Path, tiny_base: StoredBase) -> None:
-    recipe = make_recipe(tmp_path, data={"max_length": 38})
+    question = [{"role": "user", "content": "What is 11?"}]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base.path)
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    recipe = make_recipe(tmp_path, data={"max_length": len(prompt) + 2})  # "It is", and no more
     with pytest.raises(DatasetError) as caught:
         run(recipe, tiny_base, tmp_path / "out")
     assert "no sample trains the end of an answer" in str(caught.value)

@@ -7,6 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from conftest import TINY_VOCABULARY
 from hub_fixtures import ALICE, LFS_UPLOADS_WARN, PEOPLE, READER, start_hub
 from test_train_trainer import make_recipe, run
 from typer.testing import CliRunner
@@ -144,7 +145,7 @@ def test_a_tokenizer_larger_than_the_base(tmp_path: Path, tiny_base: StoredBase)
     folder = tmp_path / "base"
     shutil.copytree(tiny_base.path, folder)
     config = folder / "config.json"
-    config.write_text(config.read_text().replace('"vocab_size": 49152', '"vocab_size": 1000'))
+    config.write_text(config.read_text().replace(f'"vocab_size": {TINY_VOCABULARY}', '"vocab_size": 1000'))
     with pytest.raises(IncompatibleBase, match=r"gives token \d+, the base has embeddings for 1000"):
         load_inputs(make_recipe(tmp_path), StoredBase(folder, tiny_base.ref), start=None)
 

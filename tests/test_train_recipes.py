@@ -75,7 +75,7 @@ def outline(folder: Path, shape: ModelShape, tokenizer_from: StoredBase) -> Stor
 
     heads = shape.hidden // 64
     LlamaConfig(
-        vocab_size=max(shape.vocabulary, 49152), hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers, num_attention_heads=heads, num_key_value_heads=shape.key_value // 64,
         tie_word_embeddings=shape.is_tied,
     ).save_pretrained(folder)  # fmt: skip
