@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from serve.engine import GenerationRequest
+from serve.fairness import Group, group_of
 
 
 @dataclass(eq=False)
@@ -34,6 +37,15 @@ class Sequence:
     @classmethod
     def of(cls, request: GenerationRequest) -> Sequence:
         return cls(request, list(request.prompt))
+
+    @cached_property
+    def group(self) -> Group:
+        return group_of(self.request)
+
+    @property
+    def is_fresh(self) -> bool:
+        """None of its tokens has been computed for it, not even before a preemption."""
+        return self.num_charged == self.num_shared
 
     @property
     def num_pending(self) -> int:
@@ -84,11 +96,16 @@ class BlockPool:
             self._holders[block] = 1
             sequence.blocks.append(block)
 
-    def can_admit(self, sequence: Sequence) -> bool:
-        """Is there room for its tokens and the next one, so that it is not preempted at once?"""
+    def can_admit(self, sequence: Sequence, *, without: Iterable[Sequence] = ()) -> bool:
+        """Is there room for its tokens and the next one, so that it is not preempted at once?
+
+        `without`: sequences that would be released for it.
+        """
+        released = Counter(block for other in without for block in other.blocks)
+        num_free = self.num_free + sum(self._holders[block] == count for block, count in released.items())
         prefix = self._prefix(sequence)
-        taken = sum(self._holders[block] == 0 for block in prefix)
-        return self.blocks_for(len(sequence.tokens) + 1) - len(prefix) <= self.num_free - taken
+        taken = sum(self._holders[block] == released[block] for block in prefix)
+        return self.blocks_for(len(sequence.tokens) + 1) - len(prefix) <= num_free - taken
 
     def admit(self, sequence: Sequence) -> None:
         """Give it the blocks of its longest known prefix, and empty ones for the rest."""

@@ -6,10 +6,11 @@ Counts and names only, so policy is tested in milliseconds. One thread owns a Sc
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 
 from serve.engine import AdapterScale
-from serve.fairness import FairShare, Group, group_of
+from serve.fairness import FairShare, Group
 from serve.kv_blocks import BlockPool, Sequence
 
 __all__ = ["AdapterMix", "Batch", "BlockPool", "Piece", "Scheduler", "SchedulerLimits", "Sequence"]
@@ -48,16 +49,27 @@ class SchedulerLimits:
     max_prefill_chunk: int = 256
     """prompt tokens of all sequences in a step, so that decoding never waits longer than this"""
     max_wait_steps: int = 16
-    """steps after which a group of which nothing runs takes the place of a better served one"""
+    """Steps without a token after which a group that has requests is given a place and prompt tokens first."""
+
+    @property
+    def num_places(self) -> int:
+        """Sequences that run together; a step has a token for each of them."""
+        return min(self.max_num_seqs, self.max_batch_tokens)
 
 
 class Scheduler:
-    """Fair between groups (one per adapter mix, and the bare base), first come first served within one.
+    """Fair between groups (one per adapter, and the bare base), first come first served within one.
 
-    The group that was served least comes first, for a free place and for the prompt tokens of a step. A group of which
-    nothing runs gets a place within `max_wait_steps`, as long as there are no more groups than places; with more they
-    take turns. When KV blocks run out, the newest sequence of the best served group gives its blocks back and is
-    computed again later.
+    The group that was served least comes first, for a free place and for the prompt tokens of a step. A group that has
+    requests and of which nothing was computed for `max_wait_steps` is overdue: the longest overdue one is served first,
+    and its oldest request, if nothing of it was computed yet, takes places and KV blocks from others. So the first
+    prompt tokens of a request whose group had none are computed in the (max_wait_steps + n)th step after it came at the
+    latest, n the number of other groups that had requests then. A request that was preempted comes back in its group's
+    turn: at the cost of those that were served more, or two that do not fit together would compute their prompts over
+    and over.
+
+    When KV blocks run out, the newest sequence of the most served group gives its blocks back and is computed again
+    later.
     """
 
     def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
@@ -67,8 +79,9 @@ class Scheduler:
         self.num_preemptions = 0
         self._share = FairShare()
         self._queues: dict[Group, deque[Sequence]] = {}
-        self._waits_since: dict[Group, int] = {}
-        """step at which a group began to have requests but nothing running"""
+        self._computed_at: dict[Group, int] = {}
+        """Step at which a group that has requests last had a token computed, or began to have requests; in this order
+        where the steps are the same."""
         self._step = 0
 
     @property
@@ -80,30 +93,34 @@ class Scheduler:
         return sum(map(len, self._queues.values()))
 
     def add(self, sequence: Sequence) -> None:
-        group = group_of(sequence.request)
-        active = {*self._queues, *self._running_groups()}
-        if group not in active:
-            self._share.join(group, active)
-        self._enqueue(sequence, group)
+        group = sequence.group
+        if group not in self._queues:
+            self._share.arrive(group, waiting=self._queues, running=self._running_groups())
+        self._computed_at.setdefault(group, self._step)
+        self._queues.setdefault(group, deque()).append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Finished or aborted: its blocks are free at once."""
-        group = group_of(sequence.request)
+        group = sequence.group
         if sequence in self.running:
             self.running.remove(sequence)
-            self._note_waiting(group)
         elif sequence in self._queues.get(group, ()):
             self._queues[group].remove(sequence)
             self._forget_if_empty(group)
+        if group not in self._queues and group not in self._running_groups():
+            self._computed_at.pop(group, None)
         self.pool.release(sequence)
 
     def schedule(self) -> Batch | None:
         """The next step's work, or None when there is nothing to do."""
         self._step += 1
-        self._seat_overdue()
-        pieces = self._decode_pieces()
+        overdue = self._overdue()
+        self._admit_overdue(overdue)
+        pieces = self._decode_pieces(overdue)
         room = self.limits.max_batch_tokens - len(pieces)
-        pieces += self._prefill_pieces(min(room, self.limits.max_prefill_chunk))
+        pieces += self._prefill_pieces(min(room, self.limits.max_prefill_chunk), overdue)
+        for piece in pieces:
+            self._computed_at[piece.sequence.group] = self._step
         if not pieces:
             return None
         return Batch(tuple(sorted(pieces, key=_mix_order)))
@@ -124,81 +141,104 @@ class Scheduler:
         waiting = self.waiting
         self.pool.check([*self.running, *waiting])
         assert not any(sequence.blocks for sequence in waiting), "a waiting sequence holds KV blocks"
-        assert len(self.running) <= self.limits.max_num_seqs, "more sequences run than allowed"
-        assert self._waits_since.keys() == self._queues.keys() - self._running_groups().keys(), "a group is forgotten"
+        assert len(self.running) <= self.limits.num_places, "more sequences run than allowed"
+        assert self._computed_at.keys() == self._queues.keys() | self._running_groups().keys(), "a group is forgotten"
 
     def _running_groups(self) -> Counter[Group]:
-        return Counter(group_of(sequence.request) for sequence in self.running)
-
-    def _enqueue(self, sequence: Sequence, group: Group, *, first: bool = False) -> None:
-        queue = self._queues.setdefault(group, deque())
-        if first:
-            queue.appendleft(sequence)
-        else:
-            queue.append(sequence)
-        self._note_waiting(group)
-
-    def _note_waiting(self, group: Group) -> None:
-        if group in self._queues and group not in self._running_groups():
-            self._waits_since.setdefault(group, self._step)
+        return Counter(sequence.group for sequence in self.running)
 
     def _forget_if_empty(self, group: Group) -> None:
         if not self._queues[group]:
             del self._queues[group]
-            self._waits_since.pop(group, None)
+            self._share.leave(group)
 
-    def _seat_overdue(self) -> None:
-        """Give a place to each group that has waited too long, at the cost of those that were served more."""
+    def _overdue(self) -> list[Group]:
+        """Groups of which nothing was computed for too long, the longest first."""
         limit = self._step - self.limits.max_wait_steps
-        overdue = sorted((since, group) for group, since in self._waits_since.items() if since <= limit)
-        seated: list[Sequence] = []
-        for _, group in overdue:
-            sequence = self._queues[group][0]
-            while not self._admit(sequence):
-                others = [s for s in self.running if s not in seated and group_of(s.request) != group]
-                victim = self._best_served(others)
-                if victim is None or self._served(victim) < self._share.served(group):
-                    return
-                self._preempt(victim)
-            seated.append(sequence)
+        decoding = {sequence.group for sequence in self.running if sequence.num_pending == 1}
+        late = [group for group, step in self._computed_at.items() if step <= limit and group not in decoding]
+        return sorted(late, key=self._computed_at.__getitem__)
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Move the first of its group's queue to the running ones, if there is a place and room for it."""
-        if len(self.running) >= self.limits.max_num_seqs or not self.pool.can_admit(sequence):
-            return False
-        group = group_of(sequence.request)
-        self._queues[group].popleft()
-        self._waits_since.pop(group, None)
-        self._forget_if_empty(group)
+    def _admit_overdue(self, overdue: Listed[Group]) -> None:
+        """Give a place to each overdue group that has none, as far as the step has prompt tokens for them."""
+        budget = self.limits.max_prefill_chunk
+        for number, group in enumerate(overdue):
+            begun = next((sequence for sequence in self.running if sequence.group == group), None)
+            sequence = begun or self._queues[group][0]
+            if begun is None:
+                others = [s for s in self.running if s.group not in overdue[:number]]
+                if not sequence.is_fresh:
+                    others = [s for s in others if self._served(s) > self._served(sequence)]
+                victims = self._victims_for(sequence, others)
+                if victims is None:
+                    continue
+                for victim in victims:
+                    self._preempt(victim)
+                self._admit(sequence)
+            budget -= sequence.num_pending
+            if budget <= 0:
+                return
+
+    def _victims_for(self, sequence: Sequence, candidates: Listed[Sequence]) -> list[Sequence] | None:
+        """Who of `candidates` must go so that `sequence` has a place and room; None when all are not enough.
+
+        Groups that run several sequences give first, then those that were served most; the newest of a group.
+        """
+        chosen: list[Sequence] = []
+        while not self._has_room(sequence, without=chosen):
+            left = [s for s in self.running if s not in chosen]
+            counts = Counter(s.group for s in left)
+            victim = max(
+                (s for s in reversed(left) if s in candidates),
+                key=lambda s: (counts[s.group] > 1, self._served(s)),
+                default=None,
+            )
+            if victim is None:
+                return None
+            chosen.append(victim)
+        return chosen
+
+    def _has_room(self, sequence: Sequence, *, without: Listed[Sequence] = ()) -> bool:
+        has_place = len(self.running) - len(without) < self.limits.num_places
+        return has_place and self.pool.can_admit(sequence, without=without)
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Move the first of its group's queue to the running ones, for which there is room."""
+        self._queues[sequence.group].popleft()
+        self._forget_if_empty(sequence.group)
+        is_fresh = sequence.is_fresh
         self.pool.admit(sequence)
-        if not sequence.num_charged:
+        if is_fresh:
             sequence.num_shared = sequence.num_charged = sequence.num_computed
         self.running.append(sequence)
-        return True
 
-    def _decode_pieces(self) -> list[Piece]:
-        pieces = []
+    def _decode_pieces(self, overdue: Listed[Group]) -> list[Piece]:
         for sequence in list(self.running):
-            if sequence.num_pending != 1 or sequence not in self.running:
-                continue
-            if self._make_room(sequence, len(sequence.tokens)):
-                pieces.append(self._chunk(sequence, 1))
-        # A sequence may have been preempted after its piece was made.
-        return [piece for piece in pieces if piece.sequence in self.running]
+            if sequence.num_pending == 1 and sequence in self.running:
+                self._make_room(sequence, len(sequence.tokens), spared=overdue)
+        return [self._chunk(sequence, 1) for sequence in self.running if sequence.num_pending == 1]
 
-    def _prefill_pieces(self, budget: int) -> list[Piece]:
+    def _prefill_pieces(self, budget: int, overdue: Listed[Group]) -> list[Piece]:
         pieces: list[Piece] = []
         done = {id(sequence) for sequence in self.running if sequence.num_pending == 1}
+        first = {group: number for number, group in enumerate(overdue)}
         may_admit = True
         while budget > 0:
             begun = [s for s in self.running if id(s) not in done]
             heads = [queue[0] for queue in self._queues.values()] if may_admit else []
             if not begun and not heads:
                 break
-            sequence = min([*begun, *heads], key=self._served)
-            if sequence not in self.running and not self._admit(sequence):
-                may_admit = False  # nobody overtakes it: what becomes free is for the least served
-                continue
+            urgent = [s for s in begun if s.group in first]
+            if urgent:
+                sequence = min(urgent, key=lambda s: first[s.group])
+                del first[sequence.group]
+            else:
+                sequence = min([*begun, *heads], key=self._served)
+            if sequence not in self.running:
+                if not self._has_room(sequence):
+                    may_admit = False  # nobody overtakes it: what becomes free is for the least served
+                    continue
+                self._admit(sequence)
             pieces.append(self._chunk(sequence, budget))
             done.add(id(sequence))
             budget -= pieces[-1].num_tokens
@@ -214,28 +254,23 @@ class Scheduler:
         sequence.num_charged += new
         return Piece(sequence, sequence.num_computed, num_tokens, samples)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give `sequence` blocks for `num_tokens`, preempting others; False if it had to go itself."""
+    def _make_room(self, sequence: Sequence, num_tokens: int, *, spared: Listed[Group]) -> None:
+        """Give `sequence` blocks for `num_tokens`, preempting others that are not of `spared` groups, or itself."""
         while not self.pool.can_grow(sequence, num_tokens):
-            victim = self._best_served(self.running)
-            assert victim is not None
+            candidates = [s for s in reversed(self.running) if s is sequence or s.group not in spared]
+            victim = max(candidates, key=self._served)  # the newest of the most served group
             self._preempt(victim)
             if victim is sequence:
-                return False
+                return
         self.pool.grow(sequence, num_tokens)
-        return True
 
     def _served(self, sequence: Sequence) -> float:
-        return self._share.served(group_of(sequence.request))
-
-    def _best_served(self, sequences: list[Sequence]) -> Sequence | None:
-        """The newest sequence of the group that was served most."""
-        return max(reversed(sequences), key=self._served, default=None)
+        return self._share.served(sequence.group)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.pool.release(sequence)
-        self._enqueue(sequence, group_of(sequence.request), first=True)
+        self._queues.setdefault(sequence.group, deque()).appendleft(sequence)
         self.num_preemptions += 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import replace
@@ -282,3 +283,69 @@ def test_random_schedules_lose_nobody_and_balance_the_books(seed: int) -> None:
                 finished.add(sequence.request.id)
     assert finished == expected
     assert scheduler.pool.num_free == num_blocks
+
+
+def test_more_places_than_tokens_of_a_step_hold_nobody_up() -> None:
+    scheduler = _scheduler(num_blocks=4096, max_num_seqs=64, max_batch_tokens=8, max_wait_steps=10)
+    for number in range(64):
+        scheduler.add(_sequence(f"greedy{number}", adapter="a", max_tokens=10_000))
+    _tokens_of(scheduler, 50)
+    scheduler.add(_sequence("late", adapter="b"))
+    assert _tokens_of(scheduler, 14)["late"] >= 1
+
+
+def test_an_overdue_prompt_is_computed_though_others_were_served_less() -> None:
+    scheduler = _scheduler(num_blocks=4096, max_num_seqs=4, max_prefill_chunk=16, max_wait_steps=10)
+    scheduler.add(_sequence("first", prompt=16, adapter="b"))
+    for number in range(60):
+        scheduler.add(_sequence(f"flood{number}", prompt=400, adapter="a"))
+    _tokens_of(scheduler, 1)
+    scheduler._share._served["b"] += 1e9  # as after a much longer answer
+    scheduler.remove(next(s for s in scheduler.running if s.request.id == "first"))
+    scheduler.add(_sequence("second", prompt=16, adapter="b"))
+    assert _tokens_of(scheduler, 10)["second"] == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_first_prompt_tokens_come_within_the_bound_whatever_is_short(seed: int) -> None:
+    """Places, tokens of a step and KV blocks are too few; counters lie far apart; requests come and go as they like."""
+    dice = random.Random(seed)
+    block_size, num_blocks = dice.randint(1, 5), dice.randint(8, 30)
+    capacity = block_size * num_blocks
+    scheduler = _scheduler(
+        num_blocks,
+        block_size,
+        max_num_seqs=dice.randint(1, 8),
+        max_batch_tokens=dice.randint(1, 20),
+        max_prefill_chunk=dice.randint(1, 16),
+        max_wait_steps=dice.randint(1, 20),
+    )
+    names = itertools.count()
+    latest: dict[str, int] = {}
+    """group that had no request before one came -> the step by which a token of it is to be computed"""
+
+    def groups() -> set[str]:
+        return {sequence.group for sequence in [*scheduler.running, *scheduler.waiting]}
+
+    for step in range(1, 120):
+        while dice.random() < 0.3:
+            adapter = dice.choice("abcdefgh")
+            prompt = dice.randint(1, capacity // 2)
+            answer = dice.randint(1, capacity - prompt - 1)
+            others = groups() - {adapter}
+            if adapter not in groups():
+                latest[adapter] = step - 1 + scheduler.limits.max_wait_steps + len(others)
+            share = scheduler._share
+            scheduler.add(_sequence(str(next(names)), prompt=prompt, adapter=adapter, max_tokens=answer))
+            if dice.random() < 0.1:
+                share._served[adapter] = share.served(adapter) + dice.choice([1e3, 1e6])
+        batch = _step(scheduler)
+        for piece in batch.pieces if batch else ():
+            latest.pop(piece.sequence.group, None)
+            if len(piece.sequence.answer) >= piece.sequence.request.sampling.max_tokens or dice.random() < 0.01:
+                scheduler.remove(piece.sequence)
+        if scheduler.num_waiting and dice.random() < 0.05:
+            scheduler.remove(dice.choice(scheduler.waiting))
+        latest = {group: last for group, last in latest.items() if group in groups()}
+        assert all(step < last for last in latest.values()), (step, latest)
