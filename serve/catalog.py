@@ -49,8 +49,8 @@ class Catalog:
         self._registry = registry
         self._cache = cache
         self._names: dict[str, Published] = {}
-        self._retiring: set[asyncio.Task[None]] = set()
         self._leases: dict[str, ExitStack] = {}  # by name: the registry collects nothing that is served
+        cache.keep_only(lambda: {published.adapter.digest for published in self._names.values()})
 
     def list(self) -> Sequence[Published]:
         return tuple(self._names[name] for name in sorted(self._names))
@@ -99,11 +99,7 @@ class Catalog:
                 self._publish(published, lease, replace=replace)
             else:
                 async with self._cache.lease([adapter]):
-                    try:
-                        self._publish(published, lease, replace=replace)
-                    except Conflict:
-                        self._drop_if_unnamed(adapter.digest)
-                        raise
+                    self._publish(published, lease, replace=replace)
                     if is_pinned:
                         self._cache.pin(adapter)
         return published
@@ -115,7 +111,7 @@ class Catalog:
             raise Conflict(f"{name!r} is the base model and stays loaded.")
         del self._names[name]
         self._leases.pop(name).close()
-        self._drop_if_unnamed(published.adapter.digest)
+        self._cache.sweep()
 
     def _publish(self, published: Published, lease: ExitStack, *, replace: bool) -> None:
         self._check_free(published, replace=replace)  # another may have come to lead there meanwhile
@@ -123,7 +119,7 @@ class Catalog:
         self._names[published.name] = published
         if before is not None:
             self._leases.pop(published.name).close()
-            self._drop_if_unnamed(before.adapter.digest)
+            self._cache.sweep()
         self._leases[published.name] = lease.pop_all()
 
     def _check_free(self, published: Published, *, replace: bool) -> None:
@@ -132,13 +128,3 @@ class Catalog:
             raise Conflict(
                 f"{published.name!r} already leads to {there.adapter.digest}: unload it first, or ask to replace it."
             )
-
-    def _is_named(self, digest: str) -> bool:
-        return any(published.adapter.digest == digest for published in self._names.values())
-
-    def _drop_if_unnamed(self, digest: str) -> None:
-        if self._is_named(digest):
-            return
-        task = asyncio.create_task(self._cache.drop(digest, unless=lambda: self._is_named(digest)))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)

@@ -139,6 +139,10 @@ class Engine(Protocol):
     """what the model computes in: float32, bfloat16 or float16"""
     precision: Precision
 
+    def size_of(self, adapter: Adapter) -> int:
+        """Return the bytes `adapter` takes when it is loaded."""
+        ...
+
     async def load(self, adapter: Adapter) -> None:
         """Make `adapter` usable by its digest; nothing changes when this fails.
 

@@ -18,7 +18,7 @@ from adapterhub.errors import AdapterLoadFailed, EngineStopped, MissingFile, Req
 from serve.attention import KvShape
 from serve.cpu_kernels import MAX_RANK
 from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, Precision, TokenLogprob
-from serve.lora_weights import Weights, read_weights
+from serve.lora_weights import Weights, kept_bytes, read_weights
 from serve.model_runner import ModelRunner, kv_dtype
 from serve.sampling import Sampled
 from serve.scheduler import BlockPool, Scheduler, SchedulerLimits, Sequence
@@ -83,6 +83,9 @@ class LocalEngine:
         self._stopped: str | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
+
+    def size_of(self, adapter: Adapter) -> int:
+        return kept_bytes(adapter, dtype_of=self._runner.adapters.dtype_of)
 
     async def load(self, adapter: Adapter) -> None:
         try:

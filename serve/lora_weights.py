@@ -102,6 +102,24 @@ def read_weights(
     return {module: _change(read, modules[module], module, config) for module in sorted(modules)}
 
 
+def kept_bytes(adapter: Adapter, *, dtype_of: Callable[[torch.dtype], torch.dtype]) -> int:
+    """Return the bytes of what `read_weights` makes of an adapter, from the header of its file.
+
+    The size of the file where that cannot be read: loading it says why.
+    """
+    try:
+        header = read_header(adapter.path / WEIGHTS_NAME)
+    except (OSError, InvalidTensors):
+        return adapter.manifest.files[WEIGHTS_NAME].size
+
+    def width(key: str, info: TensorInfo) -> int:
+        if "lora_magnitude_vector" in key or info.dtype not in _DTYPES:
+            return 4  # bytes: magnitudes are divided by norms in fp32
+        return dtype_of(_DTYPES[info.dtype]).itemsize
+
+    return sum(info.numel * width(key, info) for key, info in header.items())
+
+
 def _read_tensors(path: Path, header: dict[str, TensorInfo]) -> dict[str, torch.Tensor]:
     """The file's tensors as views of its bytes, read at once: a call for each took longer than reading (420 of them).
 

@@ -155,7 +155,7 @@ class Scheduler:
     def _overdue(self) -> list[Group]:
         """Groups of which nothing was computed for too long, the longest first."""
         limit = self._step - self.limits.max_wait_steps
-        decoding = {sequence.group for sequence in self.running if sequence.num_pending == 1}
+        decoding = {sequence.group for sequence in self.running if sequence.num_pending <= 1}
         late = [group for group, step in self._computed_at.items() if step <= limit and group not in decoding]
         return sorted(late, key=self._computed_at.__getitem__)
 
@@ -220,7 +220,7 @@ class Scheduler:
 
     def _prefill_pieces(self, budget: int, overdue: Listed[Group]) -> list[Piece]:
         pieces: list[Piece] = []
-        done = {id(sequence) for sequence in self.running if sequence.num_pending == 1}
+        done = {id(sequence) for sequence in self.running if sequence.num_pending <= 1}
         first = {group: number for number, group in enumerate(overdue)}
         may_admit = True
         while budget > 0:

@@ -115,7 +115,12 @@ async def _build(config: ServeConfig, registry: Registry, report: Report) -> Ser
             raise
         proven.add(adapter.digest)
 
-    cache = AdapterCache(config.max_loras, load=load, unload=engine.unload, max_bytes=config.max_lora_bytes)
+    # vLLM servers that run already were not started with our --max-num-seqs, and take more at once.
+    max_leases = None if config.vllm.endpoints else config.engine.limits.max_num_seqs
+    cache = AdapterCache(
+        config.max_loras, load=load, unload=engine.unload, max_bytes=config.max_lora_bytes, size_of=engine.size_of,
+        max_leases=max_leases,
+    )  # fmt: skip
     catalog = Catalog(stored, config.base_name, registry, cache)
     training, feedback = TrainingRuns(home() / "training"), FeedbackStore(home() / STORE_NAME)
     return Services(engine, catalog, cache, PromptRenderer(tokenizer), Metrics(engine), training, feedback, registry)

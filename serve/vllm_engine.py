@@ -23,6 +23,7 @@ from adapterhub.errors import AdapterHubError, AdapterNotFound, EngineStopped, U
 from adapterhub.files import new_folder
 from adapterhub.fit import module_shapes
 from adapterhub.lora_config import CONFIG_NAME, WEIGHTS_NAME
+from serve.adapter_cache import file_size
 from serve.engine import Chunk, EngineStatus, GenerationRequest, Precision
 from serve.vllm_fit import check_fits, write_blank
 from serve.vllm_process import VllmProcess
@@ -112,6 +113,9 @@ class VllmEngine:
             raise
         engine._watches = [asyncio.create_task(engine._watch(place)) for place in engine._places]
         return engine
+
+    def size_of(self, adapter: Adapter) -> int:
+        return file_size(adapter)
 
     async def load(self, adapter: Adapter) -> None:
         await asyncio.to_thread(check_fits, adapter, self._shapes, max_rank=self._max_lora_rank)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import EngineStopped
+from serve.adapter_cache import file_size
 from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, Precision, TokenLogprob
 
 
@@ -22,6 +23,9 @@ class FakeEngine:
     load_error: Exception | None = None
     hold: asyncio.Event | None = None
     """answers stop after their first letter until this is set"""
+
+    def size_of(self, adapter: Adapter) -> int:
+        return file_size(adapter)
 
     async def load(self, adapter: Adapter) -> None:
         if self.load_error:

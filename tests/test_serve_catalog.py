@@ -26,8 +26,10 @@ class _Slow(FakeEngine):
     def __init__(self) -> None:
         super().__init__()
         self.may_end = asyncio.Event()
+        self.begun: set[str] = set()
 
     async def load(self, adapter: Adapter) -> None:
+        self.begun.add(adapter.digest)
         await self.may_end.wait()
         await super().load(adapter)
 
@@ -64,6 +66,8 @@ class _Bench:
         self.cache.reached = reached
         task = asyncio.create_task(self.catalog.load(name, AdapterRef(digest=adapter.digest)))
         await reached.wait()
+        while adapter.digest not in self.engine.begun:
+            await asyncio.sleep(0)
         return task
 
 
@@ -128,7 +132,7 @@ def test_what_the_later_of_two_loads_brought_goes_again(tmp_path: Path) -> None:
         both = [await b.loading("one", adapter) for adapter in (b.unnamed, b.other)]
         b.engine.may_end.set()
         await asyncio.gather(*both, return_exceptions=True)
-        while b.catalog._retiring:
+        while b.cache._leaving:
             await asyncio.sleep(0)
         assert b.engine.loaded == {b.unnamed.digest}
 
@@ -142,7 +146,7 @@ def test_content_named_again_while_its_last_request_ends(tmp_path: Path) -> None
         async with b.cache.lease([b.unnamed]):
             b.catalog.unload("one")
             await b.catalog.load("two", AdapterRef(digest=b.unnamed.digest), is_pinned=True)
-        while b.catalog._retiring:
+        while b.cache._leaving:
             await asyncio.sleep(0)
         assert b.cache.resident == (b.unnamed.digest,)
 
@@ -154,5 +158,73 @@ def test_pin_comes_before_anything_could_evict(tmp_path: Path) -> None:
         b.engine.may_end.set()
         await b.catalog.load("one", AdapterRef(digest=b.unnamed.digest), is_pinned=True)
         assert b.cache.pinned_in_use
+
+    _run(tmp_path, test)
+
+
+def test_what_is_unloaded_between_a_request_and_its_lease_does_not_stay(tmp_path: Path) -> None:
+    async def test(b: _Bench) -> None:
+        b.engine.may_end.set()
+        await (await b.loading("one", b.unnamed))
+        found = b.catalog.find("one")
+        assert found is not None
+        b.catalog.unload("one")
+        async with b.cache.lease([found.adapter]):
+            assert b.cache.resident == (b.unnamed.digest,)
+        while b.cache._leaving:
+            await asyncio.sleep(0)
+        assert b.engine.loaded == set()
+
+    _run(tmp_path, test)
+
+
+def test_what_is_unloaded_while_its_request_waits_for_room_does_not_stay(tmp_path: Path) -> None:
+    async def test(b: _Bench) -> None:
+        b.cache.capacity = 1
+        b.engine.may_end.set()
+        await (await b.loading("other", b.other))
+
+        async def ask() -> None:
+            async with b.cache.lease([b.unnamed]):
+                assert b.cache.resident == (b.unnamed.digest,)
+
+        async with b.cache.lease([b.other]):
+            await b.catalog.load("one", AdapterRef(digest=b.unnamed.digest), may_wait=True)
+            waiting = asyncio.create_task(ask())
+            while not b.cache._waiting:
+                await asyncio.sleep(0)
+            b.catalog.unload("one")
+        await waiting
+        while b.cache._leaving:
+            await asyncio.sleep(0)
+        assert b.engine.loaded == set()
+
+    _run(tmp_path, test)
+
+
+def test_a_load_given_up_before_it_had_a_name_does_not_stay(tmp_path: Path) -> None:
+    async def test(b: _Bench) -> None:
+        loading = await b.loading("one", b.unnamed)
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+        b.engine.may_end.set()
+        while b.cache._residents or b.cache._leaving:
+            await asyncio.sleep(0)
+        assert b.engine.loaded == set()
+
+    _run(tmp_path, test)
+
+
+def test_what_loses_its_last_name_is_no_longer_pinned(tmp_path: Path) -> None:
+    async def test(b: _Bench) -> None:
+        b.engine.may_end.set()
+        await b.catalog.load("one", AdapterRef(digest=b.unnamed.digest), is_pinned=True)
+        await b.catalog.load("two", AdapterRef(digest=b.unnamed.digest))
+        b.catalog.unload("one")
+        assert b.cache._pinned == {b.unnamed.digest}
+        b.catalog.unload("two")
+        assert b.cache._pinned == set()
+        while b.cache._leaving:
+            await asyncio.sleep(0)
 
     _run(tmp_path, test)
