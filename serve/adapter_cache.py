@@ -134,7 +134,8 @@ class AdapterCache:
     async def lease(self, adapters: Sequence[Adapter]) -> AsyncIterator[None]:
         """The right to use `adapters` until the block ends; they are loaded first if they must be.
 
-        All are taken at once: requests that each held one and waited for another would wait for ever.
+        All are taken at once: requests that each held one and waited for another would wait for ever. So does, where
+        adapters take turns, one that asks for a second lease within its first.
         Raises UsageError for what never fits, ServerBusy when pinned adapters leave no room, MAX_WAITING others wait,
         or it was not its turn for `wait_s`, and what loading raises.
         """
@@ -208,22 +209,26 @@ class AdapterCache:
         """Go through the queue once; True when somebody was evicted, which changes its order."""
         plan = _Plan(draining=set(self._dropped))
         in_vain: set[frozenset[str]] = set()
+        is_blocked = False
         # Who needs no room and still waits has to wait for the leases of others: it holds up nobody's turn.
         for waiter in sorted(self._waiting, key=lambda one: one.wanted.keys() <= self._residents.keys()):
             wanted = frozenset(waiter.wanted)
-            if waiter.answer.done() or wanted in in_vain:
+            needs_room = not wanted <= self._residents.keys()
+            if waiter.answer.done() or wanted in in_vain or (needs_room and is_blocked):
                 continue
             if self._can_lease(waiter, plan):
                 self._grant(waiter)
                 continue
             in_vain.add(wanted)
-            if wanted <= self._residents.keys() or wanted & plan.draining:
+            if not needs_room or wanted & plan.draining:
                 continue  # as many leases as it may have, or its turn is over: it asks for room again when it is gone
             if self._is_left_no_room(waiter):
                 self._waiting.remove(waiter)
                 waiter.answer.set_result(self._no_room())
                 continue
             victims = self._victims(waiter, plan)
+            if victims is None:  # nobody that needs room overtakes it
+                victims, is_blocked = [], True
             idle = [digest for digest in victims if self._residents[digest].is_idle]
             for digest in idle:
                 self._evict(digest)
@@ -243,8 +248,8 @@ class AdapterCache:
         missing = [adapter for digest, adapter in waiter.wanted.items() if digest not in there]
         return not missing or self._fits(self._sizes() | plan.reserved | self._sizes_of(missing))
 
-    def _victims(self, waiter: _Waiter, plan: _Plan) -> list[str]:
-        """Who must go, beside those that go already, so that all `waiter` wants fits; none while that is not enough."""
+    def _victims(self, waiter: _Waiter, plan: _Plan) -> list[str] | None:
+        """Who must go, beside those that go already, so that all `waiter` wants fits; None while that is not enough."""
         staying = {digest: one for digest, one in self._residents.items() if digest not in plan.draining}
         needed = self._sizes_of(waiter.wanted.values()) | plan.reserved
         free = [digest for digest in staying if digest not in needed and digest not in self._pinned]
@@ -258,7 +263,7 @@ class AdapterCache:
                 break
             del sizes[digest]
             chosen.append(digest)
-        return chosen if self._fits(sizes) else []
+        return chosen if self._fits(sizes) else None
 
     def _is_left_no_room(self, waiter: _Waiter) -> bool:
         pinned = {digest: one.size_bytes for digest, one in self._residents.items() if digest in self._pinned}
