@@ -28,6 +28,8 @@ class Sequence:
     """prompt tokens that were found computed when it was first admitted"""
     num_charged: int = 0
     """tokens it has been charged for; computing some again after a preemption is free"""
+    admitted_at: int = 0
+    """Step at which it was last given a place."""
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     """of its full blocks, as far as they were asked for"""

@@ -65,8 +65,8 @@ class Scheduler:
     and its oldest request, if nothing of it was computed yet, takes places and KV blocks from others. So the first
     prompt tokens of a request whose group had none are computed in the (max_wait_steps + n)th step after it came at the
     latest, n the number of other groups that had requests then. A request that was preempted comes back in its group's
-    turn: at the cost of those that were served more, or two that do not fit together would compute their prompts over
-    and over.
+    turn, and takes the place only of those that were served more and have had a turn: else two that do not fit together
+    would compute their prompts over and over.
 
     When KV blocks run out, the newest sequence of the most served group gives its blocks back and is computed again
     later.
@@ -168,7 +168,8 @@ class Scheduler:
             if begun is None:
                 others = [s for s in self.running if s.group not in overdue[:number]]
                 if not sequence.is_fresh:
-                    others = [s for s in others if self._served(s) > self._served(sequence)]
+                    served = self._served(sequence)
+                    others = [s for s in others if self._served(s) > served and self._has_had_its_turn(s)]
                 victims = self._victims_for(sequence, others)
                 if victims is None:
                     continue
@@ -198,6 +199,13 @@ class Scheduler:
             chosen.append(victim)
         return chosen
 
+    def _has_had_its_turn(self, sequence: Sequence) -> bool:
+        """Has it run twice as long as computing it again takes, and `max_wait_steps`, and come further by that?"""
+        num_again = -(-len(sequence.tokens) // self.limits.max_prefill_chunk)
+        num_steps = self._step - sequence.admitted_at
+        is_further = sequence.num_computed >= sequence.num_charged
+        return is_further and num_steps >= 2 * num_again + self.limits.max_wait_steps
+
     def _has_room(self, sequence: Sequence, *, without: Listed[Sequence] = ()) -> bool:
         has_place = len(self.running) - len(without) < self.limits.num_places
         return has_place and self.pool.can_admit(sequence, without=without)
@@ -208,6 +216,7 @@ class Scheduler:
         self._forget_if_empty(sequence.group)
         is_fresh = sequence.is_fresh
         self.pool.admit(sequence)
+        sequence.admitted_at = self._step
         if is_fresh:
             sequence.num_shared = sequence.num_charged = sequence.num_computed
         self.running.append(sequence)

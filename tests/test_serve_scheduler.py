@@ -306,6 +306,29 @@ def test_an_overdue_prompt_is_computed_though_others_were_served_less() -> None:
     assert _tokens_of(scheduler, 10)["second"] == 1
 
 
+@pytest.mark.parametrize("num_tokens", [3000, 5000, 5600])
+@pytest.mark.parametrize("trickle", [False, True], ids=["alone", "with short ones"])
+def test_long_prompts_that_do_not_fit_together_are_answered(num_tokens: int, trickle: bool) -> None:
+    scheduler = _scheduler(num_blocks=360, block_size=16)  # 5760 tokens
+    for adapter in "ab":
+        scheduler.add(_sequence(adapter, prompt=num_tokens, adapter=adapter, max_tokens=100))
+    finished: list[str] = []
+    for step in range(1000):
+        if trickle and step % 20 == 0:
+            scheduler.add(_sequence(f"short{step}", prompt=30, adapter=f"adapter{step}", max_tokens=20))
+        batch = scheduler.schedule()
+        if batch is None or {"a", "b"} <= set(finished):
+            break
+        scheduler.commit(batch, {piece.sequence.request.id: 7 for piece in batch.pieces if piece.samples})
+        for piece in batch.pieces:
+            if len(piece.sequence.answer) == piece.sequence.request.sampling.max_tokens:
+                scheduler.remove(piece.sequence)
+                finished.append(piece.sequence.request.id)
+    assert {"a", "b"} <= set(finished)
+    assert step < 500  # 2 x (22 steps of prompt + 100 of answer) without any preemption
+    assert not trickle or len(finished) > step // 20 - 3  # each within 40 steps
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_first_prompt_tokens_come_within_the_bound_whatever_is_short(seed: int) -> None:
