@@ -228,9 +228,9 @@ class Scheduler:
         return [self._chunk(sequence, 1) for sequence in self.running if sequence.num_pending == 1]
 
     def _prefill_pieces(self, budget: int, overdue: Listed[Group]) -> list[Piece]:
+        first = {group: number for number, group in enumerate(overdue)}
         pieces: list[Piece] = []
         done = {id(sequence) for sequence in self.running if sequence.num_pending <= 1}
-        first = {group: number for number, group in enumerate(overdue)}
         may_admit = True
         while budget > 0:
             begun = [s for s in self.running if id(s) not in done]
