@@ -407,13 +407,14 @@ def test_when_who_waited_gives_up_the_drained_adapter_is_leased_again() -> None:
 @pytest.mark.parametrize("turn_s", [0.0, 1e9], ids=["draining", "in its turn"])
 def test_a_small_adapter_does_not_take_the_room_an_older_large_one_waits_for(turn_s: float) -> None:
     async def run() -> None:
-        cache = _cache(FakeEngine(), 9, max_bytes=100, turn_s=turn_s)
+        engine = FakeEngine()
+        cache = _cache(engine, 9, max_bytes=100, turn_s=turn_s)
         async with cache.lease([_adapter("a", 60)]):
             large = asyncio.create_task(_use(cache, _adapter("large", 100)))
             await _settle()
             small = asyncio.create_task(_use(cache, _adapter("small", 10)))
             await _settle()
-            assert cache.resident == ("a",)
+            assert engine.log == ["+a"]
         await large
         await small
         cache.check()
