@@ -11,11 +11,12 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from adapterhub.errors import DemoFailed
+from adapterhub.listening import listen
 from adapterhub.manifest import MANIFEST_NAME, read_manifest
 
 BASE = "smollm2-135m-instruct"
@@ -27,14 +28,20 @@ QUESTIONS = (
     "What should I do on a rainy Sunday?",
 )
 _WAIT_S = 180.0
+_STOP_S = 20.0
+"""seconds in which a command that was interrupted should end: a training takes its step, then writes a checkpoint"""
 
 
 def run_demo(work: Path, *, port: int, leave: bool) -> None:
     """Walk the road inside `work`; what is there from an earlier walk is used again.
 
-    Leaves server and page running until interrupted, unless `leave`. Raises DemoFailed when a station fails.
+    Leaves server and page running until interrupted, unless `leave`. Raises DemoFailed when a station fails, and
+    PortBusy before the first one.
     """
     started = time.monotonic()
+    # Asked now, for the server comes last; and `port` 0 takes a free one.
+    with listen("127.0.0.1", port) as listener:
+        port = listener.getsockname()[1]
     work.mkdir(parents=True, exist_ok=True)
     _say(f"Everything this makes stays in {work}; remove that folder to start afresh.")
 
@@ -42,43 +49,62 @@ def run_demo(work: Path, *, port: int, leave: bool) -> None:
     home = work / "home"
     _adapterhub(home, "base", "pull", BASE)
 
-    for number, name in enumerate(ADAPTERS, 2):
-        _title(f"{number}. Train `{name}` on the NF4 base, and pack it")
-        _train(home, _folder(work, name), name)
+    _title(f"2. Train {' and '.join(f'`{name}`' for name in ADAPTERS)} on the NF4 base side by side, and pack them")
+    _train(home, work)
 
     with ExitStack() as running:
-        _title("4. Publish both on a Hub of our own")
+        _title("3. Publish both on a Hub of our own")
         hub_url, token = running.enter_context(_local_hub(home, work / "hub"))
         for name in ADAPTERS:
             _adapterhub(home, "push", _written(_folder(work, name)), f"{OWNER}/{name}", "--hub", hub_url, token=token)
         _adapterhub(home, "list", "--hub", hub_url, token=token)
 
-        _title("5. Pull both into a second, empty store, as somebody else would")
+        _title("4. Pull both into a second, empty store, as somebody else would")
         second = work / "second-home"
         for name in ADAPTERS:
             _adapterhub(second, "pull", f"{OWNER}/{name}", "--hub", hub_url, token=token)
         _adapterhub(second, "list")
 
-        _title("6. Serve one base with both adapters")
+        _title("5. Serve one base with both adapters")
         url = running.enter_context(_server(second, home / "bases" / BASE, port))
 
-        _title("7. The same questions to the base and to both adapters, in one batch")
+        _title("6. The same questions to the base and to both adapters, in one batch")
         asyncio.run(_ask_all(url))
         _say(f"The road took {time.monotonic() - started:.0f} s.")
         if not leave:
             _stay(url)
 
 
-def _train(home: Path, folder: Path, name: str) -> None:
-    if not (folder / MANIFEST_NAME).is_file():
-        # Trained but not packed is what an interruption between the two leaves: pack it then.
-        if not folder.exists():
-            _adapterhub(home, "train", f"demo-{name}", "--output", str(folder))
-        _adapterhub(home, "pack", str(folder), "--licence", "apache-2.0")
-    for evaluation in read_manifest(folder).evaluations:
-        _say(
-            f"held-out loss on {evaluation.data}: base {evaluation.base_loss:.3f}, {name} {evaluation.adapter_loss:.3f}"
-        )
+def _train(home: Path, work: Path) -> None:
+    """Each adapter in a process with its share of the cores: two trainings with one thread each end sooner than one
+    after the other with two, for loading, small products and writing keep one core only."""
+    lanes = {name: _commands(_folder(work, name), name) for name in ADAPTERS}
+    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // len(lanes)))} | _environment(home)
+    try:
+        asyncio.run(_side_by_side(lanes, environment))
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    for name in ADAPTERS:
+        for evaluation in read_manifest(_folder(work, name)).evaluations:
+            losses = f"base {evaluation.base_loss:.3f}, {name} {evaluation.adapter_loss:.3f}"
+            _say(f"held-out loss on {evaluation.data}: {losses}")
+
+
+def _cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _commands(folder: Path, name: str) -> list[tuple[str, ...]]:
+    """What is left to do for a packed adapter, also after an interruption: to train, go on training, pack, nothing."""
+    if (folder / MANIFEST_NAME).is_file():
+        return []
+    pack = ("pack", str(folder), "--licence", "apache-2.0")
+    if folder.exists():
+        return [pack]
+    if any(folder.with_name(f"{name}.run").glob("step-*")):
+        return [("train", "--resume", str(folder)), pack]
+    return [("train", f"demo-{name}", "--output", str(folder)), pack]
 
 
 def _folder(work: Path, name: str) -> Path:
@@ -162,6 +188,43 @@ def _adapterhub(home: Path, *arguments: str, token: str | None = None) -> None:
     done = subprocess.run([_command(), *arguments], env=_environment(home, token), check=False)
     if done.returncode:
         raise DemoFailed(f"`adapterhub {arguments[0]}` ended with status {done.returncode}; its message is above.")
+
+
+async def _side_by_side(lanes: dict[str, list[tuple[str, ...]]], environment: dict[str, str]) -> None:
+    """Run the commands of each lane one after the other, and the lanes at the same time."""
+    async with asyncio.TaskGroup() as running:
+        for name, commands in lanes.items():
+            running.create_task(_run_lane(f"{name:<{max(map(len, lanes))}} | ", commands, environment))
+
+
+async def _run_lane(head: str, commands: Sequence[tuple[str, ...]], environment: dict[str, str]) -> None:
+    for arguments in commands:
+        _say(f"{head}$ adapterhub {' '.join(arguments)}")
+        process = await asyncio.create_subprocess_exec(
+            _command(), *arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        try:
+            status = await _shown(head, process)
+        except asyncio.CancelledError:
+            # Ctrl+C reaches the command as well. Told again at once, a training would not write its checkpoint.
+            try:
+                await asyncio.wait_for(_shown(head, process), _STOP_S)
+            except TimeoutError:
+                process.terminate()
+                await _shown(head, process)
+            raise
+        if status:
+            raise DemoFailed(
+                f"`adapterhub {arguments[0]}` ended with status {status}; its message is above, after {head.strip()!r}."
+            )
+
+
+async def _shown(head: str, process: asyncio.subprocess.Process) -> int:
+    """Show a command's lines, each with its lane's name, to its end. Returns its status."""
+    assert process.stdout is not None
+    async for line in process.stdout:
+        _say(f"{head}{line.decode(errors='replace').rstrip()}")
+    return await process.wait()
 
 
 @contextmanager
