@@ -31,5 +31,14 @@ PY
 then
     index=(--extra-index-url "$cpu_index")
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${index[@]+"${index[@]}"} \
-    --constraint constraints.txt --editable ".${extra:+[$extra]}"
+# pip also warns of what a machine's configuration names and does not have: kept for when something fails.
+log=$venv/install.log
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile ${index[@]+"${index[@]}"} \
+    --constraint constraints.txt --editable ".${extra:+[$extra]}" >"$log" 2>&1 || {
+    cat "$log" >&2
+    echo "pip could not fill $venv: its message is above, and in $log." >&2
+    exit 1
+}
+# pip compiles one file after the other, and every package's own tests. Files that cannot be compiled (templates, other
+# Pythons') were never to be imported.
+"$venv/bin/python" -m compileall -qq -j 0 -x 'site-packages/.*/tests?/' "$venv/lib" || true
