@@ -73,7 +73,7 @@ def test_the_peak_of_a_run_on_the_real_base_lies_in_the_planned_range(tmp_path: 
 
     shipped = shipped_recipes()["demo-trivia"].read_text()
     (tmp_path / "short.toml").write_text(
-        shipped.replace("steps = 24", "steps = 3").replace("held_out = 40", "held_out = 0")
+        shipped.replace("epochs = 1", "steps = 3").replace("held_out = 40", "held_out = 0")
     )
     plan = make_plan(read_recipe(tmp_path / "short.toml"), smollm2, tmp_path / "out")
     assert plan.parameters == 134_515_008
