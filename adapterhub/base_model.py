@@ -13,6 +13,7 @@ from adapterhub.base_store import StoredBase
 from adapterhub.errors import BaseNotFound, UsageError
 from adapterhub.manifest import Quantization
 from adapterhub.quantized_loading import loading_config
+from adapterhub.tensor_address import address_of
 
 if TYPE_CHECKING:
     import torch
@@ -226,6 +227,11 @@ class PackedNf4:
         self._absmax = torch.cat([state.absmax for state in states], dim=1).contiguous()
         biases = [layer.bias for layer in layers]
         self._bias = torch.cat(biases) if biases[0] is not None else None
+        out, width, block = self.out_features, self.in_features, self._block_size
+        self._addresses = (
+            address_of(self._weight, "packed NF4 weights", torch.uint8, out, width // 2),
+            address_of(self._absmax, "packed NF4 constants", torch.bfloat16, width // block, out),
+        )
         self._kernel = lib.gemv_4bit_inference_cpu_nf4_bf16
         start = 0
         for layer in layers:
@@ -249,21 +255,23 @@ class PackedNf4:
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] bf16 -> [..., out] bf16."""
+        """x [..., in] -> [..., out] in its dtype; computed in bf16, as the layers do by themselves."""
         import torch
 
-        rows = x.reshape(-1, self.in_features)
-        out = torch.empty(len(rows), self.out_features, dtype=torch.bfloat16)
-        number = ctypes.c_int64
+        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
+        shape = (len(rows), self.out_features)
+        out = torch.empty(shape, dtype=torch.bfloat16)
+        number, address = ctypes.c_int64, ctypes.c_void_p
+        weight, absmax = self._addresses
         self._kernel(
-            number(len(rows)), number(self.out_features), number(self.in_features),
-            ctypes.c_void_p(rows.data_ptr()), ctypes.c_void_p(self._weight.data_ptr()),
-            ctypes.c_void_p(self._absmax.data_ptr()), ctypes.c_void_p(out.data_ptr()),
-            number(self._block_size), number(rows.stride(0)), number(out.stride(0)),
+            number(shape[0]), number(shape[1]), number(self.in_features),
+            address(address_of(rows, "rows", torch.bfloat16, shape[0], self.in_features)), address(weight),
+            address(absmax), address(address_of(out, "a result", torch.bfloat16, *shape)),
+            number(self._block_size), number(self.in_features), number(self.out_features),
         )  # fmt: skip
         if self._bias is not None:
             out += self._bias
-        return out.view(*x.shape[:-1], self.out_features)
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 def _choose_device(wanted: str | None) -> Choice:
@@ -315,6 +323,7 @@ def _choose_kernel(model: Any, purpose: Purpose, compute: torch.dtype) -> tuple[
     wanted = purpose == "serve" and compute == torch.bfloat16
     for layer in layers:
         fits = layer.out_features % 32 == 0 and layer.in_features % 64 == 0
+        fits = fits and layer.in_features % layer.weight.blocksize == 0
         layer.support_avx512bf16_for_cpu = wanted and fits
     if wanted:
         return (Choice("nf4 kernel", "packed AVX512-BF16", "bf16 inference on this CPU"),)

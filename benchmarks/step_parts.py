@@ -1,4 +1,4 @@
-"""Milliseconds of a decode step's parts by our kernels: for this processor's vectors, and compiled without AVX-512.
+"""Milliseconds of a decode step's parts by our kernels: for this processor's vectors, and compiled for AVX2.
 
 .venv/bin/python benchmarks/step_parts.py [--rounds 9]
 
@@ -10,26 +10,22 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import decode
 import torch
 
-from serve import cpu_kernels
-from serve.cpu_kernels import CpuKernels, Segment
+from serve import kernel_build
+from serve.cpu_kernels import CpuKernels
+from serve.kernel_structs import SegmentTable
 from serve.lora_layers import AdapterBank, LinearGroup
 
 NUM_ADAPTERS = 32
 
 
-def compiled(*flags: str) -> CpuKernels:
-    """The kernels with more compiler flags."""
-    usual = cpu_kernels._FLAGS
-    cpu_kernels._FLAGS = (*usual, *flags)
-    found, choice = cpu_kernels.load_kernels.__wrapped__()
-    cpu_kernels._FLAGS = usual
-    assert found is not None, choice
-    return found
+def compiled(tunings: Sequence[str]) -> CpuKernels:
+    """The kernels, tuned by the first of these flags that the compiler knows."""
+    return CpuKernels(kernel_build.build(tunings)[0])
 
 
 def milliseconds(run: Callable[[], None], rounds: int) -> float:
@@ -54,12 +50,8 @@ def parts(kernels: CpuKernels, bank: AdapterBank, rows: int) -> dict[str, Callab
 
     def updates(num_adapters: int) -> None:
         share = rows // num_adapters
-        segments = (Segment * num_adapters)(
-            *(
-                Segment(bank._residents[f"{n:04}"].address, 1.0, n * share, (n + 1) * share, 1)
-                for n in range(num_adapters)
-            )
-        )
+        runs = [(n * share, (n + 1) * share, [(bank._tables[f"{n:04}"], 1.0)]) for n in range(num_adapters)]
+        segments = SegmentTable(runs, num_rows=rows)
         for group in layers:
             kernels.low_rank_updates(segments, group.index, x[group.layers[0].in_features], y[sum(group.widths)])
 
@@ -77,7 +69,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     bank = decode.Ours(decode.stored_base(), NUM_ADAPTERS).runner.adapters
-    variants = {"this processor": compiled(), "no AVX-512": compiled("-mno-avx512f")}
+    variants = {"this processor": compiled(kernel_build.NATIVE), "AVX2": compiled(["-march=x86-64-v3"])}
     names = list(parts(variants["this processor"], bank, 1))
     print("| rows | kernels | " + " | ".join(names) + " |\n" + "|---" * (2 + len(names)) + "|")
     for rows in (1, 4, 8, 16, 32, 256):

@@ -16,7 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from serve import host_memory
-from serve.cpu_kernels import LANES, MAX_HEAD_DIM, CpuKernels, Tiles
+from serve.cpu_kernels import CpuKernels
+from serve.kernel_structs import LANES, MAX_HEAD_DIM, Tiles
 from serve.scheduler import Batch, Piece
 
 ATTENTION_NAME = "adapterhub_paged"
@@ -91,7 +92,8 @@ class PagedStep:
     @cached_property
     def tiles(self) -> Tiles:
         """The rows for the kernels."""
-        return Tiles([(piece.start, piece.num_tokens, piece.sequence.blocks) for piece in self._pieces])
+        pieces = [(piece.start, piece.num_tokens, piece.sequence.blocks) for piece in self._pieces]
+        return Tiles(pieces, block_size=self.cache.block_size)
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -170,8 +172,7 @@ def paged_attention(
     heads = query[0]
     if paged.kernels is not None:
         found = paged.kernels.attention(
-            heads.float(), keys, values, paged.tiles,
-            block_size=paged.cache.block_size, scale=scale, window=sliding_window or 0, softcap=softcap or 0.0,
+            heads.float(), keys, values, paged.tiles, scale=scale, window=sliding_window or 0, softcap=softcap or 0.0,
         )  # fmt: skip
         return found[None].to(query.dtype), None
     out = torch.empty(heads.shape[1], heads.shape[0], values.shape[-1], dtype=query.dtype, device=query.device)

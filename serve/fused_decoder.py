@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import nn
 
 from adapterhub.base_model import Choice
-from serve import cpu_kernels
 from serve.attention import KvCache, PagedStep
-from serve.cpu_kernels import LANES, MAX_HEAD_DIM, CpuKernels, Heads, Layer, Matrix, Shape
+from serve.cpu_kernels import CpuKernels
+from serve.kernel_structs import LANES, MAX_HEAD_DIM, DecoderLayer, DecoderLayers, Heads, WeightMatrix
 from serve.lora_layers import AdapterBank, LoraLinear
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -26,19 +25,16 @@ class FusedDecoder(nn.Module):
         config = model.config.get_text_config()
         layers = list(model.model.layers)
         first = layers[0].self_attn
-        self._kept = layers  # their weights are what the structs point to
         self._bank = bank
         self._kernels = kernels
         dim = cache.shape.head_dim
-        heads = Heads(config.num_attention_heads, config.num_key_value_heads, dim, 0, first.scaling, 0.0)
-        width, inner = config.hidden_size, config.intermediate_size
-        self._shape = Shape(
-            heads, cache.layers.shape[3], width, inner, cache.block_size, layers[0].input_layernorm.variance_epsilon
+        self._layers = DecoderLayers(
+            [_layer(layer, cache, config) for layer in layers],
+            heads=Heads(config.num_attention_heads, config.num_key_value_heads, dim, 0, first.scaling, 0.0),
+            intermediate=config.intermediate_size,
+            block_size=cache.block_size,
+            eps=layers[0].input_layernorm.variance_epsilon,
         )
-        self._layers = (Layer * len(layers))(*(_layer(layer, cache, config) for layer in layers))
-        queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
-        self._room = width + max(2 * queries + 2 * keys, 3 * inner)
-        """floats a row needs"""
 
     def forward(
         self,
@@ -51,60 +47,68 @@ class FusedDecoder(nn.Module):
         """hidden_states [1, N, hidden] -> the same after all layers."""
         hidden = hidden_states[0].clone(memory_format=torch.contiguous_format)
         cosine, sine = (part[0].contiguous() for part in position_embeddings)
-        segments, tiles = self._bank.rows.kernel, paged.tiles.array
-        step = cpu_kernels.Step(
-            ctypes.addressof(tiles), ctypes.addressof(segments), cosine.data_ptr(), sine.data_ptr(),
-            len(hidden), len(tiles), len(segments),
-        )  # fmt: skip
-        room = torch.empty(len(hidden) * self._room)
-        self._kernels.run_layers(self._shape, self._layers, step, hidden, room)
+        self._kernels.run_layers(self._layers, hidden, (cosine, sine), paged.tiles, self._bank.rows.kernel)
         return hidden[None]
 
 
-def fits(model: Any, cache: KvCache) -> bool:
-    """Does the model have the layers decoder.c computes, with weights the kernels read?"""
+def unfit(model: Any, cache: KvCache) -> str | None:
+    """Why the model's layers are not those that decoder.c computes, or hold what it does not read; None: they fit."""
     config = model.config.get_text_config()
     if config.model_type not in _MODEL_TYPES or getattr(config, "hidden_act", None) != "silu":
-        return False
+        return f"{config.model_type} is not one of {', '.join(_MODEL_TYPES)} as they are known"
+    token = torch.zeros(1, 1, dtype=torch.long)
+    states = model.get_input_embeddings()(token)
+    if states.dtype != torch.float32 or cache.layers.dtype != torch.float32:
+        return f"this one computes in {str(states.dtype).removeprefix('torch.')}, and only float32 is fused, and faster"
     dim = cache.shape.head_dim
-    if dim % LANES or dim > MAX_HEAD_DIM or cache.layers.dtype != torch.float32:
-        return False
+    if dim % LANES or dim > MAX_HEAD_DIM or model.model.rotary_emb(states, token)[0].shape[-1] != dim:
+        return f"heads of {dim} numbers: expected a multiple of {LANES} up to {MAX_HEAD_DIM}, all of them rotated"
     joined = [(layer.self_attn.q_proj, layer.mlp.gate_proj) for layer in model.model.layers]
     alone = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in model.model.layers]
-    rotary = model.model.rotary_emb(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long))[0]
-    return (
-        rotary.shape[-1] == dim
-        and all(len(q.group.widths) == 3 and len(gate.group.widths) == 2 for q, gate in joined)
-        and all(linear.group.matrix is not None for pair in (*joined, *alone) for linear in pair)
-    )
+    if (
+        any(len(q.group.widths) != 3 or len(gate.group.widths) != 2 for q, gate in joined)
+        or any(linear.group.matrix is None for pair in (*joined, *alone) for linear in pair)
+        or any(
+            norm.dtype != torch.float32 for layer in model.model.layers for norm in _norms(layer) if norm is not None
+        )
+    ):
+        return "its weights are held in a way that our kernels do not read"
+    return None
 
 
 def fuse_decoder(model: Any, bank: AdapterBank, cache: KvCache, kernels: CpuKernels) -> Choice:
     """Put a FusedDecoder in place of the model's layers when the model is one it computes."""
-    if not fits(model, cache):
-        return Choice("decoder layers", "the model's own", "only NF4 Llama, Mistral and Qwen in fp32 are fused")
+    reason = unfit(model, cache)
+    if reason is not None:
+        return Choice("decoder layers", "the model's own", reason)
     model.model.layers = nn.ModuleList([FusedDecoder(model, bank, cache, kernels)])
     return Choice("decoder layers", "fused", "one call of our CPU kernels computes them all")
 
 
-def _layer(layer: Any, cache: KvCache, config: Any) -> Layer:
+def _layer(layer: Any, cache: KvCache, config: Any) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
-    keys, values = cache.layers[attention.layer_idx]
     linears = (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj)
+    qkv, output, gate_up, down = map(_projection, linears)
+    input_norm, post_norm, query_norm, key_norm = _norms(layer)
+    keys, values = cache.layers[attention.layer_idx]
+    window = _window(attention, config)
+    assert input_norm is not None
+    assert post_norm is not None
+    return DecoderLayer(qkv, output, gate_up, down, input_norm, post_norm, query_norm, key_norm, keys, values, window)
+
+
+def _norms(layer: Any) -> list[torch.Tensor | None]:
+    """Of a layer's input, before its MLP, of queries and of keys."""
     norms = (
         layer.input_layernorm, layer.post_attention_layernorm,
-        getattr(attention, "q_norm", None), getattr(attention, "k_norm", None),
+        getattr(layer.self_attn, "q_norm", None), getattr(layer.self_attn, "k_norm", None),
     )  # fmt: skip
-    return Layer(
-        *(_matrix(linear) for linear in linears),
-        *(None if norm is None else norm.weight.data_ptr() for norm in norms),
-        keys.data_ptr(), values.data_ptr(), *(linear.group.index for linear in linears), _window(attention, config),
-    )  # fmt: skip
+    return [None if norm is None else norm.weight.detach() for norm in norms]
 
 
-def _matrix(linear: LoraLinear) -> Matrix:
+def _projection(linear: LoraLinear) -> tuple[WeightMatrix, int]:
     assert linear.group.matrix is not None
-    return linear.group.matrix.struct
+    return linear.group.matrix, linear.group.index
 
 
 def _window(attention: Any, config: Any) -> int:

@@ -7,7 +7,6 @@ Rows arrive ordered by adapter (scheduler), so each adapter's rows are one slice
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +16,17 @@ from torch import nn
 
 from adapterhub.base_model import Nf4Weights, PackedNf4, dense_weight, layer_dtype
 from adapterhub.errors import AdapterNoEffect, AdapterUnsupported, IncompatibleBase
-from serve import cpu_kernels
-from serve.cpu_kernels import LANES, CpuKernels, Part, Parts, WeightMatrix
+from serve.cpu_kernels import CpuKernels
 from serve.host_memory import HugePages
+from serve.kernel_structs import LANES, AdapterTable, SegmentTable, WeightMatrix, Widths
 from serve.lora_embedding import LoraEmbedding
 from serve.lora_weights import EmbeddingUpdate, FullWeight, LowRank, Weights, in_one_block
 from serve.scheduler import AdapterMix, Batch
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """what Llama and its relatives call layers that read the same rows; asked with others, a group just computes again"""
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+"""of rows that our kernel updates; torch those in others, in fp32 as well"""
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,16 @@ class Segments:
 
     def __init__(self) -> None:
         self.python: list[Segment] = []
-        self.kernel = (cpu_kernels.Segment * 0)()
+        self.kernel = SegmentTable()
+        self.num_rows = 0
 
-    def set(self, found: list[Segment], residents: dict[str, _Resident]) -> None:
-        self.python = found
-        structs = [
-            cpu_kernels.Segment(
-                residents[adapter.digest].address, adapter.scale, one.start, one.end, 0 if number else len(one.mix)
-            )
-            for one in found
-            for number, adapter in enumerate(one.mix)
-        ]
-        self.kernel = (cpu_kernels.Segment * len(structs))(*structs)
+    def set(self, rows: Sequence[tuple[int, AdapterMix]], tables: dict[str, AdapterTable]) -> None:
+        """`tables`: of the resident adapters; none where there are no kernels."""
+        self.python = segments_of(rows)
+        self.num_rows = sum(count for count, _ in rows)
+        known = self.python if tables else []
+        runs = [(one.start, one.end, [(tables[a.digest], a.scale) for a in one.mix]) for one in known]
+        self.kernel = SegmentTable(runs, num_rows=self.num_rows)
 
 
 class LinearGroup:
@@ -88,7 +87,7 @@ class LinearGroup:
         self._matmul = self._choose_matmul(kernels)
         self._kernels = kernels
         self._segments = segments
-        self._bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        self._bias = None if layers[0].bias is None else torch.cat([layer.bias.detach().float() for layer in layers])
         self._resident: dict[str, list[tuple[int, LowRank]]] = {}
         """digest -> (first column of the layer's output, update)"""
         self._whole: dict[str, torch.Tensor] = {}
@@ -106,21 +105,15 @@ class LinearGroup:
         self._resident.pop(digest, None)
         self._whole.pop(digest, None)
 
-    def parts(self, digest: str) -> list[Part]:
-        """The adapter's updates of this group, as the kernel's structs."""
-        return [
-            Part(
-                update.a.data_ptr(), update.bt.data_ptr(),
-                None if update.magnitude is None else update.magnitude.data_ptr(), update.scaling,
-                *update.bt.shape, offset, int(update.a.dtype == torch.bfloat16),
-            )
-            for offset, update in self._resident.get(digest, ())
-        ]  # fmt: skip
+    def updates(self, digest: str) -> list[tuple[int, LowRank]]:
+        """The adapter's updates of this group: (first column of the layer's output, update)."""
+        return self._resident.get(digest, [])
 
     def output(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        """What the layer at `place` gives for x [1, N, in]; the first one asked computes all of them."""
+        """What the layer at `place` gives for x [..., in]; the first one asked computes all of them."""
         if self._input is not x or place == 0:
-            self._outputs = torch.split(self._compute(x), self.widths, dim=-1)
+            rows = self._compute(x.reshape(-1, x.shape[-1]))
+            self._outputs = torch.split(rows.view(*x.shape[:-1], sum(self.widths)), self.widths, dim=-1)
             self._input = x
         found = self._outputs[place]
         if place == len(self.widths) - 1:
@@ -134,20 +127,30 @@ class LinearGroup:
         return PackedNf4(self.layers) if PackedNf4.fits(self.layers) else self.layers[0]
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] in any dtype -> [rows, out] in the same; our own product reads and gives fp32."""
+        given = x.dtype
+        if self.matrix is not None:
+            x = x.float()
         y = self._matmul(x)
+        if any(a.digest in self._resident or a.digest in self._whole for s in self._segments.python for a in s.mix):
+            self._update(x, y)
+        return y.to(given)
+
+    def _update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        if len(x) != self._segments.num_rows:
+            raise AdapterUnsupported(
+                f"a layer of this base sees {len(x)} rows of a batch of {self._segments.num_rows}: adapters on such "
+                "layers are not served."
+            )
         bases = y.clone() if self._whole else y
-        if self._kernels is not None and x.shape[-1] % LANES == 0:
-            if self._segments.kernel:
-                self._kernels.low_rank_updates(
-                    self._segments.kernel, self.index, x[0].contiguous(), y[0], bias=self._bias
-                )
+        if self._kernels is not None and x.shape[-1] % LANES == 0 and x.dtype == y.dtype in _KERNEL_DTYPES:
+            self._kernels.low_rank_updates(self._segments.kernel, self.index, x.contiguous(), y, bias=self._bias)
         else:
             for segment in self._segments.python:
                 rows = slice(segment.start, segment.end)
-                self._update_by_torch(segment, x[0, rows], y[0, rows])
+                self._update_by_torch(segment, x[rows], y[rows])
         if self._whole:
             self._replace(x, y, bases)
-        return y
 
     def _replace(self, x: torch.Tensor, y: torch.Tensor, bases: torch.Tensor) -> None:
         """Rows whose adapter has a weight of its own: W x + scale · (W' x - W x)."""
@@ -156,8 +159,10 @@ class LinearGroup:
                 if adapter.digest in self._whole:
                     rows = slice(segment.start, segment.end)
                     weight = self._whole[adapter.digest].to(x.dtype)
-                    found = nn.functional.linear(x[0, rows], weight, self._bias)
-                    y[0, rows] += (adapter.scale * (found - bases[0, rows])).to(y.dtype)
+                    found = nn.functional.linear(
+                        x[rows], weight, None if self._bias is None else self._bias.to(x.dtype)
+                    )
+                    y[rows] += (adapter.scale * (found - bases[rows])).to(y.dtype)
 
     def _update_by_torch(self, segment: Segment, x: torch.Tensor, y: torch.Tensor) -> None:
         before = y.clone() if self._bias is None else y - self._bias
@@ -181,28 +186,8 @@ class LoraLinear(nn.Module):
         self.place = place
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [1, N, in] -> [1, N, out]."""
+        """x [..., in] -> [..., out]."""
         return self.group.output(self.place, x)
-
-
-@dataclass(frozen=True)
-class _Resident:
-    """An adapter's updates of every group, as the table the kernels walk."""
-
-    weights: Weights
-    parts: tuple[ctypes.Array[Part], ...]
-    table: ctypes.Array[Parts]
-
-    @classmethod
-    def of(cls, digest: str, weights: Weights, groups: Sequence[LinearGroup]) -> _Resident:
-        lists = [group.parts(digest) for group in groups]
-        parts = tuple((Part * len(found))(*found) for found in lists)
-        table = (Parts * len(parts))(*(Parts(ctypes.addressof(found), len(found)) for found in parts))
-        return cls(weights, parts, table)
-
-    @property
-    def address(self) -> int:
-        return ctypes.addressof(self.table)
 
 
 class AdapterBank:
@@ -216,7 +201,10 @@ class AdapterBank:
         """of the head, which sees the rows that sample"""
         self.groups: list[LinearGroup] = []
         self.places: dict[str, tuple[LinearGroup, int]] = {}
-        self._residents: dict[str, _Resident] = {}
+        self._residents: set[str] = set()
+        self._tables: dict[str, AdapterTable] = {}
+        """digest -> its updates for the kernels; empty where there are none"""
+        self._has_kernels = kernels is not None
         head = model.get_output_embeddings()  # type: ignore[operator]
         self._head = head
         dtype = layer_dtype(head)
@@ -232,13 +220,14 @@ class AdapterBank:
                 setattr(model.get_submodule(parent), child, LoraLinear(group, place))
                 self.places[name] = (group, place)
 
+        self._widths: Widths = tuple((group.layers[0].in_features, sum(group.widths)) for group in self.groups)
         self.embedding = _wrapped_embedding(model, self.rows, dtype)
 
     def begin(self, batch: Batch) -> None:
         """Announce the rows of the forward that follows."""
         mixes = [(piece, piece.sequence.request.adapters) for piece in batch.pieces]
-        self.rows.set(segments_of([(piece.num_tokens, mix) for piece, mix in mixes]), self._residents)
-        self._head_rows.set(segments_of([(int(piece.samples), mix) for piece, mix in mixes]), self._residents)
+        self.rows.set([(piece.num_tokens, mix) for piece, mix in mixes], self._tables)
+        self._head_rows.set([(int(piece.samples), mix) for piece, mix in mixes], self._tables)
 
     def dtype_of(self, stored: torch.dtype) -> torch.dtype:
         """What to keep a tensor of a file in: bf16 as it is, which halves what a step reads; fp32 on a CPU else."""
@@ -261,7 +250,9 @@ class AdapterBank:
         try:
             for module, change in weights.items():
                 self._install_one(digest, module, change)
-            self._residents[digest] = _Resident.of(digest, weights, self.groups)
+            if self._has_kernels:
+                self._tables[digest] = AdapterTable(self._widths, [list(g.updates(digest)) for g in self.groups])
+            self._residents.add(digest)
         except BaseException:
             self.remove(digest)
             raise
@@ -280,7 +271,8 @@ class AdapterBank:
             group.remove(digest)
         if self.embedding is not None:
             self.embedding[1].remove(digest)
-        self._residents.pop(digest, None)
+        self._residents.discard(digest)
+        self._tables.pop(digest, None)
 
     def is_resident(self, digest: str) -> bool:
         return digest in self._residents

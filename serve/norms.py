@@ -6,19 +6,25 @@ import torch
 from torch import nn
 
 from serve.cpu_kernels import CpuKernels
+from serve.kernel_structs import row_dtype
 
 
 class FastRmsNorm(nn.Module):
     """Llama's RMS norm; stands where the model's own was."""
 
-    def __init__(self, weight: torch.Tensor, eps: float, kernels: CpuKernels) -> None:
+    def __init__(self, original: nn.Module, kernels: CpuKernels) -> None:
+        """`original`: what it replaces, with a weight and an epsilon; it norms what our kernel does not read."""
         super().__init__()
-        self.weight = weight
-        self.variance_epsilon = eps
+        self.weight: torch.Tensor = original.weight  # type: ignore[assignment]
+        self.variance_epsilon: float = original.variance_epsilon  # type: ignore[assignment]
+        self._original = original
         self._kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Over the last dimension of x, any shape."""
+        if x.dtype != self.weight.dtype:
+            found: torch.Tensor = self._original(x)
+            return found
         return self._kernels.rms_norm(x.contiguous(), self.weight, self.variance_epsilon)
 
 
@@ -28,7 +34,9 @@ def use_fast_norms(model: nn.Module, kernels: CpuKernels) -> None:
         weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
         if not name or eps is None or not isinstance(weight, torch.Tensor) or weight.dim() != 1:
             continue
-        fast = FastRmsNorm(weight, eps, kernels)
+        if weight.dtype != row_dtype(weight):
+            continue
+        fast = FastRmsNorm(module, kernels)
         trial = torch.linspace(-2, 3, 2 * weight.numel(), dtype=weight.dtype).view(2, -1)
         with torch.no_grad():
             is_same = torch.allclose(module(trial), fast(trial), rtol=1e-5, atol=1e-6)

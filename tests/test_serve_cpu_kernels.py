@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +12,50 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from adapterhub.base_model import Nf4Weights, PackedNf4, dense_weight
-from serve import cpu_kernels
-from serve.cpu_kernels import CpuKernels, Part, Parts, Segment, Tiles, WeightMatrix, load_kernels
+from serve import kernel_build
+from serve.cpu_kernels import CpuKernels, load_kernels
 from serve.host_memory import HugePages
+from serve.kernel_structs import AdapterTable, SegmentTable, Tiles, WeightMatrix
 from serve.lora_weights import LowRank
 from serve.norms import FastRmsNorm, use_fast_norms
 
 DTYPES = (torch.float32, torch.bfloat16)
+_LEVELS = kernel_build.LEVELS.get(platform.machine(), {})
 
 
-_LESS = ((), ("-mno-avx512f",), ("-mno-avx512f", "-mno-avx2", "-mno-fma"))
-
-
-@pytest.fixture(scope="module", params=_LESS, ids=["this processor", "no AVX-512", "no AVX2"])
+@pytest.fixture(scope="session", params=_LEVELS or ["this processor"])
 def kernels(request: pytest.FixtureRequest) -> CpuKernels:
-    """Compiled for this processor, and as for lesser ones."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cpu_kernels, "_FLAGS", (*cpu_kernels._FLAGS, *request.param))
-        found, choice = load_kernels.__wrapped__()
-    if found is None:
-        pytest.skip(str(choice))
+    """Compiled for every instruction set that csrc/ knows of here, and run for those that this machine has."""
+    try:
+        library, _ = kernel_build.build([_LEVELS[request.param]] if _LEVELS else kernel_build.NATIVE)
+    except kernel_build.BuildFailed as error:
+        pytest.skip(str(error))
+    found = CpuKernels(library)
+    if not _LEVELS:
+        return found
+    assert found.vectors == request.param
+    if not kernel_build.can_run(request.param):
+        pytest.skip(f"compiled, and this processor has no {request.param} to run it")
     return found
 
 
-def _segments(
-    plan: list[tuple[int, int, int, float, LowRank]], chains: list[int]
-) -> tuple[ctypes.Array[Segment], list[object]]:
-    """The structs of (start, end, first column, scale, update), and what must stay alive beside them."""
-    kept: list[object] = []
-    structs = []
-    for (start, end, offset, scale, low), chain in zip(plan, chains, strict=True):
-        magnitude = None if low.magnitude is None else low.magnitude.data_ptr()
-        is_bf16 = int(low.a.dtype == torch.bfloat16)
-        part = Part(low.a.data_ptr(), low.bt.data_ptr(), magnitude, low.scaling, *low.bt.shape, offset, is_bf16)
-        table = Parts(ctypes.addressof(part), 1)
-        kept += [part, table]
-        structs.append(Segment(ctypes.addressof(table), scale, start, end, chain))
-    return (Segment * len(structs))(*structs), kept
+def _segments(plan: list[tuple[int, int, list[tuple[int, float, LowRank]]]], rows: int) -> SegmentTable:
+    """Of (start, end, [(first column, scale, update)]), on rows of 50 numbers from 48."""
+    return SegmentTable(
+        [(start, end, [(_table(offset, low), scale) for offset, scale, low in mix]) for start, end, mix in plan],
+        num_rows=rows,
+    )
 
 
-def _low_rank(rank: int, dtype: torch.dtype, *, is_dora: bool) -> LowRank:
-    a, bt = torch.randn(rank, 48).to(dtype) / 6, torch.randn(rank, 30).to(dtype)
+_WIDTHS = ((48, 50),)
+
+
+def _table(offset: int, low: LowRank) -> AdapterTable:
+    return AdapterTable(_WIDTHS, [[(offset, low)]])
+
+
+def _low_rank(rank: int, dtype: torch.dtype, bt_dtype: torch.dtype, *, is_dora: bool) -> LowRank:
+    a, bt = torch.randn(rank, 48).to(dtype) / 6, torch.randn(rank, 30).to(bt_dtype)
     return LowRank(a, bt, 0.7, torch.rand(30) + 0.5 if is_dora else None)
 
 
@@ -72,17 +75,17 @@ def test_low_rank_updates_are_the_formula_and_touch_nothing_else(
 ) -> None:
     torch.manual_seed(rank)
     x, y, bias = torch.randn(20, 48).to(dtype), torch.randn(20, 50).to(dtype), torch.randn(50)
-    lows = [_low_rank(rank, dtype, is_dora=is_dora) for _ in range(3)]
+    halves = [(dtype, dtype), DTYPES, DTYPES[::-1]]
+    lows = [_low_rank(rank, *dtypes, is_dora=is_dora) for dtypes in halves]
     # rows 2-4: one adapter; 5-14: two adapters on the same columns, chained; the rest is the bare base
-    plan = [(2, 5, 0, 0.5, lows[0]), (5, 15, 20, 1.0, lows[1]), (5, 15, 20, -0.25, lows[2])]
+    plan = [(2, 5, [(0, 0.5, lows[0])]), (5, 15, [(20, 1.0, lows[1]), (20, -0.25, lows[2])])]
     expected, before = y.float().clone(), y.float() - bias
-    for start, end, offset, scale, low in plan:
-        columns = slice(offset, offset + 30)
-        expected[start:end, columns] += _updated(x[start:end], before[start:end, columns], low, scale)
+    for start, end, mix in plan:
+        for offset, scale, low in mix:
+            columns = slice(offset, offset + 30)
+            expected[start:end, columns] += _updated(x[start:end], before[start:end, columns], low, scale)
     original = y.clone()
-    structs, kept = _segments(plan, [1, 2, 0])
-    kernels.low_rank_updates(structs, 0, x, y, bias=bias)
-    assert kept
+    kernels.low_rank_updates(_segments(plan, 20), 0, x, y, bias=bias)
     torch.testing.assert_close(y.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
     for rows, columns in ((slice(0, 2), slice(50)), (slice(15, 20), slice(50)), (slice(2, 5), slice(30, 50))):
         assert torch.equal(y[rows, columns], original[rows, columns])
@@ -127,7 +130,7 @@ def _attended(
     pieces: list[tuple[int, int, list[int]]],
     **options: Any,
 ) -> torch.Tensor:
-    return kernels.attention(query, *past, Tiles(pieces), block_size=4, scale=0.3, **options)
+    return kernels.attention(query, *past, Tiles(pieces, block_size=4), scale=0.3, **options)
 
 
 @pytest.mark.parametrize("dim", [16, 64, 80, 128])
@@ -234,14 +237,14 @@ def test_layers_that_cannot_be_joined_are_not() -> None:
 
 
 def test_without_a_compiler_torch_does_the_work_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: None)
+    monkeypatch.setattr(kernel_build.shutil, "which", lambda name: None)
     found, choice = load_kernels.__wrapped__()
     assert found is None
     assert "no C compiler" in str(choice)
 
 
 def test_a_compiler_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    monkeypatch.setattr(cpu_kernels, "_FLAGS", ("-fno-such-flag",))
+    monkeypatch.setattr(kernel_build, "_FLAGS", ("-fno-such-flag",))
     found, choice = load_kernels.__wrapped__()
     assert found is None
     assert "failed" in str(choice)

@@ -2,33 +2,11 @@
  * MLP, each with the adapters' updates, in fp32. */
 #include "kernels.h"
 
-typedef struct {
-    Matrix qkv, output, gate_up, down;
-    const float *input_norm, *post_norm; /* [hidden] */
-    const float *query_norm, *key_norm;  /* [dim] or NULL (Qwen3) */
-    float *keys, *values;
-    int32_t qkv_group, output_group, gate_up_group, down_group, window;
-} Layer;
-
-typedef struct {
-    Heads heads;
-    int64_t slots;
-    int32_t hidden, intermediate, block_size;
-    float eps;
-} Shape;
-
-typedef struct {
-    const Tile *tiles;
-    const Segment *segments;
-    const float *cosine, *sine; /* [rows, dim] */
-    int32_t rows, num_tiles, num_segments;
-} Step;
-
-static void project(const Matrix *matrix, int group, const Step *step, const float *x, float *y) {
+static int project(const Matrix *matrix, int group, const Step *step, const float *x, float *y) {
     matmul(matrix, x, matrix->in, y, matrix->out, step->rows);
-    if (step->num_segments)
-        low_rank_updates(step->segments, step->num_segments, group, x, matrix->in, y, matrix->out, 0, matrix->in,
-                         matrix->out, matrix->bias);
+    if (!step->num_segments) return 0;
+    return low_rank_updates(step->segments, step->num_segments, group, x, matrix->in, y, matrix->out, 0, matrix->in,
+                            matrix->out, matrix->bias);
 }
 
 /* Rotary embedding, arXiv 2104.09864, with the halves of a head as the pairs, as Llama has them. */
@@ -87,27 +65,28 @@ static void gate(const float *gate_up, float *out, int rows, int width) {
 
 /* hidden [rows, hidden] goes through all layers in place; `room` holds rows * (hidden + max(heads * dim + qkv width,
  * 3 * intermediate)) floats. */
-void run_layers(const Shape *shape, const Layer *layers, int num_layers, const Step *step, float *hidden, float *room) {
+int run_layers(const Shape *shape, const Layer *layers, int num_layers, const Step *step, float *hidden, float *room) {
     int rows = step->rows, width = shape->hidden;
     float *normed = room, *wide = room + (int64_t)rows * width;
     for (int i = 0; i < num_layers; i++) {
         const Layer *layer = &layers[i];
         float *attended = wide + (int64_t)rows * layer->qkv.out;
         rms_norm(hidden, layer->input_norm, normed, 0, rows, width, shape->eps);
-        project(&layer->qkv, layer->qkv_group, step, normed, wide);
+        if (project(&layer->qkv, layer->qkv_group, step, normed, wide)) return -1;
         rotate_and_keep(shape, layer, step, wide);
         Heads heads = shape->heads;
         heads.window = layer->window;
         Cache cache = {layer->keys, layer->values, shape->slots, shape->block_size};
         attention(&heads, &cache, step->tiles, step->num_tiles, wide, heads.dim, layer->qkv.out, attended);
-        project(&layer->output, layer->output_group, step, attended, normed);
+        if (project(&layer->output, layer->output_group, step, attended, normed)) return -1;
         add(hidden, normed, (int64_t)rows * width);
 
         float *gated = wide + (int64_t)rows * layer->gate_up.out;
         rms_norm(hidden, layer->post_norm, normed, 0, rows, width, shape->eps);
-        project(&layer->gate_up, layer->gate_up_group, step, normed, wide);
+        if (project(&layer->gate_up, layer->gate_up_group, step, normed, wide)) return -1;
         gate(wide, gated, rows, shape->intermediate);
-        project(&layer->down, layer->down_group, step, gated, normed);
+        if (project(&layer->down, layer->down_group, step, gated, normed)) return -1;
         add(hidden, normed, (int64_t)rows * width);
     }
+    return 0;
 }

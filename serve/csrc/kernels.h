@@ -1,4 +1,5 @@
-/* What the kernels share: vectors of floats, bf16, and the structs that serve/cpu_kernels.py fills in.
+/* What the kernels share: vectors of floats, bf16, and the structs that serve/cpu_kernels.py fills in, which checks
+ * every tensor that an address here points to.
  *
  * Everything is computed in fp32. Every sum belongs to one row and has one order, whatever else is in the batch: a
  * row's numbers are the same bits alone, beside others, in one chunk or in many.
@@ -60,10 +61,11 @@ static inline float from_bf16(bf16 value) {
     return u.number;
 }
 
-/* Rounds to nearest even, as torch does. */
+/* Rounds to nearest even, as torch does; NaN stays NaN. */
 static inline bf16 to_bf16(float value) {
     union { float number; uint32_t bits; } u = {value};
-    return (bf16)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
+    bf16 rounded = (bf16)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
+    return value == value ? rounded : 0x7fc0;
 }
 
 static inline vec lanes_of_bf16(const bf16 *from) {
@@ -117,9 +119,9 @@ static inline float sum_lanes(vec v) {
     return sums[0];
 }
 
-/* exp for x <= 0, to about 2e-7, and 0 far below: 2^n by the exponent bits, the rest by a polynomial. */
+/* exp for x <= 0, to about 2e-7, 0 far below, and NaN of NaN: 2^n by the exponent bits, the rest by a polynomial. */
 static inline float exp_negative(float x) {
-    float clamped = x < -87.0f ? -87.0f : x;
+    float clamped = x >= -87.0f ? x : -87.0f;
     float n = __builtin_rintf(clamped * 1.44269504f);
     float r = FMA(n, -0.693359375f, clamped);
     r = FMA(n, 2.12194440e-4f, r);
@@ -130,7 +132,8 @@ static inline float exp_negative(float x) {
     p = FMA(p, r, 1.6666665459e-1f);
     p = FMA(p, r, 5.0000001201e-1f);
     union { int32_t bits; float number; } power = {((int32_t)n + 127) << 23};
-    return x < -87.0f ? 0.0f : (FMA(p * r, r, r) + 1.0f) * power.number;
+    float far_below = x == x ? 0.0f : x;
+    return x >= -87.0f ? (FMA(p * r, r, r) + 1.0f) * power.number : far_below;
 }
 
 /* sums[r][o] += the products of x[r] and w[o], lane by lane. */
@@ -189,13 +192,13 @@ typedef struct {
 
 enum { MATRIX_FP32, MATRIX_BF16, MATRIX_NF4 };
 
-/* One adapter's update of some columns of a group of layers: A [rank, in], B transposed [rank, out], both fp32 or both
- * bf16; `magnitude` [out] is DoRA's m / |W + s B A|, or NULL. */
+/* One adapter's update of some columns of a group of layers: A [rank, in], B transposed [rank, out], each fp32 or bf16;
+ * `magnitude` [out] is DoRA's m / |W + s B A|, or NULL. */
 typedef struct {
     const void *a, *bt;
     const float *magnitude;
     float scaling;
-    int32_t rank, out, offset, is_bf16;
+    int32_t rank, out, offset, a_is_bf16, bt_is_bf16;
 } Part;
 
 typedef struct {
@@ -229,9 +232,34 @@ typedef struct {
     float scale, softcap;                 /* softcap 0: none */
 } Heads;
 
+/* One decoder layer of a Llama-like model, everything else of such a model, and one step through it. */
+typedef struct {
+    Matrix qkv, output, gate_up, down;
+    const float *input_norm, *post_norm; /* [hidden] */
+    const float *query_norm, *key_norm;  /* [dim] or NULL (Qwen3) */
+    float *keys, *values;                /* as Cache has them */
+    int32_t qkv_group, output_group, gate_up_group, down_group, window;
+} Layer;
+
+typedef struct {
+    Heads heads;
+    int64_t slots;
+    int32_t hidden, intermediate, block_size;
+    float eps;
+} Shape;
+
+typedef struct {
+    const Tile *tiles;
+    const Segment *segments;
+    const float *cosine, *sine; /* [rows, dim] */
+    int32_t rows, num_tiles, num_segments;
+} Step;
+
+/* Functions that return an int: 0, or -1 when there is no memory. */
 void matmul(const Matrix *matrix, const float *x, int64_t x_stride, float *y, int64_t y_stride, int rows);
-void low_rank_updates(const Segment *segments, int count, int group, const void *x, int64_t x_stride, void *y,
-                      int64_t y_stride, int is_bf16, int in, int out, const float *bias);
+int low_rank_updates(const Segment *segments, int count, int group, const void *x, int64_t x_stride, void *y,
+                     int64_t y_stride, int is_bf16, int in, int out, const float *bias);
 void attention(const Heads *shape, const Cache *cache, const Tile *tiles, int count, const float *query,
                int64_t head_stride, int64_t row_stride, float *out);
 void rms_norm(const void *x, const void *weight, void *y, int is_bf16, int rows, int width, float eps);
+int run_layers(const Shape *shape, const Layer *layers, int num_layers, const Step *step, float *hidden, float *room);

@@ -3,6 +3,8 @@
  *     y += scale * s B A x                                  LoRA, arXiv 2106.09685, section 4.1
  *     y += scale * ((m / |W + s B A| - 1) W x + m / |W + s B A| * s B A x)     DoRA, arXiv 2402.09353, equation 5
  */
+#include <stdlib.h>
+
 #include "kernels.h"
 
 enum { RANKS = 8, ITEM_ROWS = 6, MAX_RANK = 1024, PANEL = 512 };
@@ -21,9 +23,9 @@ static void shrink_row(const Part *part, const float *x, int in, float *hidden) 
     for (int rank = 0; rank < part->rank; rank += TILE_OUTPUTS) {
         vec sums[TILE_OUTPUTS] = {0};
         int ranks = part->rank - rank < TILE_OUTPUTS ? part->rank - rank : TILE_OUTPUTS;
-        for (int o = 0; o < ranks; o++, a += in * (part->is_bf16 ? sizeof(bf16) : sizeof(float))) {
+        for (int o = 0; o < ranks; o++, a += in * (part->a_is_bf16 ? sizeof(bf16) : sizeof(float))) {
             vec sum = {0};
-            if (part->is_bf16) {
+            if (part->a_is_bf16) {
                 ADD_PRODUCTS(bf16, lanes_of_bf16)
             } else {
                 ADD_PRODUCTS(float, lanes_of_floats)
@@ -46,8 +48,8 @@ static void shrink(const Part *part, const float *x, int64_t x_stride, int in, i
             const float *w[TILE_OUTPUTS];
             for (int o = 0; o < TILE_OUTPUTS; o++) {
                 int64_t at = (int64_t)(rank + o < part->rank ? rank + o : rank) * in + k;
-                if (part->is_bf16) widen(room[o], (const bf16 *)part->a + at, n);
-                w[o] = part->is_bf16 ? room[o] : (const float *)part->a + at;
+                if (part->a_is_bf16) widen(room[o], (const bf16 *)part->a + at, n);
+                w[o] = part->a_is_bf16 ? room[o] : (const float *)part->a + at;
             }
             for (int r = 0, tile; r < rows; r += tile) {
                 tile = tile_of(rows - r);
@@ -78,7 +80,7 @@ static void shrink(const Part *part, const float *x, int64_t x_stride, int in, i
 static inline __attribute__((always_inline)) void add_ranks(float *restrict y, const float *restrict hidden, float scale,
                                                             const Part *part, const int ranks) {
     int out = part->out;
-    int64_t row = (int64_t)out * (part->is_bf16 ? sizeof(bf16) : sizeof(float));
+    int64_t row = (int64_t)out * (part->bt_is_bf16 ? sizeof(bf16) : sizeof(float));
     for (int r = 0; r < part->rank; r += ranks) {
         const void *b[RANKS];
         float h[RANKS];
@@ -86,7 +88,7 @@ static inline __attribute__((always_inline)) void add_ranks(float *restrict y, c
             b[i] = (const char *)part->bt + (r + i < part->rank ? r + i : r) * row;
             h[i] = r + i < part->rank ? scale * hidden[r + i] : 0.0f;
         }
-        if (part->is_bf16) {
+        if (part->bt_is_bf16) {
             ADD_RANKS(bf16, lanes_of_bf16, from_bf16)
         } else {
             ADD_RANKS(float, lanes_of_floats, AS_IS)
@@ -102,9 +104,9 @@ static void expand(float *restrict y, const float *restrict hidden, float scale,
         add_ranks(y, hidden, scale, part, RANKS);
 }
 
-/* `base`: y before the first adapter, [rows, width]; read for DoRA alone. */
-static void apply_part(const Part *part, float scale, const float *x, int64_t x_stride, int in, const float *base, float *y,
-                       int64_t y_stride, int width, const float *bias, int rows) {
+/* For DoRA alone, `base`: y before the first adapter, [rows, width]; `update`: room for [part->out]. */
+static void apply_part(const Part *part, float scale, const float *x, int64_t x_stride, int in, const float *base,
+                       float *restrict update, float *y, int64_t y_stride, int width, const float *bias, int rows) {
     float hidden[ITEM_ROWS][MAX_RANK];
     if (rows == 1)
         shrink_row(part, x, in, hidden[0]);
@@ -116,8 +118,7 @@ static void apply_part(const Part *part, float scale, const float *x, int64_t x_
             expand(mine, hidden[r], scale, part, rows);
             continue;
         }
-        float update[part->out];
-        memset(update, 0, sizeof update);
+        memset(update, 0, part->out * sizeof(float));
         expand(update, hidden[r], scale, part, rows);
         const float *before = base + (int64_t)r * width + part->offset;
         for (int o = 0; o < part->out; o++) {
@@ -148,54 +149,74 @@ static int needs_base(const Segment *chain, int group) {
     return 0;
 }
 
+/* Floats of room that `update_rows` needs: not of the stack, where those of a head's columns would find no place. */
+static int64_t room_for(const Segment *segments, int count, int group, int is_bf16, int in, int out) {
+    int64_t floats = is_bf16 ? ITEM_ROWS * ((int64_t)in + out) : 0;
+    for (int s = 0; s < count; s++)
+        if (segments[s].chain && needs_base(&segments[s], group)) return floats + (ITEM_ROWS + 1) * (int64_t)out;
+    return floats;
+}
+
 static void update_floats(const Segment *chain, int group, const float *x, int64_t x_stride, float *y, int64_t y_stride,
-                          int in, int out, const float *bias, int rows) {
-    float base[needs_base(chain, group) ? rows * out : 1];
+                          int in, int out, const float *bias, int rows, float *room) {
+    float *update = room, *base = room ? room + out : 0;
     if (needs_base(chain, group)) read_rows(base, y, y_stride, 0, rows, out);
     for (int s = 0; s < chain->chain; s++) {
         const Parts *parts = &chain[s].groups[group];
         for (int p = 0; p < parts->count; p++)
-            apply_part(&parts->parts[p], chain[s].scale, x, x_stride, in, base, y, y_stride, out, bias, rows);
+            apply_part(&parts->parts[p], chain[s].scale, x, x_stride, in, base, update, y, y_stride, out, bias, rows);
     }
 }
 
 static void update_rows(const Segment *chain, int group, const void *x, int64_t x_stride, void *y, int64_t y_stride,
-                        int is_bf16, int in, int out, const float *bias, int first, int rows) {
+                        int is_bf16, int in, int out, const float *bias, int first, int rows, float *room) {
     if (!is_bf16) {
         update_floats(chain, group, (const float *)x + first * x_stride, x_stride, (float *)y + first * y_stride, y_stride,
-                      in, out, bias, rows);
+                      in, out, bias, rows, room);
         return;
     }
     bf16 *y_rows = (bf16 *)y + first * y_stride;
-    float input[rows * in], sums[rows * out];
+    float *input = room, *sums = room + (int64_t)rows * in;
     read_rows(input, (const bf16 *)x + first * x_stride, x_stride, 1, rows, in);
     read_rows(sums, y_rows, y_stride, 1, rows, out);
-    update_floats(chain, group, input, in, sums, out, in, out, bias, rows);
+    update_floats(chain, group, input, in, sums, out, in, out, bias, rows, sums + (int64_t)rows * out);
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < out; i++) y_rows[r * y_stride + i] = to_bf16(sums[(int64_t)r * out + i]);
 }
 
+static int items_of(const Segment *segment) {
+    return (segment->end - segment->start + ITEM_ROWS - 1) / ITEM_ROWS;
+}
+
 /* Apply every segment's parts of `group` to y [rows, out] from x [rows, in]; both bf16 or both fp32, rows `x_stride`
  * and `y_stride` numbers apart. `bias` is what y already contains beside W x. */
-void low_rank_updates(const Segment *segments, int count, int group, const void *x, int64_t x_stride, void *y,
-                      int64_t y_stride, int is_bf16, int in, int out, const float *bias) {
-    int items = 0;
+int low_rank_updates(const Segment *segments, int count, int group, const void *x, int64_t x_stride, void *y,
+                     int64_t y_stride, int is_bf16, int in, int out, const float *bias) {
+    int items = 0, has_failed = 0;
     for (int s = 0; s < count; s++)
-        if (segments[s].chain) items += (segments[s].end - segments[s].start + ITEM_ROWS - 1) / ITEM_ROWS;
-#pragma omp parallel for schedule(dynamic, 1) if (items > 1)
-    for (int item = 0; item < items; item++) {
-        int before = 0;
-        for (int s = 0; s < count; s++) {
-            if (!segments[s].chain) continue;
-            int mine = (segments[s].end - segments[s].start + ITEM_ROWS - 1) / ITEM_ROWS;
-            if (item < before + mine) {
-                int first = segments[s].start + (item - before) * ITEM_ROWS;
-                int rows = segments[s].end - first < ITEM_ROWS ? segments[s].end - first : ITEM_ROWS;
-                if (has_parts(&segments[s], group))
-                    update_rows(&segments[s], group, x, x_stride, y, y_stride, is_bf16, in, out, bias, first, rows);
-                break;
-            }
-            before += mine;
+        if (segments[s].chain) items += items_of(&segments[s]);
+    int64_t floats = room_for(segments, count, group, is_bf16, in, out);
+#pragma omp parallel if (items > 1)
+    {
+        float *room = floats ? malloc(floats * sizeof(float)) : 0;
+        if (floats && !room) {
+#pragma omp atomic write
+            has_failed = 1;
         }
+#pragma omp for schedule(dynamic, 1)
+        for (int item = 0; item < items; item++) {
+            if (floats && !room) continue;
+            int s = 0, before = 0;
+            while (!segments[s].chain || item >= before + items_of(&segments[s])) {
+                if (segments[s].chain) before += items_of(&segments[s]);
+                s++;
+            }
+            int first = segments[s].start + (item - before) * ITEM_ROWS;
+            int rows = segments[s].end - first < ITEM_ROWS ? segments[s].end - first : ITEM_ROWS;
+            if (has_parts(&segments[s], group))
+                update_rows(&segments[s], group, x, x_stride, y, y_stride, is_bf16, in, out, bias, first, rows, room);
+        }
+        free(room);
     }
+    return -has_failed;
 }

@@ -127,11 +127,10 @@ static int can_shuffle(const Matrix *m) {
 
 static void unpack_shuffled(const Matrix *m, const Tables *tables, int64_t at, int n, float *restrict to) {
     const uint8_t *codes = (const uint8_t *)m->weights + at / 2;
-    const float *absmax = m->absmax + at / m->block;
-    int64_t ahead = (int64_t)AHEAD * m->in / 2;
-    for (int k = 0, run = 0; k < n; k += SHUFFLED, run++) {
+    int64_t ahead = (int64_t)AHEAD * m->in / 2, run = at / SHUFFLED; /* counted from the first weight: a panel may begin inside a block */
+    for (int k = 0; k < n; k += SHUFFLED, run++) {
         __builtin_prefetch(codes + k / 2 + ahead);
-        unpack_run(tables, codes + k / 2, absmax[run >> tables->shift], (vec *)(to + k));
+        unpack_run(tables, codes + k / 2, m->absmax[run >> tables->shift], (vec *)(to + k));
     }
 }
 
