@@ -123,6 +123,27 @@ def test_nf4_weights_are_bitsandbytes_to_the_bit(kernels: CpuKernels) -> None:
     torch.testing.assert_close(torch.cat([layer(rows) for layer in layers], -1), rows @ theirs.T)  # they work alone
 
 
+@pytest.mark.parametrize("block", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+def test_nf4_blocks_of_any_size_have_their_own_constants(kernels: CpuKernels, block: int) -> None:
+    """By every path: one row, a few, so many that weights are unpacked by panels, which may begin inside a block."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    torch.manual_seed(block)
+    width = max(1536, 3 * block)
+    # Neighbouring blocks differ a thousandfold, so that another's constant cannot pass for rounding.
+    weights = torch.randn(6, width) * 10.0 ** torch.randint(-2, 2, (6, width // 32)).repeat_interleave(32, 1)
+    codes, state = quantize_4bit(weights, blocksize=block, quant_type="nf4")
+    dense = dequantize_4bit(codes, state)
+    matrix = WeightMatrix(Nf4Weights(codes.flatten(), state.absmax, state.code, block, (6, width)))
+    x = torch.randn(50, width)
+    expected = x.double() @ dense.double().T
+    found = kernels.matmul(matrix, x)
+    scale = (x.double().abs() @ dense.double().abs().T).max()
+    torch.testing.assert_close(found.double() / scale, expected / scale, rtol=0, atol=1e-6)
+    for rows in (1, 2, 4, 7):
+        assert torch.equal(kernels.matmul(matrix, x[:rows]), found[:rows])
+
+
 def _attended(
     kernels: CpuKernels,
     query: torch.Tensor,
