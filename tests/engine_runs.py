@@ -7,7 +7,9 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from conftest import TINY_VOCABULARY
 from packages import FINGERPRINT
 
@@ -40,6 +42,34 @@ def unverified(folder: Path, number: int) -> Adapter:
 
 def load_tiny(stored: StoredBase, dtype: str = "float32") -> LoadedBase:
     return load_base(stored, purpose="serve", dtype=dtype)
+
+
+def reference_model(stored: StoredBase, adapter: Adapter | None, dtype: torch.dtype) -> Any:
+    """transformers' and PEFT's model on an NF4 base of their own loading."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(stored.path, dtype=dtype, quantization_config=config)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # that kernel computes in bf16
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter.path))
+    return model.eval()
+
+
+def greedy(model: Any, prompt: tuple[int, ...]) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=-1
+    )
+    return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
 @asynccontextmanager

@@ -12,7 +12,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_VOCABULARY, make_peft_adapter
-from engine_runs import GREEDY, NUM_TOKENS, PROMPTS, ask, idle, load_tiny, run, running, tokens_of, unverified
+from engine_runs import (
+    GREEDY,
+    NUM_TOKENS,
+    PROMPTS,
+    ask,
+    greedy,
+    idle,
+    load_tiny,
+    reference_model,
+    run,
+    running,
+    tokens_of,
+    unverified,
+)
 
 from adapterhub.adapter import Adapter, BaseRef
 from adapterhub.base_model import Choice, load_base
@@ -54,34 +67,6 @@ def adapters(tiny_base: StoredBase, tmp_path_factory: pytest.TempPathFactory) ->
 def reference(stored: StoredBase, adapter: Adapter | None, prompt: tuple[int, ...]) -> list[int]:
     """Greedy tokens of transformers and PEFT, fp32."""
     return greedy(reference_model(stored, adapter, torch.float32), prompt)
-
-
-def reference_model(stored: StoredBase, adapter: Adapter | None, dtype: torch.dtype) -> Any:
-    """transformers' and PEFT's model on an NF4 base of their own loading."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    model = AutoModelForCausalLM.from_pretrained(stored.path, dtype=dtype, quantization_config=config)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # that kernel computes in bf16
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter.path))
-    return model.eval()
-
-
-def greedy(model: Any, prompt: tuple[int, ...]) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=-1
-    )
-    return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -199,32 +184,6 @@ def test_memory_that_nobody_wrote_reaches_no_answer(
         run(test)
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-BF16_TOLERANCE = 0.3
-"""of a log-probability: as far as two kernels of bf16 lie apart, for they round at different places (found: 0.12)"""
-
-
-@pytest.mark.parametrize("name", [None, "lora rank 16", "rslora", "dora"])
-def test_in_bf16_the_log_probabilities_are_pefts_within_a_tolerance(
-    name: str | None, tiny_base: StoredBase, adapters: dict[str, Adapter]
-) -> None:
-    model = reference_model(tiny_base, adapters[name] if name else None, torch.bfloat16)
-
-    async def test() -> None:
-        async with running(load_tiny(tiny_base, "bfloat16")) as engine:
-            if name:
-                await engine.load(adapters[name])
-            mix = (AdapterScale(adapters[name].digest),) if name else ()
-            for prompt in PROMPTS:
-                sampling = replace(GREEDY, max_tokens=1, top_logprobs=10)
-                (chunk,) = await ask(engine, GenerationRequest(str(prompt), prompt, sampling, mix))
-                with torch.no_grad():
-                    wanted = model(torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1)
-                for token, _, logprob in chunk.logprobs[0].top:
-                    assert logprob == pytest.approx(wanted[token].item(), abs=BF16_TOLERANCE)
-
-    run(test)
 
 
 def test_a_repeated_prompt_is_shared_and_answered_with_the_same_bits(
