@@ -9,7 +9,7 @@ DEMO_STAMP := $(VENV)/.installed-demo
 
 WORKERS := 3
 
-.PHONY: setup demo test test-vllm soak check bench screenshots docs lock clean
+.PHONY: setup demo test test-vllm soak check check-kernels bench screenshots docs lock clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,9 @@ check: setup  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+check-kernels: setup  ## the C kernels under AddressSanitizer and UBSan for every instruction set, and for Arm under qemu
+	@PYTHONPATH=. $(VENV)/bin/python scripts/check_kernels.py
 
 bench: setup  ## decode speed against PEFT and transformers, and adapters that are not resident; under five minutes
 	@$(VENV)/bin/python benchmarks/decode.py --rounds 2 --tokens 12

@@ -165,16 +165,12 @@ def test_log_probabilities_are_pefts_in_that_dtype(
 KEPT_IN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-@pytest.mark.parametrize("kernels", ["own", "torch"])
 def test_halves_of_an_adapter_of_any_two_dtypes_answer_as_in_peft(
     tiny_base: StoredBase,
     adapters: dict[tuple[str, str], Adapter],
     tmp_path: Path,
-    kernels: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A, B and, turn by turn, DoRA's magnitude: each half of a layer is read as its own tensor is kept."""
-    _use_cpu("not packed", kernels, monkeypatch)
     made: dict[str, Adapter] = {}
     source = adapters["llama", "dora"].path
     for number, (a, b) in enumerate((a, b) for a in KEPT_IN for b in KEPT_IN):
