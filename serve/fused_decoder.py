@@ -55,11 +55,11 @@ def unfit(model: Any, cache: KvCache) -> str | None:
     """Why the model's layers are not those that decoder.c computes, or hold what it does not read; None: they fit."""
     config = model.config.get_text_config()
     if config.model_type not in _MODEL_TYPES or getattr(config, "hidden_act", None) != "silu":
-        return f"{config.model_type} is not one of {', '.join(_MODEL_TYPES)} as they are known"
+        return f"only {', '.join(_MODEL_TYPES)} with silu are fused, this is {config.model_type}"
     token = torch.zeros(1, 1, dtype=torch.long)
     states = model.get_input_embeddings()(token)
     if states.dtype != torch.float32 or cache.layers.dtype != torch.float32:
-        return f"this one computes in {str(states.dtype).removeprefix('torch.')}, and only float32 is fused, and faster"
+        return f"it computes in {str(states.dtype).removeprefix('torch.')}; only float32 is fused, and faster"
     dim = cache.shape.head_dim
     if dim % LANES or dim > MAX_HEAD_DIM or model.model.rotary_emb(states, token)[0].shape[-1] != dim:
         return f"heads of {dim} numbers: expected a multiple of {LANES} up to {MAX_HEAD_DIM}, all of them rotated"

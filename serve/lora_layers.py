@@ -273,6 +273,8 @@ class AdapterBank:
             self.embedding[1].remove(digest)
         self._residents.discard(digest)
         self._tables.pop(digest, None)
+        for segments in (self.rows, self._head_rows):  # the last batch's, which keep its adapters in memory
+            segments.set((), {})
 
     def is_resident(self, digest: str) -> bool:
         return digest in self._residents

@@ -197,6 +197,24 @@ def test_attention_survives_large_and_equal_scores(kernels: CpuKernels) -> None:
         torch.testing.assert_close(found, torch.full_like(found, mean))
 
 
+def test_nan_is_kept_and_stays_in_its_row(kernels: CpuKernels) -> None:
+    past, pieces = torch.randn(2, 2, 8, 16), [(2, 1, [0]), (1, 1, [1])]
+    query = torch.randn(4, 2, 16)
+    right = _attended(kernels, query, past, pieces)
+    query[:, 0], past[:, :, :4] = float("nan"), float("nan")
+    found = _attended(kernels, query, past, pieces)
+    assert found[0].isnan().all()
+    assert torch.equal(found[1], right[1])
+    for bits in (0x7FC00000, 0x7FFFFFFF, -1):  # whatever the other bits of a NaN are
+        x = torch.full((2, 16), bits, dtype=torch.int32).view(torch.float32)
+        x[1] = 1.0
+        y = x.bfloat16()
+        table = AdapterTable(((16, 16),), [[(0, LowRank(torch.ones(1, 16), torch.ones(1, 16), 1.0))]])
+        kernels.low_rank_updates(SegmentTable([(0, 2, [(table, 1.0)])], num_rows=2), 0, x.bfloat16(), y)
+        assert y[0].isnan().all()
+        assert torch.equal(y[1], torch.full((16,), 17.0).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_llama_norm_is_replaced_with_the_same_numbers(kernels: CpuKernels, dtype: torch.dtype) -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
