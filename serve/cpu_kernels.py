@@ -1,5 +1,7 @@
-"""Calls csrc/ on torch tensors, each checked before its address is handed over. Where it cannot be compiled, torch does
-all."""
+"""Calls csrc/ on torch tensors, each checked before its address is handed over.
+
+Where it cannot be compiled, torch does all.
+"""
 
 from __future__ import annotations
 

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from adapterhub.base_model import Nf4Weights
+from adapterhub.errors import AdapterUnsupported
 from adapterhub.tensor_address import TensorMismatch
 from serve.cpu_kernels import CpuKernels, load_kernels
+from serve.engine import AdapterScale
+from serve.host_memory import HugePages
 from serve.kernel_structs import (
     AdapterTable,
     DecoderLayer,
@@ -23,6 +27,7 @@ from serve.kernel_structs import (
     Tiles,
     WeightMatrix,
 )
+from serve.lora_layers import LinearGroup, Segments
 from serve.lora_weights import LowRank
 
 ROOT = Path(__file__).parent.parent
@@ -219,6 +224,24 @@ def test_heads_and_widths_that_the_vectors_do_not_divide() -> None:
     for heads, dim in ((4, 24), (4, 272), (3, 16)):
         with pytest.raises(TensorMismatch, match="heads of"):
             _kernels().attention(torch.randn(heads, 3, dim), *torch.randn(2, 2, 12, dim), TILES, scale=1.0)
+
+
+def test_layers_are_called_with_rows_of_any_shape_but_not_with_some_of_them() -> None:
+    """As the routers and experts of some bases call theirs."""
+    kernels = _kernels()
+    segments = Segments()
+    group = LinearGroup(0, [nn.Linear(32, 48)], segments, kernels, HugePages())
+    group.install("a", 0, LOW)
+    tables = {"a": AdapterTable(((32, 48),), [group.updates("a")])}
+    segments.set([(1, ()), (2, (AdapterScale("a"),))], tables)
+    x = torch.randn(1, 3, 32)
+    found = group.output(0, x)
+    assert torch.equal(group.output(0, x[0]), found[0])
+    assert torch.equal(group.output(0, x[:, :, None]), found[:, :, None])
+    with pytest.raises(AdapterUnsupported, match="sees 2 rows of a batch of 3"):
+        group.output(0, x[0, :2])
+    group.remove("a")
+    assert group.output(0, x[0, :2]).shape == (2, 48)  # of no matter to the base
 
 
 def test_no_rows_at_all() -> None:
