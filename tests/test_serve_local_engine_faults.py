@@ -236,7 +236,7 @@ def test_a_load_that_fails_half_way_leaves_nothing_and_can_be_tried_again(
                 with pytest.raises(MemoryError):
                     await engine.load(adapter)
             assert not bank.is_resident(adapter.digest)
-            assert all(not group.parts(adapter.digest) for group in bank.groups)
+            assert all(not group.updates(adapter.digest) for group in bank.groups)
 
             async def answer(*mix: AdapterScale) -> list[int]:
                 return tokens_of(await ask(engine, GenerationRequest("a", PROMPTS[2], GREEDY, mix)))
