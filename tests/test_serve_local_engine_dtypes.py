@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_peft_adapter
+from conftest import TINY_VOCABULARY, make_peft_adapter
 from engine_runs import GREEDY, PROMPTS, ask, greedy, load_tiny, reference_model, run, running, tokens_of, unverified
 from safetensors.torch import load_file, save_file
 
@@ -45,7 +45,7 @@ def qwen(tiny_base: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> Sto
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("qwen")
     config = Qwen2Config(
-        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=TINY_VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.2, tie_word_embeddings=True,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
