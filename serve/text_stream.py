@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from tokenizers.decoders import DecodeStream
+from serve.token_bytes import TokenBytes, token_bytes_of
+
+_LONGEST_CHAR = 4
+"""bytes of UTF-8, so also the most tokens that a character can be split into"""
 
 
 class TextStream:
     """The text of one answer as it grows; text that may be the start of a stop string is held back."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], prompt: Sequence[int]) -> None:
-        # The prompt's end gives the decoder its context: whether a first space is text or a word border.
-        self._decoder = DecodeStream(list(prompt[-6:]), skip_special_tokens=True)
-        self._tokenizer = tokenizer
+        """`tokenizer`: of the tokenizers library."""
+        self._bytes_of = token_bytes_of(tokenizer)
+        self._decoder: _Decoder = (
+            _ByteDecoder(self._bytes_of, prompt) if self._bytes_of.is_exact else _WordDecoder(tokenizer, prompt)
+        )
         self._stop = tuple(stop)
         self._held = ""
+        self._begins = self._bytes_of.begins_text(prompt)
         self.is_stopped = False
+        self.num_decoded = 0
+        """characters of the answer that are whole so far, those held back among them"""
+        self.num_given = 0
+        """characters that were returned"""
 
     def feed(self, token: int) -> str:
-        """Text that is now certain. Sets `is_stopped` when a stop string is complete (it is not returned)."""
-        self._held += self._decoder.step(self._tokenizer, token) or ""
+        """Return the text that is now certain. Sets `is_stopped` when a stop string is complete (not returned)."""
+        text = self._decoder.step(token, self.bytes_of(token))
+        self._begins = self._begins and self._bytes_of.is_special(token)
+        self._add(text)
+        return self._certain()
+
+    def finish(self) -> str:
+        """Return what was held back, once no more tokens come; a character's first bytes alone become U+FFFD."""
+        if self.is_stopped:
+            return ""
+        self._add(self._decoder.finish())
+        text = self._certain()
+        return text if self.is_stopped else text + self._take(len(self._held))
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes `token` would add to the answer as it stands."""
+        return self._bytes_of.first(token) if self._begins else self._bytes_of(token)
+
+    def name(self, token: int) -> tuple[str, bytes | None]:
+        """Return (name, bytes) of `token`, as it would be next in the answer, for a list of log-probabilities."""
+        return self._bytes_of.name(token, self.bytes_of(token))
+
+    def _add(self, text: str) -> None:
+        self._held += text
+        self.num_decoded += len(text)
+
+    def _certain(self) -> str:
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self.is_stopped = True
             return self._take(min(found))
         return self._take(len(self._held) - self._possible_stop_length())
 
-    def finish(self) -> str:
-        """What was held back, once no more tokens come."""
-        return "" if self.is_stopped else self._take(len(self._held))
-
     def _take(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
+        self.num_given += length
         return text
 
     def _possible_stop_length(self) -> int:
@@ -43,3 +76,69 @@ class TextStream:
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):
                 return length
         return 0
+
+
+class _Decoder(Protocol):
+    def step(self, token: int, data: bytes) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class _ByteDecoder:
+    """UTF-8, byte by byte. It cannot fail: what is no UTF-8 becomes U+FFFD, as in the Unicode standard, chapter 3.9."""
+
+    def __init__(self, bytes_of: TokenBytes, prompt: Sequence[int]) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8.decode(b"".join(map(bytes_of, prompt[-_LONGEST_CHAR:])))
+        self._is_joining = bool(self._utf8.getstate()[0])
+        """the prompt ended within a character that the answer may complete"""
+        self._begun = b""
+
+    def step(self, token: int, data: bytes) -> str:
+        text = self._utf8.decode(data)
+        if self._is_joining:
+            self._begun += data
+            if not text:
+                return ""
+            self._is_joining = False
+            if text.startswith("\ufffd"):
+                return self._without_the_prompt()
+        return text
+
+    def finish(self) -> str:
+        if self._is_joining:
+            return self._without_the_prompt() + self._utf8.decode(b"", final=True)
+        return self._utf8.decode(b"", final=True)
+
+    def _without_the_prompt(self) -> str:
+        """The prompt's bytes and the answer's make no character: the answer's alone are its text."""
+        self._utf8.reset()
+        return self._utf8.decode(self._begun)
+
+
+class _WordDecoder:
+    """For decoders that look at a token's neighbours: the text of the last tokens with the new one, less without it."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = list(prompt[-6:])
+        self._known = self._decode()
+        if self._known.endswith("\ufffd"):  # it could still change, and be taken for the answer's
+            self._tokens, self._known = [], ""
+
+    def step(self, token: int, data: bytes) -> str:
+        self._tokens.append(token)
+        text = self._decode()
+        if text.endswith("\ufffd") and len(self._tokens) < 6 + _LONGEST_CHAR:
+            return ""
+        new = text[len(self._known) :] if text.startswith(self._known) else data.decode()
+        self._tokens = self._tokens[-6:]
+        self._known = self._decode()
+        return new
+
+    def finish(self) -> str:
+        text = self._decode()
+        return text[len(self._known) :] if text.startswith(self._known) else ""
+
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._tokens))
