@@ -49,7 +49,6 @@ class KvCache:
         self.block_size = block_size
         self.shape = shape
         size = (shape.num_layers, 2, shape.num_heads, num_blocks * block_size, shape.head_dim)
-        # Zeros, not empty: masked slots are multiplied by a zero weight, and NaN * 0 is NaN.
         if device.type == "cpu":
             # The budget is a bound: what no sequence has used yet takes no memory.
             self.layers = host_memory.zeros(size, shape.dtype)
@@ -132,7 +131,8 @@ class PagedStep:
         """[decode rows, longest]"""
         known = [self._slots_of(piece) for piece in self._pieces if _is_decode(piece)]
         longest = max(map(len, known), default=0)
-        padded = [slots + [0] * (longest - len(slots)) for slots in known]
+        # With a slot of the row's own: a weight of 0 times another request's NaN would be NaN.
+        padded = [slots + slots[-1:] * (longest - len(slots)) for slots in known]
         return torch.tensor(padded, device=self.cache.layers.device)
 
     def _slots_of(self, piece: Piece) -> list[int]:
