@@ -19,11 +19,14 @@
       UsageError                a request that makes no sense as asked              exit 2   400
         OutputNotFresh          an output folder that already holds something
         RunNotResumable         no stopped training run at that folder
+        ConstraintFailed        guided decoding that cannot go on
       StorageFull               the disk is full                                    exit 1   507
       TrainingFailed            the run cannot go on (NaN loss, out of memory)      exit 1   500
       TrainingStopped           told to stop; a checkpoint was written              exit 130
       ServeError                the server cannot do this now                       exit 1   503
         ServerBusy (429)  RequestTooLong (400)  AdapterLoadFailed (503)  EngineStopped (503)
+        RequestFailed (500)     this one request cannot be computed; others are not touched
+          NonFiniteLogits (422) its adapter or the base computes NaN or Inf
         PortBusy
         TrainingBusy (409)      a training run is going on, and there is one at a time
         TrainingRunNotFound (404)
@@ -162,6 +165,10 @@ class RunNotResumable(UsageError):
     code = "run_not_resumable"
 
 
+class ConstraintFailed(UsageError):
+    code = "constraint_failed"
+
+
 class StorageFull(AdapterHubError):
     http_status, code = 507, "storage_full"
 
@@ -192,6 +199,14 @@ class AdapterLoadFailed(ServeError):
 
 class EngineStopped(ServeError):
     code = "engine_stopped"
+
+
+class RequestFailed(ServeError):
+    http_status, code = 500, "request_failed"
+
+
+class NonFiniteLogits(RequestFailed):
+    http_status, code = 422, "non_finite_logits"
 
 
 class PortBusy(ServeError):

@@ -78,7 +78,8 @@ class Ours:
         def step() -> None:
             batch = scheduler.schedule()
             assert batch is not None
-            sampled = self.runner.run(batch)
+            rows, sequences = self.runner.run(batch), {one.request.id: one for one in scheduler.running}
+            sampled = {name: self.runner.sampler.sample(row, sequences[name]) for name, row in rows.items()}
             scheduler.commit(batch, {name: one.token for name, one in sampled.items()})
 
         while scheduler.waiting or any(sequence.num_pending > 1 for sequence in scheduler.running):

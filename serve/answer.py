@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -22,6 +23,8 @@ from serve.feedback import FeedbackStore
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
 from serve.training_runs import TrainingRuns
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MAX_TOKENS = 512
 """tokens of a chat answer when the client does not say, if the model has room for them"""
@@ -225,7 +228,7 @@ async def event_stream(services: Services, question: Question, *, include_usage:
             async for index, chunk in chunks:
                 is_first = counts[index] == 0
                 counts[index] = chunk.num_tokens
-                shared = max(shared, chunk.num_shared)
+                shared = chunk.num_shared if index == 0 else shared  # the others may share what the first computed
                 if chunk.text or chunk.logprobs or chunk.finish_reason or is_first:
                     yield _event({**head, "choices": [_piece(question, index, chunk, is_first=is_first)]})
         if include_usage:
@@ -235,7 +238,13 @@ async def event_stream(services: Services, question: Question, *, include_usage:
     except AdapterHubError as error:
         if not any(counts):
             raise  # nothing was sent yet: the caller can still answer with a status
-        yield _event(wire.error_body(str(error), code=error.code, kind="server_error"))
+        yield _event(wire.error_body(str(error), code=error.code, kind=wire.kind_of_error(error.http_status)))
+    except Exception:
+        if not any(counts):
+            raise
+        log.exception("the stream of %s failed", question.id)
+        said = "the server failed unexpectedly; its log says more."
+        yield _event(wire.error_body(said, code="internal_error", kind="server_error"))
     yield "data: [DONE]\n\n"
 
 

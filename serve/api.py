@@ -26,7 +26,6 @@ from serve.workshop import Workshop
 
 log = logging.getLogger(__name__)
 
-_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CLIENT_GONE = 499
 """nginx's status for a client that closed; nobody receives it, it only shows in logs"""
 
@@ -203,8 +202,7 @@ def _adapter_card(services: Services, published: Published) -> dict[str, Any]:
 def _add_error_handlers(app: FastAPI, services: Services) -> None:
     def refuse(status: int, code: str, message: str, param: str | None = None) -> Response:
         services.metrics.refused.labels(code).inc()
-        kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-        body = wire.error_body(message, code=code, kind=kind, param=param)
+        body = wire.error_body(message, code=code, kind=wire.kind_of_error(status), param=param)
         return JSONResponse(body, status_code=status, headers=_retry_headers(status))
 
     @app.exception_handler(AdapterHubError)

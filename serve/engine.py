@@ -80,9 +80,14 @@ class GenerationRequest:
 class TokenLogprob:
     token: int
     text: str
+    """the token's name: its text, or `bytes:\\xf0\\x9f` where it is part of a character"""
+    data: bytes | None
+    """the bytes it adds to the text; None for a special token, which adds none"""
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
-    """(token, text, logprob), strongest first"""
+    top: tuple[TokenLogprob, ...] = ()
+    """the strongest candidates, strongest first"""
+    offset: int = 0
+    """characters of the answer before it"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class Chunk:
     """the tokens this piece adds"""
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    """of the tokens whose text is certain by now: those that end the answer without being text are never listed"""
     num_shared: int = 0
     """prompt tokens whose keys and values an earlier request had left in the cache"""
 
@@ -157,7 +163,7 @@ class Engine(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Stream an answer; closing the iterator aborts the request within one step.
 
-        Raises UsageError, RequestTooLong, ServerBusy, EngineStopped.
+        Raises UsageError, RequestTooLong, ServerBusy, EngineStopped, RequestFailed.
         """
         ...
 

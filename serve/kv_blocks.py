@@ -51,7 +51,7 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens not computed yet: 1 while decoding, more while prefilling."""
+        """Tokens not computed yet: 1 while decoding, more while prefilling, 0 until the next token is chosen."""
         return len(self.tokens) - self.num_computed
 
     @property

@@ -7,26 +7,34 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from adapterhub.adapter import Adapter
 from adapterhub.base_model import LoadedBase
-from adapterhub.errors import AdapterLoadFailed, EngineStopped, MissingFile, RequestTooLong, ServerBusy, UsageError
+from adapterhub.errors import (
+    AdapterHubError,
+    AdapterLoadFailed,
+    EngineStopped,
+    MissingFile,
+    RequestFailed,
+    RequestTooLong,
+    ServerBusy,
+    UsageError,
+)
 from serve.attention import KvShape
+from serve.constrained import Matcher
 from serve.cpu_kernels import MAX_RANK
-from serve.engine import Chunk, EngineStatus, FinishReason, GenerationRequest, Precision, TokenLogprob
+from serve.engine import Chunk, EngineStatus, GenerationRequest, Precision
 from serve.lora_weights import Weights, kept_bytes, read_weights
 from serve.model_runner import ModelRunner, kv_dtype
-from serve.sampling import Sampled
-from serve.scheduler import BlockPool, Scheduler, SchedulerLimits, Sequence
-from serve.text_stream import TextStream
+from serve.running_answer import RunningAnswer
+from serve.sampling import Row, Sampled
+from serve.scheduler import Batch, BlockPool, Piece, Scheduler, SchedulerLimits, Sequence
 
 log = logging.getLogger(__name__)
-
-Emit = Callable[[Chunk | Exception], None]
 
 
 @dataclass(frozen=True)
@@ -40,15 +48,6 @@ class LocalEngineConfig:
     max_queue: int = 1024
     """waiting requests before new ones are refused"""
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
-
-
-@dataclass(eq=False)
-class _Running:
-    """An answer on its way out."""
-
-    sequence: Sequence
-    text: TextStream
-    emit: Emit
 
 
 class LocalEngine:
@@ -77,7 +76,7 @@ class LocalEngine:
         self._scheduler = Scheduler(self.config.limits, self._pool)
         self._runner = ModelRunner(base, num_blocks=num_blocks, block_size=self.config.block_size)
         self.choices = self._runner.choices
-        self._answers: dict[str, _Running] = {}
+        self._answers: dict[str, RunningAnswer] = {}
         self._eos = _eos_tokens(base)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stopped: str | None = None
@@ -107,8 +106,9 @@ class LocalEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         self._check(request)
+        matcher: Matcher | None = None
         if request.sampling.constraint is not None:
-            await asyncio.to_thread(self._runner.constraints.check, request.sampling.constraint)
+            matcher = await asyncio.wrap_future(self._runner.constraints.begin(request.sampling.constraint))
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
 
@@ -116,7 +116,8 @@ class LocalEngine:
             with contextlib.suppress(RuntimeError):  # the loop closed: nobody is listening
                 loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
-        self._commands.put(lambda: self._start(request, emit))
+        answer = RunningAnswer(request, _backend(self._base.tokenizer), matcher, emit)
+        self._commands.put(lambda: self._start(answer))
         try:
             self._refuse_if_ended()  # else the worker still obeys, or refuses it when it ends
             while True:
@@ -127,7 +128,7 @@ class LocalEngine:
                 if chunk.finish_reason is not None:
                     return
         finally:
-            self._commands.put(lambda: self._abort(request.id, emit))
+            self._commands.put(lambda: self._retire(answer))
 
     def status(self) -> EngineStatus:
         if self._stopped is not None:
@@ -145,6 +146,7 @@ class LocalEngine:
     async def close(self) -> None:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
+        self._runner.constraints.close()
 
     def check(self) -> None:
         """The books of an idle engine: no answer open, every block free."""
@@ -177,7 +179,7 @@ class LocalEngine:
             try:
                 self._refuse_if_ended()
                 act()
-            except Exception as error:
+            except BaseException as error:
                 done.set_exception(error)
             else:
                 done.set_result(None)
@@ -197,20 +199,18 @@ class LocalEngine:
     # From here on: the worker thread.
 
     def _work(self) -> None:
-        reason = "it was closed"
+        batch: Batch | None = None
         try:
-            while self._obey_commands():
+            while self._obey_commands(is_idle=batch is None):
                 batch = self._scheduler.schedule()
                 if batch is not None:
-                    sampled = self._runner.run(batch)
-                    self._scheduler.commit(batch, {name: one.token for name, one in sampled.items()})
-                    self._deliver(sampled)
-        except Exception as error:
+                    self._step(batch)
+            self._stopped = "it was closed"
+        except BaseException as error:  # also what is no Exception: nobody may wait for a thread that is gone
+            self._stopped = f"{type(error).__name__}: {error}"
             log.exception("the engine stopped")
-            reason = f"{type(error).__name__}: {error}"
-        self._stopped = reason
         for answer in list(self._answers.values()):
-            answer.emit(self._ended())
+            self._tell(answer, self._ended())
         self._answers.clear()
         with contextlib.suppress(queue.Empty):  # what came while the last step ran: each refuses by itself
             while True:
@@ -218,9 +218,96 @@ class LocalEngine:
                 if command is not None:
                     command()
 
-    def _obey_commands(self) -> bool:
+    def _step(self, batch: Batch) -> None:
+        sampled: dict[str, Sampled] = {}
+        for name, row in self._rows(batch).items():
+            answer = self._answers[name]
+            with self._only_this(answer):
+                if answer.matcher is None or answer.matcher.is_ready:
+                    answer.row = None
+                    sampled[name] = self._runner.sampler.sample(row, answer.sequence, answer.matcher)
+                else:
+                    answer.row = row
+                    self._resume_later(answer, answer.matcher)
+        self._scheduler.commit(batch, {name: one.token for name, one in sampled.items()})
+        for name, one in sampled.items():
+            answer = self._answers[name]
+            with self._only_this(answer):
+                self._deliver(answer, one)
+
+    @contextlib.contextmanager
+    def _only_this(self, answer: RunningAnswer) -> Iterator[None]:
+        """What fails inside ends this answer, with its reason, and no other. A panic in Rust is no Exception."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(answer, error)
+
+    def _fail(self, answer: RunningAnswer, error: BaseException) -> None:
+        self._retire(answer)
+        if isinstance(error, AdapterHubError):
+            said = error
+        else:
+            log.error("request %s failed", answer.sequence.request.id, exc_info=error)
+            said = RequestFailed(
+                f"this request failed in the engine ({type(error).__name__}: {error}); others were not touched. "
+                "The server's log says more."
+            )
+        self._tell(answer, said)
+
+    def _tell(self, answer: RunningAnswer, error: AdapterHubError) -> None:
+        try:
+            answer.emit(error)
+        except BaseException:
+            log.exception("request %s could not be told that it failed", answer.sequence.request.id)
+
+    def _rows(self, batch: Batch) -> dict[str, Row]:
+        """The logits of what the batch reaches. A forward that fails is a fault of those that fail alone, too."""
+        try:
+            return self._runner.run(batch)
+        except BaseException as error:
+            log.warning("a step of %d sequences failed: each is computed alone", len(batch.pieces), exc_info=error)
+            fault = error.with_traceback(None)  # its frames hold the step's tensors, maybe all the memory there is
+        return self._rows_one_by_one(batch, fault)
+
+    def _rows_one_by_one(self, batch: Batch, error: BaseException) -> dict[str, Row]:
+        """Ends the answers whose pieces fail. Raises `error` where the bare base fails, too: none can be served."""
+        rows: dict[str, Row] = {}
+        failed: list[tuple[Piece, BaseException]] = []
+        for piece in batch.pieces:
+            try:
+                rows |= self._runner.run(Batch((piece,)))
+            except BaseException as its_own:
+                failed.append((piece, its_own.with_traceback(None)))
+        if failed:
+            # In a block that holds no finished prefix, of a sequence that ends now.
+            request = GenerationRequest("probe", failed[0][0].sequence.request.prompt[:1])
+            probe = Sequence(request, list(request.prompt), blocks=failed[0][0].sequence.blocks[-1:])
+            try:
+                self._runner.run(Batch((Piece(probe, 0, 1, samples=True),)))
+            except BaseException:
+                raise error from None
+        for piece, reason in failed:
+            self._fail(self._answers[piece.sequence.request.id], reason)
+        return rows
+
+    def _resume_later(self, answer: RunningAnswer, matcher: Matcher) -> None:
+        """The mask is not there: the others go on, and this sequence once it is."""
+        matcher.when_ready(lambda: self._commands.put(lambda: self._resume(answer, matcher)))
+
+    def _resume(self, answer: RunningAnswer, matcher: Matcher) -> None:
+        row = answer.row
+        # It may have ended, or been preempted and have its token by now, which its next mask was begun for.
+        if row is None or not matcher.is_ready or not self._is_open(answer):
+            return
+        answer.row = None
+        with self._only_this(answer):
+            one = self._runner.sampler.sample(row, answer.sequence, matcher)
+            answer.sequence.tokens.append(one.token)
+            self._deliver(answer, one)
+
+    def _obey_commands(self, *, is_idle: bool) -> bool:
         """Carry out what other threads asked for; waits when there is nothing to compute. False: stop."""
-        is_idle = not (self._scheduler.running or self._scheduler.num_waiting)
         while True:
             try:
                 command = self._commands.get(block=is_idle)
@@ -231,62 +318,36 @@ class LocalEngine:
             command()
             is_idle = False
 
-    def _start(self, request: GenerationRequest, emit: Emit) -> None:
+    def _start(self, answer: RunningAnswer) -> None:
+        request = answer.sequence.request
         if self._stopped is not None:
-            emit(self._ended())
+            answer.emit(self._ended())
             return
-        if request.id in self._answers:
-            emit(UsageError(f"request {request.id} is being answered already: give each request an id of its own."))
-            return
-        missing = [a.digest for a in request.adapters if not self._runner.adapters.is_resident(a.digest)]
-        if missing:
-            emit(AdapterLoadFailed(f"adapter {missing[0]} is not loaded in the engine: load it first."))
-            return
-        sequence = Sequence.of(request)
-        text = TextStream(_backend(self._base.tokenizer), request.sampling.stop, request.prompt)
-        self._answers[request.id] = _Running(sequence, text, emit)
-        self._scheduler.add(sequence)
+        with self._only_this(answer):
+            if request.id in self._answers:
+                raise UsageError(f"request {request.id} is being answered already: give each request an id of its own.")
+            missing = [a.digest for a in request.adapters if not self._runner.adapters.is_resident(a.digest)]
+            if missing:
+                raise AdapterLoadFailed(f"adapter {missing[0]} is not loaded in the engine: load it first.")
+            self._answers[request.id] = answer
+            self._scheduler.add(answer.sequence)
 
-    def _abort(self, request_id: str, emit: Emit) -> None:
-        answer = self._answers.get(request_id)
-        if answer is not None and answer.emit is emit:
+    def _is_open(self, answer: RunningAnswer) -> bool:
+        return self._answers.get(answer.sequence.request.id) is answer
+
+    def _retire(self, answer: RunningAnswer) -> None:
+        """Forget an answer and free its blocks; does nothing where that is done."""
+        if self._is_open(answer):
+            request_id = answer.sequence.request.id
             del self._answers[request_id]
+            self._scheduler.remove(answer.sequence)
+            self._runner.sampler.forget(request_id)
+
+    def _deliver(self, answer: RunningAnswer, sampled: Sampled) -> None:
+        chunk = answer.chunk(sampled, self._eos)
+        if chunk.finish_reason is not None:
             self._retire(answer)
-
-    def _retire(self, answer: _Running) -> None:
-        self._scheduler.remove(answer.sequence)
-        self._runner.forget(answer.sequence)
-
-    def _deliver(self, sampled: dict[str, Sampled]) -> None:
-        for request_id, one in sampled.items():
-            answer = self._answers[request_id]
-            chunk = self._chunk(answer, one)
-            if chunk.finish_reason is not None:
-                del self._answers[request_id]
-                self._retire(answer)
-            answer.emit(chunk)
-
-    def _chunk(self, answer: _Running, sampled: Sampled) -> Chunk:
-        params = answer.sequence.request.sampling
-        num_tokens = len(answer.sequence.answer)
-        is_eos = sampled.token in params.stop_token_ids or (sampled.token in self._eos and not params.ignore_eos)
-        text = "" if is_eos else answer.text.feed(sampled.token)
-        reason = None
-        if is_eos or answer.text.is_stopped:
-            reason = FinishReason.STOP
-        elif num_tokens >= params.max_tokens:
-            reason = FinishReason.LENGTH
-        if reason is not None:
-            text += answer.text.finish()
-        shared = answer.sequence.num_shared
-        return Chunk(text, num_tokens, (sampled.token,), reason, self._logprobs(sampled), shared)
-
-    def _logprobs(self, sampled: Sampled) -> tuple[TokenLogprob, ...]:
-        if sampled.logprob is None:
-            return ()
-        decode = self._base.tokenizer.decode
-        top = tuple((token, decode([token]), logprob) for token, logprob in sampled.top)
-        return (TokenLogprob(sampled.token, decode([sampled.token]), sampled.logprob, top),)
+        answer.emit(chunk)
 
 
 def _backend(tokenizer: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Runs one batch through the model: flattened forward over all sequences, then sampling. All tensors live here."""
+"""Runs one batch through the model: one flattened forward over all sequences, down to the logits to sample from."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from serve.cpu_kernels import CpuKernels, load_kernels
 from serve.fused_decoder import fuse_decoder
 from serve.lora_layers import AdapterBank
 from serve.norms import use_fast_norms
-from serve.sampling import Sampled, Sampler
-from serve.scheduler import Batch, Sequence
+from serve.sampling import Row, Sampler, rows_of
+from serve.scheduler import Batch
 
 
 def kv_dtype(base: LoadedBase) -> torch.dtype:
@@ -29,7 +29,7 @@ class ModelRunner:
         shape = KvShape.of(base.model.config.get_text_config(), kv_dtype(base))
         self._cache = KvCache(shape, num_blocks, block_size, self._device)
         self.constraints = Constraints(base.tokenizer)
-        self._sampler = Sampler(self._device, self.constraints)
+        self.sampler = Sampler(self._device)
         self._kernels: CpuKernels | None = None
         self.choices: tuple[Choice, ...] = ()
         if self._device.type == "cpu":
@@ -42,19 +42,19 @@ class ModelRunner:
             self.choices += (fuse_decoder(self._model, self.adapters, self._cache, self._kernels),)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> dict[str, Sampled]:
-        """Compute every piece; returns the next token of each request whose piece reaches its end."""
+    def run(self, batch: Batch) -> dict[str, Row]:
+        """Compute every piece; return the logits of each request whose piece reaches its end."""
         tokens: list[int] = []
         positions: list[int] = []
         last_rows: list[int] = []
-        sampling: list[Sequence] = []
+        sampling: list[str] = []
         for piece in batch.pieces:
             end = piece.start + piece.num_tokens
             tokens += piece.sequence.tokens[piece.start : end]
             positions += range(piece.start, end)
             if piece.samples:
                 last_rows.append(len(tokens) - 1)
-                sampling.append(piece.sequence)
+                sampling.append(piece.sequence.request.id)
         self.adapters.begin(batch)
         logits = self._model(
             input_ids=torch.tensor([tokens], device=self._device),
@@ -63,9 +63,4 @@ class ModelRunner:
             logits_to_keep=torch.tensor(last_rows, dtype=torch.long, device=self._device),
             paged=PagedStep(self._cache, batch, self._kernels),
         ).logits[0]
-        sampled = self._sampler.sample(logits.float(), sampling)
-        return {sequence.request.id: one for sequence, one in zip(sampling, sampled, strict=True)}
-
-    def forget(self, sequence: Sequence) -> None:
-        """The request ended: drop its random state."""
-        self._sampler.forget(sequence.request.id)
+        return dict(zip(sampling, rows_of(logits.float()), strict=True))

@@ -53,7 +53,7 @@ def _tolerance(engine: Engine, recorded: Probe) -> float:
 
 def _compare(adapter: Adapter, now: list[TokenLogprob], then: ProbeAnswer, *, tolerance: float, cause: str) -> None:
     likely = f"likely cause: {cause}. Verify it with `adapterhub verify --probe`, or pack it again."
-    ours = {token: logprob for token, _, logprob in now[0].top}
+    ours = {one.token: one.logprob for one in now[0].top}
     # Log-probabilities are logits but for a constant: the leads over the best token must agree.
     known = [(token, logit) for token, logit in zip(then.top_tokens, then.top_logits, strict=True) if token in ours]
     if not known:

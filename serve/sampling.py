@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
-from serve.constrained import Constraints, Matcher
+from adapterhub.errors import ConstraintFailed, NonFiniteLogits
+from serve.constrained import Matcher
 from serve.engine import SamplingParams
 from serve.scheduler import Sequence
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy, as in vLLM: fp32 could not tell them apart."""
+
+_LEAST_LOGPROB = -9999.0
+"""What OpenAI and vLLM write for a token that cannot come: JSON has no infinity."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The logits of one sequence's next token."""
+
+    logits: torch.Tensor
+    """[vocabulary] fp32"""
+    best: int
+    peak: float
+    """The largest logit: NaN or Inf where any of them is NaN or +Inf, -Inf where all are."""
+
+
+def rows_of(logits: torch.Tensor) -> list[Row]:
+    """Split logits [n, vocabulary] fp32; what every row needs is found for all of them at once."""
+    peaks, best = logits.max(-1)
+    return [Row(*one) for one in zip(logits, best.tolist(), peaks.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -20,54 +45,48 @@ class Sampled:
 
 
 class Sampler:
-    """Holds the random state and the constraint of each request, so that neighbours do not disturb it."""
+    """Holds the random state of each request, so that neighbours do not disturb it."""
 
-    def __init__(self, device: torch.device, constraints: Constraints) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._constraints = constraints
         self._generators: dict[str, torch.Generator] = {}
-        self._matchers: dict[str, Matcher] = {}
 
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
-        """logits [n, vocabulary] fp32, one row per sequence."""
-        best = logits.argmax(-1).tolist()
-        return [
-            self._sample_one(row, sequence, greedy)
-            for row, sequence, greedy in zip(logits, sequences, best, strict=True)
-        ]
+    def sample(self, row: Row, sequence: Sequence, matcher: Matcher | None = None) -> Sampled:
+        """Choose the next token; `matcher` says which may come, and is told.
 
-    def forget(self, request_id: str) -> None:
-        self._generators.pop(request_id, None)
-        self._matchers.pop(request_id, None)
-
-    def _sample_one(self, logits: torch.Tensor, sequence: Sequence, greedy: int) -> Sampled:
+        Raises NonFiniteLogits, and ConstraintFailed where the matcher allows no token.
+        """
+        if not math.isfinite(row.peak):
+            raise NonFiniteLogits(_why_not_finite(sequence))
         params = sequence.request.sampling
-        matcher = self._matcher(sequence)
-        altered = _altered(logits, sequence, params)
+        altered = _altered(row.logits, sequence, params)
         if matcher is not None:
             altered = matcher.restrict(altered)
-        if params.temperature > 0:
-            token = self._draw(altered, sequence)
+        if altered is row.logits and params.temperature < GREEDY_BELOW:
+            token = row.best
         else:
-            token = greedy if altered is logits else int(altered.argmax())
+            token = self._choose(altered, sequence)
         if matcher is not None:
             matcher.accept(token)
         if params.top_logprobs is None:
             return Sampled(token)
         # Of the model's own distribution, before anything the request changes about it, as OpenAI reports them.
-        logprobs = logits.log_softmax(-1)
-        top = logprobs.topk(params.top_logprobs) if params.top_logprobs else None
+        logprobs = row.logits.log_softmax(-1).clamp_min(_LEAST_LOGPROB)
+        top = logprobs.topk(min(params.top_logprobs, logprobs.numel())) if params.top_logprobs else None
         pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
         return Sampled(token, float(logprobs[token]), pairs)
 
-    def _matcher(self, sequence: Sequence) -> Matcher | None:
-        constraint, name = sequence.request.sampling.constraint, sequence.request.id
-        if constraint is not None and name not in self._matchers:
-            self._matchers[name] = self._constraints.matcher(constraint)
-        return self._matchers.get(name)
+    def forget(self, request_id: str) -> None:
+        self._generators.pop(request_id, None)
 
-    def _draw(self, logits: torch.Tensor, sequence: Sequence) -> int:
-        probabilities = filtered(logits, sequence.request.sampling)
+    def _choose(self, logits: torch.Tensor, sequence: Sequence) -> int:
+        params = sequence.request.sampling
+        (row,) = rows_of(logits[None])
+        if row.peak == -math.inf:
+            raise ConstraintFailed("the model's vocabulary has no token that the answer may go on with.")
+        if params.temperature < GREEDY_BELOW or not math.isfinite(row.peak):
+            return row.best
+        probabilities = filtered(logits, params)
         return int(torch.multinomial(probabilities, 1, generator=self._generator(sequence)))
 
     def _generator(self, sequence: Sequence) -> torch.Generator | None:
@@ -79,13 +98,24 @@ class Sampler:
         return self._generators[sequence.request.id]
 
 
+def _why_not_finite(sequence: Sequence) -> str:
+    digests = [adapter.digest for adapter in sequence.request.adapters]
+    who = f"the base with adapter {' and '.join(digests)}" if digests else "the base"
+    return (
+        f"{who} computes NaN or Inf for token {len(sequence.answer) + 1} of the answer: its numbers overflow. "
+        f"{'Ask with a smaller scale, or train the adapter again' if digests else 'Serve it in another dtype'}."
+    )
+
+
 def _altered(logits: torch.Tensor, sequence: Sequence, params: SamplingParams) -> torch.Tensor:
     """[vocabulary] with bias and penalties; the same tensor when there are none."""
     if params.logit_bias:
         logits = logits.clone()
         for token, bias in params.logit_bias:
             logits[token] += bias
-    return penalized(logits, sequence, params) if has_penalties(params) else logits
+    if has_penalties(params):
+        logits = penalized(logits, sequence, params)
+    return logits
 
 
 def has_penalties(params: SamplingParams) -> bool:
@@ -93,13 +123,17 @@ def has_penalties(params: SamplingParams) -> bool:
 
 
 def penalized(logits: torch.Tensor, sequence: Sequence, params: SamplingParams) -> torch.Tensor:
-    """[vocabulary] with repetition (prompt and answer), presence and frequency penalties (answer) applied."""
+    """[vocabulary] with repetition (prompt and answer), presence and frequency penalties (answer) applied.
+
+    What overflows fp32 becomes its largest number.
+    """
     logits = logits.clone()
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(sequence.tokens)), device=logits.device)
         chosen = logits[seen]
         factor = params.repetition_penalty
-        logits[seen] = torch.where(chosen > 0, chosen / factor, chosen * factor)
+        changed = torch.where(chosen > 0, chosen / factor, chosen * factor)
+        logits[seen] = changed.nan_to_num(0.0, neginf=-math.inf)
     if sequence.answer and (params.presence_penalty or params.frequency_penalty):
         counts = Counter(sequence.answer)
         times = torch.tensor(list(counts.values()), device=logits.device)
@@ -110,16 +144,17 @@ def penalized(logits: torch.Tensor, sequence: Sequence, params: SamplingParams) 
 
 
 def filtered(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Probabilities [vocabulary] after temperature, top-k, top-p and min-p."""
-    logits = logits / params.temperature
+    """Probabilities [vocabulary] after temperature, top-k, top-p and min-p; the best token always stays."""
+    # Less the largest first: no temperature then overflows.
+    logits = (logits - logits.max()) / params.temperature
     if 0 < params.top_k < logits.numel():
         weakest = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < weakest, -torch.inf)
     probabilities = logits.softmax(-1)
     if params.top_p < 1.0:
         values, order = probabilities.sort(descending=True)
-        # A token stays while the mass before it is below p: the best one always does.
-        drop = order[values.cumsum(0) - values >= params.top_p]
+        # A token stays while the mass before it is below p.
+        drop = order[1:][values.cumsum(0)[:-1] >= params.top_p]
         probabilities[drop] = 0.0
     if params.min_p > 0.0:
         probabilities[probabilities < params.min_p * probabilities.max()] = 0.0

@@ -126,14 +126,17 @@ class Scheduler:
         return Batch(tuple(sorted(pieces, key=_mix_order)))
 
     def commit(self, batch: Batch, sampled: dict[str, int]) -> None:
-        """Record that the batch was computed; `sampled` is request id -> next token of pieces that sample."""
+        """Record that the batch was computed; `sampled` is request id -> next token of pieces that sample.
+
+        A sequence whose next token is chosen later is not scheduled until then.
+        """
         for piece in batch.pieces:
             sequence = piece.sequence
             if not sequence.blocks:
                 continue  # removed while the step ran
             sequence.num_computed = piece.start + piece.num_tokens
             self.pool.keep(sequence)
-            if piece.samples:
+            if piece.samples and sequence.request.id in sampled:
                 sequence.tokens.append(sampled[sequence.request.id])
 
     def check(self) -> None:

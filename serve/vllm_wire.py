@@ -48,7 +48,7 @@ async def chunks_of(
 
     Raises EngineStopped for an answer that vLLM gave up.
     """
-    count, num_shared = 0, 0
+    count, num_shared, offset = 0, 0, 0
     last: Chunk | None = None
     async for event in events:
         details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
@@ -56,7 +56,8 @@ async def chunks_of(
         for choice in event["choices"]:
             tokens = tuple(choice.get("token_ids") or ())
             count += len(tokens)
-            logprobs = _logprobs(choice.get("logprobs"), request.sampling.top_logprobs, tokenizer)
+            logprobs = _logprobs(choice.get("logprobs"), request.sampling.top_logprobs, tokenizer, offset)
+            offset += sum(len(one.text) for one in logprobs)
             chunk = Chunk(choice["text"], count, tokens, None, logprobs, num_shared)
             if choice.get("finish_reason") in ("abort", "error"):
                 raise EngineStopped(f"vLLM gave up the answer ({choice['finish_reason']}): ask again.")
@@ -70,20 +71,23 @@ async def chunks_of(
     yield Chunk(last.text, last.num_tokens, last.tokens, reason, last.logprobs, num_shared)
 
 
-def _logprobs(found: dict[str, Any] | None, num_top: int | None, tokenizer: Any) -> tuple[TokenLogprob, ...]:
-    """From lists side by side, tokens written as `token_id:NUMBER`."""
+def _logprobs(
+    found: dict[str, Any] | None, num_top: int | None, tokenizer: Any, offset: int
+) -> tuple[TokenLogprob, ...]:
+    """From lists side by side, tokens written as `token_id:NUMBER`; the first begins at `offset` of the answer."""
     if found is None or num_top is None:
         return ()
 
     def number(text: str) -> int:
         return int(text.removeprefix("token_id:"))
 
-    def word(token: int) -> str:
-        return str(tokenizer.decode([token]))
+    def one(token: int, logprob: float, top: tuple[TokenLogprob, ...] = (), offset: int = 0) -> TokenLogprob:
+        text = str(tokenizer.decode([token]))
+        return TokenLogprob(token, text, text.encode(), logprob, top, offset)
 
-    result = []
+    result: list[TokenLogprob] = []
     for text, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
         strongest = sorted(((number(t), p) for t, p in (top or {}).items()), key=lambda one: -one[1])[:num_top]
-        token = number(text)
-        result.append(TokenLogprob(token, word(token), logprob, tuple((t, word(t), p) for t, p in strongest)))
+        result.append(one(number(text), logprob, tuple(one(*pair) for pair in strongest), offset))
+        offset += len(result[-1].text)
     return tuple(result)

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from adapterhub.errors import UsageError
 from serve.engine import Constraint, SamplingParams, TokenLogprob
@@ -17,6 +17,35 @@ from serve.engine import Constraint, SamplingParams, TokenLogprob
 
 class _Wire(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+def _not_a_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number is expected, not true or false")
+    return value
+
+
+def _underflow(value: float) -> float:
+    return 0.0 if abs(value) < _LEAST_FP32 else value
+
+
+_LEAST_FP32 = 2.0**-126
+"""the smallest normal number of fp32, which the engine computes in"""
+
+
+def _token_id(key: str) -> str:
+    """So that no two keys are one token."""
+    if not re.fullmatch("0|[1-9][0-9]{0,18}", key):
+        raise ValueError("a token id is expected: digits, without sign, space or exponent")
+    return key
+
+
+Float = Annotated[float, BeforeValidator(_not_a_boolean), Field(allow_inf_nan=False)]
+Int = Annotated[int, BeforeValidator(_not_a_boolean)]
+Fp32 = AfterValidator(_underflow)
+"""After the bounds: what is checked as it was sent is 0 where it would be 0 in the arithmetic."""
+TokenKey = Annotated[str, AfterValidator(_token_id)]
+Bias = Annotated[Float, Field(ge=-100, le=100), Fp32]
 
 
 class TextPart(_Wire):
@@ -40,7 +69,7 @@ class AdapterChoice(_Wire):
     """Extension: an adapter by published name, with the factor its update is multiplied by."""
 
     name: str
-    scale: float = Field(1.0, ge=-4.0, le=4.0)
+    scale: Annotated[Float, Field(ge=-4.0, le=4.0), Fp32] = 1.0
 
 
 class JsonSchema(_Wire):
@@ -93,6 +122,10 @@ class StructuredOutputs(_Wire):
         return Constraint("grammar", str(self.grammar))
 
 
+_BEST_ONLY = 1e-6
+"""a top_p that keeps the best token alone, for one that fp32 makes 0, which vLLM refuses"""
+
+
 class StreamOptions(_Wire):
     include_usage: bool = False
     include_obfuscation: bool | None = None
@@ -101,24 +134,24 @@ class StreamOptions(_Wire):
 class _Request(_Wire):
     model: str
     adapter: AdapterChoice | list[AdapterChoice] | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0.0, le=2.0)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    n: int = Field(1, ge=1, le=16)
+    max_tokens: Int | None = Field(None, ge=1)
+    temperature: Annotated[Float, Field(ge=0.0, le=2.0), Fp32] = 1.0
+    top_p: Annotated[Float, Field(gt=0.0, le=1.0), Fp32] = 1.0
+    n: Int = Field(1, ge=1, le=16)
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
-    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
-    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)] | None = None
+    seed: Int | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: Annotated[Float, Field(ge=-2.0, le=2.0), Fp32] = 0.0
+    frequency_penalty: Annotated[Float, Field(ge=-2.0, le=2.0), Fp32] = 0.0
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=300)] | None = None
     response_format: ResponseFormat | None = None
     # vLLM's extensions
-    top_k: int = Field(0, ge=-1)
-    min_p: float = Field(0.0, ge=0.0, le=1.0)
-    repetition_penalty: float = Field(1.0, gt=0.0, le=10.0)
+    top_k: Int = Field(0, ge=-1)
+    min_p: Annotated[Float, Field(ge=0.0, le=1.0), Fp32] = 0.0
+    repetition_penalty: Annotated[Float, Field(ge=0.01, le=10.0), Fp32] = 1.0
     ignore_eos: bool = False
-    stop_token_ids: list[int] = []
+    stop_token_ids: list[Int] = []
     structured_outputs: StructuredOutputs | None = None
     # accepted because clients send them, without effect on the answer
     user: str | None = None
@@ -153,13 +186,13 @@ class _Request(_Wire):
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
-            logit_bias=tuple((self.logit_bias or {}).items()),
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             constraint=self._constraint(),
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             top_k=max(self.top_k, 0),
-            top_p=self.top_p,
+            top_p=max(self.top_p, _BEST_ONLY),
             min_p=self.min_p,
             # Each of n answers is another draw, and each can be repeated.
             seed=None if self.seed is None else (self.seed + index) % 2**63,
@@ -177,9 +210,9 @@ class _Request(_Wire):
 
 class ChatRequest(_Request):
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Int | None = Field(None, ge=1)
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=20)
+    top_logprobs: Int = Field(0, ge=0, le=20)
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -191,8 +224,8 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    prompt: str | list[int] | list[str]
-    logprobs: int | None = Field(None, ge=0, le=20)
+    prompt: str | list[Int] | list[str]
+    logprobs: Int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
     suffix: None = None
@@ -223,6 +256,12 @@ class UnloadRequest(_Wire):
     lora_int_id: int | None = None
 
 
+def kind_of_error(status: int) -> str:
+    """OpenAI's `type` of an error with this HTTP status."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
 def error_body(message: str, *, code: str, kind: str, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -244,21 +283,28 @@ def _one_logprob(one: TokenLogprob) -> dict[str, Any]:
     return {
         "token": one.text,
         "logprob": one.logprob,
-        "bytes": list(one.text.encode()),
-        "top_logprobs": [
-            {"token": text, "logprob": logprob, "bytes": list(text.encode())} for _, text, logprob in one.top
-        ],
+        "bytes": _byte_list(one),
+        "top_logprobs": [{"token": top.text, "logprob": top.logprob, "bytes": _byte_list(top)} for top in one.top],
     }
+
+
+def _byte_list(one: TokenLogprob) -> list[int] | None:
+    return None if one.data is None else list(one.data)
 
 
 def completion_logprobs(logprobs: list[TokenLogprob]) -> dict[str, Any]:
-    offsets, at = [], 0
-    for one in logprobs:
-        offsets.append(at)
-        at += len(one.text)
     return {
         "tokens": [one.text for one in logprobs],
         "token_logprobs": [one.logprob for one in logprobs],
-        "top_logprobs": [{text: logprob for _, text, logprob in one.top} for one in logprobs],
-        "text_offset": offsets,
+        "top_logprobs": [_top_by_name(one) for one in logprobs],
+        "text_offset": [one.offset for one in logprobs],
     }
+
+
+def _top_by_name(one: TokenLogprob) -> dict[str, float]:
+    """The strongest tokens and the chosen one, so up to n + 1; of two with one name, one goes by its number."""
+    names = {one.token: one.text}
+    for top in one.top:
+        if top.token not in names:
+            names[top.token] = f"token_id:{top.token}" if top.text in names.values() else top.text
+    return {names[each.token]: each.logprob for each in (*one.top, one)}

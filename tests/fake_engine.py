@@ -21,6 +21,8 @@ class FakeEngine:
     open_requests: set[str] = field(default_factory=set)
     stopped: bool = False
     load_error: Exception | None = None
+    num_shared: dict[int, int] = field(default_factory=dict)
+    """choice -> cached tokens of its prompt"""
     hold: asyncio.Event | None = None
     """answers stop after their first letter until this is set"""
 
@@ -46,9 +48,13 @@ class FakeEngine:
             for number, letter in enumerate(text, 1):
                 if number == 2 and self.hold:
                     await self.hold.wait()
-                logprobs = () if wanted is None else (TokenLogprob(65, letter, -0.5, ((65, letter, -0.5),)[:wanted]),)
+                data = letter.encode()
+                top = (TokenLogprob(65, letter, data, -0.5),)[:wanted]
+                logprobs = () if wanted is None else (TokenLogprob(65, letter, data, -0.5, top, number - 1),)
                 is_last = number == len(text)
-                yield Chunk(letter, number, (65,), FinishReason.LENGTH if is_last else None, logprobs)
+                reason = FinishReason.LENGTH if is_last else None
+                shared = self.num_shared.get(int(request.id.rpartition("-")[2]), 0) if self.num_shared else 0
+                yield Chunk(letter, number, (65,), reason, logprobs, shared)
         finally:
             self.open_requests.discard(request.id)
 

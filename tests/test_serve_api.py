@@ -25,9 +25,11 @@ from serve.answer import Services
 from serve.api import create_app
 from serve.auth import ApiKeys
 from serve.catalog import Catalog
+from serve.engine import TokenLogprob
 from serve.feedback import FeedbackStore
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
+from serve.wire import ChatRequest, chat_logprobs, completion_logprobs
 
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -185,8 +187,92 @@ def test_logprobs_have_openais_shape(tmp_path: Path) -> None:
         plain = (await b.client.post("/v1/completions", json=body)).json()["choices"][0]["logprobs"]
         assert plain["tokens"] == ["2", " "]
         assert plain["text_offset"] == [0, 1]
+        streamed = (await b.client.post("/v1/completions", json={**body, "stream": True})).text
+        events = [json.loads(line[6:]) for line in streamed.split("\n\n")[:-2]]
+        assert [event["choices"][0]["logprobs"]["text_offset"] for event in events] == [[0], [1]]
 
     run(tmp_path, test)
+
+
+def test_tokens_of_one_name_are_told_apart_and_the_chosen_one_is_listed() -> None:
+    top = (
+        TokenLogprob(5, "a", b"a", -0.1),
+        TokenLogprob(9, "a", b"a", -0.2),
+        TokenLogprob(6, "bytes:\\xf0", b"\xf0", -3),
+    )
+    chosen = TokenLogprob(7, "a", b"a", -9.0, top, 4)
+    found = completion_logprobs([chosen, TokenLogprob(5, "a", b"a", -0.1, top[:1], 5)])
+    assert found["top_logprobs"] == [
+        {"token_id:5": -0.1, "token_id:9": -0.2, "bytes:\\xf0": -3, "a": -9.0},
+        {"a": -0.1},
+    ]
+    assert found["text_offset"] == [4, 5]
+    assert chat_logprobs([chosen])["content"][0]["top_logprobs"][2]["bytes"] == [240]
+    assert chat_logprobs([TokenLogprob(2, "</s>", None, -1.0)])["content"][0]["bytes"] is None
+
+
+def test_cached_tokens_are_those_of_the_first_choice_streamed_or_not(tmp_path: Path) -> None:
+    """What the others share may be what the first one has just computed."""
+
+    async def test(b: Bench) -> None:
+        b.engine.num_shared = {0: 3, 1: 64}
+        whole = (await b.chat(n=2)).json()
+        streamed = (await b.chat(n=2, stream=True, stream_options={"include_usage": True})).text
+        for usage in (whole["usage"], json.loads(streamed.split("\n\n")[-3][6:])["usage"]):
+            assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
+
+    run(tmp_path, test)
+
+
+NOT_NUMBERS = ("NaN", "Infinity", "-Infinity", "1e400", "true", '"nan"', "[]", "9" * 400)
+REFUSED = {
+    **dict.fromkeys(("temperature", "top_p", "min_p"), (*NOT_NUMBERS, "-1e-3", "2.0001")),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (*NOT_NUMBERS, "2.1", "-2.1")),
+    "repetition_penalty": (*NOT_NUMBERS, "0", "1e-38", "1e-300", "-0.0", "10.1"),
+    "n": (*NOT_NUMBERS, "0", "17", "1.5", "-0.0"),
+    "seed": (*NOT_NUMBERS, "1.5", "9223372036854775808", "-9223372036854775809"),
+    "top_k": ("NaN", "1e400", "true", "1.5", "-2"),
+    "max_tokens": ("NaN", "1e400", "true", "0", "-1"),
+    "logit_bias": tuple(f'{{"{key}": 1}}' for key in ("1e3", " 5", "-1", "9" * 20, "+5", "05", "5.0", "٥", ""))
+    + tuple(f'{{"5": {value}}}' for value in ("NaN", "true", "101", "1e400")),
+    "stop_token_ids": ("[true]", "[1.5]", "[NaN]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_numbers_that_cannot_be_meant_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    async def test(b: Bench) -> None:
+        for value in REFUSED[name]:
+            body = f'{{"model": "base", "messages": [{{"role": "user", "content": "hi"}}], "{name}": {value}}}'
+            headers = {"content-type": "application/json"}
+            answer = await b.client.post("/v1/chat/completions", content=body.encode(), headers=headers)
+            assert answer.status_code == 400, value
+            assert name in answer.json()["error"]["message"], value
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    ("sent", "used"),
+    [
+        ({"temperature": -0.0}, 0.0),
+        ({"temperature": 1e-38}, 0.0),
+        ({"temperature": 5e-324}, 0.0),
+        ({"temperature": 0.7}, 0.7),
+        ({"top_p": 1e-46}, 1e-6),  # the best token alone
+        ({"min_p": 1e-320}, 0.0),
+        ({"top_k": 10**30}, 10**30),
+        ({"top_k": -1}, 0),
+        ({"presence_penalty": -1e-300}, 0.0),
+        ({"seed": -1}, 2**63 - 1),
+        ({"logit_bias": {"5": 1e-46}}, ((5, 0.0),)),
+    ],
+    ids=str,
+)
+def test_numbers_too_small_for_fp32_are_what_they_are_in_the_arithmetic(sent: dict[str, Any], used: object) -> None:
+    body = ChatRequest.model_validate({"model": "base", **HELLO, **sent})
+    sampling = body.sampling(max_tokens=1, extra_stop=[], end_tokens=[], top_logprobs=None, index=0)
+    assert getattr(sampling, next(iter(sent))) == used
 
 
 def test_completions_take_text_and_tokens(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from conftest import TINY_VOCABULARY
 
 from adapterhub.base_model import load_base
 from adapterhub.base_store import StoredBase
-from adapterhub.errors import UsageError
+from adapterhub.errors import ConstraintFailed, UsageError
 from serve.engine import Constraint, FinishReason, GenerationRequest, SamplingParams
 from serve.local_engine import LocalEngine
 from serve.wire import ChatRequest
@@ -81,6 +81,63 @@ def test_a_constraint_that_cannot_be_followed_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=said):
         _answers(tiny_base, constraint)
+
+
+X2500 = "start: " + " | ".join(f"x{n}" for n in range(2500)) + "".join(f'\nx{n}: "a" x{n} | "a"' for n in range(2500))
+ITSELF = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+
+
+LEADS_NOWHERE = [
+    (Constraint("regex", r"[^\s\S]"), "no text fits it"),
+    (Constraint("regex", r"a[^\s\S]"), "no text fits it"),
+    (Constraint("json_schema", '{"$ref": "#"}'), "no text fits it"),
+    (Constraint("json_schema", json.dumps(ITSELF)), "no text fits it"),
+    (Constraint("grammar", "start: s\ns: s"), "no text fits it"),
+    (Constraint("grammar", X2500), "Too many items"),
+    (Constraint("grammar", 'start: s\ns: "a" s'), "Too many items"),  # the second token
+    (Constraint("grammar", "start: " + " ".join(["A?"] * 1990) + '\nA: "a"'), "items"),
+    (Constraint("json_schema", "[" * 100_000), "cannot be read"),
+]
+
+
+def test_a_constraint_that_leads_nowhere_is_an_error_and_no_empty_answer(tiny_base: StoredBase) -> None:
+    async def test() -> None:
+        engine = LocalEngine(load_base(tiny_base, purpose="serve", dtype="float32"))
+
+        async def one(number: int, constraint: Constraint | None) -> list[int]:
+            sampling = SamplingParams(max_tokens=20, temperature=0, constraint=constraint, ignore_eos=True)
+            request = GenerationRequest(str(number), PROMPT, sampling)
+            return [token async for chunk in engine.generate(request) for token in chunk.tokens]
+
+        try:
+            alone = await one(0, None)
+            asked = [one(number, constraint) for number, (constraint, _) in enumerate(LEADS_NOWHERE, 1)]
+            beside, *found = await asyncio.gather(one(0, None), *asked, return_exceptions=True)
+            assert beside == alone
+            for error, (constraint, said) in zip(found, LEADS_NOWHERE, strict=True):
+                assert isinstance(error, ConstraintFailed), constraint
+                assert said in str(error), constraint
+            assert await one(0, None) == alone
+        finally:
+            await engine.close()
+
+    asyncio.run(test())
+
+
+def test_a_constraint_that_is_met_ends_the_answer_however_often_the_end_is_ignored(tiny_base: StoredBase) -> None:
+    async def test() -> None:
+        engine = LocalEngine(load_base(tiny_base, purpose="serve", dtype="float32"))
+        try:
+            for text in ("", "(a?){2000}", "ab?"):
+                constraint = Constraint("regex", text)
+                sampling = SamplingParams(max_tokens=6, temperature=0, constraint=constraint, ignore_eos=True)
+                chunks = [chunk async for chunk in engine.generate(GenerationRequest("a", PROMPT, sampling))]
+                assert chunks[-1].finish_reason is FinishReason.LENGTH
+                assert re.fullmatch(text, "".join(chunk.text for chunk in chunks))
+        finally:
+            await engine.close()
+
+    asyncio.run(test())
 
 
 def _sampling(**options: object) -> SamplingParams:

@@ -62,7 +62,7 @@ def test_answers_are_those_of_the_adapter_asked_for(
             first = chunks[0].logprobs[0]
             assert first.token == expected(packed)[0]
             assert first.text == f"<{first.token}>"
-            assert [token for token, _, _ in first.top] == [first.token, first.token + 1]
+            assert [one.token for one in first.top] == [first.token, first.token + 1]
             assert tokens_of(await ask(engine)) == expected(None)
             assert engine.max_model_len == 512
             await engine.unload(packed.digest)

@@ -113,7 +113,8 @@ def served(loaded: LoadedBase, folder: Path | None) -> tuple[list[list[int]], li
             for number, prompt in enumerate(PROMPTS):
                 request = GenerationRequest(str(number), prompt, sampling, mix)
                 answers.append([chunk async for chunk in engine.generate(request)])
-            first = [{token: value for token, _, value in answer[0].logprobs[0].top} for answer in answers]
+            firsts = [next(one for chunk in answer for one in chunk.logprobs) for answer in answers]
+            first = [{one.token: one.logprob for one in chosen.top} for chosen in firsts]
             return [tokens_of(answer) for answer in answers], first
 
     return asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[no-any-return]
