@@ -6,11 +6,7 @@ first token, speaks JSON schema, regular expressions and Lark grammars alike, an
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -30,9 +26,6 @@ lock (measured: 15 ms at this limit, 340 ms at llguidance's)."""
 
 _NUM_THREADS = 4
 """masks computed at the same time; one takes 0.1 ms, or half a second at the limits"""
-
-_NICE = 5
-"""a third of the share of processor time that the threads of the model get where there is not enough"""
 
 
 class Matcher:
@@ -81,7 +74,11 @@ class Constraints:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="masks", initializer=_yield_to_the_model)
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="masks")
+
+    def prepare(self) -> None:
+        """Read the vocabulary now: it holds Python's lock for half a second, which the first answer would else pay."""
+        _ = self._matching_tokenizer
 
     def begin(self, constraint: Constraint) -> Future[Matcher]:
         """Make the matcher of a new answer; takes a second for the largest grammars.
@@ -101,13 +98,6 @@ class Constraints:
     @cached_property
     def _matching_tokenizer(self) -> LLTokenizer:
         return from_tokenizer(self._tokenizer)
-
-
-def _yield_to_the_model() -> None:
-    """Give this thread the processor after those that compute steps; only Linux has priorities of threads."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

@@ -43,6 +43,7 @@ async def start_engine(
         return await _start_vllm(config, base, report)
     loaded = load_base(base, purpose="serve", dtype=config.dtype or _kernels_dtype(config.device), device=config.device)
     engine = LocalEngine(loaded, config.engine)
+    engine.prepare()
     for one in (*loaded.choices, *engine.choices):
         report(str(one))
     return engine, loaded.tokenizer

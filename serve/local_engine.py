@@ -130,6 +130,10 @@ class LocalEngine:
         finally:
             self._commands.put(lambda: self._retire(answer))
 
+    def prepare(self) -> None:
+        """Do before the first request what would hold up others in the middle of their answers."""
+        self._runner.constraints.prepare()
+
     def status(self) -> EngineStatus:
         if self._stopped is not None:
             return EngineStatus(False, self._stopped, has_ended=True)

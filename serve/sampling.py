@@ -146,7 +146,7 @@ def penalized(logits: torch.Tensor, sequence: Sequence, params: SamplingParams) 
 def filtered(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Probabilities [vocabulary] after temperature, top-k, top-p and min-p; the best token always stays."""
     # Less the largest first: no temperature then overflows.
-    logits = (logits - logits.max()) / params.temperature
+    logits = (logits - logits.max()) / max(params.temperature, GREEDY_BELOW)
     if 0 < params.top_k < logits.numel():
         weakest = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < weakest, -torch.inf)
