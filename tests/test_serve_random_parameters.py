@@ -1,6 +1,6 @@
 """Random parameters through a real server: no 5xx, no crash, and a neighbour's greedy tokens stay the same.
 
-A few hundred requests, or 10,000 where ADAPTERHUB_SOAK_S is set (`make soak`).
+A hundred and fifty requests, or 10,000 where ADAPTERHUB_SOAK_S is set (`make soak`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from serve.local_engine import LocalEngine
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
 
-NUM_SETS = 10_000 if float(os.environ.get("ADAPTERHUB_SOAK_S", "0")) else 300
+NUM_SETS = 10_000 if float(os.environ.get("ADAPTERHUB_SOAK_S", "0")) else 150
 NUM_CLIENTS = 8
 
 NUMBERS = [

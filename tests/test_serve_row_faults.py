@@ -191,7 +191,6 @@ def _breaks_with(digest: str, monkeypatch: pytest.MonkeyPatch, error: BaseExcept
     monkeypatch.setattr(AdapterBank, "begin", broken)
 
 
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("error", [IndexError("rows"), Panic("rows"), MemoryError("rows")], ids=repr)
 def test_a_forward_that_fails_ends_those_whose_adapter_breaks_it(
     tiny_base: StoredBase, adapter: Adapter, error: BaseException, monkeypatch: pytest.MonkeyPatch
@@ -256,9 +255,8 @@ def test_a_fault_of_the_whole_step_ends_the_engine_and_readiness_says_so(
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_adapter_that_overflows_ends_its_own_requests_and_leaves_no_nan_behind(
-    tiny_base: StoredBase, overflowing: Adapter, temperature: float
+    tiny_base: StoredBase, overflowing: Adapter
 ) -> None:
     """Its NaN lie in the cache while neighbours run, and after it ended in the block that they are given next."""
 
@@ -268,9 +266,9 @@ def test_an_adapter_that_overflows_ends_its_own_requests_and_leaves_no_nan_behin
         async with running(load_tiny(tiny_base), config) as engine:
             right = await _neighbours(engine)
             await engine.load(overflowing)
-            sampling = replace(GREEDY, temperature=temperature)
-            request = GenerationRequest("bad", PROMPTS[3], sampling, (AdapterScale(overflowing.digest),))
-            for _ in range(3):
+            request = GenerationRequest("bad", PROMPTS[3], GREEDY, (AdapterScale(overflowing.digest),))
+            for temperature in (0.0, 1.0, 1.0):
+                request = replace(request, sampling=replace(GREEDY, temperature=temperature))
                 found = await _fails_alone(engine, request, right=right)
                 assert isinstance(found, NonFiniteLogits)
                 assert found.http_status == 422
