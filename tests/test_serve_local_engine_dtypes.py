@@ -156,8 +156,9 @@ def test_log_probabilities_are_pefts_in_that_dtype(
                 mix = (AdapterScale(adapters[base, name].digest),) if name else ()
                 request = GenerationRequest(f"{name} {number}", PROMPTS[number], sampling, mix)
                 (chunk,) = await ask(engine, request)
-                for token, _, logprob in chunk.logprobs[0].top:
-                    assert logprob == pytest.approx(wanted[token].item(), abs=TOLERANCES[dtype]), (name, number)
+                for one in chunk.logprobs[0].top:
+                    expected_one = pytest.approx(wanted[one.token].item(), abs=TOLERANCES[dtype])
+                    assert one.logprob == expected_one, (name, number)
 
     run(test)
 

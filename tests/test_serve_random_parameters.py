@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from conftest import TINY_VOCABULARY
 from engine_runs import load_tiny
 
 from adapterhub.base_store import StoredBase
@@ -70,7 +71,7 @@ SANE = {
     "structured_outputs": ('{"regex": "[ab]+"}', '{"choice": ["a", "b"]}', '{"json": {}}'),
 }  # fmt: skip
 
-KEYS = ("5", "1e3", " 5", "-1", "9" * 20, "49151", "49152", "+5", "0x5", "", "NaN", "٥")
+KEYS = ("5", "1e3", " 5", "-1", "9" * 20, str(TINY_VOCABULARY - 1), str(TINY_VOCABULARY), "+5", "0x5", "", "NaN", "٥")
 
 
 def random_body(dice: random.Random) -> tuple[str, str]:
