@@ -31,6 +31,8 @@
         TrainingBusy (409)      a training run is going on, and there is one at a time
         TrainingRunNotFound (404)
         InvalidKey (401)  NotAllowed (403)    a client's API key is wrong, or may not do this
+        SiteNotAllowed (403)    a web page of another site, or a name that is not this server's
+        BodyTimeout (408)  BodyTooLarge (413)  WrongContentType (415)    a request body that is not taken
       DemoFailed                a station of the demo failed                        exit 1
 
 Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 not found, 4 verification failed,
@@ -227,6 +229,22 @@ class InvalidKey(ServeError):
 
 class NotAllowed(ServeError):
     http_status, code = 403, "insufficient_permissions"
+
+
+class SiteNotAllowed(ServeError):
+    http_status, code = 403, "site_not_allowed"
+
+
+class BodyTimeout(ServeError):
+    http_status, code = 408, "request_timeout"
+
+
+class BodyTooLarge(ServeError):
+    http_status, code = 413, "request_too_large"
+
+
+class WrongContentType(ServeError):
+    http_status, code = 415, "unsupported_content_type"
 
 
 class DemoFailed(AdapterHubError):

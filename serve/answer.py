@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapterhub.adapter import Adapter
-from adapterhub.errors import AdapterHubError, RequestTooLong, UsageError
+from adapterhub.errors import AdapterHubError, UsageError
 from adapterhub.registry import Registry
 from serve import wire
 from serve.adapter_cache import AdapterCache
@@ -21,7 +21,8 @@ from serve.catalog import Catalog, Published
 from serve.engine import AdapterScale, Chunk, Engine, FinishReason, GenerationRequest, TokenLogprob
 from serve.feedback import FeedbackStore
 from serve.metrics import Metrics
-from serve.prompt import PromptRenderer
+from serve.prompt import PromptRenderer, too_long
+from serve.request_limits import check_sampling
 from serve.training_runs import TrainingRuns
 
 log = logging.getLogger(__name__)
@@ -62,19 +63,24 @@ class Question:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def ask_chat(services: Services, request: wire.ChatRequest) -> Question:
+async def ask_chat(services: Services, request: wire.ChatRequest) -> Question:
     """Raises AdapterNotFound, UsageError, RequestTooLong."""
     chosen, mix = _chosen(services, request)
     template_of = chosen[0].adapter if len(chosen) == 1 else None
-    prompt = services.prompts.chat([message.plain() for message in request.messages], template_of)
+    messages = [message.plain() for message in request.messages]
+    prompt = await services.prompts.chat(messages, template_of, max_tokens=services.engine.max_model_len)
     return _question(services, request, chosen, mix, prompt, request.wanted_logprobs, is_chat=True)
 
 
-def ask_completion(services: Services, request: wire.CompletionRequest) -> Question:
+async def ask_completion(services: Services, request: wire.CompletionRequest) -> Question:
     """Raises AdapterNotFound, UsageError, RequestTooLong."""
     chosen, mix = _chosen(services, request)
     given = request.single_prompt()
-    prompt = services.prompts.text(given) if isinstance(given, str) else services.prompts.check_tokens(given)
+    room = services.engine.max_model_len
+    if isinstance(given, str):
+        prompt = await services.prompts.text(given, max_tokens=room)
+    else:
+        prompt = services.prompts.check_tokens(given, max_tokens=room)
     return _question(services, request, chosen, mix, prompt, request.logprobs, is_chat=False)
 
 
@@ -114,10 +120,7 @@ def _question(
         raise UsageError("the prompt has no tokens: send some text.")
     room = services.engine.max_model_len - len(prompt)
     if room < 1:
-        raise RequestTooLong(
-            f"the prompt has {len(prompt)} tokens, this server holds {services.engine.max_model_len} with the answer: "
-            "shorten it."
-        )
+        raise too_long(f"{len(prompt)} tokens", services.engine.max_model_len)
     max_tokens = request.wanted_tokens or min(DEFAULT_MAX_TOKENS, room)
     chats = [published.adapter.manifest.chat for published in chosen]
     extra_stop = [stop for chat in chats for stop in chat.stop]
@@ -139,6 +142,7 @@ def _question(
         )
         for index in range(request.n)
     )
+    check_sampling(requests[0].sampling)
     parts = [str(services.catalog.base.ref.fingerprint)[:16], *(f"{a.digest[:19]}x{a.scale:g}" for a in mix)]
     adapters = tuple(published.adapter for published in chosen)
     return Question(name, request.model, "+".join(parts), adapters, prompt, requests, is_chat)

@@ -5,23 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from adapterhub import __version__
 from adapterhub.adapter import AdapterRef
-from adapterhub.errors import AdapterHubError, UsageError
+from adapterhub.browser_guard import BrowserGuard
+from adapterhub.errors import AdapterHubError, SiteNotAllowed, UsageError
 from serve import wire
 from serve.answer import Question, Services, ask_chat, ask_completion, event_stream, whole_body
+from serve.api_route import ApiRoute, Door, forget_body
 from serve.auth import ApiKeys
+from serve.body import BodyReader, ClientGone, HttpLimits
 from serve.catalog import Published
+from serve.faults import described
+from serve.metrics import Metrics
 from serve.routes_adapters import adapter_routes
 from serve.routes_feedback import feedback_routes
 from serve.routes_training import training_routes
+from serve.unread_body import UnreadBody
 from serve.workshop import Workshop
 
 log = logging.getLogger(__name__)
@@ -30,21 +36,21 @@ _CLIENT_GONE = 499
 """nginx's status for a client that closed; nobody receives it, it only shows in logs"""
 
 
-class ClientGone(Exception):
-    """The client closed the connection before the answer was complete."""
-
-
-def create_app(services: Services, keys: ApiKeys) -> FastAPI:
+def create_app(services: Services, keys: ApiKeys, http: HttpLimits | None = None) -> FastAPI:
     """The API over services that are ready."""
+    http = http or HttpLimits()
     app = FastAPI(title="adapterhub", version=__version__, docs_url=None, redoc_url=None)
-
-    def may_ask(authorization: Annotated[str | None, Header()] = None) -> None:
-        keys.check(authorization)
-
-    def may_manage(authorization: Annotated[str | None, Header()] = None) -> None:
-        keys.check(authorization, needs_admin=True)
-
-    asking, managing = [Depends(may_ask)], [Depends(may_manage)]
+    app.router.route_class = ApiRoute
+    bodies = BodyReader(max_bytes=http.max_body_bytes, max_tokens=services.engine.max_model_len)
+    app.state.door = Door(keys, bodies, services.prompts.lanes)
+    refuse = _Refusals(services.metrics)
+    app.add_middleware(
+        BrowserGuard,
+        is_open=not keys.are_required,
+        allowed_hosts=http.allowed_hosts,
+        refuse=lambda said: refuse(SiteNotAllowed.http_status, SiteNotAllowed.code, said),
+    )
+    app.add_middleware(UnreadBody)
 
     @app.get("/health")
     async def health() -> Response:
@@ -63,25 +69,25 @@ def create_app(services: Services, keys: ApiKeys) -> FastAPI:
         services.metrics.published.set(len(services.catalog.list()))
         return Response(services.metrics.render(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models", dependencies=asking)
+    @app.get("/v1/models")
     async def models() -> Response:
         cards = [_base_card(services), *(_adapter_card(services, published) for published in services.catalog.list())]
         return JSONResponse({"object": "list", "data": cards})
 
-    @app.get("/v1/models/{name:path}", dependencies=asking)
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         published = services.catalog.find(name)
         return JSONResponse(_adapter_card(services, published) if published else _base_card(services))
 
-    @app.post("/v1/chat/completions", dependencies=asking)
+    @app.post("/v1/chat/completions")
     async def chat(request: Request, body: wire.ChatRequest) -> Response:
         return await _respond(services, request, body, ask_chat(services, body))
 
-    @app.post("/v1/completions", dependencies=asking)
+    @app.post("/v1/completions")
     async def completions(request: Request, body: wire.CompletionRequest) -> Response:
         return await _respond(services, request, body, ask_completion(services, body))
 
-    @app.post("/v1/load_lora_adapter", dependencies=managing)
+    @app.post("/v1/load_lora_adapter")
     async def load(body: wire.LoadRequest) -> Response:
         ref = AdapterRef.parse(body.lora_path)
         if ref.folder is not None:
@@ -95,18 +101,18 @@ def create_app(services: Services, keys: ApiKeys) -> FastAPI:
             headers={"x-adapter-digest": published.adapter.digest},
         )
 
-    @app.post("/v1/unload_lora_adapter", dependencies=managing)
+    @app.post("/v1/unload_lora_adapter")
     async def unload(body: wire.UnloadRequest) -> Response:
         services.catalog.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     if services.registry is not None:
-        app.include_router(adapter_routes(services.registry, services.catalog, asking, managing))
+        app.include_router(adapter_routes(services.registry, services.catalog))
     if services.feedback is not None:
-        app.include_router(feedback_routes(services.feedback, asking, lambda names: _served(services, names)))
+        app.include_router(feedback_routes(services.feedback, lambda names: _served(services, names)))
     if services.training is not None:
-        app.include_router(training_routes(services.training, managing, _workshop(services)))
-    _add_error_handlers(app, services)
+        app.include_router(training_routes(services.training, _workshop(services)))
+    _add_error_handlers(app, refuse)
     return app
 
 
@@ -126,8 +132,10 @@ def _served(services: Services, names: list[str] | None) -> list[str]:
 
 
 async def _respond(
-    services: Services, request: Request, body: wire.ChatRequest | wire.CompletionRequest, question: Question
+    services: Services, request: Request, body: wire.ChatRequest | wire.CompletionRequest, asked: Awaitable[Question]
 ) -> Response:
+    question: Question = await _while_connected(request, asked)
+    forget_body(request)
     headers = {"x-request-id": question.id}
     if not body.stream:
         return JSONResponse(await _while_connected(request, whole_body(services, question)), headers=headers)
@@ -199,12 +207,24 @@ def _adapter_card(services: Services, published: Published) -> dict[str, Any]:
     }
 
 
-def _add_error_handlers(app: FastAPI, services: Services) -> None:
-    def refuse(status: int, code: str, message: str, param: str | None = None) -> Response:
-        services.metrics.refused.labels(code).inc()
-        body = wire.error_body(message, code=code, kind=wire.kind_of_error(status), param=param)
+class _Refusals:
+    """Makes OpenAI's error bodies, and counts them."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def __call__(self, status: int, code: str, message: str, param: str | None = None) -> Response:
+        self._metrics.refused.labels(code).inc()
+        kind = wire.kind_of_error(status)
+        body = wire.error_body(_encodable(message), code=code, kind=kind, param=param and _encodable(param))
         return JSONResponse(body, status_code=status, headers=_retry_headers(status))
 
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _add_error_handlers(app: FastAPI, refuse: _Refusals) -> None:
     @app.exception_handler(AdapterHubError)
     async def on_known(request: Request, error: AdapterHubError) -> Response:
         param = "model" if error.code == "model_not_found" else None
@@ -212,10 +232,7 @@ def _add_error_handlers(app: FastAPI, services: Services) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
-        faults = error.errors()
-        names = [".".join(str(part) for part in fault["loc"][1:]) for fault in faults]
-        said = "; ".join(f"{name or 'body'}: {fault['msg']}" for name, fault in zip(names, faults, strict=True))
-        return refuse(400, "invalid_request", said, names[0] or None)
+        return refuse(400, "invalid_request", *described(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
@@ -235,4 +252,4 @@ def _retry_headers(status: int) -> dict[str, str]:
     """OpenAI's client retries 408, 409, 429 and 5xx by itself: tell it when that cannot help."""
     if status == 429:
         return {"retry-after": "1"}
-    return {"x-should-retry": "false"} if status == 409 or status >= 500 else {}
+    return {"x-should-retry": "false"} if status in (408, 409) or status >= 500 else {}

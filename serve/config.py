@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from adapterhub.adapter import AdapterRef, BaseName
 from adapterhub.errors import UsageError
+from serve.body import HttpLimits
 from serve.local_engine import LocalEngineConfig
 
 EngineKind = Literal["local", "vllm", "auto"]
@@ -47,6 +48,7 @@ class ServeConfig:
     device: str | None = None
     has_page: bool = True
     """the browser page at /ui"""
+    http: HttpLimits = field(default_factory=HttpLimits)
     engine: LocalEngineConfig = field(default_factory=LocalEngineConfig)
     engine_kind: EngineKind = "local"
     vllm: VllmConfig = field(default_factory=VllmConfig)

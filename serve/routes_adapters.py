@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, params
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,6 +20,8 @@ from adapterhub.files import disk_full_is_said, hold
 from adapterhub.name_log import Move
 from adapterhub.registry import DEFAULT_REVISION, NOTHING, Entry, Registry
 from adapterhub.trust import Policy
+from serve.api_route import ApiRoute
+from serve.body import body_pieces, declared_size
 from serve.catalog import Catalog, clients_ref
 from serve.feedback import actor_of
 
@@ -45,13 +46,11 @@ class RollbackBody(BaseModel):
     expect: str | None = Field(None, max_length=100)
 
 
-def adapter_routes(
-    registry: Registry, catalog: Catalog, asking: Sequence[params.Depends], managing: Sequence[params.Depends]
-) -> APIRouter:
-    """The routes below /v1/adapters; `asking` lets clients read, `managing` administrators act."""
-    router = APIRouter(prefix="/v1/adapters")
+def adapter_routes(registry: Registry, catalog: Catalog) -> APIRouter:
+    """The routes below /v1/adapters."""
+    router = APIRouter(prefix="/v1/adapters", route_class=ApiRoute)
 
-    @router.get("", dependencies=asking)
+    @router.get("")
     async def list_adapters(search: str = "", base: str = "") -> Response:
         entries = await asyncio.to_thread(registry.list)
         served = {published.adapter.digest: published.name for published in catalog.list()}
@@ -59,34 +58,34 @@ def adapter_routes(
         wanted = [row for row in found if _holds(row["name"], search) and _holds(row["base"], base)]
         return JSONResponse({"data": wanted})
 
-    @router.get("/inspect", dependencies=asking)
+    @router.get("/inspect")
     async def inspect(ref: str) -> Response:
         return JSONResponse(_described(await asyncio.to_thread(_local, registry, ref)))
 
-    @router.post("/verify", dependencies=managing)
+    @router.post("/verify")
     async def verify(body: RefBody) -> Response:
         adapter = await asyncio.to_thread(_local, registry, body.ref)
         return JSONResponse({"name": adapter.manifest.name, "digest": adapter.digest})
 
-    @router.get("/diff", dependencies=asking)
+    @router.get("/diff")
     async def diff(a: str, b: str) -> Response:
         def work() -> dict[str, Any]:
             return asdict(difference(_local(registry, a), _local(registry, b)))
 
         return JSONResponse(await asyncio.to_thread(work))
 
-    @router.get("/history", dependencies=asking)
+    @router.get("/history")
     async def history(name: str) -> Response:
         moves = await asyncio.to_thread(registry.history, name)
         return JSONResponse({"data": [_move(move) for move in moves]})
 
-    _add_bringing_in(router, registry, managing)
-    _add_moving(router, registry, managing)
+    _add_bringing_in(router, registry)
+    _add_moving(router, registry)
     return router
 
 
-def _add_bringing_in(router: APIRouter, registry: Registry, managing: Sequence[params.Depends]) -> None:
-    @router.post("/pull", dependencies=managing)
+def _add_bringing_in(router: APIRouter, registry: Registry) -> None:
+    @router.post("/pull")
     async def pull(body: RefBody, authorization: Authorization = None) -> Response:
         if registry.hub is None:
             raise UsageError("this server knows no Hub: start it with --hub URL.")
@@ -94,7 +93,7 @@ def _add_bringing_in(router: APIRouter, registry: Registry, managing: Sequence[p
         adapter = await asyncio.to_thread(registry.pull, AdapterRef.parse(body.ref), registry.hub, by=by)
         return JSONResponse({"name": adapter.manifest.name, "digest": adapter.digest}, status_code=201)
 
-    @router.post("/upload", dependencies=managing)
+    @router.post("/upload")
     async def upload(
         request: Request, name: Annotated[str | None, Query(max_length=200)] = None, authorization: Authorization = None
     ) -> Response:
@@ -107,17 +106,17 @@ def _add_bringing_in(router: APIRouter, registry: Registry, managing: Sequence[p
         return JSONResponse({"name": name or adapter.manifest.name, "digest": adapter.digest}, status_code=201)
 
 
-def _add_moving(router: APIRouter, registry: Registry, managing: Sequence[params.Depends]) -> None:
+def _add_moving(router: APIRouter, registry: Registry) -> None:
     """What is served stays as it was loaded; names that requests use are the catalog's."""
 
-    @router.post("/promote", dependencies=managing)
+    @router.post("/promote")
     async def promote(body: PromoteBody, authorization: Authorization = None) -> Response:
         ref, by = AdapterRef.parse(body.ref), actor_of(authorization)
         return JSONResponse(
             _move(await asyncio.to_thread(registry.promote, ref, body.alias, expect=body.expect, by=by))
         )
 
-    @router.post("/rollback", dependencies=managing)
+    @router.post("/rollback")
     async def rollback(body: RollbackBody, authorization: Authorization = None) -> Response:
         by = actor_of(authorization)
         return JSONResponse(
@@ -137,13 +136,13 @@ def _move(move: Move) -> dict[str, Any]:
 
 
 async def _receive(request: Request, path: Path) -> None:
-    """The body, written as it comes. Raises BundleTooLarge as soon as it is, StorageFull."""
+    """The body, written as it comes. Raises BundleTooLarge as soon as it is, StorageFull, BodyTimeout."""
     received = 0
     too_large = BundleTooLarge(f"an upload holds at most {MAX_BYTES:,} bytes: push the adapter to a Hub and pull it.")
-    if int(request.headers.get("content-length") or 0) > MAX_BYTES:
+    if declared_size(request) > MAX_BYTES:
         raise too_large
     with disk_full_is_said(path), path.open("wb") as file:
-        async for piece in request.stream():
+        async for piece in body_pieces(request):
             received += len(piece)
             if received > MAX_BYTES:
                 raise too_large

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, params
+from fastapi import APIRouter, Header, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapterhub.ratings import Method, described, rate
+from serve.api_route import ApiRoute
 from serve.feedback import Feedback, FeedbackStore, owner_of
 
 Authorization = Annotated[str | None, Header()]
@@ -22,14 +23,12 @@ class BattleBody(BaseModel):
     """None: any that are served"""
 
 
-def feedback_routes(
-    store: FeedbackStore, asking: Sequence[params.Depends], served: Callable[[list[str] | None], list[str]]
-) -> APIRouter:
-    """`asking` lets clients in; `served` checks the names of models, or gives all there are.
+def feedback_routes(store: FeedbackStore, served: Callable[[list[str] | None], list[str]]) -> APIRouter:
+    """`served` checks the names of models, or gives all there are.
 
     POST /v1/arena/battles tells both names: a page keeps them to itself until the vote.
     """
-    router = APIRouter(prefix="/v1", dependencies=asking)
+    router = APIRouter(prefix="/v1", route_class=ApiRoute)
 
     @router.post("/feedback")
     async def add(body: Feedback, authorization: Authorization = None) -> Response:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, params
+from fastapi import APIRouter, Header
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve.api_route import ApiRoute
 from serve.feedback import actor_of
 from serve.improvement import Improvement, Method
 from serve.training_runs import TrainingRun, TrainingRuns
@@ -31,14 +31,12 @@ class ImproveBody(BaseModel):
     steps: int = Field(Improvement.steps, ge=1, le=10_000)
 
 
-def training_routes(
-    runs: TrainingRuns, managing: Sequence[params.Depends], workshop: Workshop | None = None
-) -> APIRouter:
-    """The routes below /v1/training; `managing` lets administrators in.
+def training_routes(runs: TrainingRuns, workshop: Workshop | None = None) -> APIRouter:
+    """The routes below /v1/training, for administrators.
 
     Without a workshop, runs begin from recipes alone and what they make stays in its folder.
     """
-    router = APIRouter(prefix="/v1/training", dependencies=managing)
+    router = APIRouter(prefix="/v1/training", route_class=ApiRoute)
 
     @router.get("/recipes")
     async def recipes() -> Response:

@@ -58,11 +58,11 @@ async def _serve(
             report(
                 f"adapter {name}: {published.adapter.digest[:19]} ({ref}){'' if is_resident else ', loaded when asked'}"
             )
-        app, url = create_app(services, keys), url_of(listener)
+        app, url = create_app(services, keys, config.http), url_of(listener)
         if config.has_page:
             from serve.ui import mount_page
 
-            mount_page(app, url, needs_key=keys.are_required)
+            mount_page(app, url, needs_key=keys.are_required, max_body_bytes=config.http.max_body_bytes)
             app.get("/", include_in_schema=False)(lambda: RedirectResponse("/ui"))
         gc.collect()
         give_back()

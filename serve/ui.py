@@ -17,13 +17,17 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapterhub.browser_guard import BrowserGuard
 from adapterhub.bundle import MAX_BYTES
 from adapterhub.errors import UsageError
 from adapterhub.listening import is_loopback, listen, url_of
+from serve.body import HttpLimits
 from serve.page_adapters import AdaptersTab
 from serve.page_api import PageClient
 from serve.page_arena import ArenaTab
@@ -35,22 +39,25 @@ from serve.page_style import CONTENT_POLICY, CSS, ICON, theme
 from serve.page_train import TrainTab
 
 PAGE_PATH = "/ui"
+_UPLOAD_PATH = "/gradio_api/upload"
 MAX_WAITING = 256
 """events queued in the page's server; beyond that a visitor is told that it is busy"""
 
 
-def mount_page(app: FastAPI, api_url: str, *, needs_key: bool) -> None:
+def mount_page(app: FastAPI, api_url: str, *, needs_key: bool, max_body_bytes: int = HttpLimits.max_body_bytes) -> None:
     """Serve the page at /ui; it talks to the API at `api_url` like any other client.
 
     With `needs_key` nothing of it is shown before the visitor signs in with a key that the API takes.
     """
     client = PageClient(api_url)
     blocks = build_page(client, needs_key=needs_key)
-    # Gradio leaves CORS alone where the parent has a policy; by itself it would let every origin in, with cookies.
-    app.add_middleware(CORSMiddleware, allow_origins=())
+    # Behind what the application guards itself with already, which is there first.
+    app.user_middleware.append(Middleware(_ContentPolicy))
     if needs_key:
-        app.add_middleware(Gate, path=PAGE_PATH, client=client)
-    app.add_middleware(_ContentPolicy)
+        app.user_middleware.append(Middleware(Gate, path=PAGE_PATH, client=client))
+    # Gradio leaves CORS alone where the parent has a policy; by itself it would let every origin in, with cookies.
+    app.user_middleware.append(Middleware(CORSMiddleware, allow_origins=()))
+    app.user_middleware.append(Middleware(_BodyLimit, max_bytes=max_body_bytes))
 
     @app.get("/favicon.ico", include_in_schema=False)
     async def icon() -> Response:
@@ -119,10 +126,28 @@ async def _serve_page(api_url: str, listener: socket.socket, report: Callable[[s
             "start the server with API keys, or stay on 127.0.0.1."
         )
     app = FastAPI(openapi_url=None)
+    app.add_middleware(
+        BrowserGuard, is_open=not needs_key, refuse=lambda said: JSONResponse({"detail": said}, status_code=403)
+    )
     app.get("/", include_in_schema=False)(lambda: RedirectResponse(PAGE_PATH))
     mount_page(app, api_url, needs_key=needs_key)
     report(f"ready: {url_of(listener)}{PAGE_PATH}, before {api_url}/v1")
     await uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).serve([listener])
+
+
+class _BodyLimit:
+    """Bounds what is sent to the page, uploads aside: those go to the disk, and have a limit of their own."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._limited = RequestBodyLimitMiddleware(app, max_body_size=max_bytes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_limited = scope["type"] == "http" and scope["path"].startswith(PAGE_PATH)
+        if is_limited and scope["path"] != f"{PAGE_PATH}{_UPLOAD_PATH}":
+            await self._limited(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 class _ContentPolicy:

@@ -55,7 +55,7 @@ class TextPart(_Wire):
 
 class Message(_Wire):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -209,7 +209,7 @@ class _Request(_Wire):
 
 
 class ChatRequest(_Request):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: Int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: Int = Field(0, ge=0, le=20)
@@ -224,7 +224,7 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    prompt: str | list[Int] | list[str]
+    prompt: str | Annotated[list[Int], Field(fail_fast=True)] | Annotated[list[str], Field(fail_fast=True)]
     logprobs: Int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
     best_of: Literal[1] | None = None

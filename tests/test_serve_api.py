@@ -24,6 +24,7 @@ from serve.adapter_cache import AdapterCache
 from serve.answer import Services
 from serve.api import create_app
 from serve.auth import ApiKeys
+from serve.body import HttpLimits
 from serve.catalog import Catalog
 from serve.engine import TokenLogprob
 from serve.feedback import FeedbackStore
@@ -50,13 +51,12 @@ class FakeTokenizer:
 
     eos_token = "</s>"
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> dict[str, list[int]]:
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> str:
         if messages[-1]["role"] == "assistant":
             raise ValueError("the last message must be the user's")
-        template = options["chat_template"] or ""
-        return {"input_ids": [ord(c) for c in str(template)[:1] + "".join(m["content"] for m in messages)]}
+        return str(options["chat_template"] or "")[:1] + "".join(m["content"] for m in messages)
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) for c in text]}
 
     def __len__(self) -> int:
@@ -64,7 +64,9 @@ class FakeTokenizer:
 
 
 @asynccontextmanager
-async def bench(tmp_path: Path, keys: ApiKeys | None = None, **engine: Any) -> AsyncIterator[Bench]:
+async def bench(
+    tmp_path: Path, keys: ApiKeys | None = None, http: HttpLimits | None = None, **engine: Any
+) -> AsyncIterator[Bench]:
     """A server with the adapters `captain` and `poet` published and `spare` in the registry."""
     registry = Registry(tmp_path / "home")
     for seed, name in enumerate(("captain", "poet", "spare")):
@@ -79,9 +81,9 @@ async def bench(tmp_path: Path, keys: ApiKeys | None = None, **engine: Any) -> A
     )
     for name in ("captain", "poet"):
         await catalog.load(name, AdapterRef.parse(name))
-    app = create_app(services, keys or ApiKeys())
+    app = create_app(services, keys or ApiKeys(), http)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         yield Bench(client, fake, services, registry)
     cache.check()
 

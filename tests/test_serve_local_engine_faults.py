@@ -350,7 +350,7 @@ def test_a_token_of_the_tokenizer_that_the_model_has_not_is_a_bad_request(tiny_b
             catalog = Catalog(tiny_base, "base", Registry(tiny_base.path), cache)
             services = Services(engine, catalog, cache, PromptRenderer(base.tokenizer), Metrics(engine))
             transport = httpx.ASGITransport(create_app(services, ApiKeys()))
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
                 for prompt, status in (([TINY_VOCABULARY], 400), ([TINY_VOCABULARY + 1], 400), ([5], 200)):
                     answer = await client.post("/v1/completions", json={"model": "base", "prompt": prompt})
                     assert answer.status_code == status, answer.text

@@ -19,6 +19,8 @@ from adapterhub.registry import Registry
 from serve import routes_adapters
 from serve.auth import ApiKeys
 
+ZIP = {"content-type": "application/zip"}
+
 
 def test_what_is_kept_is_listed_with_what_is_served(tmp_path: Path) -> None:
     async def test(b: Bench) -> None:
@@ -71,7 +73,7 @@ def test_acting_needs_an_admin_key(tmp_path: Path) -> None:
         body = {"ref": "spare"}
         assert (await b.client.post("/v1/adapters/verify", json=body, headers=asking)).status_code == 403
         assert (await b.client.post("/v1/adapters/verify", json=body, headers=admin)).status_code == 200
-        assert (await b.client.post("/v1/adapters/upload", content=b"x", headers=asking)).status_code == 403
+        assert (await b.client.post("/v1/adapters/upload", content=b"x", headers={**ZIP, **asking})).status_code == 403
 
     run(tmp_path, test, ApiKeys(asking=("ask",), admin=("rule",)))
 
@@ -85,12 +87,12 @@ def test_an_uploaded_zip_is_kept_only_when_it_is_whole(tmp_path: Path) -> None:
         package = write_package(tmp_path / "fresh", name="fresh", seed=41)
         good = _zipped(package)
         (package / "adapter_model.safetensors").write_bytes(b"torn")
-        torn = await b.client.post("/v1/adapters/upload", content=_zipped(package))
+        torn = await b.client.post("/v1/adapters/upload", headers=ZIP, content=_zipped(package))
         assert torn.status_code == 422
         assert torn.json()["error"]["code"] == "adapter_digest_mismatch"
-        assert (await b.client.post("/v1/adapters/upload", content=b"no zip")).status_code == 422
+        assert (await b.client.post("/v1/adapters/upload", headers=ZIP, content=b"no zip")).status_code == 422
         assert "fresh" not in await _names(b)
-        kept = await b.client.post("/v1/adapters/upload", content=good)
+        kept = await b.client.post("/v1/adapters/upload", headers=ZIP, content=good)
         assert (kept.status_code, kept.json()["name"]) == (201, "fresh")
         assert "fresh" in await _names(b)
         loaded = {"lora_name": "fresh", "lora_path": kept.json()["digest"]}
@@ -104,14 +106,14 @@ def test_an_upload_moves_nobody_s_name(tmp_path: Path) -> None:
     async def test(b: Bench) -> None:
         before = (await b.client.get("/v1/adapters/inspect", params={"ref": "spare"})).json()["digest"]
         other = _zipped(write_package(tmp_path / "other", name="spare", seed=42))
-        refused = await b.client.post("/v1/adapters/upload", content=other)
+        refused = await b.client.post("/v1/adapters/upload", headers=ZIP, content=other)
         assert refused.status_code == 409
         assert "?name=" in refused.json()["error"]["message"]
         assert (await b.client.get("/v1/adapters/inspect", params={"ref": "spare"})).json()["digest"] == before
         for _ in range(2):  # the same again changes nothing
-            kept = await b.client.post("/v1/adapters/upload", params={"name": "spare2"}, content=other)
+            kept = await b.client.post("/v1/adapters/upload", headers=ZIP, params={"name": "spare2"}, content=other)
             assert (kept.status_code, kept.json()["name"]) == (201, "spare2")
-        bad = await b.client.post("/v1/adapters/upload", params={"name": "../x"}, content=other)
+        bad = await b.client.post("/v1/adapters/upload", headers=ZIP, params={"name": "../x"}, content=other)
         assert bad.status_code == 400
 
     run(tmp_path, test)
@@ -137,7 +139,9 @@ def test_an_upload_nobody_trusted_signed(tmp_path: Path) -> None:
     async def test(b: Bench) -> None:
         (tmp_path / "home" / "policy.toml").write_text('[[trust]]\nnames = "acme/*"\nkeys = []\n')
         unsigned = _zipped(write_package(tmp_path / "fresh", name="fresh", seed=41))
-        refused = await b.client.post("/v1/adapters/upload", params={"name": "acme/fresh"}, content=unsigned)
+        refused = await b.client.post(
+            "/v1/adapters/upload", headers=ZIP, params={"name": "acme/fresh"}, content=unsigned
+        )
         assert refused.status_code == 422
         assert refused.json()["error"]["code"] == "adapter_signature_invalid"
         assert "acme/fresh" not in await _names(b)
@@ -165,8 +169,8 @@ def test_an_upload_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pyte
             yield b"\0" * 100
 
     async def test(b: Bench) -> None:
-        said = await b.client.post("/v1/adapters/upload", content=b"\0" * 1001)
-        unsaid = await b.client.post("/v1/adapters/upload", content=endless())
+        said = await b.client.post("/v1/adapters/upload", headers=ZIP, content=b"\0" * 1001)
+        unsaid = await b.client.post("/v1/adapters/upload", headers=ZIP, content=endless())
         assert (said.status_code, unsaid.status_code) == (413, 413)
 
     run(tmp_path, test)

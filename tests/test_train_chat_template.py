@@ -243,7 +243,7 @@ async def serving(base: StoredBase, registry: Registry, name: str) -> AsyncItera
     services = Services(engine, catalog, cache, PromptRenderer(loaded.tokenizer), Metrics(engine))
     transport = httpx.ASGITransport(create_app(services, ApiKeys()))
     try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=120) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=120) as client:
             yield client
     finally:
         await engine.close()

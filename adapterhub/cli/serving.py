@@ -35,6 +35,11 @@ def serve(
     api_keys: Annotated[
         Path | None, typer.Option("--api-keys", help="File of API keys, one a line [default: $ADAPTERHUB_API_KEY].")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-host", metavar="NAME", help="Name a proxy reaches us by; may be repeated."),
+    ] = None,
+    max_body_mb: Annotated[int, typer.Option(help="Largest request body, uploads aside, MiB.", min=1)] = 8,
     max_loras: Annotated[int, typer.Option(help="Adapters resident at once.", min=1)] = 16,
     lora_memory_mb: Annotated[
         int | None, typer.Option(help="Memory for resident adapters, MiB [default: bounded by --max-loras].", min=1)
@@ -98,6 +103,7 @@ def serve(
 
     import torch
 
+    from serve.body import HttpLimits
     from serve.local_engine import LocalEngineConfig
     from serve.scheduler import SchedulerLimits
     from serve.server import run_server
@@ -117,6 +123,7 @@ def serve(
         dtype=dtype,
         device=device,
         has_page=page,
+        http=HttpLimits(max_body_mb << 20, tuple(allowed_host or ())),
         engine_kind=parse_engine(engine),
         vllm=VllmConfig(tuple(endpoint or ()), vllm_python, tuple(vllm_arg or ())),
         engine=LocalEngineConfig(

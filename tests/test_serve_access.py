@@ -1,0 +1,225 @@
+"""Who may do what, by every way in: each route with keys, from other sites' pages, and with other types of bodies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
+from starlette.routing import Mount
+from test_serve_api import bench
+
+from serve.access import ACCESS, Right
+from serve.api import create_app
+from serve.auth import ApiKeys
+from serve.body import HttpLimits
+from serve.training_runs import TrainingRuns
+from serve.ui import mount_page
+
+KEYS = ApiKeys(asking=("ask",), admin=("rule",))
+EVIL = "http://evil.example"
+UNSAFE = ("POST", "PUT", "PATCH", "DELETE")
+
+
+def on_whole_app(
+    tmp_path: Path,
+    test: Callable[[FastAPI, httpx.AsyncClient], Awaitable[None]],
+    keys: ApiKeys | None = None,
+    *,
+    has_page: bool = False,
+    **limits: Any,
+) -> None:
+    """Run `test` on an application with every route of the API, and with the page where it is asked for."""
+
+    async def whole() -> None:
+        async with bench(tmp_path) as b:
+            services = replace(b.services, training=TrainingRuns(tmp_path / "training"))
+            app = create_app(services, keys or ApiKeys(), HttpLimits(**limits))
+            if has_page:
+                mount_page(app, "http://127.0.0.1:9", needs_key=keys is not None)
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+                await asyncio.wait_for(test(app, client), 30)
+
+    asyncio.run(whole())
+
+
+def routes(app: FastAPI) -> list[tuple[str, str, str]]:
+    """(method, path to ask for, path as declared) of every route but the page's own."""
+    found = []
+    for route in iter_route_contexts(app.routes):
+        if not isinstance(route.original_route, Mount):
+            assert route.path is not None
+            concrete = route.path.replace("{name:path}", "captain").replace("{name}", "none")
+            found += [(method, concrete, route.path) for method in sorted(route.methods or ())]
+    return found
+
+
+def test_every_route_says_who_may_use_it_and_keeps_to_it(tmp_path: Path) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        found = routes(app)
+        assert {path for _, _, path in found} | {"/"} == set(ACCESS)
+        for method, path, declared in found:
+            right = ACCESS[declared].right
+            for key, refused in ((None, 401), ("wrong", 401), ("ask", 403)):
+                headers = {"authorization": f"Bearer {key}"} if key else {}
+                answer = await client.request(method, path, headers=headers)
+                is_refused = right is Right.MANAGE or (right is Right.ASK and key != "ask")
+                assert (answer.status_code == refused) is is_refused, (method, path, key, answer.text)
+
+    on_whole_app(tmp_path, test, KEYS, has_page=True)
+
+
+def test_a_route_that_says_nothing_cannot_be_added(tmp_path: Path) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        with pytest.raises(LookupError, match="/v1/new"):
+            app.get("/v1/new")(lambda: "anybody?")
+
+    on_whole_app(tmp_path, test)
+
+
+def test_without_keys_no_route_answers_to_a_foreign_name(tmp_path: Path) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        for method, path, _ in [*routes(app), ("GET", "/ui", ""), ("GET", "/ui/config", ""), ("GET", "/nowhere", "")]:
+            answer = await client.request(method, path, headers={"host": "evil.example:8000"})
+            assert answer.status_code == 403, (method, path)
+            if method != "HEAD":
+                assert answer.json()["error"]["code"] == "site_not_allowed"
+                assert "--allowed-host" in answer.json()["error"]["message"]
+        for path in ("queue/join", "upload"):
+            answer = await client.post(f"/ui/gradio_api/{path}", headers={"origin": EVIL})
+            assert answer.json()["error"]["code"] == "site_not_allowed"
+        assert (await client.get("/ui/", headers={"sec-fetch-site": "cross-site"})).status_code == 200  # a link
+
+    on_whole_app(tmp_path, test, has_page=True)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": EVIL},
+        {"origin": "null"},
+        {"origin": "http://127.0.0.1:3000"},  # another program of this machine
+        {"origin": "https://127.0.0.1"},
+        {"origin": "http://127.0.0.1:8000.evil.example"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"sec-fetch-site": "cross-site", "origin": EVIL},
+    ],
+    ids=str,
+)
+def test_without_keys_no_route_acts_for_a_foreign_page(tmp_path: Path, headers: dict[str, str]) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        acting = [(method, path) for method, path, _ in routes(app) if method in UNSAFE]
+        assert len(acting) > 15
+        for method, path in acting:
+            answer = await client.request(method, path, headers=headers)
+            assert answer.status_code == 403, (method, path)
+            assert answer.json()["error"]["code"] == "site_not_allowed"
+
+    on_whole_app(tmp_path, test)
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+def test_no_route_acts_on_a_body_that_any_page_could_send(tmp_path: Path, content_type: str) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        headers = {"content-type": content_type} if content_type else {}
+        acting = [(method, path) for method, path, _ in routes(app) if method in UNSAFE]
+        for method, path in acting:
+            answer = await client.request(method, path, content=b"{}", headers=headers)
+            assert answer.status_code == 415, (method, path)
+            assert "Content-Type: application/" in answer.json()["error"]["message"]
+
+    on_whole_app(tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    ("headers", "allowed"),
+    [
+        ({"host": "localhost:1234", "origin": "http://localhost:1234"}, ()),
+        ({"host": "LOCALHOST."}, ()),
+        ({"host": "[::1]:8000", "origin": "http://[::1]:8000"}, ()),
+        ({"host": "127.0.0.1", "origin": "http://127.0.0.1"}, ()),
+        ({"host": "127.0.0.1:443", "origin": "https://127.0.0.1"}, ()),
+        ({"host": "127.8.8.8:8000"}, ()),
+        ({"sec-fetch-site": "same-origin", "origin": "https://tool.example"}, ()),  # behind a proxy that sets the Host
+        ({"sec-fetch-site": "none"}, ()),
+        ({"host": "tool.example", "origin": "https://tool.example"}, ("tool.example",)),
+        ({"sec-fetch-site": "cross-site", "origin": "https://tool.example"}, ("Tool.Example",)),
+    ],
+    ids=str,
+)
+def test_own_pages_programs_and_allowed_names_are_let_in(
+    tmp_path: Path, headers: dict[str, str], allowed: tuple[str, ...]
+) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        body = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
+        assert (await client.post("/v1/chat/completions", json=body, headers=headers)).status_code == 200
+
+    on_whole_app(tmp_path, test, allowed_hosts=allowed)
+
+
+def test_a_key_in_a_header_needs_no_more_and_one_in_a_cookie_does(tmp_path: Path) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        foreign = {"host": "evil.example", "origin": EVIL}
+        asking = {**foreign, "authorization": "Bearer ask"}
+        assert (await client.get("/v1/models", headers=asking)).status_code == 200
+        assert (await client.delete("/v1/feedback", headers=asking)).status_code == 200
+        assert (await client.get("/ui", headers={"host": "tool.example"})).status_code == 401  # the form to sign in
+        for path in ("/ui/sign-in", "/ui/gradio_api/queue/join"):
+            headers = {"cookie": "adapterhub_key=ask", "origin": EVIL}
+            answer = await client.post(path, data={"key": "ask"}, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "site_not_allowed")
+
+    on_whole_app(tmp_path, test, KEYS, has_page=True)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models/",
+        "//v1/models",
+        "/v1//models",
+        "/v1/models%2F",
+        "/v1%2Fmodels",
+        "/v1/models/x%2F..%2F..",
+        "/V1/models",
+    ],
+)
+def test_no_spelling_of_a_path_leads_around_the_keys(tmp_path: Path, path: str) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        for method in ("GET", "HEAD", "OPTIONS", "POST", "PUT"):
+            answer = await client.request(method, path, follow_redirects=True)
+            assert answer.status_code in (400, 401, 404, 405), (method, answer.text)
+            assert "captain" not in answer.text
+
+    on_whole_app(tmp_path, test, KEYS)
+
+
+@pytest.mark.parametrize("headers", [{"origin": EVIL}, {"host": "evil.example"}], ids=str)
+def test_a_socket_of_a_foreign_page_is_closed_before_it_opens(tmp_path: Path, headers: dict[str, str]) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        sent: list[dict[str, Any]] = []
+        given = {"host": "127.0.0.1:8000", **headers}
+        scope = {
+            "type": "websocket", "asgi": {"version": "3.0"}, "path": "/ui/ws", "raw_path": b"/ui/ws", "root_path": "",
+            "query_string": b"", "scheme": "ws", "http_version": "1.1", "subprotocols": [],
+            "headers": [(name.encode(), value.encode()) for name, value in given.items()],
+        }  # fmt: skip
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await app(scope, receive, send)
+        assert [message["type"] for message in sent] == ["websocket.close"]
+
+    on_whole_app(tmp_path, test)
