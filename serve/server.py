@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import sys
 from collections.abc import Callable
 
 import uvicorn
@@ -33,6 +34,9 @@ from serve.proof import replay
 from serve.training_runs import TrainingRuns
 
 Report = Callable[[str], None]
+SWITCH_S = 0.0005
+"""how long a thread that needs the interpreter waits for one that does not give it back: a step of the engine asks for
+it dozens of times, which Python's own 5 ms would make a stream's gap"""
 
 
 def run_server(config: ServeConfig, registry: Registry, keys: ApiKeys, *, report: Report) -> None:
@@ -66,6 +70,7 @@ async def _serve(
             app.get("/", include_in_schema=False)(lambda: RedirectResponse("/ui"))
         gc.collect()
         give_back()
+        sys.setswitchinterval(SWITCH_S)
         gc.freeze()  # the model stays: full collections that walk it cost a lone stream some 4 % of its speed
         report(f"ready: {url}/v1" + (f", page {url}/ui" if config.has_page else ""))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
