@@ -7,6 +7,7 @@ first token, speaks JSON schema, regular expressions and Lark grammars alike, an
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -26,6 +27,8 @@ lock (measured: 15 ms at this limit, 340 ms at llguidance's)."""
 
 _NUM_THREADS = 4
 """masks computed at the same time; one takes 0.1 ms, or half a second at the limits"""
+_STACK_BYTES = 64 << 20
+"""Of their threads: llguidance follows references by recursion, 7 kB each. Address space only, until it is used."""
 
 
 class Matcher:
@@ -74,7 +77,7 @@ class Constraints:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="masks")
+        self._threads = _threads_with_deep_stacks()
 
     def prepare(self) -> None:
         """Read the vocabulary now: it holds Python's lock for half a second, which the first answer would else pay."""
@@ -98,6 +101,19 @@ class Constraints:
     @cached_property
     def _matching_tokenizer(self) -> LLTokenizer:
         return from_tokenizer(self._tokenizer)
+
+
+def _threads_with_deep_stacks() -> ThreadPoolExecutor:
+    """The stack's size is a setting of the process, for threads started from then on: start all of them under it."""
+    threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="masks")
+    all_started = threading.Barrier(_NUM_THREADS)
+    before = threading.stack_size(_STACK_BYTES)
+    try:
+        for one in [threads.submit(all_started.wait) for _ in range(_NUM_THREADS)]:
+            one.result()
+    finally:
+        threading.stack_size(before)
+    return threads
 
 
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

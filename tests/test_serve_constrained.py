@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 
 import pytest
 from conftest import TINY_VOCABULARY
+from transformers import AutoTokenizer
 
 from adapterhub.base_model import load_base
 from adapterhub.base_store import StoredBase
 from adapterhub.errors import ConstraintFailed, UsageError
+from serve.constrained import Constraints
 from serve.engine import Constraint, FinishReason, GenerationRequest, SamplingParams
 from serve.local_engine import LocalEngine
+from serve.request_limits import MAX_CONSTRAINT_LENGTH
 from serve.wire import ChatRequest
 
 PROMPT = (5, 6, 7)
@@ -187,3 +191,42 @@ def test_a_bias_on_a_token_that_does_not_exist_is_refused(tiny_base: StoredBase)
             await engine.close()
 
     asyncio.run(test())
+
+
+def _schema_chain(length: int) -> str:
+    """A JSON schema of about `length` characters, in which each object holds the next."""
+    count = (length - 80) // 54
+    links = {f"{n:05}": {"properties": {"a": {"$ref": f"#/$defs/{n + 1:05}"}}} for n in range(count)} | {
+        f"{count:05}": {"type": "null"}
+    }
+    return json.dumps({"$defs": links, "$ref": "#/$defs/00000"}, separators=(",", ":"))
+
+
+def _rule_chain(length: int) -> str:
+    """A grammar of about `length` characters, in which each rule is the next."""
+    count = (length - 40) // 15
+    return "start: r00000\n" + "\n".join(f"r{n:05}: r{n + 1:05}" for n in range(count)) + f'\nr{count:05}: "a"\n'
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("json_schema", _schema_chain(MAX_CONSTRAINT_LENGTH)),
+        ("grammar", _rule_chain(MAX_CONSTRAINT_LENGTH)),
+        ("grammar", f"start: {'(' * 30_000}'a'{')' * 30_000}"),
+        ("regex", f"{'(' * 30_000}a{')' * 30_000}"),
+        ("json_schema", f"{'[' * 30_000}{']' * 30_000}"),
+    ],
+    ids=["schema that refers on", "rules that refer on", "brackets in a grammar", "brackets in a regex", "lists"],
+)
+def test_the_deepest_constraints_within_the_limit_end_nothing(tiny_base: StoredBase, kind: str, text: str) -> None:
+    """A stack that overflows would end this process, or the server."""
+    assert len(text) <= MAX_CONSTRAINT_LENGTH
+    constraints = Constraints(AutoTokenizer.from_pretrained(tiny_base.path))
+    try:
+        with contextlib.suppress(ConstraintFailed):
+            constraints.begin(Constraint(kind, text)).result()  # type: ignore[arg-type]
+        matcher = constraints.begin(Constraint("regex", "a")).result()
+        assert matcher.is_ready
+    finally:
+        constraints.close()
