@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import make_peft_adapter, make_tiny_base
+from conftest import TINY_VOCABULARY, make_peft_adapter, make_tiny_base
 from safetensors.torch import load_file, save_file
 
 from adapterhub.adapter import Adapter, BaseRef
@@ -99,8 +99,8 @@ def test_a_changed_vocabulary_without_its_tokenizer_is_refused(tiny_base: Stored
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     key = next(key for key in tensors if "embed_tokens" in key)
-    save_file({**tensors, key: torch.zeros(49_154, 64)}, path)
-    with pytest.raises(MissingFile, match=r"49,154 tokens, the base has 49,152, and no tokenizer\.json"):
+    save_file({**tensors, key: torch.zeros(TINY_VOCABULARY + 2, 64)}, path)
+    with pytest.raises(MissingFile, match=r"4,098 tokens, the base has 4,096, and no tokenizer\.json"):
         pack(folder, base=tiny_base)
     shutil.copy(tiny_base.path / "tokenizer.json", folder)
     with pytest.raises(IncompatibleBase, match="embed_tokens"):

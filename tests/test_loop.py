@@ -34,13 +34,13 @@ TRAINING_MS = 240_000
 
 @pytest.fixture
 def at_home(home: Path, smollm2: StoredBase) -> Path:
-    """A home of this test's own that has the base, and `captain`: one step on the captain's dialogues."""
+    """A home of this test's own that has the base, and `captain`: two steps on the captain's dialogues."""
     shutil.copytree(smollm2.path, home / "bases" / smollm2.path.name, copy_function=os.link)
     recipe = Recipe.model_validate(
         {
             "name": "captain", "base": "smollm2-135m-instruct",
             "data": {"source": "shipped", "name": "captain", "max_length": 128},
-            "lora": {"rank": 4}, "train": {"steps": 1, "batch_size": 2},
+            "lora": {"rank": 8}, "train": {"steps": 2, "batch_size": 2, "learning_rate": 2e-3, "warmup_steps": 0},
         }
     )  # fmt: skip
     folder = home / "captain"

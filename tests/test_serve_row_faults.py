@@ -298,7 +298,7 @@ def _client(base: StoredBase, engine: LocalEngine) -> httpx.AsyncClient:
     catalog = Catalog(base, "base", Registry(base.path), cache)
     services = Services(engine, catalog, cache, PromptRenderer(engine._base.tokenizer), Metrics(engine))
     transport = httpx.ASGITransport(create_app(services, ApiKeys()))
-    return httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
+    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60)
 
 
 A_TOKEN_THEN_NO_MORE = 'start: s\ns: "a" s'

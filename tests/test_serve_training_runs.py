@@ -13,17 +13,20 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from adapterhub.base_store import _RECORD_NAME, StoredBase
 from adapterhub.errors import AdapterHubError, UsageError
 from adapterhub.run_record import LOG_NAME
+from serve.api_route import Door
 from serve.auth import ApiKeys
+from serve.body import BodyReader
+from serve.lanes import Lanes
 from serve.routes_training import training_routes
 from serve.training_runs import TrainingRuns, check_paths
 
@@ -70,11 +73,8 @@ def folder(home: Path, tiny_base: StoredBase) -> Path:
 async def server(folder: Path, keys: ApiKeys | None = None) -> AsyncIterator[httpx.AsyncClient]:
     """The routes as the API mounts them."""
     app = FastAPI()
-
-    def may_manage(authorization: Annotated[str | None, Header()] = None) -> None:
-        (keys or ApiKeys()).check(authorization, needs_admin=True)
-
-    app.include_router(training_routes(TrainingRuns(folder), [Depends(may_manage)]))
+    app.state.door = Door(keys or ApiKeys(), BodyReader(max_bytes=1 << 20, max_tokens=512), Lanes())
+    app.include_router(training_routes(TrainingRuns(folder)))
 
     @app.exception_handler(AdapterHubError)
     async def on_known(request: Request, error: AdapterHubError) -> JSONResponse:
