@@ -8,6 +8,8 @@ DEMO_STAMP := $(VENV)/.installed-demo
 .NOTPARALLEL:
 
 WORKERS := 3
+# CPU=avx512|avx2|generic: as on a processor that has no more than that
+AS_CPU = $(if $(CPU),scripts/as_cpu.sh $(CPU))
 
 .PHONY: setup demo test test-vllm soak check check-kernels bench screenshots docs lock clean
 
@@ -24,19 +26,20 @@ $(DEMO_STAMP): pyproject.toml constraints.txt scripts/install.sh
 	@touch $@
 
 demo: $(DEMO_STAMP)  ## train two adapters, publish, serve, ask them; EXIT=1 ends by itself
-	@$(VENV)/bin/adapterhub demo $(if $(EXIT),--exit)
+	@$(AS_CPU) $(VENV)/bin/adapterhub demo $(if $(EXIT),--exit)
 
-test: setup  ## all but a real vLLM, WORKERS=3 tests side by side; ORDER=random shuffles them
+test: setup  ## all but a real vLLM, WORKERS=3 tests side by side; ORDER=random shuffles them, CPU=avx2 has less
 	@scripts/browser.sh
-	@$(VENV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(ORDER),,-p no:randomly)
+	@$(AS_CPU) $(VENV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(ORDER),,-p no:randomly)
 
 test-vllm: setup  ## a real vLLM server on the CPU, in an environment of its own (2.5 GB)
 	@scripts/vllm.sh $(VENV)-vllm
 	@ADAPTERHUB_VLLM_PYTHON=$(VENV)-vllm/bin/python $(VENV)/bin/pytest -m vllm -n 2 --dist loadfile tests/test_vllm_*.py
 
+SOAKED := tests/test_hubserver_faults.py tests/test_adapterhub_kills.py tests/test_train_resume.py tests/test_serve_random_parameters.py
 soak: setup  ## kill the Hub and the registry's acts at random moments, five minutes each (SOAK_S=seconds); 10,000 random requests; new examples for the property tests
-	@ADAPTERHUB_SOAK_S=$(or $(SOAK_S),300) $(VENV)/bin/pytest tests/test_hubserver_faults.py tests/test_adapterhub_kills.py tests/test_serve_random_parameters.py
-	@$(VENV)/bin/pytest --hypothesis-profile=default $$(grep -l hypothesis tests/test_*.py)
+	@ADAPTERHUB_SOAK_S=$(or $(SOAK_S),300) $(VENV)/bin/pytest --timeout 0 $(SOAKED)
+	@$(VENV)/bin/pytest --timeout 0 --hypothesis-profile=default $$(grep -l hypothesis tests/test_*.py)
 
 check: setup  ## style and types
 	$(VENV)/bin/ruff check .
