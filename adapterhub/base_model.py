@@ -56,11 +56,13 @@ def load_base(
     kind: Literal["nf4", "fp4", "int8", "none"] = "nf4",
     double_quant: bool = True,
     block_size: int = 64,
+    tokenizer: Any = None,
 ) -> LoadedBase:
     """Load a stored base with its linear layers, but for the output head, in 4 bit (arXiv 2305.14314, section 3).
 
     `kind` int8 holds them in 8 bit (LLM.int8), none as they are. `dtype` (bfloat16, float16, float32) and `device`
-    (cpu, cuda, cuda:1, ...) are chosen when not given.
+    (cpu, cuda, cuda:1, ...) are chosen when not given. `tokenizer` is the base's, where it has been read already: that
+    takes as long as loading a small model.
     Raises UsageError for a device that is not there, BaseNotFound for a folder transformers cannot read.
     """
     import torch
@@ -83,7 +85,7 @@ def load_base(
             quantization_config=loading_config(quantization, compute),
             device_map={"": where.value},
         )
-        tokenizer = AutoTokenizer.from_pretrained(stored.path)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(stored.path)
     except (OSError, ValueError, KeyError) as error:
         raise BaseNotFound(f"{stored.path} cannot be loaded as a base model: {error}") from error
     model.requires_grad_(False)

@@ -112,8 +112,8 @@ def _train(
     # 2. The base, quantized, and on it the adapter: drawn from the seed, or the one to go on from.
     torch.manual_seed(recipe.seed)
     world = current_world()
-    loaded = load_base(base, purpose="train", device=world.device, **recipe.base_arguments())
-    loaded.tokenizer.chat_template = inputs.tokenizer.chat_template
+    arguments = {"device": world.device, "tokenizer": inputs.tokenizer} | recipe.base_arguments()
+    loaded = load_base(base, purpose="train", **arguments)
     _check_window(loaded, objective)
     if start is None:
         model = put_on(loaded.model, recipe)
