@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from road import COMMAND, run, run_any
 
 from adapterhub import errors
 from adapterhub.base_store import StoredBase
+from adapterhub.cli import main
 
 RECIPE = """
 name = "short"
@@ -27,6 +29,7 @@ path = "data.jsonl"
 steps = {steps}
 batch_size = 1
 """
+Done = subprocess.CompletedProcess[str]
 LINE = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]})
 
 
@@ -38,7 +41,26 @@ def _recipe(folder: Path, base: StoredBase, *, steps: int = 1, extra: str = "", 
     return recipe
 
 
-def _refused(done: subprocess.CompletedProcess[str], code: int, *said: str) -> None:
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """One command that fails, in this process, which has imported already what takes a process of its own seconds."""
+
+    def run_command(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["adapterhub", *arguments])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        said = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Done(arguments, ended.value.code, said.out, said.err)
+
+    return run_command
+
+
+def _refused(done: Done, code: int, *said: str) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == code, done.stderr
     assert last.startswith("adapterhub: ")
@@ -67,25 +89,29 @@ def test_a_mistyped_option_is_wrong_usage(home: Path) -> None:
 
 
 def test_all_faults_of_a_recipe_come_at_once_with_the_nearest_key(
-    home: Path, tmp_path: Path, tiny_base: StoredBase
+    run_here: Callable[..., Done], home: Path, tmp_path: Path, tiny_base: StoredBase
 ) -> None:
     recipe = _recipe(tmp_path, tiny_base, extra="learning_rat = 1\n[lora]\nranks = 4\n")
-    done = run_any("train", str(recipe), "--output", str(tmp_path / "out"), home=home)
+    done = run_here("train", str(recipe), "--output", str(tmp_path / "out"))
     _refused(done, 2, "learning_rate", "ranks", "rank", "short.toml")
     assert not (tmp_path / "out").exists()
 
 
-def test_malformed_data_is_named_by_file_and_line(home: Path, tmp_path: Path, tiny_base: StoredBase) -> None:
+def test_malformed_data_is_named_by_file_and_line(
+    run_here: Callable[..., Done], home: Path, tmp_path: Path, tiny_base: StoredBase
+) -> None:
     recipe = _recipe(tmp_path, tiny_base, lines=[LINE, "{", LINE, '{"messages": 1}'])
-    done = run_any("train", str(recipe), "--output", str(tmp_path / "out"), home=home)
+    done = run_here("train", str(recipe), "--output", str(tmp_path / "out"))
     _refused(done, 2, "data.jsonl:2", "data.jsonl:4")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_in_use_is_refused(home: Path, tmp_path: Path, tiny_base: StoredBase) -> None:
+def test_an_output_folder_in_use_is_refused(
+    run_here: Callable[..., Done], home: Path, tmp_path: Path, tiny_base: StoredBase
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    done = run_any("train", str(_recipe(tmp_path, tiny_base)), "--output", str(tmp_path / "out"), home=home)
+    done = run_here("train", str(_recipe(tmp_path, tiny_base)), "--output", str(tmp_path / "out"))
     _refused(done, 2, str(tmp_path / "out"))
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 

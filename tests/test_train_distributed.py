@@ -36,6 +36,7 @@ from train.run_folder import run_path
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
+needs_soak = pytest.mark.skipif("ADAPTERHUB_SOAK_S" not in os.environ, reason="half a minute each: run make soak")
 MAIN = "from adapterhub.cli import main; main()"
 
 
@@ -136,6 +137,7 @@ def test_its_adapter_loads_in_peft_and_in_our_engine(two: Outcome, base: StoredB
     PeftModel.from_pretrained(load_base(base, purpose="serve", dtype="float32").model, str(two.folder))
 
 
+@needs_soak
 @pytest.mark.parametrize("two", ["whole"], indirect=True)
 def test_two_nodes_that_meet_on_loopback_write_what_two_processes_write(place: Path, two: Outcome) -> None:
     where = ["--nodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}"]
@@ -171,6 +173,7 @@ def test_options_of_several_processes_where_they_mean_nothing(options: list[str]
     assert said in str(done.exception)
 
 
+@needs_soak
 @pytest.mark.parametrize("two", ["whole"], indirect=True)
 def test_accelerate_with_the_shipped_config_writes_the_same(place: Path, two: Outcome) -> None:
     config = Path(__file__).parent.parent / "docs" / "accelerate.yaml"

@@ -261,7 +261,7 @@ def test_a_start_that_was_not_resolved(tmp_path: Path, tiny_base: StoredBase) ->
 
 def test_a_voice_comes_to_be_preferred_on_the_real_base(tmp_path: Path, smollm2: StoredBase) -> None:
     """Trivia of the corpus: the captain's way of saying an answer is chosen, the bare answer rejected."""
-    talks = [talk.messages for talk in read_chatterbot("trivia").examples[:36]]
+    talks = [talk.messages for talk in read_chatterbot("trivia").examples[:24]]
     lines = [
         {
             "prompt": says("user", question.content),
@@ -274,8 +274,8 @@ def test_a_voice_comes_to_be_preferred_on_the_real_base(tmp_path: Path, smollm2:
         tmp_path,
         "dpo",
         lines,
-        data={"path": "votes.jsonl", "held_out": 12, "max_length": 128},
-        train={"steps": 6, "batch_size": 4, "learning_rate": 5e-4, "warmup_steps": 1, "max_grad_norm": 1.0},
+        data={"path": "votes.jsonl", "held_out": 8, "max_length": 128},
+        train={"steps": 5, "batch_size": 4, "learning_rate": 5e-4, "warmup_steps": 1, "max_grad_norm": 1.0},
         lora={"rank": 8, "dropout": 0.0},
         quantization={"compute_dtype": "auto"},
     )
