@@ -171,6 +171,6 @@ def _connect_talk(on: Widgets, talk: Talk) -> None:
     liking = at_once | {"outputs": [on.said, on.correcting, on.wording, on.corrected_at]}
     on.chat.like(talk.liked, {on.chat, on.system, on.corrected_at}, **liking)
     wording = {on.chat, on.system, on.wording, on.corrected_at}
-    saving = at_once | {"outputs": [on.said, on.correcting, on.chat]}
+    saving = at_once | {"outputs": [on.said, on.correcting, on.wording, on.chat]}
     on.save_wording.click(talk.save_wording, wording, **saving).then(**kept)
-    on.drop_wording.click(talk.drop_wording, set(), **(at_once | {"outputs": [on.correcting]}))
+    on.drop_wording.click(talk.drop_wording, set(), **(at_once | {"outputs": [on.correcting, on.wording]}))

@@ -42,6 +42,10 @@ class Panel:
     correct: Any
 
 
+_CLOSED = gr.update(visible=False), ""
+"""The box for a correction, and its text: left there, it would be shown for a moment when the box opens again."""
+
+
 class Panels:
     """`count` answers in a row; drawn where it is made, inside the current layout."""
 
@@ -63,19 +67,20 @@ class Panels:
             opened = [self._correcting, self._wording, self._correcting_at, self._said]
             panel.correct.click(self._open(index), [self.shown], opened, **QUIET)
         given = [self.shown, self._correcting_at, self._wording]
-        save.click(self._save, given, [self._said, self._correcting], **QUIET)
-        drop.click(lambda: gr.update(visible=False), None, [self._correcting], **QUIET)
+        save.click(self._save, given, [self._said, self._correcting, self._wording], **QUIET)
+        drop.click(lambda: _CLOSED, None, [self._correcting, self._wording], **QUIET)
 
     @property
     def outputs(self) -> list[Any]:
         drawn = [
             part for panel in self.panels for part in (panel.column, panel.head, panel.text, panel.more, panel.actions)
         ]
-        return [*drawn, self.shown, self._said, self._correcting]
+        return [*drawn, self.shown, self._said, self._correcting, self._wording]
 
     def begun(self, heads: list[str]) -> Updates:
         """As many empty panels as there are heads, the rest hidden."""
-        drawn: Updates = {self.shown: None, self._said: "", self._correcting: gr.update(visible=False)}
+        drawn: Updates = {self.shown: None, self._said: ""}
+        drawn |= zip((self._correcting, self._wording), _CLOSED, strict=True)
         for index, panel in enumerate(self.panels):
             is_used = index < len(heads)
             drawn[panel.column] = gr.update(visible=is_used)
@@ -111,10 +116,10 @@ class Panels:
 
         return opened
 
-    async def _save(self, shown: Shown, index: int, text: str, request: gr.Request) -> tuple[str, Any]:
+    async def _save(self, shown: Shown, index: int, text: str, request: gr.Request) -> tuple[str, Any, Any]:
         answer = shown.answers[index].wire()
         said = await self._feedback.correction(shown.messages, answer, text or "", key=key_of(request))
-        return said, gr.update(visible=said.startswith("⚠"))
+        return said, *((gr.update(), gr.update()) if said.startswith("⚠") else _CLOSED)
 
 
 def _draw_panel(name: str) -> Panel:

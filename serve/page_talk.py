@@ -149,7 +149,7 @@ class Talk:
         lines = read_lines(given[on.chat])
         found = None if index is None else given_at(lines, index)
         if found is None:
-            return {on.said: "", on.correcting: gr.update(visible=False)}
+            return {on.said: "", **self._closed()}
         text = given[on.wording] or ""
         messages = to_send(given[on.system], found.before)
         said = await self._feedback.correction(messages, found.answer, text, key=key_of(request))
@@ -157,12 +157,16 @@ class Talk:
             return {on.said: said}
         return {
             on.said: said,
-            on.correcting: gr.update(visible=False),
+            **self._closed(),
             on.chat: _messages(corrected(lines, index, text)),
         }
 
     def drop_wording(self, given: Given) -> Updates:
-        return {self._on.correcting: gr.update(visible=False)}
+        return self._closed()
+
+    def _closed(self) -> Updates:
+        """The box without its text: else it opens again with that, and what is typed at once is overwritten."""
+        return {self._on.correcting: gr.update(visible=False), self._on.wording: ""}
 
     async def _answer(self, lines: list[Line], given: Given, request: gr.Request) -> AsyncGenerator[Updates, None]:
         """Ask, draw the answer as it grows, then how it ended. No failure leaves: Gradio would lock the page."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -132,7 +133,9 @@ def _improve(page: Page, name: str, *, steps: int) -> str:
     page.get_by_role("option", name=name).click()
     page.get_by_role("spinbutton", name="Steps", exact=True).fill(str(steps))
     button(page, "Improve").click()
-    expect(page.locator("#run-state .status")).to_have_text("done", timeout=TRAINING_MS)
+    state = page.locator("#run-state")
+    expect(state.locator(".status")).to_have_text(re.compile("done|failed|stopped"), timeout=TRAINING_MS)
+    assert state.locator(".status").inner_text() == "done", state.inner_text()
     return page.locator("#run input").input_value()
 
 
