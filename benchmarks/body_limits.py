@@ -60,6 +60,8 @@ KINDS: dict[str, Callable[[], bytes]] = {
     "unknown fields": lambda: chat(**{f"field{number}": 0 for number in range(9_900)}),
     "schema, 8 MiB": lambda: chat(response_format=schema({f"{number}" + "x" * 1600: {} for number in range(5_000)})),
     "schema, 9,900 properties": lambda: chat(response_format=schema({f"p{number}": {} for number in range(9_900)})),
+    "schema, 8 MiB, 16 answers": lambda: chat(n=16, response_format=schema({"x" * BODY_BYTES: {}})),
+    "choice of 8 MiB, 16 answers": lambda: chat(n=16, structured_outputs={"choice": ["." * BODY_BYTES]}),
     "logit_bias, 9,900 entries": lambda: chat(logit_bias={str(number): 1 for number in range(9_900)}),
     "stop, 16 strings of 500 kB": lambda: chat(stop=["x" * 500_000 + str(number) for number in range(16)]),
 }

@@ -22,7 +22,7 @@ from serve.engine import AdapterScale, Chunk, Engine, FinishReason, GenerationRe
 from serve.feedback import FeedbackStore
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer, too_long
-from serve.request_limits import check_sampling
+from serve.request_limits import check_stop
 from serve.training_runs import TrainingRuns
 
 log = logging.getLogger(__name__)
@@ -126,23 +126,18 @@ def _question(
     extra_stop = [stop for chat in chats for stop in chat.stop]
     end_tokens = [] if request.ignore_eos else [services.prompts.end_token(chat.eos) for chat in chats]
     name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
-    requests = tuple(
-        GenerationRequest(
-            f"{name}-{index}",
-            prompt,
-            request.sampling(
-                max_tokens=max_tokens,
-                extra_stop=extra_stop,
-                end_tokens=[token for token in end_tokens if token is not None],
-                top_logprobs=top_logprobs,
-                index=index,
-            ),
-            mix,
-            weight=min((published.weight for published in chosen), default=1.0),
-        )
-        for index in range(request.n)
+    choices = request.sampling(
+        max_tokens=max_tokens,
+        extra_stop=extra_stop,
+        end_tokens=[token for token in end_tokens if token is not None],
+        top_logprobs=top_logprobs,
     )
-    check_sampling(requests[0].sampling)
+    check_stop(choices[0].stop)
+    weight = min((published.weight for published in chosen), default=1.0)
+    requests = tuple(
+        GenerationRequest(f"{name}-{index}", prompt, sampling, mix, weight=weight)
+        for index, sampling in enumerate(choices)
+    )
     parts = [str(services.catalog.base.ref.fingerprint)[:16], *(f"{a.digest[:19]}x{a.scale:g}" for a in mix)]
     adapters = tuple(published.adapter for published in chosen)
     return Question(name, request.model, "+".join(parts), adapters, prompt, requests, is_chat)

@@ -16,7 +16,7 @@ def described(faults: Sequence[Any]) -> tuple[str, str | None]:
     """A sentence about the faults, and the field that the first is in."""
     said: dict[str, str] = {}
     for fault in faults[: 10 * _MAX_FAULTS]:
-        said.setdefault(_name(fault["loc"][1:]), fault["msg"])
+        said.setdefault(_name(fault["loc"][1:]), fault["msg"].removeprefix("Value error, "))
     # Of a union's alternatives, the one the client meant is the one that went deeper.
     names = [name for name in said if not any(other.startswith(f"{name}.") for other in said if name)]
     told = "; ".join(f"{name or 'body'}: {said[name]}" for name in names[:_MAX_FAULTS])

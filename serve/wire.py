@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from adapterhub.errors import UsageError
 from serve.engine import Constraint, SamplingParams, TokenLogprob
+from serve.request_limits import check_length
 
 
 class _Wire(BaseModel):
@@ -40,12 +42,37 @@ def _token_id(key: str) -> str:
     return key
 
 
+def _as_json(value: object) -> object:
+    """A schema as the text that an engine reads, no longer than it was sent."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")) if isinstance(value, dict) else value
+
+
+def _as_json_of_object(value: object) -> object:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("an object is expected: the schema")
+    return _as_json(value)
+
+
+def _check_choices(choices: list[str]) -> list[str]:
+    check_length(sum(map(len, choices)))
+    return choices
+
+
+def _check_text(text: str) -> str:
+    check_length(len(text))
+    return text
+
+
 Float = Annotated[float, BeforeValidator(_not_a_boolean), Field(allow_inf_nan=False)]
 Int = Annotated[int, BeforeValidator(_not_a_boolean)]
 Fp32 = AfterValidator(_underflow)
 """After the bounds: what is checked as it was sent is 0 where it would be 0 in the arithmetic."""
 TokenKey = Annotated[str, AfterValidator(_token_id)]
 Bias = Annotated[Float, Field(ge=-100, le=100), Fp32]
+BoundedText = Annotated[str, AfterValidator(_check_text)]
+Schema = Annotated[BoundedText, BeforeValidator(_as_json_of_object, json_schema_input_type=dict[str, Any])]
+AnySchema = Annotated[BoundedText, BeforeValidator(_as_json, json_schema_input_type=dict[str, Any] | str)]
+"""JSON as text, whichever way it was sent"""
 
 
 class TextPart(_Wire):
@@ -75,7 +102,7 @@ class AdapterChoice(_Wire):
 class JsonSchema(_Wire):
     name: str = "answer"
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Schema | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
@@ -95,16 +122,16 @@ class ResponseFormat(_Wire):
         if self.type == "text":
             return None
         schema = self.json_schema.schema_ if self.json_schema else None
-        return Constraint("json_schema", json.dumps(schema if schema is not None else {"type": "object"}))
+        return Constraint("json_schema", '{"type":"object"}' if schema is None else schema)
 
 
 class StructuredOutputs(_Wire):
     """vLLM's extension: exactly one of them."""
 
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
-    grammar: str | None = None
+    json_: AnySchema | None = Field(None, alias="json")
+    regex: BoundedText | None = None
+    choice: Annotated[list[str], Field(min_length=1), AfterValidator(_check_choices)] | None = None
+    grammar: BoundedText | None = None
 
     @model_validator(mode="after")
     def _one(self) -> StructuredOutputs:
@@ -114,7 +141,7 @@ class StructuredOutputs(_Wire):
 
     def constraint(self) -> Constraint:
         if self.json_ is not None:
-            return Constraint("json_schema", self.json_ if isinstance(self.json_, str) else json.dumps(self.json_))
+            return Constraint("json_schema", self.json_)
         if self.regex is not None:
             return Constraint("regex", self.regex)
         if self.choice is not None:
@@ -160,6 +187,7 @@ class _Request(_Wire):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    _constraint: Constraint | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _no_empty_stop(self) -> _Request:
@@ -171,6 +199,8 @@ class _Request(_Wire):
     def _one_constraint(self) -> _Request:
         if self.structured_outputs is not None and self.response_format is not None:
             raise ValueError("response_format and structured_outputs both say what the answer must fit: send one")
+        asked = self.structured_outputs or self.response_format
+        self._constraint = asked.constraint() if asked else None
         return self
 
     def choices(self) -> list[AdapterChoice]:
@@ -180,32 +210,30 @@ class _Request(_Wire):
         return self.adapter if isinstance(self.adapter, list) else [self.adapter]
 
     def sampling(
-        self, *, max_tokens: int, extra_stop: list[str], end_tokens: list[int], top_logprobs: int | None, index: int
-    ) -> SamplingParams:
+        self, *, max_tokens: int, extra_stop: list[str], end_tokens: list[int], top_logprobs: int | None
+    ) -> list[SamplingParams]:
+        """One for each choice."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return SamplingParams(
+        first = SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
-            constraint=self._constraint(),
+            constraint=self._constraint,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             top_k=max(self.top_k, 0),
             top_p=max(self.top_p, _BEST_ONLY),
             min_p=self.min_p,
-            # Each of n answers is another draw, and each can be repeated.
-            seed=None if self.seed is None else (self.seed + index) % 2**63,
             stop=(*stop, *extra_stop),
             stop_token_ids=(*self.stop_token_ids, *end_tokens),
             ignore_eos=self.ignore_eos,
             top_logprobs=top_logprobs,
         )
-
-    def _constraint(self) -> Constraint | None:
-        if self.structured_outputs is not None:
-            return self.structured_outputs.constraint()
-        return self.response_format.constraint() if self.response_format else None
+        if self.seed is None:
+            return [first] * self.n
+        # Each of n answers is another draw, and each can be repeated.
+        return [replace(first, seed=(self.seed + index) % 2**63) for index in range(self.n)]
 
 
 class ChatRequest(_Request):

@@ -273,8 +273,17 @@ def test_numbers_that_cannot_be_meant_are_refused_by_name(tmp_path: Path, name: 
 )
 def test_numbers_too_small_for_fp32_are_what_they_are_in_the_arithmetic(sent: dict[str, Any], used: object) -> None:
     body = ChatRequest.model_validate({"model": "base", **HELLO, **sent})
-    sampling = body.sampling(max_tokens=1, extra_stop=[], end_tokens=[], top_logprobs=None, index=0)
+    sampling = body.sampling(max_tokens=1, extra_stop=[], end_tokens=[], top_logprobs=None)[0]
     assert getattr(sampling, next(iter(sent))) == used
+
+
+def test_each_of_several_answers_is_another_draw_within_one_constraint() -> None:
+    body = ChatRequest.model_validate(
+        {"model": "m", **HELLO, "n": 3, "seed": 2**63 - 2, "structured_outputs": {"choice": ["a", "b"]}}
+    )
+    choices = body.sampling(max_tokens=1, extra_stop=[], end_tokens=[], top_logprobs=None)
+    assert [one.seed for one in choices] == [2**63 - 2, 2**63 - 1, 0]
+    assert len({id(one.constraint) for one in choices}) == 1  # built once, where the body was parsed
 
 
 def test_completions_take_text_and_tokens(tmp_path: Path) -> None:

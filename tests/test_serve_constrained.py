@@ -146,16 +146,16 @@ def test_a_constraint_that_is_met_ends_the_answer_however_often_the_end_is_ignor
 
 def _sampling(**options: object) -> SamplingParams:
     body = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], **options})
-    return body.sampling(max_tokens=5, extra_stop=[], end_tokens=[], top_logprobs=None, index=0)
+    return body.sampling(max_tokens=5, extra_stop=[], end_tokens=[], top_logprobs=None)[0]
 
 
 def test_openais_and_vllms_ways_to_ask_lead_to_the_same() -> None:
-    wanted = Constraint("json_schema", json.dumps(SCHEMA))
+    wanted = Constraint("json_schema", json.dumps(SCHEMA, separators=(",", ":")))
     openai = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
     assert _sampling(response_format=openai).constraint == wanted
     assert _sampling(structured_outputs={"json": SCHEMA}).constraint == wanted
     assert _sampling(response_format={"type": "json_object"}).constraint == Constraint(
-        "json_schema", '{"type": "object"}'
+        "json_schema", '{"type":"object"}'
     )
     assert _sampling(structured_outputs={"choice": ["a.b", "c"]}).constraint == Constraint("regex", r"(?:a\.b)|(?:c)")
     assert _sampling(response_format={"type": "text"}).constraint is None
@@ -167,6 +167,7 @@ def test_openais_and_vllms_ways_to_ask_lead_to_the_same() -> None:
     [
         {"response_format": {"type": "json_schema"}},
         {"response_format": {"type": "yaml"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": "{}"}}},
         {"structured_outputs": {}},
         {"structured_outputs": {"regex": "a", "choice": ["b"]}},
         {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
@@ -216,16 +217,26 @@ def _rule_chain(length: int) -> str:
         ("grammar", f"start: {'(' * 30_000}'a'{')' * 30_000}"),
         ("regex", f"{'(' * 30_000}a{')' * 30_000}"),
         ("json_schema", f"{'[' * 30_000}{']' * 30_000}"),
+        ("choice", "." * MAX_CONSTRAINT_LENGTH),
+        ("choice", ",".join(f"{n:05}." for n in range(MAX_CONSTRAINT_LENGTH // 7))),
     ],
-    ids=["schema that refers on", "rules that refer on", "brackets in a grammar", "brackets in a regex", "lists"],
-)
+    ids=[
+        "schema that refers on", "rules that refer on", "brackets in a grammar", "brackets in a regex", "lists",
+        "one long choice", "many choices",
+    ],
+)  # fmt: skip
 def test_the_deepest_constraints_within_the_limit_end_nothing(tiny_base: StoredBase, kind: str, text: str) -> None:
     """A stack that overflows would end this process, or the server."""
     assert len(text) <= MAX_CONSTRAINT_LENGTH
+    given = Constraint(kind, text)  # type: ignore[arg-type]
+    if kind == "choice":
+        built = _sampling(structured_outputs={"choice": text.split(",")}).constraint
+        assert built is not None
+        given = built
     constraints = Constraints(AutoTokenizer.from_pretrained(tiny_base.path))
     try:
         with contextlib.suppress(ConstraintFailed):
-            constraints.begin(Constraint(kind, text)).result()  # type: ignore[arg-type]
+            constraints.begin(given).result()
         matcher = constraints.begin(Constraint("regex", "a")).result()
         assert matcher.is_ready
     finally:

@@ -44,8 +44,17 @@ def _with(field: str, value: str) -> bytes:
         (_with("stop", json.dumps([0] * (MAX_ENTRIES + 1))), 413, "entries", None),
         (_with("metadata", json.dumps({str(n): "" for n in range(MAX_ENTRIES + 1)})), 413, "members", None),
         (_with("stop", json.dumps("x" * 1001)), 400, "a stop string has 1,001 characters", None),
-        (
-            _with("structured_outputs", json.dumps({"regex": "a" * 30_000})), 400, "regex has 30,000 characters", None
+        *(
+            (_with(field, json.dumps(value, ensure_ascii=False)), 400, f"{where}: 70,0{rest} characters", where)
+            for field, value, where, rest in (
+                ("structured_outputs", {"regex": "a" * 70_000}, "structured_outputs.regex", "00"),
+                ("structured_outputs", {"grammar": "a" * 70_000}, "structured_outputs.grammar", "00"),
+                ("structured_outputs", {"choice": ["." * 35_000] * 2}, "structured_outputs.choice", "00"),
+                ("structured_outputs", {"json": "\u00e9" * 70_000}, "structured_outputs.json", "00"),
+                ("structured_outputs", {"json": {"a": "\u00e9" * 70_000}}, "structured_outputs.json", "08"),
+                ("response_format", {"type": "json_schema", "json_schema": {"schema": {"a": "\u00e9" * 70_000}}},
+                 "response_format.json_schema.schema", "08"),
+            )
         ),
         (_with("temperature", "NaN"), 400, "temperature", "temperature"),
         (_with("model", "[]"), 400, "model: ", "model"),
@@ -99,11 +108,27 @@ def test_an_odd_body_is_refused_with_its_place(
         (GOOD.encode(), "application/vnd.api+json"),
         (_with("max_tokens", "1"), "application/json"),  # the second of two counts
         (_with("user", '"\\ud83e\\udee0"'), "application/json"),  # a whole pair
+        (_with("structured_outputs", json.dumps({"choice": ["." * 65_536]})), "application/json"),
+        (_with("structured_outputs", json.dumps({"json": {"a": "\u00e9" * 65_528}})), "application/json"),
         (_with("user", '"' + "[{," * 30_000 + '"'), "application/json"),  # brackets within a text are no values
         (_with("user", '"' + '\\"[\\\\' * 30_000 + '"'), "application/json"),
         (_with("user", '"' + "x" * 200_000 + '"'), "application/json"),
     ],
-    ids=["bom", "utf-16", "utf-32", "charset", "case", "+json", "twice", "pair", "brackets", "escapes", "long"],
+    ids=[
+        "bom",
+        "utf-16",
+        "utf-32",
+        "charset",
+        "case",
+        "+json",
+        "twice",
+        "pair",
+        "choice",
+        "accents",
+        "brackets",
+        "escapes",
+        "long",
+    ],
 )
 def test_unusual_but_sound_json_is_understood(tmp_path: Path, body: bytes, content_type: str) -> None:
     async def test(b: Bench) -> None:

@@ -150,5 +150,5 @@ def test_an_adapters_own_end_token_and_stop_strings_end_its_answers(tiny_base: S
     assert prompts.end_token("<|no such token|>") is None
     assert prompts.end_token(None) is None
     request = ChatRequest.model_validate({"model": "x", "messages": [{"role": "user", "content": "Hi"}], "stop": "a"})
-    sampling = request.sampling(max_tokens=4, extra_stop=["b"], end_tokens=[7], top_logprobs=None, index=0)
+    sampling = request.sampling(max_tokens=4, extra_stop=["b"], end_tokens=[7], top_logprobs=None)[0]
     assert (sampling.stop, sampling.stop_token_ids) == (("a", "b"), (7,))
