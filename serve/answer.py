@@ -7,6 +7,7 @@ import json
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -91,14 +92,15 @@ def _chosen(
     by_model = services.catalog.find(request.model)
     wanted = request.choices() or ([wire.AdapterChoice(name=by_model.name, scale=1.0)] if by_model else [])
     names = [choice.name for choice in wanted]
-    if len(set(names)) < len(names):
-        raise UsageError(f"adapter names an adapter twice ({', '.join(names)}): name each once, with its scale.")
+    found = [services.catalog.find(name) for name in names]
+    twice = sorted(name for name, times in Counter(names).items() if times > 1)
+    if twice:
+        raise UsageError(f"adapter names {', '.join(twice)} more than once: name each once, with its scale.")
     if by_model is not None and by_model.name not in names:
         raise UsageError(
             f"model is {by_model.name!r} and adapter names {', '.join(names)}: they must agree, or model be "
             f"{services.catalog.base_name!r}."
         )
-    found = [services.catalog.find(name) for name in names]
     chosen = [published for published in found if published is not None]
     if len(chosen) < len(found):
         raise UsageError("adapter names the base model, which is always there: name adapters only.")

@@ -16,6 +16,9 @@ from adapterhub.package import check_base
 from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
 
+_LONGEST_SAID = 500
+"""characters of a name that does not exist"""
+
 
 @dataclass(frozen=True)
 class Published:
@@ -65,8 +68,9 @@ class Catalog:
         if name in self._names:
             return self._names[name]
         known = [self.base_name, *self._names]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:5]
-        raise AdapterNotFound(f"the model {name!r} does not exist here; nearest: {', '.join(near)}.")
+        said = name[:_LONGEST_SAID]  # a name in a path may be as long as a request line, and comparing takes its square
+        near = difflib.get_close_matches(said, known, n=3, cutoff=0.5) or known[:5]
+        raise AdapterNotFound(f"the model {said!r} does not exist here; nearest: {', '.join(near)}.")
 
     async def load(
         self,

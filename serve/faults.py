@@ -8,7 +8,7 @@ from typing import Any
 
 _MAX_FAULTS = 5
 _MAX_NAME = 100
-_BRANCH = re.compile(r"(str|int|float|bool|list|dict)(\[.*\])?")
+_BRANCH = re.compile(r"(str|int|float|bool|list|dict|AdapterChoice)(\[.*\])?")
 """how pydantic calls the alternatives of a union, in the path to a fault"""
 
 

@@ -60,7 +60,7 @@ class _About(_Closed):
 
 class Vote(_About):
     kind: Literal["vote"]
-    battle: str
+    battle: str = Field(max_length=100)
     a: AnswerGiven
     b: AnswerGiven
     winner: Literal["a", "b", "tie", "both_bad"]

@@ -19,7 +19,7 @@ Authorization = Annotated[str | None, Header()]
 
 class BattleBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    models: list[str] | None = Field(None, max_length=1000)
+    models: list[Annotated[str, Field(max_length=500)]] | None = Field(None, max_length=1000)
     """None: any that are served"""
 
 

@@ -75,6 +75,11 @@ AnySchema = Annotated[BoundedText, BeforeValidator(_as_json, json_schema_input_t
 """JSON as text, whichever way it was sent"""
 
 
+Name = Annotated[str, Field(max_length=500)]
+Label = Annotated[str, Field(max_length=512)]
+"""What is kept for as long as the request is, though nobody reads it."""
+
+
 class TextPart(_Wire):
     type: Literal["text"]
     text: str
@@ -83,7 +88,7 @@ class TextPart(_Wire):
 class Message(_Wire):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
-    name: str | None = None
+    name: Label | None = None
 
     def plain(self) -> dict[str, str]:
         """What a chat template reads."""
@@ -95,13 +100,13 @@ class Message(_Wire):
 class AdapterChoice(_Wire):
     """Extension: an adapter by published name, with the factor its update is multiplied by."""
 
-    name: str
+    name: Name
     scale: Annotated[Float, Field(ge=-4.0, le=4.0), Fp32] = 1.0
 
 
 class JsonSchema(_Wire):
-    name: str = "answer"
-    description: str | None = None
+    name: Label = "answer"
+    description: BoundedText | None = None
     schema_: Schema | None = Field(None, alias="schema")
     strict: bool | None = None
 
@@ -159,7 +164,7 @@ class StreamOptions(_Wire):
 
 
 class _Request(_Wire):
-    model: str
+    model: Name
     adapter: AdapterChoice | list[AdapterChoice] | None = None
     max_tokens: Int | None = Field(None, ge=1)
     temperature: Annotated[Float, Field(ge=0.0, le=2.0), Fp32] = 1.0
@@ -181,12 +186,12 @@ class _Request(_Wire):
     stop_token_ids: list[Int] = []
     structured_outputs: StructuredOutputs | None = None
     # accepted because clients send them, without effect on the answer
-    user: str | None = None
-    metadata: dict[str, str] | None = None
+    user: Label | None = None
+    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)] | None = None
     store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    service_tier: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
     _constraint: Constraint | None = PrivateAttr(None)
 
     @model_validator(mode="after")
@@ -275,12 +280,12 @@ class LoadRequest(_Wire):
     """vLLM's names. `lora_path` is a reference: a registry name, a digest, or owner/name on the Hub."""
 
     lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
-    lora_path: str
+    lora_path: Name
     load_inplace: bool = False
 
 
 class UnloadRequest(_Wire):
-    lora_name: str
+    lora_name: Name
     lora_int_id: int | None = None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,58 @@ def test_every_route_says_who_may_use_it_and_keeps_to_it(tmp_path: Path) -> None
                 assert (answer.status_code == refused) is is_refused, (method, path, key, answer.text)
 
     on_whole_app(tmp_path, test, KEYS, has_page=True)
+
+
+MEASURED_ELSEWHERE = {
+    "content",
+    "text",
+    "prompt",
+    "stop",
+    "json",
+    "regex",
+    "choice",
+    "grammar",
+    "schema",
+    "description",
+}
+"""what is tokenized (refused when it cannot fit), and what serve/request_limits.py measures"""
+
+
+def texts(schema: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(field, JSON schema) of each text within a body."""
+    if isinstance(schema, list):
+        for one in schema:
+            yield from texts(one, name)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "string":
+            yield name, schema
+        for key, value in schema.items():
+            if key == "properties":
+                for field, one in value.items():
+                    yield from texts(one, field)
+            else:
+                yield from texts(value, name)
+
+
+def test_no_text_that_a_body_may_hold_is_without_bounds(tmp_path: Path) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        bodies = (await client.get("/openapi.json")).json()["components"]["schemas"]
+        found = [(f"{body}.{name}", name, text) for body in bodies for name, text in texts(bodies[body])
+                 if body not in ("HTTPValidationError", "ValidationError")]  # fmt: skip
+        assert len(found) > 50
+        for place, name, text in found:
+            assert name in MEASURED_ELSEWHERE or {"maxLength", "pattern", "enum", "const"} & set(text), place
+
+    on_whole_app(tmp_path, test)
+
+
+def test_a_name_in_a_path_is_said_and_compared_in_part(tmp_path: Path) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        answer = await client.get("/v1/models/" + "captain" * 9_000)
+        assert answer.status_code == 404
+        assert len(answer.text) < 1000
+
+    on_whole_app(tmp_path, test)
 
 
 def test_a_route_that_says_nothing_cannot_be_added(tmp_path: Path) -> None:

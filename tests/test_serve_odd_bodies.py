@@ -21,6 +21,11 @@ def _with(field: str, value: str) -> bytes:
     return f'{GOOD[:-1]}, "{field}": {value}}}'.encode()
 
 
+def _regex(text: str) -> bytes:
+    """The good request with a long text in it, as it stands in JSON."""
+    return _with("structured_outputs", f'{{"regex": "{text}"}}')
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said", "param"),
     [
@@ -56,6 +61,21 @@ def _with(field: str, value: str) -> bytes:
                  "response_format.json_schema.schema", "08"),
             )
         ),
+        *(
+            (_with(field, json.dumps(value)), 400, f"{where}: ", where)
+            for field, value, where in (
+                ("model", "x" * 501, "model"),
+                ("adapter", {"name": "x" * 501}, "adapter.name"),
+                ("adapter", [{"name": "x" * 501}], "adapter.0.name"),
+                ("user", "x" * 513, "user"),
+                ("prompt_cache_key", "x" * 513, "prompt_cache_key"),
+                ("safety_identifier", "x" * 513, "safety_identifier"),
+                ("metadata", {"x": "x" * 513}, "metadata.x"),
+                ("metadata", {str(n): "" for n in range(17)}, "metadata"),
+                ("messages", [{"role": "user", "content": "", "name": "x" * 513}], "messages.0.name"),
+            )
+        ),
+        (_with("model", '"captain' + "x" * 490 + '"'), 404, "nearest: ", "model"),
         (_with("temperature", "NaN"), 400, "temperature", "temperature"),
         (_with("model", "[]"), 400, "model: ", "model"),
         (_with("messages", "[]"), 400, "messages: ", "messages"),
@@ -110,9 +130,9 @@ def test_an_odd_body_is_refused_with_its_place(
         (_with("user", '"\\ud83e\\udee0"'), "application/json"),  # a whole pair
         (_with("structured_outputs", json.dumps({"choice": ["." * 65_536]})), "application/json"),
         (_with("structured_outputs", json.dumps({"json": {"a": "\u00e9" * 65_528}})), "application/json"),
-        (_with("user", '"' + "[{," * 30_000 + '"'), "application/json"),  # brackets within a text are no values
-        (_with("user", '"' + '\\"[\\\\' * 30_000 + '"'), "application/json"),
-        (_with("user", '"' + "x" * 200_000 + '"'), "application/json"),
+        (_regex("[{," * 20_000), "application/json"),  # brackets within a text are no values
+        (_regex('\\"[[[[\\\\' * 9_000), "application/json"),
+        (GOOD.encode() + b" " * 200_000, "application/json"),
     ],
     ids=[
         "bom",

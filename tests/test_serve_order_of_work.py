@@ -177,7 +177,7 @@ class Call:
 
 
 def large_request() -> bytes:
-    return json.dumps({"model": "base", **HELLO, "user": "x" * LARGE_BODY}).encode()
+    return json.dumps({"model": "base", **HELLO}).encode() + b" " * LARGE_BODY
 
 
 def test_large_bodies_wait_unread_while_others_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
