@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -15,6 +16,9 @@ from serve.access import ACCESS, JSON, Access, Right
 from serve.auth import ApiKeys
 from serve.body import BodyReader, Slot, declared_size, has_body, parse_json
 from serve.lanes import INLINE_SIZE, Lanes
+
+_JSON_BASED = re.compile(r"application/[a-z0-9!#$&^_.+-]+\+json")
+"""RFC 6838, sections 4.2 and 4.2.8"""
 
 
 class BodyField(Protocol):
@@ -109,7 +113,7 @@ def _check_type(request: Request, expected: tuple[str, ...]) -> None:
     if coding != "identity":
         raise WrongContentType(f"the request body has the Content-Encoding {coding[:100]!r}: send it uncompressed.")
     essence = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    is_json = expected == JSON and essence.startswith("application/") and essence.endswith("+json")
+    is_json = expected == JSON and _JSON_BASED.fullmatch(essence) is not None
     if essence not in expected and not is_json:
         found = f"the Content-Type {essence[:100]!r}" if essence else "no Content-Type"
         raise WrongContentType(f"the request body has {found}: send Content-Type: {expected[0]}.")

@@ -31,7 +31,7 @@ MAX_DEPTH = 200
 _MAX_DIGITS = 100
 """of an integer: no field takes a longer one, and thousands of digits take milliseconds each to read"""
 _MAX_OTHER_VALUES = 20_000
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class ClientGone(Exception):
@@ -186,7 +186,7 @@ def parse_json(body: bytes | bytearray) -> dict[str, Any]:
         raise _too_deep() from None
     if not isinstance(found, dict):
         raise UsageError(f"the request body is {_kind(found)}: send a JSON object.")
-    if _SURROGATE.search(body) or text.count("[") + text.count("{") > MAX_DEPTH:
+    if _SURROGATE.search(text) or text.count("[") + text.count("{") > MAX_DEPTH:
         _check_values(found)
     return found
 

@@ -178,7 +178,13 @@ def test_without_keys_no_route_acts_for_a_foreign_page(tmp_path: Path, headers: 
     on_whole_app(tmp_path, test)
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/x/y+json",
+        "application/+json", "",
+    ],
+)  # fmt: skip
 def test_no_route_acts_on_a_body_that_any_page_could_send(tmp_path: Path, content_type: str) -> None:
     async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
         headers = {"content-type": content_type} if content_type else {}

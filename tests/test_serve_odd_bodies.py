@@ -83,21 +83,6 @@ def _regex(text: str) -> bytes:
          "messages.0.content.0.type: Input should be 'text'; messages.0.content.0.text: Field required", None),
         (_with("x" * 500, "1"), 400, "x" * 100 + ": Extra inputs", "x" * 100),
         (_with(HALF, "1"), 400, "half a surrogate pair (\\ud83d)", None),
-        *(
-            (_with(field, value), 400, f"{where}: half a surrogate pair", where)
-            for field, value, where in (
-                ("messages", f'[{{"role": "user", "content": "hi {HALF}"}}]', "messages.0.content"),
-                ("messages", f'[{{"role": "user"}}, {{"role": "{HALF}", "content": ""}}]', "messages.1.role"),
-                ("messages", f'[{{"content": [{{"type": "text", "text": "{HALF}"}}]}}]', "messages.0.content.0.text"),
-                ("model", f'"{HALF}"', "model"),
-                ("stop", f'["a", "{HALF}"]', "stop.1"),
-                ("user", f'"{HALF}"', "user"),
-                ("metadata", f'{{"{HALF}": "a"}}', "metadata"),
-                ("adapter", f'{{"name": "{HALF}"}}', "adapter.name"),
-                ("structured_outputs", f'{{"choice": ["{HALF}"]}}', "structured_outputs.choice.0"),
-                ("tools", f'[{{"type": "function", "function": {{"name": "{HALF}"}}}}]', "tools.0.function.name"),
-            )
-        ),
     ],
     ids=lambda value: repr(value[-60:]) if isinstance(value, bytes) else "",
 )  # fmt: skip
@@ -113,6 +98,37 @@ def test_an_odd_body_is_refused_with_its_place(
         assert len(error["message"]) < 700
         assert param is None or error["param"] == param
         assert (await b.chat()).status_code == 200
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
+@pytest.mark.parametrize(
+    ("field", "value", "where"),
+    [
+        ("messages", f'[{{"role": "user", "content": "hi {HALF}"}}]', "messages.0.content"),
+        ("messages", f'[{{"role": "user"}}, {{"role": "{HALF}", "content": ""}}]', "messages.1.role"),
+        ("messages", f'[{{"content": [{{"type": "text", "text": "{HALF}"}}]}}]', "messages.0.content.0.text"),
+        ("model", f'"{HALF}"', "model"),
+        ("stop", f'["a", "{HALF}"]', "stop.1"),
+        ("user", f'"{HALF}"', "user"),
+        ("metadata", f'{{"{HALF}": "a"}}', "metadata"),
+        ("adapter", f'{{"name": "{HALF}"}}', "adapter.name"),
+        ("structured_outputs", f'{{"choice": ["{HALF}"]}}', "structured_outputs.choice.0"),
+        ("tools", f'[{{"type": "function", "function": {{"name": "{HALF}"}}}}]', "tools.0.function.name"),
+    ],
+    ids=str,
+)
+def test_half_a_surrogate_pair_is_refused_with_its_place(
+    tmp_path: Path, field: str, value: str, where: str, encoding: str
+) -> None:
+    async def test(b: Bench) -> None:
+        body = _with(field, value).decode().encode(encoding)
+        headers = {"content-type": "application/json"}
+        answer = await b.client.post("/v1/chat/completions", content=body, headers=headers)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, where)
+        assert error["message"].startswith(f"{where}: half a surrogate pair")
 
     run(tmp_path, test)
 
