@@ -22,9 +22,13 @@ class Access:
     right: Right
     body_types: tuple[str, ...] = JSON
     """media types a body may have. Forms and plain text are none of them: any web page may send those anywhere"""
+    keeps_body: bool = False
+    """what is parsed may be as large as the body: its room is kept until the route has used it, or says so itself"""
 
 
 _OPEN, _ASK, _MANAGE = Access(Right.OPEN), Access(Right.ASK), Access(Right.MANAGE)
+
+_GENERATE = Access(Right.ASK, keeps_body=True)
 
 ACCESS: dict[str, Access] = {
     "/": _OPEN,
@@ -35,8 +39,8 @@ ACCESS: dict[str, Access] = {
     "/metrics": _OPEN,
     "/v1/models": _ASK,
     "/v1/models/{name:path}": _ASK,
-    "/v1/chat/completions": _ASK,
-    "/v1/completions": _ASK,
+    "/v1/chat/completions": _GENERATE,
+    "/v1/completions": _GENERATE,
     "/v1/load_lora_adapter": _MANAGE,
     "/v1/unload_lora_adapter": _MANAGE,
     "/v1/adapters": _ASK,
@@ -48,7 +52,7 @@ ACCESS: dict[str, Access] = {
     "/v1/adapters/upload": Access(Right.MANAGE, ZIP),
     "/v1/adapters/promote": _MANAGE,
     "/v1/adapters/rollback": _MANAGE,
-    "/v1/feedback": _ASK,
+    "/v1/feedback": Access(Right.ASK, keeps_body=True),
     "/v1/feedback/{name}": _ASK,
     "/v1/feedback/counts": _ASK,
     "/v1/arena/battles": _ASK,

@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from adapterhub.errors import WrongContentType
 from serve.access import ACCESS, JSON, Access, Right
 from serve.auth import ApiKeys
-from serve.body import BodyReader, Slot, declared_size, has_body, parse_json
+from serve.body import BodyReader, Slot, has_body, parse_json
 from serve.lanes import INLINE_SIZE, Lanes
 
 _JSON_BASED = re.compile(r"application/[a-z0-9!#$&^_.+-]+\+json")
@@ -45,17 +45,18 @@ class Door:
             _check_type(request, access.body_types)
 
     async def answer(
-        self, request: Request, field: BodyField, route: Callable[[Request], Awaitable[Response]]
+        self, request: Request, access: Access, field: BodyField, route: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        """What `route` answers, given the body as `field` wants it; the memory of a large body is its until then."""
+        """What `route` answers, given the body as `field` wants it."""
         async with self._bodies.slot() as slot:
             body = await self._bodies.read(request, slot)
-            size = max(len(body), declared_size(request))
-            if size <= INLINE_SIZE:
+            if len(body) <= INLINE_SIZE:
                 value = _validated(body, field)
             else:
-                value = await self._lanes.compute(size, _validated, body, field)
+                value = await self._lanes.compute(len(body), _validated, body, field)
             del body
+            if not access.keeps_body:
+                slot.free()
             return await route(_ReadRequest(request, value, slot))
 
 
@@ -71,7 +72,7 @@ class ApiRoute(APIRoute):
         async def handle(request: Request) -> Response:
             door: Door = request.app.state.door
             door.check(request, access)
-            return await (route(request) if field is None else door.answer(request, field, route))
+            return await (route(request) if field is None else door.answer(request, access, field, route))
 
         return handle
 

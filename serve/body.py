@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ BODY_TIMEOUT_S = 60.0
 LARGE_BODY = 64 << 10
 """bytes"""
 MAX_LARGE_BODIES = 8
-"""bodies beyond LARGE_BODY, or of unknown size, that are held at a time; further ones wait unread, in the network"""
+"""bodies of which more than LARGE_BODY has come that are held at a time; the rest of others waits in the network"""
 MAX_ENTRIES = 10_000
 """members of one JSON object, or entries of one list that are not token ids"""
 MAX_DEPTH = 200
@@ -56,8 +56,10 @@ class Slot:
         self._is_held = False
 
     async def take(self) -> None:
-        await self._slots.acquire()
-        self._is_held = True
+        """Wait for it; harmless when repeated."""
+        if not self._is_held:
+            await self._slots.acquire()
+            self._is_held = True
 
     def free(self) -> None:
         """Harmless when repeated, and when nothing was taken."""
@@ -84,15 +86,14 @@ class BodyReader:
 
     async def read(self, request: Request, slot: Slot) -> bytearray:
         """The body. Raises BodyTooLarge as soon as it is, BodyTimeout, ClientGone."""
-        size = declared_size(request)
-        self._check_size(size)
-        if size > LARGE_BODY or "transfer-encoding" in request.headers:
-            await slot.take()
-        body, values = bytearray(), _ValueCounter()
-        deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
-        async for piece in body_pieces(request, deadline):
+        self._check_size(declared_size(request))
+        body, values, ends = bytearray(), _ValueCounter(), Deadline()
+        async for piece in body_pieces(request, ends):
+            self._check_size(len(body) + len(piece))
+            if len(body) + len(piece) > LARGE_BODY:
+                with ends.paused():
+                    await slot.take()
             body += piece
-            self._check_size(len(body))
             if values.feed(piece) > self._max_values:
                 raise BodyTooLarge(
                     f"the request body holds more than {self._max_values:,} JSON values: send a shorter prompt."
@@ -117,16 +118,31 @@ def has_body(request: Request) -> bool:
     return declared_size(request) > 0 or "transfer-encoding" in request.headers
 
 
-async def body_pieces(request: Request, deadline: float | None = None) -> AsyncGenerator[bytes, None]:
-    """The body as it comes; without a `deadline` (loop time), each piece has BODY_TIMEOUT_S.
+class Deadline:
+    """BODY_TIMEOUT_S from now on, not counting what passes while it is paused."""
 
-    Raises BodyTimeout, ClientGone.
-    """
+    def __init__(self) -> None:
+        self.at = _now() + BODY_TIMEOUT_S
+        """loop time, s"""
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = _now()
+        yield
+        self.at += _now() - begun
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def body_pieces(request: Request, deadline: Deadline | None = None) -> AsyncGenerator[bytes, None]:
+    """The body as it comes; without a `deadline`, each piece has BODY_TIMEOUT_S. Raises BodyTimeout, ClientGone."""
     has_more = True
     while has_more:
-        ends = deadline or asyncio.get_running_loop().time() + BODY_TIMEOUT_S
+        ends = deadline or Deadline()
         try:
-            async with asyncio.timeout_at(ends):
+            async with asyncio.timeout_at(ends.at):
                 message = await request.receive()
         except TimeoutError:
             raise BodyTimeout(

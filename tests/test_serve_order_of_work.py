@@ -20,6 +20,7 @@ from serve import body as bodies
 from serve import unread_body
 from serve.auth import ApiKeys
 from serve.body import LARGE_BODY, HttpLimits
+from serve.catalog import Catalog
 from serve.prompt import PromptRenderer
 from serve.token_length import TokenBound
 
@@ -28,12 +29,14 @@ MIB = 1 << 20
 
 
 @asynccontextmanager
-async def listening(tmp_path: Path, keys: ApiKeys | None = None, **limits: Any) -> AsyncIterator[tuple[Bench, int]]:
-    """The API behind a real HTTP server; its port."""
+async def listening(
+    tmp_path: Path, keys: ApiKeys | None = None, *, http: Any = "auto", **limits: Any
+) -> AsyncIterator[tuple[Bench, int]]:
+    """The API behind a real HTTP server, by its own parser of HTTP or `http`; its port."""
     async with bench(tmp_path, keys, HttpLimits(**limits)) as b:
         app = b.client._transport.app  # type: ignore[attr-defined]
         with listen("127.0.0.1", 0) as listener:
-            server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+            server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", http=http))
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             try:
                 yield b, listener.getsockname()[1]
@@ -110,7 +113,11 @@ def test_a_client_that_sends_before_it_listens_has_its_refusal(tmp_path: Path, v
     on_socket(tmp_path, test, KEYS)
 
 
-def test_a_body_is_refused_as_soon_as_it_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+def test_a_body_is_refused_as_soon_as_it_is_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, http: str
+) -> None:
+    pytest.importorskip(http)
     monkeypatch.setattr(unread_body, "LINGER_S", 0.2)
 
     async def test(b: Bench, port: int) -> None:
@@ -125,7 +132,7 @@ def test_a_body_is_refused_as_soon_as_it_is_too_large(tmp_path: Path, monkeypatc
         answer = await exchange(port, head(MIB + 1), padded + b" ")
         assert answer.startswith(b"HTTP/1.1 413 ")
 
-    on_socket(tmp_path, test, max_body_bytes=MIB)
+    on_socket(tmp_path, test, http=http, max_body_bytes=MIB)
 
 
 def test_a_refused_body_of_a_pipelined_request_is_not_taken_for_the_next(tmp_path: Path) -> None:
@@ -144,11 +151,13 @@ def test_a_refused_body_of_a_pipelined_request_is_not_taken_for_the_next(tmp_pat
 class Call:
     """One request to the application, its body sent bit by bit by the test."""
 
-    def __init__(self, b: Bench, size: int, path: str = "/v1/chat/completions") -> None:
-        self.asked = asyncio.Event()
+    def __init__(self, b: Bench, size: int | None, path: str = "/v1/chat/completions") -> None:
+        self.wants = asyncio.Event()
+        """set while all that was given is taken, and more is asked for"""
         self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.sent: list[dict[str, Any]] = []
-        headers = {"host": "127.0.0.1", "content-type": "application/json", "content-length": str(size)}
+        length = {"transfer-encoding": "chunked"} if size is None else {"content-length": str(size)}
+        headers = {"host": "127.0.0.1", "content-type": "application/json", **length}
         scope = {
             "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "method": "POST", "path": path,
             "raw_path": path.encode(), "query_string": b"", "http_version": "1.1", "scheme": "http", "root_path": "",
@@ -159,6 +168,7 @@ class Call:
         self.done: asyncio.Task[None] = asyncio.create_task(app(scope, self._receive, self._send))
 
     def give(self, piece: bytes, *, more: bool) -> None:
+        self.wants.clear()
         self._inbox.put_nowait({"type": "http.request", "body": piece, "more_body": more})
 
     def leave(self) -> None:
@@ -169,7 +179,8 @@ class Call:
         return int(self.sent[0]["status"])
 
     async def _receive(self) -> dict[str, Any]:
-        self.asked.set()
+        if self._inbox.empty():
+            self.wants.set()
         return await self._inbox.get()
 
     async def _send(self, message: Any) -> None:
@@ -186,15 +197,39 @@ def test_large_bodies_wait_unread_while_others_are_held(tmp_path: Path, monkeypa
     async def test(b: Bench) -> None:
         given = large_request()
         first, second = Call(b, len(given)), Call(b, len(given))
-        first.give(given[:100], more=True)
-        await first.asked.wait()
+        first.give(given[:-1], more=True)
+        await first.wants.wait()
+        second.give(given[:-1], more=True)
         assert (await b.chat()).status_code == 200  # small ones do not wait
-        assert not second.asked.is_set()
-        first.give(given[100:], more=False)
-        await second.asked.wait()
-        second.give(given, more=False)
+        assert not second.wants.is_set()
+        first.give(given[-1:], more=False)
+        await second.wants.wait()
+        second.give(given[-1:], more=False)
         await asyncio.gather(first.done, second.done)
         assert (first.status, second.status) == (200, 200)
+
+    run(tmp_path, test)
+
+
+def test_only_what_has_come_takes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "MAX_LARGE_BODIES", 1)
+
+    async def test(b: Bench) -> None:
+        given, small = large_request(), json.dumps({"model": "base", **HELLO}).encode()
+        announced, begun = Call(b, MIB), Call(b, None)
+        begun.give(given[:LARGE_BODY], more=True)
+        await asyncio.gather(announced.wants.wait(), begun.wants.wait())
+        large, chunked = Call(b, len(given)), Call(b, None)
+        large.give(given[:-1], more=True)
+        await large.wants.wait()
+        chunked.give(small, more=False)
+        await chunked.done  # while the only room is taken
+        large.give(given[-1:], more=False)
+        await large.done
+        assert (large.status, chunked.status) == (200, 200)
+        for call in (announced, begun):
+            call.leave()
+            await call.done
 
     run(tmp_path, test)
 
@@ -206,7 +241,8 @@ def test_an_answer_that_takes_long_holds_no_room_for_bodies(tmp_path: Path, monk
         given, b.engine.hold = large_request(), asyncio.Event()
         first, second = Call(b, len(given)), Call(b, len(given))
         first.give(given, more=False)
-        await second.asked.wait()  # while the first answer has only begun
+        second.give(given[:-1], more=True)
+        await second.wants.wait()  # while the first answer has only begun
         second.leave()
         await second.done
         while not b.engine.open_requests:
@@ -214,6 +250,32 @@ def test_an_answer_that_takes_long_holds_no_room_for_bodies(tmp_path: Path, monk
         assert not first.done.done()
         b.engine.hold.set()
         await first.done
+
+    run(tmp_path, test)
+
+
+def test_a_route_that_takes_long_holds_no_room_for_bodies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "MAX_LARGE_BODIES", 1)
+
+    async def test(b: Bench) -> None:
+        begun, goes_on, load = asyncio.Event(), asyncio.Event(), Catalog.load
+
+        async def held(*given: Any, **named: Any) -> Any:
+            begun.set()
+            await goes_on.wait()
+            return await load(*given, **named)
+
+        monkeypatch.setattr(Catalog, "load", held)
+        given = json.dumps({"lora_name": "spare", "lora_path": "spare"}).encode() + b" " * LARGE_BODY
+        loading = Call(b, len(given), "/v1/load_lora_adapter")
+        loading.give(given, more=False)
+        await begun.wait()
+        other = Call(b, len(large_request()))
+        other.give(large_request(), more=False)
+        await other.done
+        goes_on.set()
+        await loading.done
+        assert (other.status, loading.status) == (200, 200)
 
     run(tmp_path, test)
 
@@ -226,16 +288,13 @@ def test_clients_that_leave_or_stall_give_their_room_back(tmp_path: Path, monkey
     async def test(b: Bench) -> None:
         given = large_request()
         gone, stalled, last = (Call(b, len(given)) for _ in range(3))
-        gone.give(given[:100], more=True)
+        gone.give(given[:-1], more=True)
         gone.leave()
+        stalled.give(given[:-1], more=True)
         last.give(given, more=False)
-        await gone.done
-        stalled.give(given[:100], more=True)
-        await stalled.done
-        assert stalled.status == 408
+        await asyncio.gather(gone.done, stalled.done, last.done)
         assert (b"x-should-retry", b"false") in stalled.sent[0]["headers"]
-        await last.done
-        assert (gone.status, last.status) == (499, 200)
+        assert (gone.status, stalled.status, last.status) == (499, 408, 200)
 
     run(tmp_path, test)
 
@@ -255,6 +314,33 @@ class SlowTokenizer(FakeTokenizer):
 
 def _with(b: Bench, prompts: PromptRenderer) -> None:
     object.__setattr__(b.services, "prompts", prompts)
+
+
+def test_the_time_a_body_waits_for_room_is_not_its_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "MAX_LARGE_BODIES", 1)
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(unread_body, "LINGER_S", 0.01)
+
+    async def test(b: Bench) -> None:
+        slow = SlowTokenizer()
+        _with(b, PromptRenderer(slow))
+        given = large_request()
+        holder, waiting = Call(b, len(given)), Call(b, len(given))
+        holder.give(given, more=False)
+        while not slow.begun.is_set():
+            await asyncio.sleep(0)
+        waiting.give(given[:-1], more=True)
+        stalled = Call(b, 10)
+        await stalled.done
+        assert stalled.status == 408
+        assert not waiting.wants.is_set()
+        slow.goes_on.set()
+        await waiting.wants.wait()
+        waiting.give(given[-1:], more=False)
+        await asyncio.gather(holder.done, waiting.done)
+        assert (holder.status, waiting.status) == (200, 200)
+
+    run(tmp_path, test)
 
 
 def test_the_server_answers_others_while_it_tokenizes(tmp_path: Path) -> None:
