@@ -6,23 +6,45 @@ sends its own Origin then), and may give its own name the address 127.0.0.1 (DNS
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ipaddress
+import re
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from adapterhub.errors import UsageError
 from adapterhub.listening import is_loopback
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?(:[0-9]{1,5})?")
+_WEB = ("http://", "https://")
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
+
+
+def host_names(given: Iterable[str]) -> tuple[str, ...]:
+    """What --allowed-host may say: names and addresses, as they stand in a Host. Raises UsageError for others."""
+    return tuple(map(_host_name, given))
+
+
+def _host_name(text: str) -> str:
+    with suppress(ValueError):
+        return f"[{ipaddress.IPv6Address(text[1:-1] if text.startswith('[') and text.endswith(']') else text)}]"
+    if _NAME.fullmatch(text) is None:
+        raise UsageError(
+            f"--allowed-host {text!r} is no name of a host: expected one as browsers send it, without https:// and *, "
+            "such as tools.example or 192.0.2.7; repeat the option for several."
+        )
+    return text
 
 
 class BrowserGuard:
     """Refuses requests that come by a foreign name or from a foreign page; programs send no Origin and pass.
 
-    Without keys (`is_open`) every request is looked at. With keys, one that carries an Authorization header needs no
-    more: pages cannot make a browser send that. What is left there are cookies, which a browser adds by itself.
+    Without keys (`is_open`) every request is looked at. With keys, one that carries a key as a header needs no more:
+    pages cannot make a browser send that. What is left there a browser adds by itself: cookies, a proxy's password.
     """
 
     def __init__(
@@ -44,18 +66,19 @@ class BrowserGuard:
 
     def _fault(self, scope: Scope) -> str | None:
         headers = Headers(scope=scope)
-        if not self._is_open and "authorization" in headers:
+        if not self._is_open and any(given.lower().startswith("bearer ") for given in headers.getlist("authorization")):
             return None
         hosts = headers.getlist("host")
         if self._is_open:
             # None at all: HTTP/1.0, which no browser speaks.
             strange = [host for host in hosts if not self._is_ours(_split(host)[0])]
-            if strange or len(hosts) > 1:
-                name = (strange or hosts)[0][:100]
+            if strange:
                 return (
-                    f"this server does not answer to the name {name!r}: reach it by 127.0.0.1 or localhost, or start "
-                    "it with --allowed-host NAME."
+                    f"this server does not answer to the name {strange[0][:100]!r}: reach it by 127.0.0.1 or "
+                    "localhost, or start it with --allowed-host NAME."
                 )
+            if len(hosts) > 1:
+                return f"the request has {len(hosts)} Host headers: send one."
         if scope["type"] == "http" and scope["method"] in _SAFE_METHODS:
             return None
         site, origins = headers.get("sec-fetch-site"), headers.getlist("origin")
@@ -63,9 +86,10 @@ class BrowserGuard:
             return None
         strange = [origin for origin in origins if not self._is_same_site(origin, hosts)]
         if strange or (site is not None and not origins):
-            return (
-                f"a web page of another site ({(strange or [str(site)])[0][:100]!r}) may not do this: use this "
-                "server's own page, or allow that site's name with --allowed-host NAME."
+            site = (strange or [str(site)])[0]
+            said = f"a web page of another site ({site[:100]!r}) may not do this: use this server's own page"
+            return said + (
+                ", or allow that site's name with --allowed-host NAME." if site.lower().startswith(_WEB) else "."
             )
         return None
 
@@ -87,8 +111,8 @@ class BrowserGuard:
 
 
 def _split(netloc: str) -> tuple[str, str]:
-    """Name and port, the port empty where none is given; `[::1]:80`, `localhost.`, `LOCALHOST` included."""
+    """Name and port, the port empty where none is given; of `[::1]:80`, `localhost:` and `LOCALHOST.`, too."""
     name, colon, port = netloc.strip().lower().rpartition(":")
-    if not colon or not port.isdigit():
+    if not colon or (port and not port.isdecimal()):
         name, port = netloc.strip().lower(), ""
     return name.removeprefix("[").removesuffix("]").removesuffix("."), port

@@ -101,14 +101,17 @@ def build_page(client: PageClient, *, needs_key: bool) -> gr.Blocks:
     return blocks
 
 
-def run_page(url: str, *, host: str, port: int, report: Callable[[str], None]) -> None:
+def run_page(
+    url: str, *, host: str, port: int, allowed_hosts: tuple[str, ...] = (), report: Callable[[str], None]
+) -> None:
     """Serve the page alone, before the API at `url`, until SIGINT or SIGTERM.
 
     Raises ServeError where no server answers there, UsageError for an open interface before an open API, PortBusy.
     """
     _share_arenas()
+    api_url = url.rstrip("/").removesuffix("/v1")
     with listen(host, port) as listener:
-        asyncio.run(_serve_page(url.rstrip("/").removesuffix("/v1"), listener, report, is_open=not is_loopback(host)))
+        asyncio.run(_serve_page(api_url, listener, allowed_hosts, report, is_open=not is_loopback(host)))
 
 
 def _share_arenas() -> None:
@@ -118,7 +121,14 @@ def _share_arenas() -> None:
         ctypes.CDLL(None).mallopt(arena_max, 2)
 
 
-async def _serve_page(api_url: str, listener: socket.socket, report: Callable[[str], None], *, is_open: bool) -> None:
+async def _serve_page(
+    api_url: str,
+    listener: socket.socket,
+    allowed_hosts: tuple[str, ...],
+    report: Callable[[str], None],
+    *,
+    is_open: bool,
+) -> None:
     needs_key = not await PageClient(api_url).lets_in(None)
     if is_open and not needs_key:
         raise UsageError(
@@ -127,7 +137,10 @@ async def _serve_page(api_url: str, listener: socket.socket, report: Callable[[s
         )
     app = FastAPI(openapi_url=None)
     app.add_middleware(
-        BrowserGuard, is_open=not needs_key, refuse=lambda said: JSONResponse({"detail": said}, status_code=403)
+        BrowserGuard,
+        is_open=not needs_key,
+        allowed_hosts=allowed_hosts,
+        refuse=lambda said: JSONResponse({"detail": said}, status_code=403),
     )
     app.get("/", include_in_schema=False)(lambda: RedirectResponse(PAGE_PATH))
     mount_page(app, api_url, needs_key=needs_key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,9 @@ from fastapi.routing import iter_route_contexts
 from starlette.routing import Mount
 from test_serve_api import bench
 
+from adapterhub.browser_guard import host_names
+from adapterhub.cli import app
+from adapterhub.errors import UsageError
 from serve.access import ACCESS, Right
 from serve.api import create_app
 from serve.auth import ApiKeys
@@ -202,6 +206,7 @@ def test_no_route_acts_on_a_body_that_any_page_could_send(tmp_path: Path, conten
     [
         ({"host": "localhost:1234", "origin": "http://localhost:1234"}, ()),
         ({"host": "LOCALHOST."}, ()),
+        ({"host": "localhost:"}, ()),
         ({"host": "[::1]:8000", "origin": "http://[::1]:8000"}, ()),
         ({"host": "127.0.0.1", "origin": "http://127.0.0.1"}, ()),
         ({"host": "127.0.0.1:443", "origin": "https://127.0.0.1"}, ()),
@@ -230,12 +235,55 @@ def test_a_key_in_a_header_needs_no_more_and_one_in_a_cookie_does(tmp_path: Path
         assert (await client.get("/v1/models", headers=asking)).status_code == 200
         assert (await client.delete("/v1/feedback", headers=asking)).status_code == 200
         assert (await client.get("/ui", headers={"host": "tool.example"})).status_code == 401  # the form to sign in
-        for path in ("/ui/sign-in", "/ui/gradio_api/queue/join"):
-            headers = {"cookie": "adapterhub_key=ask", "origin": EVIL}
+        # A browser adds a cookie by itself, and what signs it in at a proxy.
+        for path, more in itertools.product(
+            ("/ui/sign-in", "/ui/gradio_api/queue/join"), ({}, {"authorization": "Basic YTpi"}, {"authorization": "x"})
+        ):
+            headers = {"cookie": "adapterhub_key=ask", "origin": EVIL, **more}
             answer = await client.post(path, data={"key": "ask"}, headers=headers)
             assert (answer.status_code, answer.json()["error"]["code"]) == (403, "site_not_allowed")
 
     on_whole_app(tmp_path, test, KEYS, has_page=True)
+
+
+@pytest.mark.parametrize(
+    ("headers", "said", "advises"),
+    [
+        ([("host", "evil.example")], "the name 'evil.example'", True),
+        ([("host", "127.0.0.1"), ("host", "localhost")], "2 Host headers: send one", False),
+        ([("host", "127.0.0.1"), ("host", "evil.example")], "the name 'evil.example'", True),
+        ([("origin", EVIL)], repr(EVIL), True),
+        ([("origin", "null")], "'null'", False),
+        ([("origin", "chrome-extension://abc")], "'chrome-extension://abc'", False),
+        ([("sec-fetch-site", "cross-site")], "'cross-site'", False),
+    ],
+    ids=str,
+)
+def test_a_refusal_says_what_is_strange_and_what_helps(
+    tmp_path: Path, headers: list[tuple[str, str]], said: str, advises: bool
+) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        if "host" not in dict(headers):
+            headers.append(("host", "127.0.0.1:8000"))
+        message = (await client.post("/v1/completions", headers=headers)).json()["error"]["message"]
+        assert said in message
+        assert ("--allowed-host" in message) is advises
+
+    on_whole_app(tmp_path, test)
+
+
+def test_names_of_hosts_are_taken_as_browsers_send_them() -> None:
+    given = ("tools.example", "Tools.Example.", "a_b", "192.0.2.7", "x.example:8443", "fe80::0005", "[::1]")
+    assert host_names(given) == (*given[:5], "[fe80::5]", "[::1]")
+
+
+@pytest.mark.parametrize(
+    "name", ["https://x", "*.x", "*", "", ".x", "x..y", "x/y", "x:y", "x:", "x y", "a,b", "caf\u00e9.example", "[::1"]
+)
+def test_what_is_no_name_of_a_host_is_refused_at_start(name: str) -> None:
+    for verb in (["serve", "--base", "none/such"], ["page"]):
+        with pytest.raises(UsageError, match="no name of a host"):
+            app(args=[*verb, "--allowed-host", "fine.example", "--allowed-host", name], standalone_mode=False)
 
 
 @pytest.mark.parametrize(

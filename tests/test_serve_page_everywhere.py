@@ -146,10 +146,12 @@ def test_four_at_once_wait_for_nobody(browser: Browser, open_page: Callable[...,
 
 
 def test_page_stands_by_itself_before_any_server(open_page: Callable[..., Page], api: FakeApi) -> None:
-    with page_before(api.url) as url:
+    with page_before(api.url, "--allowed-host", "tools.example") as url:
         page = open_page(url, "?adapter=captain")
         expect(picker(page)).to_have_value("captain")
         ask_and_wait(page, "one")
+        for host, status in (("tools.example", 200), ("evil.example", 403)):
+            assert httpx.get(f"{url}/ui/config", headers={"host": host}).status_code == status
 
 
 def test_open_page_before_an_open_server_is_refused(api: FakeApi) -> None:
@@ -160,9 +162,9 @@ def test_open_page_before_an_open_server_is_refused(api: FakeApi) -> None:
 
 
 @contextmanager
-def page_before(api_url: str) -> Iterator[str]:
+def page_before(api_url: str, *options: str) -> Iterator[str]:
     """`adapterhub page` until the block ends; gives its address without the path."""
-    command = [COMMAND, "page", "--url", f"{api_url}/v1", "--port", "0"]
+    command = [COMMAND, "page", "--url", f"{api_url}/v1", "--port", "0", *options]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert child.stderr is not None

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from adapterhub.cli.app import app
-from adapterhub.cli.shared import AsJson, say, until_interrupted
+from adapterhub.cli.shared import AllowedHosts, AsJson, say, until_interrupted
 
 ServerUrl = Annotated[str, typer.Option(help="The server's API.")]
 _DEFAULT_URL = "http://127.0.0.1:8000/v1"
@@ -45,9 +45,14 @@ def page(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(help="0 picks a free one.")] = 7860,
+    allowed_host: AllowedHosts = None,
 ) -> None:
     """Open the browser page before any OpenAI-compatible server, vLLM's included; it loads no model."""
+    from adapterhub.browser_guard import host_names
+
+    names = host_names(allowed_host or ())
+
     from serve.ui import run_page
 
     with until_interrupted():
-        run_page(url, host=host, port=port, report=say)
+        run_page(url, host=host, port=port, allowed_hosts=names, report=say)

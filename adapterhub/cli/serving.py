@@ -10,6 +10,7 @@ import typer
 from adapterhub.cli.app import app
 from adapterhub.cli.publishing import obtained
 from adapterhub.cli.shared import (
+    AllowedHosts,
     BaseText,
     HubUrl,
     hub_at,
@@ -35,10 +36,7 @@ def serve(
     api_keys: Annotated[
         Path | None, typer.Option("--api-keys", help="File of API keys, one a line [default: $ADAPTERHUB_API_KEY].")
     ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option("--allowed-host", metavar="NAME", help="Name a proxy reaches us by; may be repeated."),
-    ] = None,
+    allowed_host: AllowedHosts = None,
     max_body_mb: Annotated[int, typer.Option(help="Largest request body, uploads aside, MiB.", min=1)] = 8,
     max_loras: Annotated[int, typer.Option(help="Adapters resident at once.", min=1)] = 16,
     lora_memory_mb: Annotated[
@@ -81,10 +79,11 @@ def serve(
     """Serve one base and many adapters through an OpenAI-compatible API."""
     from adapterhub.adapter import BaseName
     from adapterhub.base_store import pull_base
+    from adapterhub.browser_guard import host_names
     from adapterhub.errors import UsageError
     from serve.auth import ApiKeys, check_exposure
 
-    keys = ApiKeys.read(api_keys)
+    keys, names = ApiKeys.read(api_keys), host_names(allowed_host or ())
     check_exposure(host, keys)  # before seconds go into imports and minutes into a download
 
     from serve.config import ServeConfig, VllmConfig, parse_adapter, parse_engine, parse_weight
@@ -123,7 +122,7 @@ def serve(
         dtype=dtype,
         device=device,
         has_page=page,
-        http=HttpLimits(max_body_mb << 20, tuple(allowed_host or ())),
+        http=HttpLimits(max_body_mb << 20, names),
         engine_kind=parse_engine(engine),
         vllm=VllmConfig(tuple(endpoint or ()), vllm_python, tuple(vllm_arg or ())),
         engine=LocalEngineConfig(

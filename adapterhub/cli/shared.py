@@ -20,6 +20,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")
 HubUrl = Annotated[
     str | None, typer.Option("--hub", metavar="URL", help="The Hub to talk to [default: $HF_ENDPOINT, else public].")
 ]
+AllowedHosts = Annotated[
+    list[str] | None,
+    typer.Option("--allowed-host", metavar="NAME", help="Name a proxy reaches us by; may be repeated."),
+]
 BaseText = Annotated[str, typer.Option("--base", help="A known base, a Hub id (owner/name[@rev]) or a folder.")]
 
 
