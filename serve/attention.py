@@ -210,7 +210,7 @@ def _prefill(
         mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
     scores = query.reshape(keys.shape[0], group * n, -1) @ keys.transpose(1, 2) * scale
     scores = _capped(scores, softcap).view(heads, n, -1).masked_fill(~mask, -math.inf)
-    weights = scores.softmax(-1).view(keys.shape[0], group * n, -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype).view(keys.shape[0], group * n, -1)
     return (weights @ values).view(heads, n, -1)
 
 
@@ -235,8 +235,8 @@ def _decode(
     past_keys = keys.index_select(1, slots).view(kv_heads, rows, -1, dim)
     past_values = values.index_select(1, slots).view(kv_heads, rows, -1, dim)
     scores = _capped(query @ past_keys.transpose(2, 3) * scale, softcap)
-    weights = (scores + paged.decode_mask(window)).softmax(-1)
-    out = weights @ past_values  # [kv_heads, rows, group, d]
+    weights = (scores + paged.decode_mask(window)).softmax(-1, dtype=torch.float32)
+    out = weights.to(values.dtype) @ past_values  # [kv_heads, rows, group, d]
     return out.permute(1, 0, 2, 3).reshape(rows, -1, dim)
 
 

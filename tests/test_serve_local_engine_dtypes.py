@@ -5,6 +5,7 @@ A CPU differs in two ways: whether bitsandbytes packs its weights for AVX512-BF1
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +23,10 @@ from adapterhub.adapter import Adapter, BaseRef
 from adapterhub.base_model import Choice
 from adapterhub.base_store import StoredBase
 from adapterhub.lora_config import WEIGHTS_NAME
-from serve import model_runner
+from serve import local_engine, model_runner
 from serve.engine import AdapterScale, GenerationRequest
+from serve.local_engine import LocalEngineConfig
+from serve.scheduler import SchedulerLimits
 
 TOLERANCES = {"bfloat16": 0.3, "float16": 0.1, "float32": 1e-3}
 """of a log-probability: as far as two kernels of one dtype lie apart, which round at different places (found: 0.16,
@@ -159,6 +162,37 @@ def test_log_probabilities_are_pefts_in_that_dtype(
                 for one in chunk.logprobs[0].top:
                     expected_one = pytest.approx(wanted[one.token].item(), abs=TOLERANCES[dtype])
                     assert one.logprob == expected_one, (name, number)
+
+    run(test)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_keys_and_values_kept_as_on_a_gpu_answer_as_in_peft(
+    dtype: str, tiny_base: StoredBase, adapters: dict[tuple[str, str], Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the model's own dtype, without our kernels: beginnings and rests of prompts, and rows of answers."""
+    _use_cpu("not packed", "torch", monkeypatch)
+    for module in (model_runner, local_engine):
+        monkeypatch.setattr(module, "kv_dtype", lambda base: base.model.dtype)
+    adapter = adapters["llama", "lora"]
+    sampling = replace(GREEDY, max_tokens=4, top_logprobs=5)
+
+    async def test() -> None:
+        config = LocalEngineConfig(limits=SchedulerLimits(max_prefill_chunk=10))
+        async with running(load_tiny(tiny_base, dtype), config) as engine:
+            assert engine._runner._cache.layers.dtype == getattr(torch, dtype)
+            await engine.load(adapter)
+            for used in (None, adapter):
+                mix = (AdapterScale(adapter.digest),) if used else ()
+                requests = [GenerationRequest(str(n), prompt, sampling, mix) for n, prompt in enumerate(PROMPTS)]
+                answers = await asyncio.gather(*(ask(engine, request) for request in requests))
+                model = reference_model(tiny_base, used, getattr(torch, dtype))
+                for prompt, answer in zip(PROMPTS, answers, strict=True):
+                    with torch.no_grad():
+                        logits = model(torch.tensor([[*prompt, *tokens_of(answer)]])).logits[0, len(prompt) - 1 :]
+                    for chunk, row in zip(answer, logits.float().log_softmax(-1), strict=False):
+                        for one in chunk.logprobs[0].top:
+                            assert one.logprob == pytest.approx(row[one.token].item(), abs=TOLERANCES[dtype])
 
     run(test)
 
