@@ -175,7 +175,7 @@ def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[Lora
 
     A is [r, in], B is [out, r], DoRA's magnitude is [out]; of an embedding A is [r, vocabulary], B [width, r]; a
     module of modules_to_save has its whole weight. Raises AdapterUnsupported for tensors that are neither,
-    InvalidTensors for missing halves and wrong ranks.
+    InvalidTensors for missing halves, wrong ranks and magnitudes of another size.
     """
     tensors = []
     parts: dict[str, dict[TensorKind, TensorInfo]] = {}
@@ -216,4 +216,10 @@ def _check_module(module: str, found: dict[TensorKind, TensorInfo], config: Lora
         raise InvalidTensors(
             f"{module}: {first} {list(a)} and {second} {list(b)} do not fit rank {rank} of {CONFIG_NAME}: "
             "expected [r, in] and [out, r]."
+        )
+    magnitude = found.get("lora_magnitude_vector")
+    if magnitude is not None and math.prod(magnitude.shape) != b[0]:
+        raise InvalidTensors(
+            f"{module}: lora_magnitude_vector {list(magnitude.shape)} does not fit the {b[0]} outputs of {second}: "
+            "expected [out]."
         )

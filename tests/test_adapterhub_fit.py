@@ -23,7 +23,7 @@ from adapterhub.errors import (
     UsageError,
 )
 from adapterhub.fit import check_fit, check_vocabulary
-from adapterhub.lora_config import LoraConfig, LoraTensor
+from adapterhub.lora_config import LoraConfig, LoraTensor, lora_tensors
 from adapterhub.manifest import Quantization
 from adapterhub.package import adopt, check_layers, pack
 from adapterhub.probe import likely_cause, record, replay
@@ -220,3 +220,33 @@ def test_a_whole_weight_that_is_no_matrix_is_told_with_its_shape() -> None:
     check_vocabulary("x", tensors, {"lm_head": (64, 100)}, has_tokenizer=False)
     with pytest.raises(IncompatibleBase, match="to be 7, this base has 64 -> 100"):
         check_fit("x", config, tensors, {"lm_head": (64, 100)})
+
+
+MAGNITUDES: dict[tuple[int, ...], bool] = {
+    (32,): True,
+    (1, 32): True,  # as some releases of PEFT keep it
+    (1,): False,
+    (): False,
+    (31,): False,
+    (16,): False,  # the inputs
+    (32, 16): False,
+    (0,): False,
+}
+"""shape -> does it fit 16 inputs and 32 outputs?"""
+
+
+@pytest.mark.parametrize(("shape", "fits"), MAGNITUDES.items(), ids=str)
+def test_a_magnitude_has_one_number_for_each_output(shape: tuple[int, ...], fits: bool) -> None:
+    config = LoraConfig(
+        rank=4, alpha=8, use_rslora=False, use_dora=True, targets=("q_proj",), rank_pattern={}, alpha_pattern={}
+    )
+    shapes = {"lora_A.weight": (4, 16), "lora_B.weight": (32, 4), "lora_magnitude_vector": shape}
+    header = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.{part}": TensorInfo("F32", one, 0, 0)
+        for part, one in shapes.items()
+    }
+    if fits:
+        assert len(lora_tensors(header, config)) == 3
+    else:
+        with pytest.raises(InvalidTensors, match=r"lora_magnitude_vector .* does not fit the 32 outputs of lora_B"):
+            lora_tensors(header, config)
