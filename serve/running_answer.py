@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 from serve.constrained import Matcher
@@ -37,8 +38,10 @@ class RunningAnswer:
         if sampled.token in params.stop_token_ids or (sampled.token in eos and not params.ignore_eos):
             reason: FinishReason | None = FinishReason.STOP
         else:
-            self._note_logprob(sampled)
+            noted = self._logprob(sampled)
             text = self._text.feed(sampled.token)
+            if noted is not None:
+                self._logprobs.append(replace(noted, offset=self._text.offset))
             is_full = num_tokens >= params.max_tokens
             reason = FinishReason.STOP if self._text.is_stopped else FinishReason.LENGTH if is_full else None
         if reason is not None:
@@ -47,11 +50,13 @@ class RunningAnswer:
         logprobs = self._certain_logprobs(is_last=reason is not None)
         return Chunk(text, num_tokens, (sampled.token,), reason, logprobs, self.sequence.num_shared)
 
-    def _note_logprob(self, sampled: Sampled) -> None:
-        if sampled.logprob is not None:
-            name, offset = self._text.name, self._text.num_decoded
-            top = tuple(TokenLogprob(token, *name(token), logprob) for token, logprob in sampled.top)
-            self._logprobs.append(TokenLogprob(sampled.token, *name(sampled.token), sampled.logprob, top, offset))
+    def _logprob(self, sampled: Sampled) -> TokenLogprob | None:
+        """Of a token that is not in the text yet: names depend on where it stands, and its place is known after."""
+        if sampled.logprob is None:
+            return None
+        name = self._text.name
+        top = tuple(TokenLogprob(token, *name(token), logprob) for token, logprob in sampled.top)
+        return TokenLogprob(sampled.token, *name(sampled.token), sampled.logprob, top)
 
     def _certain_logprobs(self, *, is_last: bool) -> tuple[TokenLogprob, ...]:
         """Those of tokens whose text was given; at the end all, but for those that a stop string took."""

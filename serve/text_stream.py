@@ -25,14 +25,16 @@ class TextStream:
         self._held = ""
         self._begins = self._bytes_of.begins_text(prompt)
         self.is_stopped = False
-        self.num_decoded = 0
-        """characters of the answer that are whole so far, those held back among them"""
+        self.offset = 0
+        """of the character in which the newest token begins"""
+        self._num_decoded = 0
         self.num_given = 0
         """characters that were returned"""
 
     def feed(self, token: int) -> str:
         """Return the text that is now certain. Sets `is_stopped` when a stop string is complete (not returned)."""
         text = self._decoder.step(token, self.bytes_of(token))
+        self.offset = self._num_decoded + self._decoder.num_before
         self._begins = self._begins and self._bytes_of.is_special(token)
         self._add(text)
         return self._certain()
@@ -55,7 +57,7 @@ class TextStream:
 
     def _add(self, text: str) -> None:
         self._held += text
-        self.num_decoded += len(text)
+        self._num_decoded += len(text)
 
     def _certain(self) -> str:
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
@@ -79,6 +81,9 @@ class TextStream:
 
 
 class _Decoder(Protocol):
+    num_before: int
+    """characters that the last step made of what came before its token"""
+
     def step(self, token: int, data: bytes) -> str: ...
 
     def finish(self) -> str: ...
@@ -86,6 +91,8 @@ class _Decoder(Protocol):
 
 class _ByteDecoder:
     """UTF-8, byte by byte. It cannot fail: what is no UTF-8 becomes U+FFFD, as in the Unicode standard, chapter 3.9."""
+
+    num_before = 0
 
     def __init__(self, bytes_of: TokenBytes, prompt: Sequence[int]) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -95,6 +102,12 @@ class _ByteDecoder:
         self._begun = b""
 
     def step(self, token: int, data: bytes) -> str:
+        text = self._decode(data[:1])
+        is_whole = bool(data) and not self._utf8.getstate()[0]
+        self.num_before = len(text) - is_whole
+        return text + self._decode(data[1:])
+
+    def _decode(self, data: bytes) -> str:
         text = self._utf8.decode(data)
         if self._is_joining:
             self._begun += data
@@ -118,6 +131,9 @@ class _ByteDecoder:
 
 class _WordDecoder:
     """For decoders that look at a token's neighbours: the text of the last tokens with the new one, less without it."""
+
+    num_before = 0
+    """a character of several tokens, or a word's beginning, may change: what follows is told to begin where it does"""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer

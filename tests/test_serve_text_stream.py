@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from tokenizers_made import BYTE_WORDS, SPECIAL, WORDS, byte_fallback, bytes_as_tokens, word_pieces
 
 from adapterhub.base_store import StoredBase
+from serve.engine import GenerationRequest, SamplingParams
+from serve.running_answer import RunningAnswer
+from serve.sampling import Sampled
 from serve.text_stream import TextStream
 
 
@@ -171,3 +174,37 @@ def _is_utf8(data: bytes) -> bool:
 def test_a_special_token_has_a_name_and_no_bytes(tokenizer: Any) -> None:
     stream = TextStream(tokenizer.backend_tokenizer, (), [])
     assert stream.name(tokenizer.eos_token_id) == (tokenizer.eos_token, None)
+
+
+FACE = "😀".encode()
+OFFSETS: dict[str, tuple[bytes, list[bytes], list[int]]] = {
+    "letters": (b"", [b"a", b"b"], [0, 1]),
+    "a character of four tokens": (b"", [b"a", FACE[:1], FACE[1:2], FACE[2:3], FACE[3:], b"b"], [0, 1, 1, 1, 1, 2]),
+    "after a character that does not end": (b"", [FACE[:1], b"a", b"b"], [0, 1, 2]),
+    "after two of them": (b"", [FACE[:1], FACE[:1], b"a"], [0, 1, 2]),
+    "after three bytes of one": (b"", [FACE[:1], FACE[1:2], FACE[2:3], b"a"], [0, 0, 0, 1]),
+    "a byte that begins nothing": (b"", [FACE[:1], b"\xff", b"a"], [0, 1, 2]),
+    "after a character of the prompt that the answer ends": (FACE[:2], [FACE[2:3], FACE[3:], b"a"], [0, 0, 1]),
+    "after one of the prompt that does not end": (FACE[:2], [b"a", b"b"], [0, 1]),
+    "after one that ends in the answer no more": (FACE[:2], [FACE[2:3], b"a", b"b"], [0, 1, 2]),
+}
+"""name -> (bytes of the prompt, tokens of the answer, offset of each)"""
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+def test_a_token_lies_at_the_character_in_which_it_begins(name: str) -> None:
+    prompt, answer, expected = OFFSETS[name]
+    tokenizer = byte_fallback(strips_a_space=False)
+    tokens = bytes_as_tokens(tokenizer, b"".join(answer))
+    sampling = SamplingParams(max_tokens=len(tokens), top_logprobs=0)
+    request = GenerationRequest("a", tuple(bytes_as_tokens(tokenizer, b"a" + prompt)), sampling)
+    running = RunningAnswer(request, tokenizer, None, lambda chunk: None)
+    found, text = [], ""
+    for token in tokens:
+        running.sequence.tokens.append(token)
+        chunk = running.chunk(Sampled(token, -1.0, ()), eos=())
+        found += [one.offset for one in chunk.logprobs]
+        text += chunk.text
+    assert found == expected
+    for data, offset in zip(answer, found, strict=True):
+        assert text[offset] in (data.decode(errors="replace"), "😀", "\ufffd")
