@@ -249,15 +249,7 @@ class LocalEngine:
 
     def _fail(self, answer: RunningAnswer, error: BaseException) -> None:
         self._retire(answer)
-        if isinstance(error, AdapterHubError):
-            said = error
-        else:
-            log.error("request %s failed", answer.sequence.request.id, exc_info=error)
-            said = RequestFailed(
-                f"this request failed in the engine ({type(error).__name__}: {error}); others were not touched. "
-                "The server's log says more."
-            )
-        self._tell(answer, said)
+        self._tell(answer, _as_told(answer.sequence.request, error))
 
     def _tell(self, answer: RunningAnswer, error: AdapterHubError) -> None:
         try:
@@ -277,23 +269,30 @@ class LocalEngine:
     def _rows_one_by_one(self, batch: Batch, error: BaseException) -> dict[str, Row]:
         """Ends the answers whose pieces fail. Raises `error` where the bare base fails, too: none can be served."""
         rows: dict[str, Row] = {}
-        failed: list[tuple[Piece, BaseException]] = []
+        failed: list[tuple[Piece, AdapterHubError]] = []
         for piece in batch.pieces:
             try:
                 rows |= self._runner.run(Batch((piece,)))
             except BaseException as its_own:
-                failed.append((piece, its_own.with_traceback(None)))
-        if failed:
-            # In a block that holds no finished prefix, of a sequence that ends now.
-            request = GenerationRequest("probe", failed[0][0].sequence.request.prompt[:1])
-            probe = Sequence(request, list(request.prompt), blocks=failed[0][0].sequence.blocks[-1:])
-            try:
-                self._runner.run(Batch((Piece(probe, 0, 1, samples=True),)))
-            except BaseException:
-                raise error from None
+                # Logged here: its frames hold the step's tensors, and do not go on.
+                failed.append((piece, _as_told(piece.sequence.request, its_own)))
+        if failed and not self._can_compute_alone(failed[0][0].sequence):
+            raise error
         for piece, reason in failed:
             self._fail(self._answers[piece.sequence.request.id], reason)
         return rows
+
+    def _can_compute_alone(self, ending: Sequence) -> bool:
+        """Can the bare base compute rows of every kind? In a block that holds no finished prefix, of `ending`."""
+        request = GenerationRequest("probe", ending.request.prompt[:1])
+        probe = Sequence(request, list(request.prompt) * _NUM_PROBED, blocks=ending.blocks[-1:])
+        try:
+            for start, num_tokens in _PROBED:
+                if start + num_tokens <= self.config.block_size:
+                    self._runner.run(Batch((Piece(probe, start, num_tokens, samples=True),)))
+        except BaseException:
+            return False
+        return True
 
     def _resume_later(self, answer: RunningAnswer, matcher: Matcher) -> None:
         """The mask is not there: the others go on, and this sequence once it is."""
@@ -352,6 +351,22 @@ class LocalEngine:
         if chunk.finish_reason is not None:
             self._retire(answer)
         answer.emit(chunk)
+
+
+_PROBED = ((0, 1), (1, 1), (1, 2))
+"""(first position, rows): of a prompt's beginning, of an answer, of the rest of a prompt"""
+_NUM_PROBED = 3
+
+
+def _as_told(request: GenerationRequest, error: BaseException) -> AdapterHubError:
+    """What the client is told of `error`; what is not made for it goes into the log, and out of its frames."""
+    if isinstance(error, AdapterHubError):
+        return error
+    log.error("request %s failed", request.id, exc_info=error)
+    return RequestFailed(
+        f"this request failed in the engine ({type(error).__name__}: {error}); others were not touched. "
+        "The server's log says more."
+    )
 
 
 def _backend(tokenizer: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from serve import model_runner
 from serve.adapter_cache import AdapterCache
 from serve.answer import Services
 from serve.api import create_app
+from serve.attention import PagedStep, _Prefill
 from serve.auth import ApiKeys
 from serve.catalog import Catalog
 from serve.constrained import Matcher
@@ -81,7 +83,11 @@ def _overflowing(adapter: Adapter, folder: Path) -> Path:
 @pytest.fixture(params=["own", "torch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(model_runner, "load_kernels", lambda: (None, Choice("cpu kernels", "torch", "a test")))
+        _use_torch(monkeypatch)
+
+
+def _use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_runner, "load_kernels", lambda: (None, Choice("cpu kernels", "torch", "a test")))
 
 
 async def _neighbours(engine: LocalEngine, name: str = "neighbour") -> list[list[int]]:
@@ -193,7 +199,11 @@ def _breaks_with(digest: str, monkeypatch: pytest.MonkeyPatch, error: BaseExcept
 
 @pytest.mark.parametrize("error", [IndexError("rows"), Panic("rows"), MemoryError("rows")], ids=repr)
 def test_a_forward_that_fails_ends_those_whose_adapter_breaks_it(
-    tiny_base: StoredBase, adapter: Adapter, error: BaseException, monkeypatch: pytest.MonkeyPatch
+    tiny_base: StoredBase,
+    adapter: Adapter,
+    error: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def test() -> None:
         # Small chunks: it fails while neighbours are in the middle of their prompts, too.
@@ -204,6 +214,8 @@ def test_a_forward_that_fails_ends_those_whose_adapter_breaks_it(
             _breaks_with(adapter.digest, monkeypatch, error)
             request = GenerationRequest("bad", PROMPTS[3], GREEDY, (AdapterScale(adapter.digest),))
             assert isinstance(await _fails_alone(engine, request, right=right), RequestFailed)
+            logged = [record.exc_info for record in caplog.records if record.message == "request bad failed"]
+            assert "broken" in [frame.name for frame in traceback.extract_tb(logged[0][2])]  # type: ignore[index]
             with pytest.raises(RequestFailed, match="rows"):  # no neighbour shows whose fault it is
                 await ask(engine, request)
             assert await _neighbours(engine) == right
@@ -250,6 +262,36 @@ def test_a_fault_of_the_whole_step_ends_the_engine_and_readiness_says_so(
                 await ask(engine, GenerationRequest("later", PROMPTS[0], GREEDY))
             async with _client(tiny_base, engine) as client:
                 assert (await client.get("/ready")).status_code == 503
+
+    run(test)
+
+
+KINDS_OF_ROWS = {
+    "a prompt's beginning": (PagedStep, "prefills"),
+    "the rest of a prompt": (_Prefill, "_make_mask"),
+    "an answer": (PagedStep, "decode_mask"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ROWS)
+def test_a_base_that_cannot_compute_one_kind_of_rows_ends_the_engine(
+    tiny_base: StoredBase, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would stay ready, and give every request an error."""
+    _use_torch(monkeypatch)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("expected scalar type Float but found BFloat16")
+
+    owner, name = KINDS_OF_ROWS[kind]
+    monkeypatch.setattr(owner, name, property(broken) if name == "prefills" else broken)
+
+    async def test() -> None:
+        config = LocalEngineConfig(limits=SchedulerLimits(max_prefill_chunk=5))
+        async with running(load_tiny(tiny_base), config) as engine:
+            with pytest.raises(EngineStopped, match="found BFloat16"):
+                await ask(engine, GenerationRequest("a", PROMPTS[2], GREEDY))
+            assert engine.status().has_ended
 
     run(test)
 
