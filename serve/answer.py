@@ -161,14 +161,16 @@ async def _merged(engine: Engine, requests: tuple[GenerationRequest, ...]) -> As
             async for chunk in chunks:
                 yield 0, chunk
         return
-    queue: asyncio.Queue[tuple[int, Chunk] | Exception] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Chunk] | BaseException] = asyncio.Queue()
 
     async def pump(index: int, request: GenerationRequest) -> None:
         try:
             async with aclosing(engine.generate(request)) as chunks:
                 async for chunk in chunks:
                     queue.put_nowait((index, chunk))
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # whatever it is: the others would be waited for without end
             queue.put_nowait(error)
 
     pumps = [asyncio.create_task(pump(index, request)) for index, request in enumerate(requests)]
@@ -176,7 +178,7 @@ async def _merged(engine: Engine, requests: tuple[GenerationRequest, ...]) -> As
         open_choices = len(requests)
         while open_choices:
             item = await queue.get()
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 raise item
             open_choices -= item[1].finish_reason is not None
             yield item

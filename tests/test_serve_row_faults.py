@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from adapterhub.lora_config import WEIGHTS_NAME
 from adapterhub.registry import Registry
 from serve import model_runner
 from serve.adapter_cache import AdapterCache
-from serve.answer import Services
+from serve.answer import Services, _merged
 from serve.api import create_app
 from serve.attention import PagedStep, _Prefill
 from serve.auth import ApiKeys
@@ -462,5 +462,23 @@ def test_a_sequence_preempted_while_its_mask_is_computed_goes_on_as_if_it_were_n
             assert [*first.tokens, *tokens_of([chunk async for chunk in stream])] == alone
             assert seen == beside
             await idle(engine)
+
+    run(test)
+
+
+def test_whatever_one_of_several_choices_raises_reaches_the_caller(
+    shared: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(engine: LocalEngine, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        if request.id == "b":
+            raise Panic("broken")
+        await asyncio.Event().wait()
+        yield  # type: ignore[misc]
+
+    async def test() -> None:
+        monkeypatch.setattr(LocalEngine, "generate", broken)
+        requests = tuple(GenerationRequest(name, PROMPTS[0], GREEDY) for name in "ab")
+        with pytest.raises(Panic):
+            await anext(_merged(shared, requests))
 
     run(test)
