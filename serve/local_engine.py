@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapterhub.adapter import Adapter
-from adapterhub.base_model import LoadedBase
+from adapterhub.base_model import Choice, LoadedBase
 from adapterhub.errors import (
     AdapterHubError,
     AdapterLoadFailed,
+    ConstraintFailed,
     EngineStopped,
     MissingFile,
     RequestFailed,
@@ -27,7 +28,7 @@ from adapterhub.errors import (
 from serve.attention import KvShape
 from serve.constrained import Matcher
 from serve.cpu_kernels import MAX_RANK
-from serve.engine import Chunk, EngineStatus, GenerationRequest, Precision
+from serve.engine import Chunk, Constraint, EngineStatus, GenerationRequest, Precision
 from serve.lora_weights import Weights, kept_bytes, read_weights
 from serve.model_runner import ModelRunner, kv_dtype
 from serve.running_answer import RunningAnswer
@@ -108,7 +109,7 @@ class LocalEngine:
         self._check(request)
         matcher: Matcher | None = None
         if request.sampling.constraint is not None:
-            matcher = await asyncio.wrap_future(self._runner.constraints.begin(request.sampling.constraint))
+            matcher = await self._begin(request, request.sampling.constraint)
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
 
@@ -132,7 +133,10 @@ class LocalEngine:
 
     def prepare(self) -> None:
         """Do before the first request what would hold up others in the middle of their answers."""
-        self._runner.constraints.prepare()
+        try:
+            self._runner.constraints.prepare()
+        except ConstraintFailed as error:
+            self.choices += (Choice("guided decoding", "refused", str(error).rstrip(".")),)
 
     def status(self) -> EngineStatus:
         if self._stopped is not None:
@@ -142,7 +146,7 @@ class LocalEngine:
             True,
             "ready",
             num_running=len(self._scheduler.running),
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=self._num_waiting,
             kv_usage=used / self._pool.num_blocks,
             num_preemptions=self._scheduler.num_preemptions,
         )
@@ -172,8 +176,21 @@ class LocalEngine:
             strange = next((token for token in tokens if not 0 <= token < size), None)
             if strange is not None:
                 raise UsageError(f"{where} names token {strange}, the vocabulary has {size} tokens.")
-        if self._scheduler.num_waiting >= self.config.max_queue:
+        if self._num_waiting >= self.config.max_queue:
             raise ServerBusy(f"{self.config.max_queue} requests are waiting already: try again shortly.")
+
+    @property
+    def _num_waiting(self) -> int:
+        return self._scheduler.num_waiting + self._runner.constraints.num_beginning
+
+    async def _begin(self, request: GenerationRequest, constraint: Constraint) -> Matcher:
+        """Raises AdapterHubError, whatever went wrong: a panic in Rust is no Exception, and would reach nobody."""
+        try:
+            return await asyncio.wrap_future(self._runner.constraints.begin(constraint))
+        except (AdapterHubError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except BaseException as error:
+            raise _as_told(request, error) from error
 
     async def _call(self, act: Callable[[], None]) -> None:
         """Run `act` on the worker thread, between two steps; a caller that gives up does not take it back."""

@@ -6,17 +6,30 @@ import asyncio
 import contextlib
 import json
 import re
+import shutil
+import threading
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY_VOCABULARY
-from transformers import AutoTokenizer
+from engine_runs import GREEDY, NUM_TOKENS, ask, load_tiny, run, running, tokens_of
+from tokenizers_made import byte_fallback, unigrams, whole_words, word_pieces
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from adapterhub.adapter import BaseName, BaseRef
 from adapterhub.base_model import load_base
 from adapterhub.base_store import StoredBase
-from adapterhub.errors import ConstraintFailed, UsageError
+from adapterhub.errors import ConstraintFailed, RequestFailed, ServerBusy, UsageError
+from adapterhub.registry import Registry
+from serve import constrained
+from serve.config import ServeConfig
 from serve.constrained import Constraints
-from serve.engine import Constraint, FinishReason, GenerationRequest, SamplingParams
-from serve.local_engine import LocalEngine
+from serve.engine import Chunk, Constraint, FinishReason, GenerationRequest, SamplingParams
+from serve.engines import start_engine
+from serve.local_engine import LocalEngine, LocalEngineConfig
 from serve.request_limits import MAX_CONSTRAINT_LENGTH
 from serve.wire import ChatRequest
 
@@ -241,3 +254,148 @@ def test_the_deepest_constraints_within_the_limit_end_nothing(tiny_base: StoredB
         assert matcher.is_ready
     finally:
         constraints.close()
+
+
+class Panic(BaseException):
+    """As PyO3's, of a Rust library that failed: no Exception."""
+
+
+def _tokenizer(made: Any, eos: str | None = "</s>") -> Any:
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=eos)
+
+
+TOKENIZERS = {
+    "byte fallback": (_tokenizer(byte_fallback()), True),
+    "byte fallback, as Gemma's": (_tokenizer(byte_fallback(strips_a_space=False)), True),
+    "without an end": (_tokenizer(byte_fallback(), None), True),
+    "word pieces": (_tokenizer(word_pieces(), "[UNK]"), False),
+    "unigrams": (_tokenizer(unigrams()), False),
+    "no decoder": (_tokenizer(whole_words()), False),
+}
+"""name -> (tokenizer, can llguidance read it?)"""
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_that_guided_decoding_cannot_read_serves_all_but_that(name: str, tiny_base: StoredBase) -> None:
+    tokenizer, is_readable = TOKENIZERS[name]
+    guided = replace(GREEDY, constraint=Constraint("regex", "a[ab]*"))
+
+    async def test() -> None:
+        async with running(replace(load_tiny(tiny_base), tokenizer=tokenizer)) as engine:
+            engine.prepare()
+            noted = [choice for choice in engine.choices if choice.what == "guided decoding"]
+            assert len(noted) == (not is_readable)
+            if is_readable:
+                assert len(tokens_of(await ask(engine, GenerationRequest("guided", PROMPT, guided)))) == NUM_TOKENS
+            else:
+                assert "cannot read this base's tokenizer: can't determine decoder type" in noted[0].reason
+                for _ in range(2):
+                    with pytest.raises(ConstraintFailed, match="guided decoding cannot read this base's tokenizer"):
+                        await ask(engine, GenerationRequest("guided", PROMPT, guided))
+            assert len(tokens_of(await ask(engine, GenerationRequest("free", PROMPT, GREEDY)))) == NUM_TOKENS
+
+    run(test)
+
+
+def test_a_server_starts_on_a_base_whose_tokenizer_guided_decoding_cannot_read(
+    tiny_base: StoredBase, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_base.path, tmp_path / "base")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    TOKENIZERS["word pieces"][0].save_pretrained(folder)
+    reported: list[str] = []
+
+    async def test() -> None:
+        config = ServeConfig(base=BaseName.parse(str(folder)), dtype="float32")
+        stored = StoredBase(folder, BaseRef("tests/words"), "apache-2.0")
+        engine, _ = await start_engine(config, stored, Registry(tmp_path), report=reported.append)
+        await engine.close()
+
+    run(test)
+    assert any(line.startswith("guided decoding: refused (guided decoding cannot read") for line in reported)
+
+
+def test_a_panic_while_the_vocabulary_is_read_is_a_refusal(
+    tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(tokenizer: Any) -> None:
+        raise Panic("index out of bounds")
+
+    monkeypatch.setattr(constrained, "from_tokenizer", broken)
+    with pytest.raises(ConstraintFailed, match="tokenizer: index out of bounds"):
+        _answers(tiny_base, Constraint("regex", "a"))
+
+
+@pytest.mark.parametrize("error", [KeyError("broken"), Panic("broken"), SystemExit("broken")], ids=repr)
+def test_what_fails_while_a_constraint_is_read_ends_its_request_with_the_reason(
+    tiny_base: StoredBase, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(constraint: Constraint) -> None:
+        raise error
+
+    monkeypatch.setattr(constrained, "_grammar", broken)
+    with pytest.raises(RequestFailed, match=f"{type(error).__name__}: .?broken"):
+        _answers(tiny_base, Constraint("regex", "a"))
+
+
+class _Reading:
+    """Grammars whose text begins with `slow` are read once `go_on` is set; all that were read are noted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go_on = threading.Event()
+        self.read: list[str] = []
+        grammar = constrained._grammar
+
+        def held(constraint: Constraint) -> str:
+            self.read.append(constraint.text)
+            if constraint.text.startswith("slow"):
+                self.go_on.wait()
+            return grammar(constraint)
+
+        monkeypatch.setattr(constrained, "_grammar", held)
+
+
+def test_a_guided_answer_goes_on_while_others_are_being_read_and_those_count_as_waiting(
+    tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def guided(name: str, text: str) -> GenerationRequest:
+        return GenerationRequest(name, PROMPT, replace(GREEDY, constraint=Constraint("regex", text)))
+
+    async def rest(stream: AsyncGenerator[Chunk, None]) -> int:
+        return len([chunk async for chunk in stream])
+
+    async def test() -> None:
+        reading = _Reading(monkeypatch)
+        async with running(load_tiny(tiny_base), LocalEngineConfig(max_queue=6)) as engine:
+            stream = engine.generate(guided("first", "[a-z]{200}"))
+            try:
+                await anext(stream)
+                crowd = [asyncio.ensure_future(ask(engine, guided(f"{n}", f"slow{n}[a-z]*"))) for n in range(6)]
+                while engine.status().num_waiting < 6:
+                    await asyncio.sleep(0.001)
+                with pytest.raises(ServerBusy, match="6 requests are waiting"):
+                    await ask(engine, guided("one too many", "a"))
+                assert await rest(stream) == NUM_TOKENS - 1
+                assert not any(one.done() for one in crowd)
+                crowd[0].cancel()
+            finally:
+                reading.go_on.set()
+            _, *answers = await asyncio.gather(*crowd, return_exceptions=True)
+            for number, answer in enumerate(answers, 1):
+                assert isinstance(answer, list), answer
+                assert "".join(chunk.text for chunk in answer).startswith(f"slow{number}")
+            assert engine.status().num_waiting == 0
+
+    run(test)
+
+
+def test_the_choices_of_a_question_share_what_was_read_and_draw_for_themselves(
+    tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = _Reading(monkeypatch)
+    wanted = Constraint("regex", "(red|green|blue) [0-9]{3}")
+    answers = _answers(tiny_base, *[wanted] * 8)
+    assert len(reading.read) <= constrained._NUM_READERS
+    assert all(re.fullmatch(wanted.text, text) and ended for text, ended in answers)
+    assert len({text for text, _ in answers}) > 4

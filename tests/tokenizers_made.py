@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 BYTE_WORDS = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -33,4 +33,21 @@ def word_pieces() -> Any:
     vocabulary = {word: number for number, word in enumerate(("[UNK]", "play", "##ing", "the", ",", "games", "##s"))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def unigrams() -> Any:
+    """As T5's and XLM-R's."""
+    words = [("<unk>", 0.0), ("</s>", 0.0), *((word, -1.0) for word in ("▁", "a", "b", "▁a"))]
+    tokenizer = Tokenizer(models.Unigram(words, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+def whole_words() -> Any:
+    """Of words alone, without a decoder."""
+    vocabulary = {word: number for number, word in enumerate(("<unk>", "</s>", "a", "b"))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
