@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,11 +120,12 @@ def test_the_quantized_weights_are_divided_when_asked(two: Outcome) -> None:
     assert whole - held == pytest.approx(expected, abs=0.11)
 
 
-def test_its_adapter_loads_in_peft_and_in_our_engine(two: Outcome, base: StoredBase) -> None:
+def test_its_adapter_loads_in_peft_and_in_our_engine(tmp_path: Path, two: Outcome, base: StoredBase) -> None:
     """Packing records what PEFT's model answers; the engine replays that."""
     from serve.local_engine import LocalEngine
 
-    adapter = pack(two.folder, base=base)
+    folder = shutil.copytree(two.folder, tmp_path / "packed")
+    adapter = pack(folder, base=base)
     assert adapter.manifest.probe is not None
 
     async def serve() -> None:
@@ -134,7 +136,7 @@ def test_its_adapter_loads_in_peft_and_in_our_engine(two: Outcome, base: StoredB
             await engine.close()
 
     asyncio.run(serve())
-    PeftModel.from_pretrained(load_base(base, purpose="serve", dtype="float32").model, str(two.folder))
+    PeftModel.from_pretrained(load_base(base, purpose="serve", dtype="float32").model, str(folder))
 
 
 @needs_soak
