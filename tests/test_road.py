@@ -170,8 +170,6 @@ def test_a_mixed_batch_on_the_real_nf4_base_equals_pefts_generate_in_fp32(
 
 def test_the_server_answers_as_the_recorded_proof_of_each_adapter_says(served: ServedRoad, client: OpenAI) -> None:
     """bf16, packed NF4, our kernels and a mixed batch, against what PEFT answered at packing."""
-    from concurrent.futures import ThreadPoolExecutor
-
     from adapterhub.probe import TOLERANCE
 
     def replay(name: str, then: ProbeAnswer) -> None:

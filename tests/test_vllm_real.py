@@ -40,6 +40,11 @@ COMMAND = str(Path(sys.executable).with_name("adapterhub"))
 SLOTS = 4
 
 
+def whole_characters(text: str) -> str:
+    """Without half a character at the end, which vLLM keeps back and a tokenizer spells as U+FFFD."""
+    return text.rstrip("\ufffd")
+
+
 @dataclass
 class Served:
     url: str
@@ -58,7 +63,7 @@ class Served:
     def tokens(self, model: str, prompt: list[int]) -> str:
         answer = self.complete(model, prompt)
         assert answer.status_code == 200, answer.text
-        return str(answer.json()["choices"][0]["text"])
+        return whole_characters(answer.json()["choices"][0]["text"])
 
     def add(self, folder: Path, name: str) -> None:
         environment = os.environ | {"ADAPTERHUB_HOME": str(self.home)}
@@ -143,7 +148,7 @@ def reference(served: Served) -> dict[tuple[str, int], str]:
                     input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                     max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=2,
                 )  # fmt: skip
-            found[name, number] = tokenizer.decode(ids[0, len(prompt) :])
+            found[name, number] = whole_characters(tokenizer.decode(ids[0, len(prompt) :]))
         if name != "base":
             model = asked.unload()
     assert len(set(found.values())) == len(found), "adapters that answer alike prove nothing"
