@@ -34,7 +34,7 @@ test: setup  ## all but a real vLLM, WORKERS=3 tests side by side; ORDER=random 
 
 test-vllm: setup  ## a real vLLM server on the CPU, in an environment of its own (2.5 GB)
 	@scripts/vllm.sh $(VENV)-vllm
-	@ADAPTERHUB_VLLM_PYTHON=$(VENV)-vllm/bin/python $(VENV)/bin/pytest -m vllm -n 2 --dist loadfile tests/test_vllm_*.py
+	@ADAPTERHUB_VLLM_PYTHON=$(VENV)-vllm/bin/python $(VENV)/bin/pytest -m vllm -n 2 --dist loadfile -p no:randomly tests/test_vllm_*.py
 
 SOAKED := tests/test_hubserver_faults.py tests/test_adapterhub_kills.py tests/test_train_resume.py tests/test_train_distributed.py tests/test_serve_random_parameters.py
 soak: setup  ## kill the Hub and the registry's acts at random moments, five minutes each (SOAK_S=seconds); 10,000 random requests; new examples for the property tests

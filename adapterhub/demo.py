@@ -76,8 +76,7 @@ def run_demo(work: Path, *, port: int, leave: bool) -> None:
 
 
 def _train(home: Path, work: Path) -> None:
-    """Each adapter in a process with its share of the cores: two trainings with one thread each end sooner than one
-    after the other with two, for loading, small products and writing keep one core only."""
+    """Each adapter in a process with its share of the cores: loading, small products and writing keep one core only."""
     lanes = {name: _commands(_folder(work, name), name) for name in ADAPTERS}
     environment = {"OMP_NUM_THREADS": str(max(1, _cores() // len(lanes)))} | _environment(home)
     try:
