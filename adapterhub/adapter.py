@@ -126,3 +126,12 @@ class Adapter:
     def base(self) -> BaseRef:
         base = self.manifest.base
         return BaseRef(base.id, base.revision, base.fingerprint)
+
+
+@dataclass(frozen=True)
+class StoredBase:
+    """A complete base model folder and its identity."""
+
+    path: Path
+    ref: BaseRef
+    licence: str | None = None

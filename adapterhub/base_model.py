@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapterhub.adapter import BaseRef
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import BaseRef, StoredBase
+from adapterhub.choice import Choice
 from adapterhub.errors import BaseNotFound, UsageError
 from adapterhub.manifest import Quantization
+from adapterhub.nf4 import quantized_layers
 from adapterhub.quantized_loading import loading_config
-from adapterhub.tensor_address import address_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,18 +20,6 @@ Purpose = Literal["train", "serve"]
 
 # When it is imported, bitsandbytes warns that a kernel could be downloaded; nothing here depends on that one.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Something the program chose for the user, with the reason."""
-
-    what: str
-    value: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.what}: {self.value} ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -98,182 +84,6 @@ def choose_precision(dtype: str | None, device: str | None) -> tuple[Choice, Cho
     """(device, dtype) a base would be loaded with. Raises UsageError for what is not there."""
     where = _choose_device(device)
     return where, _choose_dtype(dtype, where.value)
-
-
-def quantized_layers(model: Any) -> dict[str, Any]:
-    """Name -> module of every 4-bit linear layer."""
-    from bitsandbytes.nn import Linear4bit
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-
-
-@dataclass(frozen=True)
-class Nf4Weights:
-    """NF4 weights by rows, as bitsandbytes quantized them: code book value times the constant of its block."""
-
-    codes: torch.Tensor
-    """uint8 [out * in / 2], two codes a byte, the first in the upper half"""
-    absmax: torch.Tensor
-    """fp32 [out * in / block_size]: the constants, themselves dequantized"""
-    book: torch.Tensor
-    """fp32 [16]"""
-    block_size: int
-    shape: tuple[int, int]
-    """(out, in)"""
-
-    @classmethod
-    def fits(cls, layers: Sequence[Any]) -> bool:
-        """Can these layers be joined by rows? NF4 on the CPU, one input width of whole blocks, one block size."""
-        from bitsandbytes.nn import Linear4bit
-
-        return all(
-            isinstance(layer, Linear4bit)
-            and not layer.support_avx512bf16_for_cpu
-            and layer.weight.quant_type == "nf4"
-            and layer.weight.device.type == "cpu"
-            and layer.in_features == layers[0].in_features
-            and layer.in_features % layer.weight.blocksize == 0
-            and layer.weight.blocksize == layers[0].weight.blocksize
-            for layer in layers
-        )
-
-    @classmethod
-    def join(cls, layers: Sequence[Any], *, keep: Callable[[torch.Tensor], torch.Tensor]) -> Nf4Weights:
-        """The layers' rows one below the other; the layers keep working, as views of the joined codes.
-
-        `keep` copies a tensor to where it is to stay.
-        """
-        import torch
-        from bitsandbytes.functional import dequantize_blockwise
-
-        states = [layer.weight.quant_state for layer in layers]
-        constants = [
-            dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-            for state in states
-        ]
-        codes = keep(torch.cat([layer.weight.data.flatten() for layer in layers]))
-        start = 0
-        for layer in layers:
-            size = layer.weight.data.numel()
-            layer.weight.data = codes[start : start + size].view(layer.weight.data.shape)
-            start += size
-        return cls(
-            codes,
-            keep(torch.cat([one.flatten().float() for one in constants])),
-            states[0].code.float().contiguous(),
-            states[0].blocksize,
-            (sum(layer.out_features for layer in layers), layers[0].in_features),
-        )
-
-
-def dense_weight(layer: Any) -> torch.Tensor:
-    """fp32 [out, in] of a linear layer: as it is held, or a quantized one's own answer to the unit vectors."""
-    import torch
-
-    if type(layer) is torch.nn.Linear:
-        weight: torch.Tensor = layer.weight.detach().float()
-        return weight
-    with torch.inference_mode():
-        units = torch.eye(layer.in_features, dtype=layer_dtype(layer), device=layer.weight.device)
-        found = layer(units).float()
-        without_bias: torch.Tensor = found if layer.bias is None else found - layer.bias.float()
-        return without_bias.T.contiguous()
-
-
-def has_frozen_weight(layer: Any) -> bool:
-    """Can `frozen_weight` give this layer's? A linear one in 4 bit, or not quantized."""
-    import torch
-    from bitsandbytes.nn import Linear4bit
-
-    return isinstance(layer, Linear4bit) or (isinstance(layer, torch.nn.Linear) and layer.weight.is_floating_point())
-
-
-def frozen_weight(layer: Any) -> torch.Tensor:
-    """[out, in] of such a layer in the dtype it computes in; 4-bit ones are unpacked anew, as bitsandbytes does."""
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-
-    weight: torch.Tensor = layer.weight
-    if isinstance(layer, Linear4bit):
-        state = getattr(weight, "quant_state", None) or layer.quant_state
-        weight = dequantize_4bit(weight.data, state).to(layer_dtype(layer))
-    return weight
-
-
-def layer_dtype(layer: Any) -> torch.dtype:
-    """What a linear layer computes in; one in 8 bit computes in what it is given."""
-    import torch
-
-    dtype: torch.dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype
-    return dtype if dtype.is_floating_point else torch.float32
-
-
-class PackedNf4:
-    """Packed NF4 layers that share their input, as one call of bitsandbytes' CPU kernel.
-
-    Called without its wrapper, which spends as long as the kernel on a few rows, and with the layers' outputs side by
-    side: few wide calls are faster than many narrow ones. The layers keep working, as views of the joined weights.
-    """
-
-    def __init__(self, layers: Sequence[Any]) -> None:
-        import torch
-        from bitsandbytes.cextension import lib
-
-        for layer in layers:  # a first forward packs the weights in place
-            layer(torch.zeros(1, layer.in_features, dtype=torch.bfloat16))
-        states = [layer.weight.quant_state for layer in layers]
-        self.in_features = layers[0].in_features
-        self.out_features = sum(layer.out_features for layer in layers)
-        self._block_size = states[0].blocksize
-        self._weight = torch.cat([layer.weight.data for layer in layers])
-        self._absmax = torch.cat([state.absmax for state in states], dim=1).contiguous()
-        biases = [layer.bias for layer in layers]
-        self._bias = torch.cat(biases) if biases[0] is not None else None
-        out, width, block = self.out_features, self.in_features, self._block_size
-        self._addresses = (
-            address_of(self._weight, "packed NF4 weights", torch.uint8, out, width // 2),
-            address_of(self._absmax, "packed NF4 constants", torch.bfloat16, width // block, out),
-        )
-        self._kernel = lib.gemv_4bit_inference_cpu_nf4_bf16
-        start = 0
-        for layer in layers:
-            layer.weight.data = self._weight[start : start + layer.out_features]
-            start += layer.out_features
-
-    @classmethod
-    def fits(cls, layers: Sequence[Any]) -> bool:
-        """Can these layers be joined? NF4 in one block size, packable, of one input width, biased alike."""
-        from bitsandbytes.nn import Linear4bit
-
-        return all(
-            isinstance(layer, Linear4bit)
-            and layer.support_avx512bf16_for_cpu
-            and layer.weight.quant_type == "nf4"
-            and layer.weight.device.type == "cpu"
-            and layer.in_features == layers[0].in_features
-            and layer.weight.blocksize == layers[0].weight.blocksize
-            and (layer.bias is None) == (layers[0].bias is None)
-            for layer in layers
-        )
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] -> [..., out] in its dtype; computed in bf16, as the layers do by themselves."""
-        import torch
-
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-        shape = (len(rows), self.out_features)
-        out = torch.empty(shape, dtype=torch.bfloat16)
-        number, address = ctypes.c_int64, ctypes.c_void_p
-        weight, absmax = self._addresses
-        self._kernel(
-            number(shape[0]), number(shape[1]), number(self.in_features),
-            address(address_of(rows, "rows", torch.bfloat16, shape[0], self.in_features)), address(weight),
-            address(absmax), address(address_of(out, "a result", torch.bfloat16, *shape)),
-            number(self._block_size), number(self.in_features), number(self.out_features),
-        )  # fmt: skip
-        if self._bias is not None:
-            out += self._bias
-        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 def _choose_device(wanted: str | None) -> Choice:

@@ -15,7 +15,6 @@ import tempfile
 import tomllib
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from adapterhub.adapter import BaseName, BaseRef
+from adapterhub.adapter import BaseName, BaseRef, StoredBase
 from adapterhub.errors import AdapterNotFound, BaseNotFound, DigestMismatch, HubError, HubUnavailable, UnsafeFile
 from adapterhub.files import new_folder, sha256_of, write_atomic
 from adapterhub.home import home
@@ -69,15 +68,6 @@ class _Record(_Frozen):
     id: str
     revision: str | None
     fingerprint: str
-    licence: str | None = None
-
-
-@dataclass(frozen=True)
-class StoredBase:
-    """A complete base model folder and its identity."""
-
-    path: Path
-    ref: BaseRef
     licence: str | None = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.errors import AdapterNoEffect, IncompatibleBase, MissingFile
 from adapterhub.lora_config import LoraConfig, LoraTensor
 

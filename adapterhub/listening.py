@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+from urllib.parse import urlsplit
 
 from adapterhub.errors import PortBusy, UsageError
 
@@ -44,3 +45,11 @@ def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (nothing is bound here)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def trusts_proxy(url: str) -> bool:
+    """Whether the environment's proxy settings apply: never to this machine's own server."""
+    return urlsplit(url).hostname not in _LOOPBACK

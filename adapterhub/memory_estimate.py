@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from adapterhub.memory import PROCESS_CPU, PROCESS_CUDA, SPREAD, Item, ModelShape, constant_bytes
+from adapterhub.memory import PROCESS_CPU, PROCESS_CUDA, SPREAD, Item, constant_bytes
+from adapterhub.model_shape import ModelShape
 
 Method = Literal["qlora", "lora", "full"]
 Device = Literal["cpu", "cuda"]

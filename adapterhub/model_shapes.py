@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adapterhub.adapter import BaseName
-from adapterhub.memory import ModelShape
+from adapterhub.model_shape import ModelShape
 
 MODEL_SHAPES = {
     "smollm2-135m": ModelShape(30, 576, 1536, 192, 49_152, is_tied=True),

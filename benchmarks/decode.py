@@ -20,9 +20,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command sets it
 
 import torch
 
-from adapterhub.adapter import BaseName
+from adapterhub.adapter import BaseName, StoredBase
 from adapterhub.base_model import load_base
-from adapterhub.base_store import StoredBase, pull_base
+from adapterhub.base_store import pull_base
 from serve.cpu_kernels import load_kernels
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from serve.lora_layers import AdapterBank

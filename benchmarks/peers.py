@@ -22,8 +22,8 @@ from typing import Any
 import decode
 import torch
 
+from adapterhub.adapter import StoredBase
 from adapterhub.base_model import load_base
-from adapterhub.base_store import StoredBase
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from serve.local_engine import LocalEngine
 

@@ -31,9 +31,8 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from vllm import write_adapters as write_packages
 
-from adapterhub.adapter import Adapter, AdapterRef
+from adapterhub.adapter import Adapter, AdapterRef, StoredBase
 from adapterhub.base_model import load_base
-from adapterhub.base_store import StoredBase
 from adapterhub.hub import Hub
 from adapterhub.manifest import BaseEntry, Chat, FileEntry, Lora, Manifest
 from adapterhub.package import open_adapter

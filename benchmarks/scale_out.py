@@ -113,7 +113,7 @@ def answers(base: Path, folder: Path) -> str:
     from adapterhub.adapter import BaseName
     from adapterhub.base_model import load_base
     from adapterhub.base_store import find_base
-    from adapterhub.package import pack
+    from adapterhub.pack import pack
     from serve.local_engine import LocalEngine
 
     stored = find_base(BaseName.parse(str(base)))

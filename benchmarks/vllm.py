@@ -30,7 +30,7 @@ import httpx
 import torch
 
 from adapterhub import card
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.files import sha256_of
 from adapterhub.lora_config import read_lora_config
 from adapterhub.manifest import BaseEntry, Chat, FileEntry, Manifest

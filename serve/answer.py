@@ -15,38 +15,17 @@ from typing import Any
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import AdapterHubError, UsageError
-from adapterhub.registry import Registry
 from serve import wire
-from serve.adapter_cache import AdapterCache
-from serve.catalog import Catalog, Published
+from serve.catalog import Published
 from serve.engine import AdapterScale, Chunk, Engine, FinishReason, GenerationRequest, TokenLogprob
-from serve.feedback import FeedbackStore
-from serve.metrics import Metrics
-from serve.prompt import PromptRenderer, too_long
+from serve.prompt import too_long
 from serve.request_limits import check_stop
-from serve.training_runs import TrainingRuns
+from serve.services import Services
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_TOKENS = 512
 """tokens of a chat answer when the client does not say, if the model has room for them"""
-
-
-@dataclass(frozen=True)
-class Services:
-    """What answering needs; built once, in server.py."""
-
-    engine: Engine
-    catalog: Catalog
-    cache: AdapterCache
-    prompts: PromptRenderer
-    metrics: Metrics
-    training: TrainingRuns | None = None
-    """None: this server starts no training runs"""
-    feedback: FeedbackStore | None = None
-    """None: this server keeps no feedback"""
-    registry: Registry | None = None
-    """None: this server does not show what is on its machine"""
 
 
 @dataclass(frozen=True)

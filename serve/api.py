@@ -17,7 +17,7 @@ from adapterhub.adapter import AdapterRef
 from adapterhub.browser_guard import BrowserGuard
 from adapterhub.errors import AdapterHubError, SiteNotAllowed, UsageError
 from serve import wire
-from serve.answer import Question, Services, ask_chat, ask_completion, event_stream, whole_body
+from serve.answer import Question, ask_chat, ask_completion, event_stream, whole_body
 from serve.api_route import ApiRoute, Door, forget_body
 from serve.auth import ApiKeys
 from serve.body import BodyReader, ClientGone, HttpLimits
@@ -27,6 +27,7 @@ from serve.metrics import Metrics
 from serve.routes_adapters import adapter_routes
 from serve.routes_feedback import feedback_routes
 from serve.routes_training import training_routes
+from serve.services import Services
 from serve.unread_body import UnreadBody
 from serve.workshop import Workshop
 

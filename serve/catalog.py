@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from adapterhub.adapter import Adapter, AdapterRef
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import Adapter, AdapterRef, StoredBase
 from adapterhub.errors import AdapterNotFound, Conflict, UsageError
 from adapterhub.package import check_base
 from adapterhub.registry import Registry

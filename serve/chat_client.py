@@ -6,7 +6,6 @@ import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from adapterhub.errors import (
     AdapterHubError,
@@ -32,7 +31,6 @@ ANSWER_TIMEOUT_S = 600.0
 """between two events of an answer; a busy server may take its time before the first"""
 
 _NO_API = "there is a server at {url}, but no API: its address ends in /v1."
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -204,11 +202,6 @@ def request_body(
     if answer.mix:
         body["extra_body"] = {"adapter": [part.wire() for part in answer.mix]}
     return body
-
-
-def trusts_proxy(url: str) -> bool:
-    """Whether the environment's proxy settings apply: never to this machine's own server."""
-    return urlsplit(url).hostname not in _LOOPBACK
 
 
 def check_complete(answer: Answer, url: str) -> None:

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from adapterhub.base_model import Choice
+from adapterhub.choice import Choice
 from adapterhub.tensor_address import TensorMismatch, address_of, address_of_rows
 from serve import kernel_structs as structs
 from serve.kernel_build import BuildFailed, build

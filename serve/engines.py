@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from adapterhub.adapter import Adapter
-from adapterhub.base_model import Choice, choose_precision, load_base
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.base_model import choose_precision, load_base
+from adapterhub.choice import Choice
 from adapterhub.errors import UsageError
 from adapterhub.home import home
 from adapterhub.registry import Registry

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterhub.base_model import Choice
+from adapterhub.choice import Choice
 from serve.attention import KvCache, PagedStep
 from serve.cpu_kernels import CpuKernels
 from serve.kernel_structs import LANES, MAX_HEAD_DIM, DecoderLayer, DecoderLayers, Heads, WeightMatrix

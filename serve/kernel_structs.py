@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adapterhub.base_model import Nf4Weights
+from adapterhub.nf4 import Nf4Weights
 from adapterhub.tensor_address import TensorMismatch, address_of
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapterhub.adapter import Adapter
-from adapterhub.base_model import Choice, LoadedBase
+from adapterhub.base_model import LoadedBase
+from adapterhub.choice import Choice
 from adapterhub.errors import (
     AdapterHubError,
     AdapterLoadFailed,

@@ -10,7 +10,7 @@ from torch import nn
 from serve.lora_weights import EmbeddingUpdate, FullWeight
 
 if TYPE_CHECKING:
-    from serve.lora_layers import Segments
+    from serve.lora_segments import Segments
 
 
 class LoraEmbedding(nn.Module):

@@ -8,64 +8,26 @@ Rows arrive ordered by adapter (scheduler), so each adapter's rows are one slice
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from adapterhub.base_model import Nf4Weights, PackedNf4, dense_weight, layer_dtype
 from adapterhub.errors import AdapterNoEffect, AdapterUnsupported, IncompatibleBase
+from adapterhub.nf4 import Nf4Weights, PackedNf4, dense_weight, layer_dtype
 from serve.cpu_kernels import CpuKernels
 from serve.host_memory import HugePages
-from serve.kernel_structs import LANES, AdapterTable, SegmentTable, WeightMatrix, Widths
+from serve.kernel_structs import LANES, AdapterTable, WeightMatrix, Widths
 from serve.lora_embedding import LoraEmbedding
-from serve.lora_weights import EmbeddingUpdate, FullWeight, LowRank, Weights, in_one_block
-from serve.scheduler import AdapterMix, Batch
+from serve.lora_segments import Segment, Segments
+from serve.lora_weights import EmbeddingUpdate, FullWeight, LowRank, Weights
+from serve.scheduler import Batch
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """what Llama and its relatives call layers that read the same rows; asked with others, a group just computes again"""
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 """of rows that our kernel updates; torch those in others, in fp32 as well"""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Rows start..end of the batch, all of one adapter mix."""
-
-    start: int
-    end: int
-    mix: AdapterMix
-
-
-def segments_of(rows: Sequence[tuple[int, AdapterMix]]) -> list[Segment]:
-    """The runs of rows with the same adapters, from (number of rows, mix); rows of the bare base have none."""
-    segments: list[Segment] = []
-    row = 0
-    for count, mix in rows:
-        if mix and segments and segments[-1].mix == mix and segments[-1].end == row:
-            segments[-1] = Segment(segments[-1].start, row + count, mix)
-        elif mix and count:
-            segments.append(Segment(row, row + count, mix))
-        row += count
-    return segments
-
-
-class Segments:
-    """The current batch's segments for one kind of layer, also as the kernel's structs."""
-
-    def __init__(self) -> None:
-        self.python: list[Segment] = []
-        self.kernel = SegmentTable()
-        self.num_rows = 0
-
-    def set(self, rows: Sequence[tuple[int, AdapterMix]], tables: dict[str, AdapterTable]) -> None:
-        """`tables`: of the resident adapters; none where there are no kernels."""
-        self.python = segments_of(rows)
-        self.num_rows = sum(count for count, _ in rows)
-        known = self.python if tables else []
-        runs = [(one.start, one.end, [(tables[a.digest], a.scale) for a in one.mix]) for one in known]
-        self.kernel = SegmentTable(runs, num_rows=self.num_rows)
 
 
 class LinearGroup:
@@ -405,3 +367,18 @@ def _groups(linears: dict[str, nn.Linear], *, has_kernels: bool) -> list[list[st
             del left[taken]
     when = {name: number for number, name in enumerate(linears)}
     return sorted(groups + [[name] for name in left], key=lambda names: when[names[0]])
+
+
+def in_one_block(weights: Weights) -> Weights:
+    """The same with the halves of all low-rank updates one behind the other, in the order given, on huge pages.
+
+    A decode step reads an adapter from end to end, which memory gives fastest so.
+    """
+    halves = [half for change in weights.values() if isinstance(change, LowRank) for half in (change.a, change.bt)]
+    pages = HugePages(sum(map(HugePages.room_for, halves)))
+    return {
+        module: replace(change, a=pages.keep(change.a), bt=pages.keep(change.bt))
+        if isinstance(change, LowRank)
+        else change
+        for module, change in weights.items()
+    }

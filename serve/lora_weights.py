@@ -14,7 +14,6 @@ from adapterhub.adapter import Adapter
 from adapterhub.errors import AdapterUnsupported, InvalidTensors, RankTooLarge
 from adapterhub.lora_config import WEIGHTS_NAME, LoraConfig, lora_tensors, read_lora_config
 from adapterhub.safetensors_header import TensorInfo, read_header
-from serve.host_memory import HugePages
 
 
 @dataclass(frozen=True)
@@ -58,21 +57,6 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 
 Weights = dict[str, LowRank | EmbeddingUpdate | FullWeight]
 """module name -> what the adapter changes about it"""
-
-
-def in_one_block(weights: Weights) -> Weights:
-    """The same with the halves of all low-rank updates one behind the other, in the order given, on huge pages.
-
-    A decode step reads an adapter from end to end, which memory gives fastest so.
-    """
-    halves = [half for change in weights.values() if isinstance(change, LowRank) for half in (change.a, change.bt)]
-    pages = HugePages(sum(map(HugePages.room_for, halves)))
-    return {
-        module: replace(change, a=pages.keep(change.a), bt=pages.keep(change.bt))
-        if isinstance(change, LowRank)
-        else change
-        for module, change in weights.items()
-    }
 
 
 def read_weights(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from adapterhub.base_model import Choice, LoadedBase
+from adapterhub.base_model import LoadedBase
+from adapterhub.choice import Choice
 from serve.attention import KvCache, KvShape, PagedStep, use_paged_attention
 from serve.constrained import Constraints
 from serve.cpu_kernels import CpuKernels, load_kernels

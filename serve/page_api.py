@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapterhub.errors import AdapterHubError, NotAuthorized, ServeError
+from adapterhub.listening import trusts_proxy
 from serve.chat_client import (
     ANSWER_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
@@ -18,7 +19,6 @@ from serve.chat_client import (
     check_complete,
     request_body,
     said_in_one_line,
-    trusts_proxy,
 )
 
 Messages = list[dict[str, str]]

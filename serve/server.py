@@ -19,7 +19,6 @@ from adapterhub.listening import listen, url_of
 from adapterhub.probe import recorded_on
 from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
-from serve.answer import Services
 from serve.api import create_app
 from serve.auth import ApiKeys, check_exposure
 from serve.catalog import Catalog
@@ -31,6 +30,7 @@ from serve.host_memory import give_back
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
 from serve.proof import replay
+from serve.services import Services
 from serve.training_runs import TrainingRuns
 
 Report = Callable[[str], None]

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapterhub.adapter import Adapter
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.errors import AdapterHubError, AdapterNotFound, EngineStopped, UsageError
 from adapterhub.files import new_folder
 from adapterhub.fit import module_shapes

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.errors import EngineStopped, UsageError
 from serve import vllm_cpu_lora
 from serve.vllm_fit import RANKS

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.errors import (
     AdapterHubError,
     AdapterLoadFailed,
@@ -22,7 +22,7 @@ from adapterhub.errors import (
     ServerBusy,
     UsageError,
 )
-from serve.chat_client import trusts_proxy
+from adapterhub.listening import trusts_proxy
 
 TESTED = ("0.32.0",)
 _CONNECT_S = 5.0

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TINY_VOCABULARY
 from packages import FINGERPRINT
+from tiny_models import TINY_VOCABULARY
 
-from adapterhub.adapter import Adapter
+from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.base_model import LoadedBase, load_base
-from adapterhub.base_store import StoredBase
 from adapterhub.lora_config import WEIGHTS_NAME
 from adapterhub.manifest import BaseEntry, Chat, FileEntry, Lora, Manifest
 from serve.engine import Chunk, GenerationRequest, SamplingParams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -10,13 +11,16 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from adapterhub.hubserver.auth import Account, Tokens
+from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.quotas import Limits
+from adapterhub.hubserver.store import HubStore
 
 _SERVE = """
 import json, sys
@@ -86,3 +90,19 @@ def wait_until_ready(process: subprocess.Popen[str]) -> str:
             threading.Thread(target=last_words.extend, args=(process.stderr,), daemon=True).start()
             return line.removeprefix(_READY).split()[0]
     raise RuntimeError(f"the hub did not start:\n{''.join(said)}")
+
+
+REPO = RepoId.parse("alice/poems")
+
+
+def upload(store: HubStore, data: bytes, repo: RepoId = REPO) -> str:
+    sha256 = hashlib.sha256(data).hexdigest()
+    with closing(store.objects.begin_upload(sha256, size_bytes=len(data))) as incoming:
+        incoming.write(data)
+        incoming.finish()
+    store.mark_lfs(repo, sha256)
+    return sha256
+
+
+def objects(root: Path) -> set[bytes]:
+    return {path.read_bytes() for path in (root / "objects").rglob("*") if path.is_file()}

@@ -16,8 +16,7 @@ from packages import write_manifest, write_package, write_peft_folder
 from road import COMMAND, run, run_any
 from typer.testing import CliRunner
 
-from adapterhub.adapter import AdapterRef
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import AdapterRef, StoredBase
 from adapterhub.bundle import write_bundle
 from adapterhub.cli import app
 from adapterhub.errors import (

@@ -16,7 +16,7 @@ from packages import write_package, write_peft_folder
 from road import COMMAND, run, run_any
 
 from adapterhub import errors
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.cli import main
 
 RECIPE = """

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_peft_adapter
 from packages import write_manifest, write_package, write_peft_folder
 from peft import PeftModel
+from tiny_models import make_peft_adapter
 from transformers import AutoModelForCausalLM
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.difference import difference
 from adapterhub.manifest import Evaluation
 from adapterhub.package import open_adapter

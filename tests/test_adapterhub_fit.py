@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TINY_VOCABULARY, make_peft_adapter, make_tiny_base
 from safetensors.torch import load_file, save_file
+from tiny_models import TINY_VOCABULARY, make_peft_adapter, make_tiny_base
 
-from adapterhub.adapter import Adapter, BaseRef
+from adapterhub.adapter import Adapter, BaseRef, StoredBase
 from adapterhub.base_model import load_base
-from adapterhub.base_store import StoredBase, fingerprint
+from adapterhub.base_store import fingerprint
 from adapterhub.errors import (
     AdapterNoEffect,
     IncompatibleBase,
@@ -25,7 +25,7 @@ from adapterhub.errors import (
 from adapterhub.fit import check_fit, check_vocabulary
 from adapterhub.lora_config import LoraConfig, LoraTensor, lora_tensors
 from adapterhub.manifest import Quantization
-from adapterhub.package import adopt, check_layers, pack
+from adapterhub.pack import adopt, check_layers, pack
 from adapterhub.probe import likely_cause, record, replay
 from adapterhub.safetensors_header import TensorInfo
 

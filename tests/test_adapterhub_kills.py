@@ -20,11 +20,11 @@ import pytest
 from hub_fixtures import ALICE, PEOPLE, start_hub
 from packages import write_package
 
-from adapterhub.adapter import Adapter, AdapterRef
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import Adapter, AdapterRef, StoredBase
 from adapterhub.errors import InvalidManifest
 from adapterhub.hub import Hub
-from adapterhub.package import open_adapter, pack
+from adapterhub.pack import pack
+from adapterhub.package import open_adapter
 from adapterhub.registry import Registry
 
 KILLS = 4

@@ -12,14 +12,9 @@ from typer.testing import CliRunner
 
 from adapterhub.cli import app
 from adapterhub.errors import AdapterHubError, UsageError
-from adapterhub.memory import ModelShape, constant_bytes
-from adapterhub.memory_estimate import (
-    ServingSetting,
-    TrainingSetting,
-    estimate_serving,
-    estimate_training,
-    textbook,
-)
+from adapterhub.memory import constant_bytes
+from adapterhub.memory_estimate import ServingSetting, TrainingSetting, estimate_serving, estimate_training, textbook
+from adapterhub.model_shape import ModelShape
 from adapterhub.model_shapes import MODEL_SHAPES
 
 GB, GIB = 1e9, float(1 << 30)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packages import write_manifest, write_package, write_peft_folder
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.errors import (
     AdapterUnsupported,
     DigestMismatch,
@@ -22,7 +22,8 @@ from adapterhub.errors import (
     UnsafeFile,
 )
 from adapterhub.manifest import parse_manifest
-from adapterhub.package import check_base, inspect, open_adapter, pack
+from adapterhub.pack import pack
+from adapterhub.package import check_base, inspect, open_adapter
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from adapterhub.base_model import LoadedBase, load_base, quantized_layers
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
+from adapterhub.base_model import LoadedBase, load_base
 from adapterhub.manifest import Quantization
 from adapterhub.memory import constant_bytes
+from adapterhub.nf4 import quantized_layers
 
 # QLoRA (arXiv 2305.14314), appendix E.
 NF4 = (

@@ -10,18 +10,8 @@ from pathlib import Path
 
 import pytest
 from hub_fixtures import ALICE, BOB, LFS_UPLOADS_WARN, PEOPLE, READER, start_hub
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    DiscussionWithDetails,
-    HfApi,
-    get_session,
-)
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DiscussionWithDetails, HfApi, get_session
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 pytestmark = LFS_UPLOADS_WARN
 

@@ -14,7 +14,7 @@ import pytest
 from hub_fixtures import ALICE, PEOPLE, start_hub
 from huggingface_hub import HfApi
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 
 Run = Callable[..., str]
 

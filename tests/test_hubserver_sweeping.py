@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_hubserver_upkeep import REPO, objects, upload
+from hub_fixtures import REPO, objects, upload
 from typer.testing import CliRunner
 
 from adapterhub.cli import app

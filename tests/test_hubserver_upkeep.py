@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from fastapi import Request
-from hub_fixtures import ALICE, BOB, LFS_UPLOADS_WARN, PEOPLE, start_hub
+from hub_fixtures import ALICE, BOB, LFS_UPLOADS_WARN, PEOPLE, REPO, objects, start_hub, upload
 from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
@@ -32,7 +31,6 @@ from adapterhub.hubserver.quotas import Limits, Quotas
 from adapterhub.hubserver.refusals import QuotaExceeded, StoreBusy, UploadMismatch
 from adapterhub.hubserver.store import HubStore
 
-REPO = RepoId.parse("alice/poems")
 LIMITS = Limits(repo_bytes=20_000, owner_bytes=30_000, part_bytes=1000)
 
 
@@ -62,19 +60,6 @@ def batch(url: str, repo: str, data: bytes, *transfers: str) -> Any:
     oid = hashlib.sha256(data).hexdigest()
     body = {"operation": "upload", "transfers": transfers, "objects": [{"oid": oid, "size": len(data)}]}
     return ask(url, "POST", f"/{repo}.git/info/lfs/objects/batch", json=body).json()
-
-
-def upload(store: HubStore, data: bytes, repo: RepoId = REPO) -> str:
-    sha256 = hashlib.sha256(data).hexdigest()
-    with closing(store.objects.begin_upload(sha256, size_bytes=len(data))) as incoming:
-        incoming.write(data)
-        incoming.finish()
-    store.mark_lfs(repo, sha256)
-    return sha256
-
-
-def objects(root: Path) -> set[bytes]:
-    return {path.read_bytes() for path in (root / "objects").rglob("*") if path.is_file()}
 
 
 # Quotas

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 from browser import button, needs_browser, note, picker, turn_to
-from conftest import free_port
 from playwright.sync_api import Locator, Page, expect
 from road import answers, background, run
+from tiny_models import free_port
 
-from adapterhub.adapter import AdapterRef
-from adapterhub.base_store import StoredBase
-from adapterhub.package import pack
+from adapterhub.adapter import AdapterRef, StoredBase
+from adapterhub.pack import pack
 from adapterhub.registry import Registry
 from train.recipe import Recipe
 from train.sources import read_chatterbot

@@ -21,9 +21,8 @@ from playwright.sync_api import Page, expect
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from road import NAMES, ServedRoad, run, run_any
 
-from adapterhub.adapter import Adapter
+from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.base_model import load_base
-from adapterhub.base_store import StoredBase
 from adapterhub.manifest import ProbeAnswer
 from adapterhub.package import open_adapter
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams

@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
+from api_bench import bench
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from starlette.routing import Mount
-from test_serve_api import bench
 
 from adapterhub.browser_guard import host_names
 from adapterhub.cli import app

@@ -11,8 +11,7 @@ from pathlib import Path
 from fake_engine import FakeEngine
 from packages import FINGERPRINT, write_package
 
-from adapterhub.adapter import Adapter, AdapterRef, BaseRef
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import Adapter, AdapterRef, BaseRef, StoredBase
 from adapterhub.errors import Conflict
 from adapterhub.package import open_adapter
 from adapterhub.registry import Registry

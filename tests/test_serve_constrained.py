@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY_VOCABULARY
 from engine_runs import GREEDY, NUM_TOKENS, ask, load_tiny, run, running, tokens_of
+from tiny_models import TINY_VOCABULARY
 from tokenizers_made import byte_fallback, unigrams, whole_words, word_pieces
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from adapterhub.adapter import BaseName, BaseRef
+from adapterhub.adapter import BaseName, BaseRef, StoredBase
 from adapterhub.base_model import load_base
-from adapterhub.base_store import StoredBase
 from adapterhub.errors import ConstraintFailed, RequestFailed, ServerBusy, UsageError
 from adapterhub.registry import Registry
 from serve import constrained

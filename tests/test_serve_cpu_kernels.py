@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from adapterhub.base_model import Nf4Weights, PackedNf4, dense_weight
+from adapterhub.nf4 import Nf4Weights, PackedNf4, dense_weight
 from serve import kernel_build
 from serve.cpu_kernels import CpuKernels, load_kernels
 from serve.host_memory import HugePages

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_serve_api import HELLO, Bench, run
+from api_bench import ASKED, Bench, answer, run, thumb
 from typer.testing import CliRunner
 
 from adapterhub.adapter import BaseName
@@ -24,13 +24,8 @@ from adapterhub.base_store import pull_base
 from adapterhub.cli import app
 from adapterhub.errors import AdapterHubError, Conflict, ServeError, ServerBusy, StorageFull, UsageError
 from serve.auth import ApiKeys
-from serve.feedback import Correction, FeedbackStore, Thumb, Vote, exported
-
-ASKED = HELLO["messages"]
-
-
-def answer(model: str = "captain", text: str = "Aye.") -> dict[str, Any]:
-    return {"model": model, "digest": None, "text": text}
+from serve.feedback import Correction, FeedbackStore, Vote
+from serve.feedback_export import exported
 
 
 def vote(battle: str, winner: str, a: str = "captain", b: str = "poet") -> Vote:
@@ -38,10 +33,6 @@ def vote(battle: str, winner: str, a: str = "captain", b: str = "poet") -> Vote:
         {"kind": "vote", "battle": battle, "messages": ASKED, "a": answer(a, "from a"), "b": answer(b, "from b"),
          "winner": winner}
     )  # fmt: skip
-
-
-def thumb(direction: str = "up") -> Thumb:
-    return Thumb.model_validate({"kind": "thumb", "messages": ASKED, "answer": answer(), "thumb": direction})
 
 
 def correction(text: str = "Aye, captain.") -> Correction:

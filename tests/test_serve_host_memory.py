@@ -12,14 +12,14 @@ import pytest
 import torch
 from engine_runs import load_tiny
 
-from adapterhub.adapter import BaseName
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import BaseName, StoredBase
 from adapterhub.errors import UsageError
 from adapterhub.memory_estimate import ServingSetting, estimate_serving
 from adapterhub.model_shapes import shape_of
 from serve.attention import KvCache, KvShape
 from serve.host_memory import HugePages, give_back, zeros
-from serve.lora_weights import LowRank, in_one_block
+from serve.lora_layers import in_one_block
+from serve.lora_weights import LowRank
 from serve.model_runner import ModelRunner
 
 

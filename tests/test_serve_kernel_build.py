@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterhub.base_model import Choice
+from adapterhub.choice import Choice
 from serve import kernel_build
 from serve.cpu_kernels import CpuKernels, load_kernels
 from serve.kernel_structs import WeightMatrix

@@ -12,22 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from adapterhub.base_model import Nf4Weights
 from adapterhub.errors import AdapterUnsupported
+from adapterhub.nf4 import Nf4Weights
 from adapterhub.tensor_address import TensorMismatch
 from serve.cpu_kernels import CpuKernels, load_kernels
 from serve.engine import AdapterScale
 from serve.host_memory import HugePages
-from serve.kernel_structs import (
-    AdapterTable,
-    DecoderLayer,
-    DecoderLayers,
-    Heads,
-    SegmentTable,
-    Tiles,
-    WeightMatrix,
-)
-from serve.lora_layers import LinearGroup, Segments
+from serve.kernel_structs import AdapterTable, DecoderLayer, DecoderLayers, Heads, SegmentTable, Tiles, WeightMatrix
+from serve.lora_layers import LinearGroup
+from serve.lora_segments import Segments
 from serve.lora_weights import LowRank
 
 ROOT = Path(__file__).parent.parent

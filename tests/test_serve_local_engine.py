@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_VOCABULARY, make_peft_adapter
 from engine_runs import (
     GREEDY,
     NUM_TOKENS,
@@ -26,10 +25,11 @@ from engine_runs import (
     tokens_of,
     unverified,
 )
+from tiny_models import TINY_VOCABULARY, make_peft_adapter
 
-from adapterhub.adapter import Adapter, BaseRef
-from adapterhub.base_model import Choice, load_base
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import Adapter, BaseRef, StoredBase
+from adapterhub.base_model import load_base
+from adapterhub.choice import Choice
 from serve import model_runner
 from serve.engine import AdapterScale, Chunk, FinishReason, GenerationRequest
 from serve.local_engine import LocalEngineConfig

@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_VOCABULARY, make_peft_adapter
 from engine_runs import GREEDY, PROMPTS, ask, greedy, load_tiny, reference_model, run, running, tokens_of, unverified
 from safetensors.torch import load_file, save_file
+from tiny_models import TINY_VOCABULARY, make_peft_adapter
 
-from adapterhub.adapter import Adapter, BaseRef
-from adapterhub.base_model import Choice
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import Adapter, BaseRef, StoredBase
+from adapterhub.choice import Choice
 from adapterhub.lora_config import WEIGHTS_NAME
 from serve import local_engine, model_runner
 from serve.engine import AdapterScale, GenerationRequest

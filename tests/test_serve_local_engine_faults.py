@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import TINY_VOCABULARY, make_peft_adapter, make_tiny_base
 from engine_runs import GREEDY, NUM_TOKENS, PROMPTS, ask, idle, load_tiny, run, running, tokens_of, unverified
+from tiny_models import TINY_VOCABULARY, make_peft_adapter, make_tiny_base
 
-from adapterhub.adapter import Adapter, BaseRef
-from adapterhub.base_store import StoredBase, fingerprint
+from adapterhub.adapter import Adapter, BaseRef, StoredBase
+from adapterhub.base_store import fingerprint
 from adapterhub.errors import (
     AdapterLoadFailed,
     AdapterNoEffect,
@@ -31,7 +31,6 @@ from adapterhub.errors import (
 )
 from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
-from serve.answer import Services
 from serve.api import create_app
 from serve.auth import ApiKeys
 from serve.catalog import Catalog
@@ -40,6 +39,7 @@ from serve.local_engine import LocalEngine, LocalEngineConfig
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
 from serve.scheduler import Batch, SchedulerLimits
+from serve.services import Services
 
 
 @pytest.fixture(scope="module")

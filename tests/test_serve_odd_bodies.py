@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_serve_api import Bench, run
+from api_bench import Bench, run
 
 from serve.body import MAX_ENTRIES
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from test_serve_api import HELLO, Bench, FakeTokenizer, bench, run
+from api_bench import HELLO, Bench, FakeTokenizer, bench, run
 
 from adapterhub.listening import listen
 from serve import body as bodies

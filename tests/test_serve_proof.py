@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tiny_base
+from tiny_models import make_tiny_base
 from transformers import AutoTokenizer
 
-from adapterhub.adapter import Adapter, BaseRef
+from adapterhub.adapter import Adapter, BaseRef, StoredBase
 from adapterhub.base_model import load_base
-from adapterhub.base_store import StoredBase
 from adapterhub.errors import InvalidManifest, ProbeMismatch, RequestTooLong
 from adapterhub.manifest import MANIFEST_NAME, Probe, parse_manifest
-from adapterhub.package import pack
+from adapterhub.pack import pack
 from adapterhub.probe import replay as verify
 from serve.local_engine import LocalEngine, LocalEngineConfig
 from serve.prompt import PromptRenderer

@@ -20,19 +20,19 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from conftest import TINY_VOCABULARY
 from engine_runs import load_tiny
+from tiny_models import TINY_VOCABULARY
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
-from serve.answer import Services
 from serve.api import create_app
 from serve.auth import ApiKeys
 from serve.catalog import Catalog
 from serve.local_engine import LocalEngine
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
+from serve.services import Services
 
 NUM_SETS = 10_000 if float(os.environ.get("ADAPTERHUB_SOAK_S", "0")) else 150
 NUM_CLIENTS = 8

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
+from api_bench import Bench, run
 from packages import FINGERPRINT, write_package
-from test_serve_api import Bench, run
 
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.errors import Conflict

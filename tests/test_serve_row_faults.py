@@ -14,19 +14,18 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import make_peft_adapter
 from engine_runs import GREEDY, NUM_TOKENS, PROMPTS, ask, idle, load_tiny, run, running, tokens_of, unverified
 from safetensors.torch import load_file, save_file
+from tiny_models import make_peft_adapter
 
-from adapterhub.adapter import Adapter
-from adapterhub.base_model import Choice
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.choice import Choice
 from adapterhub.errors import AdapterHubError, EngineStopped, NonFiniteLogits, RequestFailed
 from adapterhub.lora_config import WEIGHTS_NAME
 from adapterhub.registry import Registry
 from serve import model_runner
 from serve.adapter_cache import AdapterCache
-from serve.answer import Services, _merged
+from serve.answer import _merged
 from serve.api import create_app
 from serve.attention import PagedStep, _Prefill
 from serve.auth import ApiKeys
@@ -40,6 +39,7 @@ from serve.prompt import PromptRenderer
 from serve.running_answer import RunningAnswer
 from serve.sampling import Sampler
 from serve.scheduler import Batch, SchedulerLimits
+from serve.services import Services
 from serve.text_stream import TextStream
 
 NEIGHBOURS = (0, 2, 4)

@@ -8,7 +8,7 @@ import sys
 
 import httpx
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 
 _DYING_SERVER = """
 import sys

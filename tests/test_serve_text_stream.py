@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers_made import BYTE_WORDS, SPECIAL, WORDS, byte_fallback, bytes_as_tokens, word_pieces
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from serve.engine import GenerationRequest, SamplingParams
 from serve.running_answer import RunningAnswer
 from serve.sampling import Sampled

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE, Unigram, WordPiece
 from transformers import AutoTokenizer
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from serve.token_length import TokenBound
 
 

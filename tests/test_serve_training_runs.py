@@ -20,7 +20,8 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from adapterhub.base_store import _RECORD_NAME, StoredBase
+from adapterhub.adapter import StoredBase
+from adapterhub.base_store import _RECORD_NAME
 from adapterhub.errors import AdapterHubError, UsageError
 from adapterhub.run_record import LOG_NAME
 from serve.api_route import Door

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import TINY_VOCABULARY, free_port, make_peft_adapter, make_tiny_base
+from tiny_models import TINY_VOCABULARY, free_port, make_peft_adapter, make_tiny_base
 from vllm_fixtures import Running, ask, engine_on, expected, fake_of, fakes, run, tokens_of, until
 
-from adapterhub.adapter import Adapter, BaseRef
-from adapterhub.base_store import StoredBase, fingerprint
+from adapterhub.adapter import Adapter, BaseRef, StoredBase
+from adapterhub.base_store import fingerprint
 from adapterhub.errors import (
     AdapterHubError,
     AdapterLoadFailed,
@@ -27,7 +27,7 @@ from adapterhub.errors import (
     UsageError,
 )
 from adapterhub.fit import module_shapes
-from adapterhub.package import pack
+from adapterhub.pack import pack
 from serve import vllm_engine
 from serve.engine import AdapterScale, Constraint, FinishReason, GenerationRequest, SamplingParams
 from serve.vllm_engine import name_of

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import make_peft_adapter
 from fake_vllm import environment
+from tiny_models import make_peft_adapter
 from vllm_fixtures import (
     Running,
     ask,
@@ -32,13 +32,9 @@ from vllm_fixtures import (
     until,
 )
 
-from adapterhub.adapter import Adapter, AdapterRef, BaseName, BaseRef
-from adapterhub.base_store import StoredBase
-from adapterhub.errors import (
-    EngineStopped,
-    UsageError,
-)
-from adapterhub.package import pack
+from adapterhub.adapter import Adapter, AdapterRef, BaseName, BaseRef, StoredBase
+from adapterhub.errors import EngineStopped, UsageError
+from adapterhub.pack import pack
 from adapterhub.registry import Registry
 from serve import engines, vllm_engine
 from serve.config import ServeConfig, VllmConfig

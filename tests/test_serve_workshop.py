@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from api_bench import Bench, bench, thumb
 from packages import write_package
-from test_serve_api import Bench, bench
-from test_serve_feedback import thumb
 
-from adapterhub.adapter import AdapterRef
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import AdapterRef, StoredBase
 from adapterhub.errors import AdapterNotFound, Conflict, ServerBusy, SignatureInvalid, UsageError
 from adapterhub.package import open_adapter
 from serve import workshop

@@ -12,22 +12,21 @@ from typing import Any
 
 import httpx
 import pytest
-from test_train_trainer import make_recipe, run
+from training import make_recipe, run
 
-from adapterhub.adapter import AdapterRef
+from adapterhub.adapter import AdapterRef, StoredBase
 from adapterhub.base_model import load_base
-from adapterhub.base_store import StoredBase
 from adapterhub.errors import DatasetError, RecipeError
-from adapterhub.package import pack
+from adapterhub.pack import pack
 from adapterhub.registry import Registry
 from serve.adapter_cache import AdapterCache
-from serve.answer import Services
 from serve.api import create_app
 from serve.auth import ApiKeys
 from serve.catalog import Catalog
 from serve.local_engine import LocalEngine
 from serve.metrics import Metrics
 from serve.prompt import PromptRenderer
+from serve.services import Services
 from train.chat_template import chat_template_of
 from train.conversation import Conversation, Message, Text
 from train.data import Sample, check_has_template, tokenize, tokenize_text

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preference_rows import label, pair, says
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.errors import DatasetError
 from train.comparisons import Comparisons, Labelled, Pair, read_comparisons
 from train.recipe import PreferenceMethod
@@ -22,22 +23,8 @@ def tokenizer(smollm2: StoredBase) -> Any:
     return AutoTokenizer.from_pretrained(smollm2.path)
 
 
-def says(role: str, text: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": text}]
-
-
-def pair(number: int, *, chosen: str = "Aye, {n}.", rejected: str = "It is {n}.") -> dict[str, Any]:
-    replies = {"chosen": chosen.format(n=number), "rejected": rejected.format(n=number)}
-    return {"prompt": says("user", f"What is {number}?")} | {k: says("assistant", v) for k, v in replies.items()}
-
-
 def hh(question: str, answer: str) -> str:
     return f"\n\nHuman: {question}\n\nAssistant: {answer}"
-
-
-def label(number: int, is_good: bool) -> dict[str, Any]:
-    reply = says("assistant", f"{'Aye' if is_good else 'No'}, {number}.")
-    return {"prompt": says("user", f"What is {number}?"), "completion": reply, "label": is_good}
 
 
 def read(

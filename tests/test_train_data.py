@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.errors import DatasetError
 from train.conversation import Conversation, Message, Source
 from train.data import Sample, TokenData, drop_duplicates, prepare, split, tokenize

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import httpx
 import pytest
-from test_train_oasst import TREE
+from oasst_tree import TREE
 
 from adapterhub.errors import DatasetError, RecipeError, UsageError
 from train.datasets_library import _known, known_dataset

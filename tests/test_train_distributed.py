@@ -16,24 +16,25 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_VOCABULARY, free_port
 from peft import PeftModel
-from test_train_preference import preference_recipe
-from test_train_trainer import WEIGHTS, make_recipe, run, tensors_of
+from preference_rows import preference_recipe
+from tiny_models import TINY_VOCABULARY, free_port
+from training import WEIGHTS, make_recipe, run, tensors_of
 from typer.testing import CliRunner
 
-from adapterhub.adapter import BaseName
+from adapterhub.adapter import BaseName, StoredBase
 from adapterhub.base_model import load_base
-from adapterhub.base_store import StoredBase, find_base
+from adapterhub.base_store import find_base
 from adapterhub.cli import app
 from adapterhub.errors import OutputNotFresh, UsageError
 from adapterhub.files import sha256_of
-from adapterhub.package import pack
+from adapterhub.pack import pack
 from adapterhub.run_record import read_run_record
-from train.distributed import World, check_same_run
+from train.distributed import World
 from train.launch import Launch, command, environment
 from train.recipe import Recipe, read_recipe
 from train.run_folder import run_path
+from train.worker import check_same_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -268,7 +269,7 @@ def test_an_impossible_launch_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_a_stopped_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path, base: StoredBase) -> None:
-    from test_train_resume import stopped
+    from stopped_runs import stopped
 
     recipe = recipe_on(tmp_path, base)
     stopped(recipe, base, tmp_path / "out", after=1)

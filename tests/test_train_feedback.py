@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from test_train_trainer import make_recipe
+from training import make_recipe
 from typer.testing import CliRunner
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.cli import app
 from adapterhub.cli.from_feedback import feedback_exported
 from adapterhub.errors import UsageError

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_train_trainer import make_recipe, tensors_of
+from training import make_recipe, tensors_of
 
+from adapterhub.adapter import StoredBase
 from adapterhub.base_model import load_base
-from adapterhub.base_store import StoredBase
 from train import trainer
 from train.data import Sample
 from train.evaluate import row_loss

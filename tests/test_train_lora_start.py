@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_serve_local_engine import PROMPTS
-from test_train_methods import CPU, layers_of, logits, plain, recipe_of
-from test_train_trainer import run, tensors_of
+from adapter_methods import CPU, layers_of, logits, plain, recipe_of
+from engine_runs import PROMPTS
+from training import run, tensors_of
 
-from adapterhub.base_model import dense_weight, load_base
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
+from adapterhub.base_model import load_base
 from adapterhub.errors import RecipeError
+from adapterhub.nf4 import dense_weight
 from train.data import Sample
 from train.forward import token_losses
 from train.lora import add_lora

@@ -8,25 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_methods import CPU, layers_of, logits, plain, recipe_of
+from engine_runs import PROMPTS, greedy, running, tokens_of, unverified
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
-from test_serve_local_engine import PROMPTS, greedy, running, tokens_of, unverified
-from test_train_resume import StopAfter
-from test_train_trainer import WEIGHTS, make_recipe, run, tensors_of
+from stopped_runs import StopAfter
+from training import WEIGHTS, run, tensors_of
 
-from adapterhub.adapter import BaseRef
+from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.base_model import LoadedBase, load_base
-from adapterhub.base_store import StoredBase
 from adapterhub.errors import AdapterUnsupported, TrainingStopped, UsageError
 from adapterhub.files import sha256_of
-from adapterhub.package import pack as pack_folder
+from adapterhub.pack import pack as pack_folder
 from adapterhub.run_record import LOG_NAME, RunStep, read_run_events, read_run_record
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from serve.local_engine import LocalEngineConfig
 from train import trainer
 from train.data import Sample
-from train.distributed import work
 from train.forward import token_losses
 from train.lora import add_lora, second_factors, trainable
 from train.methods import put_on, without_change
@@ -36,14 +35,13 @@ from train.progress import Silent
 from train.recipe import LoraSection, Recipe, TrainSection
 from train.run_folder import run_path
 from train.trainer import resume
+from train.worker import work
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
 
-CPU = torch.device("cpu")
-LIVELY = {"learning_rate": 0.02, "max_grad_norm": 1.0}
 SERVED: dict[str, dict[str, Any]] = {
     "lora": {},
     "attention": {"lora": {"targets": "attention"}},
@@ -62,20 +60,6 @@ SERVED: dict[str, dict[str, Any]] = {
 SOFT = ("prompt", "prefix")
 
 
-def recipe_of(folder: Path, *, method: str = "lora", **sections: dict[str, Any]) -> Recipe:
-    """make_recipe's, and with another method what that leaves out."""
-    train = LIVELY | sections.pop("train", {})
-    recipe = make_recipe(folder, train=train, **sections)
-    if method == "lora":
-        return recipe
-    raw = recipe.model_dump(exclude={"lora"}) | {"method": method, "virtual_tokens": 4}
-    if method == "full":
-        raw["quantization"] |= {"kind": "none"}
-    changed = Recipe.model_validate(raw)
-    changed._folder = folder
-    return changed
-
-
 def trained(recipe: Recipe, base: StoredBase, output: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The model in memory, as the run that wrote `output` left it."""
     kept: list[Any] = []
@@ -87,16 +71,6 @@ def trained(recipe: Recipe, base: StoredBase, output: Path, monkeypatch: pytest.
     monkeypatch.setattr(trainer, "put_on", put)
     run(recipe, base, output)
     return kept[0].eval()
-
-
-def logits(model: Any) -> torch.Tensor:
-    """[prompts, vocabulary] of the first tokens answered."""
-    with torch.no_grad():
-        return torch.stack([model(input_ids=torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS])
-
-
-def plain(base: StoredBase, purpose: Any = "train") -> LoadedBase:
-    return load_base(base, purpose=purpose, dtype="float32")
 
 
 def served(loaded: LoadedBase, folder: Path | None) -> tuple[list[list[int]], list[dict[int, float]]]:
@@ -240,10 +214,6 @@ def test_a_head_is_packed_by_its_name(tmp_path: Path, tiny_base: StoredBase) -> 
     manifest = pack_folder(tmp_path / "out", base=tiny_base).manifest
     assert (manifest.lora.method, manifest.lora.targets) == ("head", ["lm_head"])
     assert list(tensors_of(tmp_path / "out")) == ["base_model.model.lm_head.weight"]
-
-
-def layers_of(model: Any) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 @pytest.mark.parametrize(

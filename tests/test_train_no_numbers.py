@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_train_resume import StopAfter, losses, recipe_of, resumed
-from test_train_trainer import WEIGHTS, run
+from stopped_runs import StopAfter, losses, recipe_of, resumed
+from training import WEIGHTS, run
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.errors import TrainingFailed, TrainingStopped
 from adapterhub.files import sha256_of
 from adapterhub.run_record import read_run_record

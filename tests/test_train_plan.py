@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY_VOCABULARY
-from test_train_preference import preference_recipe
-from test_train_trainer import WEIGHTS, make_recipe, run
+from preference_rows import preference_recipe
+from tiny_models import TINY_VOCABULARY
+from training import WEIGHTS, make_recipe, run
 from transformers import AutoTokenizer, Gemma3Config, OPTConfig, PretrainedConfig
 from typer.testing import CliRunner
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.cli import app
 from adapterhub.errors import DatasetError, IncompatibleBase, RecipeError
 from adapterhub.lora_config import lora_tensors, read_lora_config
-from adapterhub.memory import ModelShape, TrainingLoad, training_memory
-from adapterhub.package import pack
+from adapterhub.memory import TrainingLoad, training_memory
+from adapterhub.model_shape import ModelShape
+from adapterhub.pack import pack
 from adapterhub.run_record import read_run_record
 from adapterhub.safetensors_header import read_header
 from train.mask_report import MaskReport

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +9,27 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train_comparisons import label, pair, says
-from test_train_trainer import make_recipe, run, tensors_of
+from preference_rows import TRAIN, label, preference_recipe, says
+from training import make_recipe, run, tensors_of
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.errors import RecipeError
-from adapterhub.package import open_adapter, pack
+from adapterhub.pack import pack
+from adapterhub.package import open_adapter
 from adapterhub.run_record import read_run_record
 from train.comparisons import Comparisons, Labelled, Pair
 from train.data import Sample
 from train.evaluate import log_likelihoods
-from train.objective import Answers, Measured
+from train.objective import Measured
 from train.preference_loss import dpo_loss, kto_loss, orpo_loss
 from train.preference_objective import _groups_of, _mismatched, _num_pairs, _share_told_apart, preference_objective
 from train.progress import Silent
-from train.recipe import PreferenceMethod, PreferenceSection, Recipe, read_recipe
+from train.recipe import PreferenceMethod, PreferenceSection, read_recipe
+from train.sft_objective import Answers
 from train.sources import read_chatterbot
 from train.trainer import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
-TRAIN = {"steps": 12, "batch_size": 4, "learning_rate": 5e-3, "max_grad_norm": 1.0}
-
-
-def preference_recipe(folder: Path, method: str, lines: list[Any] | None = None, **sections: Any) -> Recipe:
-    """A recipe on lines of our own, or twelve pairs that prefer one opening word."""
-    lines = lines or [pair(n) for n in range(12)]
-    (folder / "votes.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    data = {"path": "votes.jsonl", "held_out": 4}
-    return make_recipe(folder, **({"data": data, "train": TRAIN, "preference": {"method": method}} | sections))
 
 
 def sample(*tokens: int, trained: int) -> Sample:

@@ -7,13 +7,13 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from conftest import TINY_VOCABULARY
 from hub_fixtures import ALICE, LFS_UPLOADS_WARN, PEOPLE, READER, start_hub
-from test_train_trainer import make_recipe, run
+from tiny_models import TINY_VOCABULARY
+from training import make_recipe, run
 from typer.testing import CliRunner
 
-from adapterhub.adapter import BaseName, BaseRef
-from adapterhub.base_store import StoredBase, outline_base
+from adapterhub.adapter import BaseName, BaseRef, StoredBase
+from adapterhub.base_store import outline_base
 from adapterhub.cli import app
 from adapterhub.errors import BaseNotFound, HubUnavailable, IncompatibleBase, StorageFull
 from adapterhub.hub import Hub

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from adapterhub.adapter import BaseName, BaseRef
-from adapterhub.base_store import StoredBase, known_bases
+from adapterhub.adapter import BaseName, BaseRef, StoredBase
+from adapterhub.base_store import known_bases
 from adapterhub.cli import app
-from adapterhub.memory import ModelShape
 from adapterhub.memory_estimate import estimate_training
+from adapterhub.model_shape import ModelShape
 from adapterhub.model_shapes import shape_of
 from train.plan import make_plan
 from train.recipe import DatasetsData, FileData, LoraSection, Recipe, read_recipe, shipped_recipes

@@ -13,25 +13,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from test_train_resume import stopped
-from test_train_trainer import WEIGHTS, make_recipe, run
+from stopped_runs import stopped
+from training import WEIGHTS, make_recipe, run
 from typer.testing import CliRunner
 
+from adapterhub.adapter import StoredBase
 from adapterhub.base_model import load_base
-from adapterhub.base_store import StoredBase
 from adapterhub.cli import app
 from adapterhub.errors import TrainingFailed, UnsafeFile, UsageError
 from adapterhub.files import sha256_of
-from adapterhub.package import open_adapter, pack
-from adapterhub.run_record import (
-    REPORT_HEAD,
-    REPORT_NAME,
-    RunEnd,
-    RunEvent,
-    RunSampled,
-    RunStep,
-    read_run_events,
-)
+from adapterhub.pack import pack
+from adapterhub.package import open_adapter
+from adapterhub.run_record import REPORT_HEAD, REPORT_NAME, RunEnd, RunEvent, RunSampled, RunStep, read_run_events
 from train.data import Sample
 from train.evaluate import rows_to_measure
 from train.out_of_memory import what_to_cut
@@ -277,7 +270,7 @@ def test_out_of_memory_the_largest_part_that_can_be_cut_is_named(largest: str, s
 def test_out_of_memory_in_a_run_names_the_plan(
     tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_train_trainer import failing_loss
+    from training import failing_loss
 
     failing_loss(monkeypatch, MemoryError())
     with pytest.raises(TrainingFailed, match=r"memory ran out; of the [\d.]+ GB planned, [\d.]+ GB are for"):

@@ -15,48 +15,22 @@ from typing import Any
 
 import pytest
 import torch
-from test_train_trainer import WEIGHTS, Interrupt, make_recipe, run
+from stopped_runs import StopAfter, losses, recipe_of, resumed, stopped
+from training import WEIGHTS, Interrupt, make_recipe, run
 
-from adapterhub.adapter import BaseRef
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.errors import OutputNotFresh, RunNotResumable, StorageFull, TrainingStopped
 from adapterhub.files import sha256_of
-from adapterhub.run_record import RunMeasured, RunStep, read_run_events, read_run_record
+from adapterhub.run_record import RunStep, read_run_record
 from train import trainer
 from train.optimizer import load_optimizer, make_optimizer, save_optimizer
 from train.progress import Silent
 from train.recipe import Recipe, TrainSection
 from train.run_folder import run_path
-from train.trainer import resume
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:Paged optimizers are not supported on CPU"
 )
-
-
-class StopAfter(Silent):
-    """Somebody sends SIGTERM during a step."""
-
-    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
-        self._step, self._number = step, number
-
-    def step(self, done: RunStep, *, of: int) -> None:
-        if done.step == self._step:
-            os.kill(os.getpid(), self._number)
-
-
-def recipe_of(folder: Path, **train: Any) -> Recipe:
-    """Six steps with dropout, over more than one epoch."""
-    return make_recipe(folder, train={"steps": 6, "checkpoint_every": 2} | train)
-
-
-def stopped(recipe: Recipe, base: StoredBase, output: Path, *, after: int) -> None:
-    with pytest.raises(TrainingStopped):
-        run(recipe, base, output, progress=StopAfter(after))
-
-
-def resumed(output: Path, base: StoredBase) -> None:
-    resume(output, base, progress=Silent())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "paged-adamw"])
@@ -97,7 +71,7 @@ def test_grouped_by_length_under_a_template_file_is_the_same_bytes_too(tmp_path:
 
 
 def test_preference_runs_resume_too(tmp_path: Path, tiny_base: StoredBase) -> None:
-    from test_train_preference import TRAIN, preference_recipe
+    from preference_rows import TRAIN, preference_recipe
 
     recipe = preference_recipe(tmp_path, "kto", train=TRAIN | {"steps": 4}, lora={"dropout": 0.1})
     run(recipe, tiny_base, tmp_path / "whole")
@@ -273,10 +247,6 @@ def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path: Path, tiny_ba
     assert kills
     assert sha256_of(tmp_path / "whole" / WEIGHTS) == sha256_of(tmp_path / "out" / WEIGHTS)
     assert not run_path(tmp_path / "out").exists()
-
-
-def losses(folder: Path) -> list[float]:
-    return [e.loss for e in read_run_events(folder / "train_log.jsonl") if isinstance(e, RunMeasured)]
 
 
 def overfitting(folder: Path, **train: Any) -> Recipe:

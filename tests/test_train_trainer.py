@@ -8,65 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from training import WEIGHTS, Interrupt, failing_loss, make_recipe, run, tensors_of
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.errors import DatasetError, OutputNotFresh, RecipeError, TrainingFailed, UsageError
 from adapterhub.files import sha256_of
 from adapterhub.lora_config import lora_tensors, read_lora_config
-from adapterhub.run_record import RunEnd, RunStep, read_run_record
+from adapterhub.run_record import RunStep, read_run_record
 from adapterhub.safetensors_header import read_header
-from train import objective, trainer
+from train import trainer
 from train.progress import Silent
-from train.recipe import Recipe, read_recipe
+from train.recipe import read_recipe
 from train.trainer import fit
 
 # peft asks transformers by a property's old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
-WEIGHTS = "adapter_model.safetensors"
-
-
-def make_recipe(folder: Path, *, lines: int = 12, **sections: dict[str, Any]) -> Recipe:
-    """A recipe of three steps on questions of our own; `sections` change or add keys."""
-    asked = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is {n}?"},
-                {"role": "assistant", "content": f"It is {n + n}{' indeed' * (n % 3)}."},
-            ]
-        }
-        for n in range(lines)
-    ]
-    (folder / "lines.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    raw: dict[str, dict[str, Any]] = {
-        "data": {"source": "file", "path": "lines.jsonl", "held_out": 4},
-        "lora": {"rank": 4, "dropout": 0.1},
-        "train": {"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1},
-        "quantization": {"compute_dtype": "float32"},
-    }
-    text = 'name = "mine"\nbase = "smollm2-135m-instruct"\n'
-    for name in raw | sections:
-        entries = raw.get(name, {}) | sections.get(name, {})
-        text += f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in entries.items())
-    (folder / "mine.toml").write_text(text)
-    return read_recipe(folder / "mine.toml")
-
-
-def run(recipe: Recipe, base: StoredBase, output: Path, **options: Any) -> RunEnd:
-    return fit(recipe, base, output, **({"progress": Silent()} | options))
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return dict(load_file(folder / WEIGHTS))
-
-
-class Interrupt(Silent):
-    """Somebody presses Ctrl-C twice in the first step."""
-
-    def step(self, done: RunStep, *, of: int) -> None:
-        raise KeyboardInterrupt
 
 
 def test_the_folder_is_a_complete_adapter(tmp_path: Path, tiny_base: StoredBase) -> None:
@@ -219,15 +175,6 @@ def test_faulty_data_stops_a_run_before_the_base_is_loaded(
     with pytest.raises(DatasetError, match=r"lines\.jsonl:1"):
         run(recipe, tiny_base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def failing_loss(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
-    def loss(model: Any, row: Any) -> torch.Tensor:
-        if error is not None:
-            raise error
-        return next(p for p in model.parameters() if p.requires_grad).sum() * float("nan")
-
-    monkeypatch.setattr(objective, "row_loss", loss)
 
 
 def test_a_loss_that_is_no_number(tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch) -> None:

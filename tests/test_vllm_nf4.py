@@ -10,13 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import make_peft_adapter
-from test_vllm_real import Served, model_of, serving
+from tiny_models import make_peft_adapter
+from vllm_fixtures import Served, model_of, serving
 
+from adapterhub.adapter import StoredBase
 from adapterhub.base_model import load_base
-from adapterhub.base_store import StoredBase
 from adapterhub.manifest import MANIFEST_NAME
-from adapterhub.package import pack
+from adapterhub.pack import pack
 
 pytestmark = pytest.mark.vllm
 

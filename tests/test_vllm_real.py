@@ -8,70 +8,29 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from conftest import free_port, make_peft_adapter, make_tiny_base
-from vllm_fixtures import is_alive, processes_under
+from tiny_models import make_peft_adapter, make_tiny_base
+from vllm_fixtures import PYTHON, TOKENS, Served, model_of, processes_under, serving, whole_characters
 
-from adapterhub.adapter import BaseRef
-from adapterhub.base_store import StoredBase, fingerprint
+from adapterhub.adapter import BaseRef, StoredBase
+from adapterhub.base_store import fingerprint
 from adapterhub.manifest import MANIFEST_NAME, read_manifest
-from adapterhub.package import pack
+from adapterhub.pack import pack
 
 pytestmark = pytest.mark.vllm
-PYTHON = os.environ.get("ADAPTERHUB_VLLM_PYTHON")
 if PYTHON is None:
     pytest.skip("ADAPTERHUB_VLLM_PYTHON names no environment with vLLM: run make test-vllm", allow_module_level=True)
 
 NAMES = ("a", "b", "c", "d")
 PROMPTS = [list(range(1000 + 40 * number, 1012 + 41 * number)) for number in range(4)]
-TOKENS = 24
-COMMAND = str(Path(sys.executable).with_name("adapterhub"))
 SLOTS = 4
-
-
-def whole_characters(text: str) -> str:
-    """Without half a character at the end, which vLLM keeps back and a tokenizer spells as U+FFFD."""
-    return text.rstrip("\ufffd")
-
-
-@dataclass
-class Served:
-    url: str
-    process: subprocess.Popen[bytes]
-    home: Path
-    folders: Path
-    base: StoredBase
-
-    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=120)
-
-    def complete(self, model: str, prompt: list[int], **options: object) -> httpx.Response:
-        body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1}
-        return self.post("/v1/completions", {**body, "ignore_eos": True, **options})
-
-    def tokens(self, model: str, prompt: list[int]) -> str:
-        answer = self.complete(model, prompt)
-        assert answer.status_code == 200, answer.text
-        return whole_characters(answer.json()["choices"][0]["text"])
-
-    def add(self, folder: Path, name: str) -> None:
-        environment = os.environ | {"ADAPTERHUB_HOME": str(self.home)}
-        command = [COMMAND, "add", str(folder), "--name", name]
-        subprocess.run(command, env=environment, check=True, capture_output=True)
-
-    def load(self, name: str, path: str) -> httpx.Response:
-        return self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
 
 
 @pytest.fixture(scope="module")
@@ -91,43 +50,6 @@ def served(base: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         pack(root / "adapters" / name, base=base, name=name)
     with serving(base, root, NAMES, "--dtype", "float32", "--max-loras", str(SLOTS)) as found:
         yield found
-
-
-@contextmanager
-def serving(base: StoredBase, root: Path, names: Sequence[str], *options: str) -> Iterator[Served]:
-    """Our server on a vLLM of its own, with the adapters root/adapters/<name>; all of it ends, the hard way."""
-    folders, home, url = root / "adapters", root / "home", f"http://127.0.0.1:{(port := free_port())}"
-    adapters = [part for name in names for part in ("-a", f"{name}={folders / name}")]
-    command = [COMMAND, "serve", "--base", str(base.path), *adapters, "--port", str(port), "--no-page"]
-    with (root / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--engine", "vllm", "--vllm-python", str(PYTHON), *options],
-            env=os.environ | {"ADAPTERHUB_HOME": str(home)}, stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    try:
-        wait_until_ready(url, process, root / "log")
-        yield Served(url, process, home, folders, base)
-    finally:
-        below = processes_under(process.pid)
-        process.kill()
-        process.wait()
-        deadline = time.monotonic() + 30
-        while any(is_alive(pid) for pid in below):
-            assert time.monotonic() < deadline, "vLLM outlived the server that started it"
-            time.sleep(0.1)
-
-
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        try:
-            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +75,6 @@ def reference(served: Served) -> dict[tuple[str, int], str]:
             model = asked.unload()
     assert len(set(found.values())) == len(found), "adapters that answer alike prove nothing"
     return found
-
-
-def model_of(served: Served, name: str) -> str:
-    return served.base.path.name if name == "base" else name
 
 
 def test_models_are_listed_with_digest_and_precision(served: Served) -> None:

@@ -7,25 +7,14 @@ checkpoints and what is saved are those of a single process. Starts no processes
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-
-from adapterhub.adapter import Adapter
-from adapterhub.base_store import StoredBase
-from adapterhub.errors import OutputNotFresh, UsageError
-from adapterhub.run_record import RunEnd
-from train.inputs import with_lora_of
-from train.recipe import Recipe
-from train.run_folder import read_run, run_path
 
 _PATIENCE = timedelta(minutes=30)
 """for the slowest process between two meetings: loading and quantizing a large base"""
@@ -157,62 +146,6 @@ def shard_base(model: Any, world: World) -> None:
 def held_bytes(model: Any) -> int:
     """Bytes of the frozen weights that this process holds."""
     return sum(_local(parameter).nbytes for parameter in model.parameters() if not parameter.requires_grad)
-
-
-def work(
-    recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None, shards: Shards | None,
-    report_to: Sequence[str] = (),
-) -> RunEnd | None:  # fmt: skip
-    """This worker's part of a run into `output`: begun, or after a restart gone on with from its newest checkpoint.
-
-    The first process writes; the others keep their own log and checkpoints in a folder that goes when they end, so
-    all take the same path through the same loop. `output` must be on storage that every node sees. Returns None for
-    the others. Raises as `fit` does, and UsageError for preference tuning, whose steps are not sums over samples.
-    """
-    from train import trainer
-    from train.progress import Silent
-    from train.trackers import tracking
-
-    if recipe.preference is not None:
-        raise UsageError("preference tuning runs in one process: leave --launch out.")
-    if recipe.method == "full" and shards:
-        raise UsageError("--shard divides frozen weights, and method = full trains them all: leave --shard out.")
-    check_same_run(recipe, output, start)
-    with joined(shards=shards) as world, _own_folder(output, world) as folder:
-        progress = None if world.rank == 0 else Silent()
-        with tracking(report_to if world.rank == 0 else (), recipe) as listen:
-            if any(run_path(folder).glob("step-*")):
-                end = trainer.resume(folder, base, progress=progress, listen=listen)
-            else:
-                end = trainer.fit(recipe, base, folder, start=start, progress=progress, listen=listen)
-    return end if world.rank == 0 else None
-
-
-def check_same_run(recipe: Recipe, output: Path, start: Adapter | None) -> None:
-    """Raises OutputNotFresh when a run of another recipe was stopped at `output`."""
-    if not any(run_path(output).glob("step-*")):
-        return
-    begun, _ = read_run(output)
-    if begun.to_toml() != with_lora_of(recipe, start).to_toml():
-        raise OutputNotFresh(
-            f"{run_path(output)} holds a stopped run of another recipe: name another output, or remove that folder."
-        )
-
-
-@contextmanager
-def _own_folder(output: Path, world: World) -> Iterator[Path]:
-    """`output` for the first process; for another a scratch folder with a copy of the newest checkpoint."""
-    if world.rank == 0:
-        world.meet()  # the others have copied
-        yield output
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        own = Path(scratch) / output.name
-        theirs = run_path(output)
-        if theirs.is_dir():
-            shutil.copytree(theirs, run_path(own), ignore=shutil.ignore_patterns("lock", ".*.tmp"))
-        world.meet()
-        yield own
 
 
 def _decoder_layers(model: Any) -> Sequence[torch.nn.Module]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adapterhub.base_model import frozen_weight, has_frozen_weight
+from adapterhub.nf4 import frozen_weight, has_frozen_weight
 
 _NAME = "default"
 

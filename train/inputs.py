@@ -9,17 +9,17 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from adapterhub.adapter import Adapter
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.errors import BaseNotFound, IncompatibleBase, RecipeError
 from adapterhub.package import check_base
 from train.chat_template import chat_template_of
 from train.comparisons import read_comparisons
 from train.data import prepare
 from train.lora import lora_of
-from train.objective import Answers, Objective
+from train.objective import Objective
 from train.preference_objective import preference_objective
 from train.recipe import Recipe, RowData
+from train.sft_objective import Answers
 from train.sources import read_source, rows_of
 
 

@@ -15,8 +15,8 @@ from peft import initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
-from adapterhub.base_model import dense_weight
 from adapterhub.errors import RecipeError
+from adapterhub.nf4 import dense_weight
 from train.data import Sample
 from train.objective import Objective
 from train.packing import pack

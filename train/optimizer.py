@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from adapterhub.base_model import Choice, adamw
+from adapterhub.base_model import adamw
+from adapterhub.choice import Choice
 from adapterhub.files import write_atomic
 from train.recipe import TrainSection
 

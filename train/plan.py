@@ -12,11 +12,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapterhub.adapter import Adapter
+from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.base_model import choose_precision
-from adapterhub.base_store import StoredBase
 from adapterhub.errors import BaseNotFound, IncompatibleBase
-from adapterhub.memory import SPREAD, ModelShape, TrainingLoad, places_at_once, training_memory
+from adapterhub.memory import SPREAD, TrainingLoad, places_at_once, training_memory
+from adapterhub.model_shape import ModelShape
 from train.data import Sample
 from train.distributed import current_world
 from train.inputs import load_inputs, with_lora_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.errors import HubError, NotAuthorized, StorageFull
 from adapterhub.home import home
 from adapterhub.hub import Hub

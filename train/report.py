@@ -16,16 +16,7 @@ import torch
 
 from adapterhub.base_model import LoadedBase
 from adapterhub.memory import SPREAD
-from adapterhub.run_record import (
-    REPORT_HEAD,
-    Answer,
-    RunEnd,
-    RunEvent,
-    RunMeasured,
-    RunSampled,
-    RunStart,
-    RunStep,
-)
+from adapterhub.run_record import REPORT_HEAD, Answer, RunEnd, RunEvent, RunMeasured, RunSampled, RunStart, RunStep
 from train.distributed import current_world
 from train.mask_report import mask_report
 from train.objective import Objective

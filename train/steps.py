@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.errors import TrainingFailed, TrainingStopped
 from adapterhub.run_record import Answer, RunMeasured, RunSampled, RunStep
 from train.answering import FixedPrompts

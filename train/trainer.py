@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from adapterhub.adapter import Adapter
-from adapterhub.base_model import Choice, LoadedBase, load_base
-from adapterhub.base_store import StoredBase
+from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.base_model import LoadedBase, load_base
+from adapterhub.choice import Choice
 from adapterhub.errors import DatasetError, OutputNotFresh, RunNotResumable, UsageError
 from adapterhub.files import new_folder
 from adapterhub.package import TEMPLATE_NAME, open_adapter

@@ -7,11 +7,7 @@ from typing import Annotated
 import typer
 
 from adapterhub.cli.app import base_app
-from adapterhub.cli.shared import (
-    AsJson,
-    say,
-    table,
-)
+from adapterhub.cli.shared import AsJson, say, table
 
 
 @base_app.command("pull")

@@ -42,7 +42,7 @@ def export(
 ) -> None:
     """Write feedback as training data."""
     from adapterhub.files import write_atomic
-    from serve.feedback import exported, write_lines
+    from serve.feedback_export import exported, write_lines
 
     lines = exported((given for _, given in open_store(store).of()), form.value)
     if output is None:

@@ -44,7 +44,8 @@ def feedback_exported(
 def _export(recipe: Recipe, data: FeedbackData, place: Path) -> None:
     from adapterhub.errors import UsageError
     from adapterhub.files import expanded, write_atomic
-    from serve.feedback import ExportFormat, exported, write_lines
+    from serve.feedback import ExportFormat
+    from serve.feedback_export import exported, write_lines
 
     method = recipe.preference.method if recipe.preference else None
     form: ExportFormat = "sft" if method is None else "kto" if method == "kto" else "dpo"

@@ -38,7 +38,7 @@ def improve(
     """Train a candidate from feedback, measure it against the adapter on held-out comparisons, offer to promote it."""
     from adapterhub.adapter import AdapterRef
     from adapterhub.cli.from_feedback import feedback_exported
-    from adapterhub.package import pack
+    from adapterhub.pack import pack
     from train.inputs import with_lora_of
     from train.recipe import Recipe
     from train.trainer import fit

@@ -13,8 +13,9 @@ from adapterhub.cli.app import app
 from adapterhub.cli.shared import AsJson
 
 if TYPE_CHECKING:
-    from adapterhub.memory import Item, ModelShape
+    from adapterhub.memory import Item
     from adapterhub.memory_estimate import Estimate
+    from adapterhub.model_shape import ModelShape
 
 _TITLES = {
     "device": "on each GPU or CPU",
@@ -86,7 +87,7 @@ def _shape(model: str) -> ModelShape:
     from adapterhub.adapter import BaseName
     from adapterhub.base_store import find_base
     from adapterhub.errors import BaseNotFound, InvalidRef, UsageError
-    from adapterhub.memory import ModelShape
+    from adapterhub.model_shape import ModelShape
     from adapterhub.model_shapes import MODEL_SHAPES, shape_of
 
     path = Path(model)

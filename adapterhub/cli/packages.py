@@ -9,14 +9,7 @@ from typing import Annotated
 import typer
 
 from adapterhub.cli.app import app
-from adapterhub.cli.shared import (
-    AsJson,
-    base_with,
-    registry,
-    replay_probe,
-    resolved,
-    say,
-)
+from adapterhub.cli.shared import AsJson, base_with, registry, replay_probe, resolved, say
 
 
 @app.command()
@@ -39,8 +32,8 @@ def pack(
     """Make a folder an adapter package: digests, card, recorded probe, manifest last."""
     from adapterhub.adapter import BaseRef
     from adapterhub.errors import UsageError
-    from adapterhub.package import adopt
-    from adapterhub.package import pack as pack_folder
+    from adapterhub.pack import adopt
+    from adapterhub.pack import pack as pack_folder
     from adapterhub.run_record import read_run_record
 
     record = read_run_record(folder)
@@ -75,7 +68,8 @@ def verify(
         signer = verify_signature(adapter, [PublicKey.read(path) for path in key])
         say(f"signed by {signer.path}")
     if base is not None:
-        from adapterhub.package import check_base, check_layers
+        from adapterhub.pack import check_layers
+        from adapterhub.package import check_base
 
         stored = base_with(adapter.base, base)
         check_base(adapter, stored)

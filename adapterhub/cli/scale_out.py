@@ -24,9 +24,9 @@ def launch_training(
     """Start `processes` workers with `arguments`. Raises UsageError, OutputNotFresh, TrainingFailed,
     TrainingStopped."""
     from adapterhub.errors import UsageError
-    from train.distributed import check_same_run
     from train.launch import Launch, run
     from train.run_folder import check_fresh
+    from train.worker import check_same_run
 
     if recipe.preference is not None:
         raise UsageError("preference tuning runs in one process: leave --launch out.")

@@ -9,15 +9,7 @@ import typer
 
 from adapterhub.cli.app import app
 from adapterhub.cli.publishing import obtained
-from adapterhub.cli.shared import (
-    AllowedHosts,
-    BaseText,
-    HubUrl,
-    hub_at,
-    registry,
-    say,
-    until_interrupted,
-)
+from adapterhub.cli.shared import AllowedHosts, BaseText, HubUrl, hub_at, registry, say, until_interrupted
 
 
 @app.command()

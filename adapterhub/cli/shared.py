@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from adapterhub.adapter import Adapter, BaseRef
-    from adapterhub.base_store import StoredBase
+    from adapterhub.adapter import Adapter, BaseRef, StoredBase
     from adapterhub.hub import Hub
     from adapterhub.registry import Registry
 
@@ -91,7 +90,8 @@ def replay_probe(adapter: Adapter, base_name: str | None) -> None:
     """Ask the base, with the adapter on it, the recorded prompts; what passed is written down. Raises ProbeMismatch."""
     from adapterhub.base_model import load_base
     from adapterhub.errors import ProbeMismatch
-    from adapterhub.package import check_base, held_as
+    from adapterhub.pack import held_as
+    from adapterhub.package import check_base
     from adapterhub.probe import replay
 
     recorded = adapter.manifest.probe

@@ -13,8 +13,7 @@ from adapterhub.cli.app import app
 from adapterhub.cli.shared import AsJson, HubUrl, hub_at, resolved, say, table
 
 if TYPE_CHECKING:
-    from adapterhub.adapter import Adapter
-    from adapterhub.base_store import StoredBase
+    from adapterhub.adapter import Adapter, StoredBase
     from adapterhub.run_record import RunEnd
     from train.distributed import Shards
     from train.recipe import Recipe
@@ -186,7 +185,8 @@ def _train_here(
 ) -> RunEnd | None:
     """In this process, which may be one of several; None when another one of them writes the adapter."""
     from adapterhub.errors import UsageError
-    from train.distributed import is_worker, work
+    from train.distributed import is_worker
+    from train.worker import work
 
     if is_worker():
         return work(recipe, base, folder, start=start, shards=shards, report_to=report_to)

@@ -14,16 +14,7 @@ from pathspec import GitIgnoreSpec
 from pydantic import ValidationError
 
 from adapterhub.hubserver import wire
-from adapterhub.hubserver.access import (
-    REPO,
-    BaseUrl,
-    Contributable,
-    Hub,
-    HubHere,
-    Part,
-    User,
-    check_can_write,
-)
+from adapterhub.hubserver.access import REPO, BaseUrl, Contributable, Hub, HubHere, Part, User, check_can_write
 from adapterhub.hubserver.bodies import lines
 from adapterhub.hubserver.commits import Change, Commit, DeleteFile, DeleteFolder, FileEntry, NewCommit, PutFile
 from adapterhub.hubserver.names import check_path, pull_number

@@ -1,0 +1,73 @@
+"""The shape of a model, as memory estimates need it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only model, as its config.json states them."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    key_value: int
+    """width of the keys of all heads together"""
+    vocabulary: int
+    query: int = 0
+    """width of the queries of all heads together; 0: the hidden size"""
+    is_tied: bool = False
+    """one matrix is both embedding and output head"""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Raises KeyError for a config without these sizes, each a single number (Gemma 3n has one for each layer)."""
+        for key in ("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
+            if type(config[key]) is not int or config[key] < 1:
+                raise KeyError(key)
+        heads = config["num_attention_heads"]
+        head = config.get("head_dim") or config["hidden_size"] // heads
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            key_value=head * (config.get("num_key_value_heads") or heads),
+            vocabulary=config["vocab_size"],
+            query=head * heads,
+            is_tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    def layer_linears(self) -> dict[str, tuple[int, int]]:
+        """Name -> (inputs, outputs) of one layer's linear modules, gated as in LLaMA (arXiv 2302.13971)."""
+        query = self.query or self.hidden
+        return {
+            "q_proj": (self.hidden, query),
+            "k_proj": (self.hidden, self.key_value),
+            "v_proj": (self.hidden, self.key_value),
+            "o_proj": (query, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all layers' linear modules: what is held in 4 bit."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.layer_linears().values())
+
+    @property
+    def embedding_weights(self) -> int:
+        """Weights of embedding and output head, once when they are tied."""
+        return self.vocabulary * self.hidden * (1 if self.is_tied else 2)
+
+    @property
+    def weights(self) -> int:
+        return self.linear_weights + self.embedding_weights + self.hidden * (2 * self.layers + 1)
+
+    def lora_weights(self, rank: int, modules: Sequence[str] = ()) -> int:
+        """A and B of rank `rank` on these modules, on all linear ones when none is named. Raises KeyError."""
+        linears = self.layer_linears()
+        return self.layers * sum(rank * sum(linears[name]) for name in modules or linears)
