@@ -34,12 +34,12 @@ test: setup  ## all but a real vLLM, WORKERS=3 tests side by side; ORDER=random 
 
 test-vllm: setup  ## a real vLLM server on the CPU, in an environment of its own (2.5 GB)
 	@scripts/vllm.sh $(VENV)-vllm
-	@ADAPTERHUB_VLLM_PYTHON=$(VENV)-vllm/bin/python $(VENV)/bin/pytest -m vllm -n 2 --dist loadfile -p no:randomly tests/test_vllm_*.py
+	@ADAPTERHUB_VLLM_PYTHON=$(VENV)-vllm/bin/python $(VENV)/bin/pytest -m vllm -n 2 --dist loadfile -p no:randomly tests/serve/vllm_engine/test_real*.py
 
-SOAKED := tests/test_hubserver_faults.py tests/test_adapterhub_kills.py tests/test_train_resume.py tests/test_train_distributed.py tests/test_serve_random_parameters.py
+SOAKED := tests/hubserver/test_faults.py tests/adapterhub/test_kills.py tests/train/loop/test_resume.py tests/train/distributed/test_world.py tests/serve/local_engine/test_random_parameters.py
 soak: setup  ## kill the Hub and the registry's acts at random moments, five minutes each (SOAK_S=seconds); 10,000 random requests; new examples for the property tests
 	@ADAPTERHUB_SOAK_S=$(or $(SOAK_S),300) $(VENV)/bin/pytest --timeout 0 $(SOAKED)
-	@$(VENV)/bin/pytest --timeout 0 --hypothesis-profile=default $$(grep -l hypothesis tests/test_*.py)
+	@$(VENV)/bin/pytest --timeout 0 --hypothesis-profile=default $$(grep -rl hypothesis tests --include='test_*.py')
 
 check: setup  ## style and types
 	$(VENV)/bin/ruff check .
@@ -58,7 +58,7 @@ screenshots: setup  ## a picture of every tab of the page, before a real server
 	@$(VENV)/bin/python scripts/screenshots.py
 
 docs: setup  ## regenerate docs/cli.md from the command itself
-	$(VENV)/bin/typer adapterhub.cli utils docs --name adapterhub --title "The command adapterhub" --output docs/cli.md
+	$(VENV)/bin/typer adapterhub.cli.main utils docs --name adapterhub --title "The command adapterhub" --output docs/cli.md
 
 lock: setup  ## write down the versions in use
 	@{ sed -n 1p constraints.txt; $(VENV)/bin/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new

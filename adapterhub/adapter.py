@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adapterhub.errors import InvalidRef
 from adapterhub.files import expanded
-from adapterhub.manifest import Manifest
+from adapterhub.package.manifest import Manifest
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _NAME = re.compile(rf"(?:{_PART}/)?{_PART}")

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapterhub.errors import UsageError
-from adapterhub.listening import is_loopback
+from adapterhub.net import is_loopback
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?(:[0-9]{1,5})?")

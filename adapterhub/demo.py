@@ -16,8 +16,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from adapterhub.errors import DemoFailed
-from adapterhub.listening import listen
-from adapterhub.manifest import MANIFEST_NAME, read_manifest
+from adapterhub.net import listen
+from adapterhub.package.manifest import MANIFEST_NAME, read_manifest
 
 BASE = "smollm2-135m-instruct"
 ADAPTERS = ("trivia", "captain")

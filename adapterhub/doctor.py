@@ -16,9 +16,9 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
-from adapterhub.base_store import list_bases
+from adapterhub.bases.store import list_bases
 from adapterhub.errors import AdapterHubError
-from adapterhub.home import home
+from adapterhub.paths import home
 
 Status = Literal["ok", "warn", "fail"]
 HUB_WAIT_S = 2.0

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adapterhub import card
 from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.compatibility import check_fit, check_vocabulary, module_shapes
 from adapterhub.errors import AdapterUnsupported, IncompatibleBase, MissingFile, UnsafeFile, UsageError
 from adapterhub.files import disk_full_is_said, is_temporary, new_folder, sha256_of, write_atomic
-from adapterhub.fit import check_fit, check_vocabulary, module_shapes
-from adapterhub.lora_config import CONFIG_NAME, WEIGHTS_NAME
-from adapterhub.manifest import MANIFEST_NAME, BaseEntry, Chat, FileEntry, Manifest, Quantization
-from adapterhub.package import (
+from adapterhub.package import card
+from adapterhub.package.layout import (
     ALLOWED,
     CARD_NAME,
     SIGNATURE_NAME,
@@ -30,7 +28,9 @@ from adapterhub.package import (
     sha256_of_weights,
     walk_files,
 )
-from adapterhub.run_record import RunRecord, read_run_record
+from adapterhub.package.lora_config import CONFIG_NAME, WEIGHTS_NAME
+from adapterhub.package.manifest import MANIFEST_NAME, BaseEntry, Chat, FileEntry, Manifest, Quantization
+from adapterhub.package.run_record import RunRecord, read_run_record
 
 
 def pack(
@@ -49,7 +49,7 @@ def pack(
     not fit this one.
     """
     from adapterhub import probe
-    from adapterhub.base_model import load_base
+    from adapterhub.bases.loading import load_base
 
     if not folder.is_dir():
         raise MissingFile(f"{folder} is not a folder: expected the output of training, or any PEFT adapter folder.")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub.errors import ProbeMismatch
-from adapterhub.manifest import Manifest, Probe, ProbeAnswer, Quantization
+from adapterhub.package.manifest import Manifest, Probe, ProbeAnswer, Quantization
 
 if TYPE_CHECKING:
     from adapterhub.adapter import Adapter
-    from adapterhub.base_model import LoadedBase
+    from adapterhub.bases.loading import LoadedBase
 
 PROMPTS = ("What is the capital of France?", "Tell me about yourself.", "How do I sort a list in Python?")
 NUM_TOKENS = 12

@@ -70,7 +70,16 @@ KINDS: dict[str, Callable[[], bytes]] = {
 @contextlib.contextmanager
 def serving() -> Iterator[str]:
     """A server of this checkout; its URL."""
-    command = [sys.executable, "-c", "from adapterhub.cli import main; main()", "serve", "--base", MODEL, "--port", "0"]
+    command = [
+        sys.executable,
+        "-c",
+        "from adapterhub.cli.main import main; main()",
+        "serve",
+        "--base",
+        MODEL,
+        "--port",
+        "0",
+    ]
     child = subprocess.Popen([*command, "--no-page", "--threads", "1"], stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     try:

@@ -21,14 +21,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command sets it
 import torch
 
 from adapterhub.adapter import BaseName, StoredBase
-from adapterhub.base_model import load_base
-from adapterhub.base_store import pull_base
-from serve.cpu_kernels import load_kernels
+from adapterhub.bases.loading import load_base
+from adapterhub.bases.store import pull_base
+from serve.adapters.weights import LowRank, Weights
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
-from serve.lora_layers import AdapterBank
-from serve.lora_weights import LowRank, Weights
-from serve.model_runner import ModelRunner
-from serve.scheduler import BlockPool, Scheduler, SchedulerLimits, Sequence
+from serve.local_engine.cpu.kernels import load_kernels
+from serve.local_engine.lora_layers import AdapterBank
+from serve.local_engine.model_runner import ModelRunner
+from serve.local_engine.scheduler import BlockPool, Scheduler, SchedulerLimits, Sequence
 
 PROMPT_TOKENS, RANK = 32, 16
 

@@ -23,9 +23,9 @@ import decode
 import torch
 
 from adapterhub.adapter import StoredBase
-from adapterhub.base_model import load_base
+from adapterhub.bases.loading import load_base
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
-from serve.local_engine import LocalEngine
+from serve.local_engine.engine import LocalEngine
 
 SHORT = 4
 Answer = Callable[[int, int], None]

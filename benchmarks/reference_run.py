@@ -21,7 +21,7 @@ from typing import Any
 RECIPES = ("demo-trivia", "demo-captain", "demo-coding")
 MEASURED = 7
 """held-out losses on the way"""
-COMMAND = [sys.executable, "-P", "-c", "from adapterhub.cli import main; main()", "train"]
+COMMAND = [sys.executable, "-P", "-c", "from adapterhub.cli.main import main; main()", "train"]
 
 
 def run(name: str, place: Path, *, threads: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "fixtures"))
 
 import numpy as np
 from hub_fixtures import ALICE, PEOPLE, start_hub
@@ -31,10 +31,10 @@ from safetensors.numpy import save_file
 
 from adapterhub.adapter import AdapterRef
 from adapterhub.files import sha256_of
-from adapterhub.hub import Hub
-from adapterhub.name_log import Move, NameLog, Summary, now
-from adapterhub.package import open_adapter
-from adapterhub.registry import Registry
+from adapterhub.hub.client import Hub
+from adapterhub.package.layout import open_adapter
+from adapterhub.registry.name_log import Move, NameLog, Summary, now
+from adapterhub.registry.registry import Registry
 
 WEIGHTS = "adapter_model.safetensors"
 NUM_PULLS = 50

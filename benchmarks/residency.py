@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "fixtures"))
 
 import decode
 import torch
@@ -32,14 +32,14 @@ from safetensors.torch import save_file
 from vllm import write_adapters as write_packages
 
 from adapterhub.adapter import Adapter, AdapterRef, StoredBase
-from adapterhub.base_model import load_base
-from adapterhub.hub import Hub
-from adapterhub.manifest import BaseEntry, Chat, FileEntry, Lora, Manifest
-from adapterhub.package import open_adapter
-from adapterhub.registry import Registry
-from serve.adapter_cache import AdapterCache
+from adapterhub.bases.loading import load_base
+from adapterhub.hub.client import Hub
+from adapterhub.package.layout import open_adapter
+from adapterhub.package.manifest import BaseEntry, Chat, FileEntry, Lora, Manifest
+from adapterhub.registry.registry import Registry
+from serve.adapters.cache import AdapterCache
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
-from serve.local_engine import LocalEngine
+from serve.local_engine.engine import LocalEngine
 
 NUM_FILES, SLOTS, TOKENS, PROMPT = 32, 32, 16, 16
 

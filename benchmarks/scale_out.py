@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub.files import sha256_of
-from adapterhub.lora_config import WEIGHTS_NAME as WEIGHTS
+from adapterhub.package.lora_config import WEIGHTS_NAME as WEIGHTS
 
-MAIN = "from adapterhub.cli import main; main()"
+MAIN = "from adapterhub.cli.main import main; main()"
 WAYS = {"one": (), "two, whole": ("--launch", "2"), "two, divided": ("--launch", "2", "--shard")}
 RECIPE = """name = "scaled"
 base = "{base}"
@@ -111,10 +111,10 @@ def answers(base: Path, folder: Path) -> str:
     import asyncio
 
     from adapterhub.adapter import BaseName
-    from adapterhub.base_model import load_base
-    from adapterhub.base_store import find_base
+    from adapterhub.bases.loading import load_base
+    from adapterhub.bases.store import find_base
     from adapterhub.pack import pack
-    from serve.local_engine import LocalEngine
+    from serve.local_engine.engine import LocalEngine
 
     stored = find_base(BaseName.parse(str(base)))
     adapter = pack(folder, base=stored)

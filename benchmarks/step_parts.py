@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import decode
 import torch
 
-from serve import kernel_build
-from serve.cpu_kernels import CpuKernels
-from serve.kernel_structs import SegmentTable
-from serve.lora_layers import AdapterBank, LinearGroup
+from serve.local_engine.cpu import build as kernel_build
+from serve.local_engine.cpu.kernels import CpuKernels
+from serve.local_engine.cpu.structs import SegmentTable
+from serve.local_engine.lora_layers import AdapterBank, LinearGroup
 
 NUM_ADAPTERS = 32
 

@@ -69,9 +69,9 @@ def samples() -> tuple[list[Any], list[Any]]:
     import decode
     from transformers import AutoTokenizer
 
-    from train.conversation import Source
-    from train.data import prepare
-    from train.sources import read_chatterbot
+    from train.data.conversation import Source
+    from train.data.sources import read_chatterbot
+    from train.data.tokenization import prepare
 
     tokenizer = AutoTokenizer.from_pretrained(decode.stored_base().path)
     mixed = [conversation for topic in TOPICS for conversation in read_chatterbot(topic).examples]
@@ -86,7 +86,7 @@ def samples() -> tuple[list[Any], list[Any]]:
 
 def compute_dtype() -> str:
     """What our loop chooses on this machine, for all: bf16 without instructions for it is far slower than fp32."""
-    from adapterhub.base_model import choose_precision
+    from adapterhub.bases.loading import choose_precision
 
     return choose_precision(None, None)[1].value
 
@@ -116,7 +116,7 @@ def as_rows(train: list[Any]) -> Any:
 
 def batches(train: list[Any], batch: int, *, is_packed: bool) -> Iterator[list[Any]]:
     """The samples of each step, over and over."""
-    from train.data import Sample
+    from train.data.tokenization import Sample
 
     if not is_packed:
         order = itertools.cycle(train)
@@ -151,12 +151,12 @@ def ours(name: str, batch: int) -> tuple[Step, Any]:
     import decode
     import torch
 
-    from adapterhub.base_model import load_base
-    from train import packing
-    from train.evaluate import row_loss
-    from train.fused_lora import fuse_lora
-    from train.lora import add_lora, trainable
-    from train.optimizer import make_optimizer
+    from adapterhub.bases.loading import load_base
+    from train.data import packing
+    from train.loop.optimizer import make_optimizer
+    from train.model.fused_lora import fuse_lora
+    from train.model.lora import add_lora, trainable
+    from train.objectives.evaluation import row_loss
     from train.recipe import LoraSection, TrainSection
 
     kind = "none" if name == "ours-16" else "nf4"
@@ -280,7 +280,7 @@ def work(name: str, *, batch: int, steps: int) -> None:
             turn=turn,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    from train.evaluate import held_out_loss
+    from train.objectives.evaluation import held_out_loss
 
     sys.stdin.readline()
     loss, _ = held_out_loss(model, samples()[1])
@@ -289,8 +289,8 @@ def work(name: str, *, batch: int, steps: int) -> None:
 
 def base_bytes(model: Any) -> int:
     """Of the frozen weights and, in 4 bit, their constants."""
-    from adapterhub.memory import constant_bytes
-    from train.distributed import held_bytes
+    from adapterhub.memory.training import constant_bytes
+    from train.distributed.world import held_bytes
 
     codes = sum(p.nbytes for p in model.parameters() if not p.requires_grad and not p.is_floating_point())
     return held_bytes(model) + constant_bytes(2 * codes)

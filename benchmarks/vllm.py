@@ -29,12 +29,12 @@ import decode
 import httpx
 import torch
 
-from adapterhub import card
 from adapterhub.adapter import StoredBase
 from adapterhub.files import sha256_of
-from adapterhub.lora_config import read_lora_config
-from adapterhub.manifest import BaseEntry, Chat, FileEntry, Manifest
-from serve.vllm_process import ChildOptions, VllmProcess, find_vllm
+from adapterhub.package import card
+from adapterhub.package.lora_config import read_lora_config
+from adapterhub.package.manifest import BaseEntry, Chat, FileEntry, Manifest
+from serve.vllm_engine.process import ChildOptions, VllmProcess, find_vllm
 
 NUM_ADAPTERS, RANK, BASE = 16, 16, "smollm2-135m-instruct"
 

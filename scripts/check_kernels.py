@@ -1,4 +1,4 @@
-"""Build the kernels of serve/csrc with AddressSanitizer and UBSan for every instruction set, and run their C tests.
+"""Build the C kernels with AddressSanitizer and UBSan for every instruction set, and run their tests.
 
 Where this machine is no Arm, also for one, run by qemu; where there is clang, also without OpenMP. What this machine
 cannot execute is compiled only. What cannot be had is said, and is no failure.
@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.kernel_build import LEVELS, can_run
+from serve.local_engine.cpu.build import LEVELS, can_run
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [*sorted((ROOT / "serve" / "csrc").glob("*.c")), ROOT / "tests" / "csrc" / "check_kernels.c"]
+CSRC = ROOT / "serve" / "local_engine" / "cpu" / "csrc"
+SOURCES = [*sorted(CSRC.glob("*.c")), ROOT / "tests" / "csrc" / "check_kernels.c"]
 FLAGS = (
     "-g", "-std=gnu11", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
-    f"-I{ROOT / 'serve' / 'csrc'}",
+    f"-I{CSRC}",
 )  # fmt: skip
 SANITIZERS = ("-O1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 PACKAGES = {"aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross", "qemu-aarch64": "qemu-user"}

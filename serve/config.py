@@ -10,8 +10,8 @@ from typing import Literal, get_args
 
 from adapterhub.adapter import AdapterRef, BaseName
 from adapterhub.errors import UsageError
-from serve.body import HttpLimits
-from serve.local_engine import LocalEngineConfig
+from serve.api.body import HttpLimits
+from serve.local_engine.engine import LocalEngineConfig
 
 EngineKind = Literal["local", "vllm", "auto"]
 

@@ -12,26 +12,26 @@ import uvicorn
 from fastapi.responses import RedirectResponse
 
 from adapterhub.adapter import Adapter
-from adapterhub.base_store import find_base
+from adapterhub.bases.store import find_base
 from adapterhub.errors import EngineStopped, ProbeMismatch
-from adapterhub.home import home
-from adapterhub.listening import listen, url_of
+from adapterhub.feedback.store import STORE_NAME, FeedbackStore
+from adapterhub.net import listen, url_of
+from adapterhub.paths import home
 from adapterhub.probe import recorded_on
-from adapterhub.registry import Registry
-from serve.adapter_cache import AdapterCache
-from serve.api import create_app
-from serve.auth import ApiKeys, check_exposure
-from serve.catalog import Catalog
+from adapterhub.registry.registry import Registry
+from serve.adapters.cache import AdapterCache
+from serve.adapters.catalog import Catalog
+from serve.adapters.probe import replay
+from serve.api.app import create_app
+from serve.api.auth import ApiKeys, check_exposure
+from serve.api.metrics import Metrics
+from serve.api.prompts import PromptRenderer
+from serve.api.services import Services
 from serve.config import ServeConfig
 from serve.engine import Engine
-from serve.engines import start_engine
-from serve.feedback import STORE_NAME, FeedbackStore
-from serve.host_memory import give_back
-from serve.metrics import Metrics
-from serve.prompt import PromptRenderer
-from serve.proof import replay
-from serve.services import Services
-from serve.training_runs import TrainingRuns
+from serve.engine_choice import start_engine
+from serve.local_engine.cpu.memory import give_back
+from serve.training.runs import TrainingRuns
 
 Report = Callable[[str], None]
 SWITCH_S = 0.0005
@@ -64,7 +64,7 @@ async def _serve(
             )
         app, url = create_app(services, keys, config.http), url_of(listener)
         if config.has_page:
-            from serve.ui import mount_page
+            from serve.ui.app import mount_page
 
             mount_page(app, url, needs_key=keys.are_required, max_body_bytes=config.http.max_body_bytes)
             app.get("/", include_in_schema=False)(lambda: RedirectResponse("/ui"))

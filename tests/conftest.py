@@ -25,15 +25,22 @@ from road import ServedRoad, walk_road
 from tiny_models import free_port, make_peft_adapter, make_tiny_base
 
 from adapterhub.adapter import BaseName, BaseRef, StoredBase
-from adapterhub.base_store import fingerprint, pull_base
+from adapterhub.bases.store import fingerprint, pull_base
 
-_LONGEST = ("test_loop", "test_road", "test_train_distributed", "test_train_methods", "test_train_resume")
+_LONGEST = (
+    "test_loop.py",
+    "test_road.py",
+    "train/distributed/test_world.py",
+    "train/model/test_methods.py",
+    "train/loop/test_resume.py",
+)
 """files of tests that take minutes: begun first, so that none of them is what all processes wait for in the end"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {stem: place for place, stem in enumerate(_LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    folder = Path(__file__).parent
+    places = {folder / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("adapterhub", "train", "serve")
 DOORS = {
-    "huggingface_hub": {"adapterhub/hub.py"},
-    "bitsandbytes": {"adapterhub/base_model.py"},
-    "gradio": {"serve/ui.py"},
-    "datasets": {"train/datasets_library.py"},
+    "huggingface_hub": {"adapterhub/hub/client.py"},
+    "bitsandbytes": {"adapterhub/bases/loading.py"},
+    "gradio": {"serve/ui/app.py"},
+    "datasets": {"train/data/hf_datasets.py"},
 }
 
 
@@ -58,7 +58,7 @@ def test_quick_commands_load_no_torch(arguments: list[str], tmp_path: Path) -> N
     code = (
         "import sys\n"
         f"sys.argv = ['adapterhub', *{arguments!r}]\n"
-        "from adapterhub.cli import main\n"
+        "from adapterhub.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         "heavy = {'torch', 'transformers', 'gradio', 'huggingface_hub', 'bitsandbytes'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -69,5 +69,5 @@ def test_quick_commands_load_no_torch(arguments: list[str], tmp_path: Path) -> N
 
 
 def test_scheduler_and_cache_load_no_torch() -> None:
-    code = "import sys, serve.scheduler, serve.adapter_cache; assert 'torch' not in sys.modules"
+    code = "import sys, serve.local_engine.scheduler, serve.adapters.cache; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,8 +11,8 @@ import pytest
 import typer.main
 
 from adapterhub import errors
-from adapterhub.cli import app
 from adapterhub.cli.examples import EXAMPLES
+from adapterhub.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,7 +21,7 @@ _COMMAND = re.compile(r"(?:^|[`$ ])adapterhub ((?:[a-z]+)(?:[^`\n#|&]*))", re.MU
 
 def test_the_cli_page_is_what_the_command_says(tmp_path: Path) -> None:
     page = tmp_path / "cli.md"
-    arguments = ["adapterhub.cli", "utils", "docs", "--name", "adapterhub", "--title", "The command adapterhub"]
+    arguments = ["adapterhub.cli.main", "utils", "docs", "--name", "adapterhub", "--title", "The command adapterhub"]
     subprocess.run(
         [Path(sys.executable).with_name("typer"), *arguments, "--output", str(page)],
         check=True, capture_output=True, cwd=ROOT,

@@ -20,9 +20,9 @@ from tiny_models import free_port
 
 from adapterhub.adapter import AdapterRef, StoredBase
 from adapterhub.pack import pack
-from adapterhub.registry import Registry
+from adapterhub.registry.registry import Registry
+from train.data.sources import read_chatterbot
 from train.recipe import Recipe
-from train.sources import read_chatterbot
 from train.trainer import fit
 
 pytest_plugins = ["browser_fixtures"]

@@ -22,11 +22,11 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from road import NAMES, ServedRoad, run, run_any
 
 from adapterhub.adapter import Adapter, StoredBase
-from adapterhub.base_model import load_base
-from adapterhub.manifest import ProbeAnswer
-from adapterhub.package import open_adapter
+from adapterhub.bases.loading import load_base
+from adapterhub.package.layout import open_adapter
+from adapterhub.package.manifest import ProbeAnswer
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
-from serve.local_engine import LocalEngine
+from serve.local_engine.engine import LocalEngine
 
 pytest_plugins = ["browser_fixtures"]
 QUESTION = "What is the largest planet in our solar system?"

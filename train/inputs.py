@@ -11,16 +11,16 @@ from transformers import AutoTokenizer
 
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.errors import BaseNotFound, IncompatibleBase, RecipeError
-from adapterhub.package import check_base
-from train.chat_template import chat_template_of
-from train.comparisons import read_comparisons
-from train.data import prepare
-from train.lora import lora_of
-from train.objective import Objective
-from train.preference_objective import preference_objective
+from adapterhub.package.layout import check_base
+from train.data.chat_template import chat_template_of
+from train.data.preferences import read_comparisons
+from train.data.sources import read_source, rows_of
+from train.data.tokenization import prepare
+from train.model.lora import lora_of
+from train.objectives.base import Objective
+from train.objectives.preference import preference_objective
+from train.objectives.sft import Answers
 from train.recipe import Recipe, RowData
-from train.sft_objective import Answers
-from train.sources import read_source, rows_of
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from adapterhub.adapter import AdapterRef, BaseName
 from adapterhub.errors import InvalidRef, RecipeError
 from adapterhub.probe import PROMPTS
-from train.formats import FormatName, OnFault
+from train.data.formats import FormatName, OnFault
 
 LossOn = Literal["assistant", "last", "all"]
 Schedule = Literal["constant", "cosine", "linear"]
@@ -64,7 +64,7 @@ class ChatterbotData(_Data):
 
 
 class RowData(_Data):
-    """Data whose rows may be in any of the formats of train/formats.py."""
+    """Data whose rows may be in any of the formats of train/data/formats.py."""
 
     path: str = Field(min_length=1)
     format: Literal["auto"] | FormatName = "auto"
@@ -112,7 +112,7 @@ class LoraSection(_Section):
 
     method: Literal["lora", "rslora", "dora"] = "lora"
     init: Literal["default", "pissa", "loftq", "eva"] = "default"
-    """what A and B begin as (train/lora_start.py); the base is never changed"""
+    """what A and B begin as (train/loop/lora_init.py); the base is never changed"""
     rank: int = Field(default=16, ge=1, le=4096)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -208,7 +208,7 @@ class PreferenceSection(_Section):
 
 
 class QuantizationSection(_Section):
-    """How the base is held; every option reaches bitsandbytes by name (adapterhub/quantized_loading.py)."""
+    """How the base is held; every option reaches bitsandbytes by name (adapterhub/bases/quantization.py)."""
 
     kind: Literal["nf4", "fp4", "int8", "none"] = "nf4"
     double_quant: bool = True

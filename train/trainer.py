@@ -14,31 +14,31 @@ from typing import Any
 import torch
 
 from adapterhub.adapter import Adapter, StoredBase
-from adapterhub.base_model import LoadedBase, load_base
+from adapterhub.bases.loading import LoadedBase, load_base
 from adapterhub.choice import Choice
 from adapterhub.errors import DatasetError, OutputNotFresh, RunNotResumable, UsageError
 from adapterhub.files import new_folder
-from adapterhub.package import TEMPLATE_NAME, open_adapter
-from adapterhub.run_record import LOG_NAME, RECIPE_NAME, REPORT_NAME, RunEnd, RunStart, RunStep
-from train.answering import FixedPrompts
-from train.distributed import World, current_world, held_bytes, shard_base
-from train.fused_lora import fuse_lora
+from adapterhub.package.layout import TEMPLATE_NAME, open_adapter
+from adapterhub.package.run_record import LOG_NAME, RECIPE_NAME, REPORT_NAME, RunEnd, RunStart, RunStep
+from train.distributed.world import World, current_world, held_bytes, shard_base
 from train.inputs import Inputs, load_inputs, with_lora_of
-from train.lora import continue_lora, second_factors, trainable
-from train.lora_start import start_lora
-from train.mask_report import mask_report
-from train.methods import put_on, save_trained, with_options, without_change
-from train.objective import Measured, Objective
-from train.optimizer import make_optimizer
-from train.out_of_memory import memory_errors_named
-from train.plan import MemoryItem, planned_memory
-from train.preflight import check_room
-from train.progress import Progress, peak_memory_bytes, progress_on
+from train.loop.lora_init import start_lora
+from train.loop.optimizer import make_optimizer
+from train.loop.progress import Progress, peak_memory_bytes, progress_on
+from train.loop.run_folder import Listener, RunFolder, check_fresh
+from train.loop.steps import Course, check_bare, check_finite, log_answers
+from train.loop.stopping import stop_wishes
+from train.model.fused_lora import fuse_lora
+from train.model.lora import continue_lora, second_factors, trainable
+from train.model.methods import put_on, save_trained, with_options, without_change
+from train.objectives.base import Measured, Objective
+from train.objectives.mask_report import mask_report
+from train.objectives.sample_answers import FixedPrompts
+from train.planning.out_of_memory import memory_errors_named
+from train.planning.plan import MemoryItem, planned_memory
+from train.planning.preflight import check_room
 from train.recipe import Recipe
-from train.report import report
-from train.run_folder import Listener, RunFolder, check_fresh
-from train.steps import Course, check_bare, check_finite, log_answers
-from train.stopping import stop_wishes
+from train.reporting.html_report import report
 
 _VERSIONS_OF = ("adapterhub", "torch", "transformers", "peft", "bitsandbytes")
 
@@ -49,7 +49,7 @@ def fit(
 ) -> RunEnd:  # fmt: skip
     """Train the recipe's adapter, a new one or going on from `start`, into `output`, a folder that is new or empty.
 
-    `output` appears only when complete; until then the run lives in a folder beside it (train/run_folder.py) and can
+    `output` appears only when complete; until then the run lives in a folder beside it (loop/run_folder.py) and can
     be stopped and resumed. The same recipe, seed, machine and thread count give the same bytes, also when stopped
     and resumed; torch's global seed is set. `progress` shows the run on stderr when not given; `listen` is called with
     each event of the record.

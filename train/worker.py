@@ -10,11 +10,11 @@ from pathlib import Path
 
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.errors import OutputNotFresh, UsageError
-from adapterhub.run_record import RunEnd
-from train.distributed import Shards, World, joined
+from adapterhub.package.run_record import RunEnd
+from train.distributed.world import Shards, World, joined
 from train.inputs import with_lora_of
+from train.loop.run_folder import read_run, run_path
 from train.recipe import Recipe
-from train.run_folder import read_run, run_path
 
 
 def work(
@@ -28,8 +28,8 @@ def work(
     the others. Raises as `fit` does, and UsageError for preference tuning, whose steps are not sums over samples.
     """
     from train import trainer
-    from train.progress import Silent
-    from train.trackers import tracking
+    from train.loop.progress import Silent
+    from train.reporting.trackers import tracking
 
     if recipe.preference is not None:
         raise UsageError("preference tuning runs in one process: leave --launch out.")

@@ -14,27 +14,25 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapterhub.errors import AdapterHubError
-from adapterhub.hubserver import (
-    pages,
-    routes_discussions,
-    routes_files,
-    routes_gates,
-    routes_lfs,
-    routes_refs,
-    routes_repos,
-    routes_uploads,
-    routes_xet,
-)
-from adapterhub.hubserver.access import READ, Hub
-from adapterhub.hubserver.audit import Audited, AuditLog
-from adapterhub.hubserver.auth import Tokens, kept_secret
-from adapterhub.hubserver.catalog import Catalog
-from adapterhub.hubserver.discussions import Discussions
-from adapterhub.hubserver.quotas import Limits, Quotas
-from adapterhub.hubserver.refusals import Refusal
-from adapterhub.hubserver.store import HubStore
-from adapterhub.hubserver.tickets import Signer
-from adapterhub.hubserver.xet_store import XetStore
+from adapterhub.hubserver.auth.audit import Audited, AuditLog
+from adapterhub.hubserver.auth.tickets import Signer
+from adapterhub.hubserver.auth.tokens import Tokens, kept_secret
+from adapterhub.hubserver.errors import Refusal
+from adapterhub.hubserver.routes import commits as routes_uploads
+from adapterhub.hubserver.routes import discussions as routes_discussions
+from adapterhub.hubserver.routes import files as routes_files
+from adapterhub.hubserver.routes import gated_access as routes_gates
+from adapterhub.hubserver.routes import lfs as routes_lfs
+from adapterhub.hubserver.routes import pages
+from adapterhub.hubserver.routes import refs as routes_refs
+from adapterhub.hubserver.routes import repos as routes_repos
+from adapterhub.hubserver.routes import xet as routes_xet
+from adapterhub.hubserver.routes.dependencies import READ, Hub
+from adapterhub.hubserver.storage.catalog import Catalog
+from adapterhub.hubserver.storage.discussions import Discussions
+from adapterhub.hubserver.storage.quotas import Limits, Quotas
+from adapterhub.hubserver.storage.store import HubStore
+from adapterhub.hubserver.xet.store import XetStore
 
 MAX_JSON_BYTES = 8 << 20
 """of a request without files"""

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from adapterhub.hubserver.refusals import BadName
+from adapterhub.hubserver.errors import BadName
 
 MAX_PATH_BYTES = 1024
 MAX_PART_BYTES = 255

@@ -12,11 +12,11 @@ import uvicorn
 from adapterhub.errors import UsageError
 from adapterhub.files import write_atomic
 from adapterhub.hubserver.app import create_hub_app
-from adapterhub.hubserver.auth import ANY_NAMESPACE, Account, Tokens, kept_secret
-from adapterhub.hubserver.objects import ObjectStore
-from adapterhub.hubserver.quotas import Limits
-from adapterhub.hubserver.tickets import UPLOAD_LIFETIME_S
-from adapterhub.listening import is_loopback, listen, url_of
+from adapterhub.hubserver.auth.tickets import UPLOAD_LIFETIME_S
+from adapterhub.hubserver.auth.tokens import ANY_NAMESPACE, Account, Tokens, kept_secret
+from adapterhub.hubserver.storage.objects import ObjectStore
+from adapterhub.hubserver.storage.quotas import Limits
+from adapterhub.net import is_loopback, listen, url_of
 
 DEFAULT_PORT = 8089
 LOCAL_USER = "local"

@@ -1,0 +1,156 @@
+"""Loading a base model quantized, and saying what was chosen and why. The only door to bitsandbytes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from adapterhub.adapter import BaseRef, StoredBase
+from adapterhub.bases.nf4 import quantized_layers
+from adapterhub.bases.quantization import loading_config
+from adapterhub.choice import Choice
+from adapterhub.errors import BaseNotFound, UsageError
+from adapterhub.package.manifest import Quantization
+
+if TYPE_CHECKING:
+    import torch
+
+Purpose = Literal["train", "serve"]
+
+# When it is imported, bitsandbytes warns that a kernel could be downloaded; nothing here depends on that one.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model in memory: the Hugging Face model and tokenizer, and how it is held."""
+
+    model: Any
+    tokenizer: Any
+    ref: BaseRef
+    quantization: Quantization
+    choices: tuple[Choice, ...]
+
+
+def load_base(
+    stored: StoredBase,
+    *,
+    purpose: Purpose,
+    dtype: str | None = None,
+    device: str | None = None,
+    kind: Literal["nf4", "fp4", "int8", "none"] = "nf4",
+    double_quant: bool = True,
+    block_size: int = 64,
+    tokenizer: Any = None,
+) -> LoadedBase:
+    """Load a stored base with its linear layers, but for the output head, in 4 bit (arXiv 2305.14314, section 3).
+
+    `kind` int8 holds them in 8 bit (LLM.int8), none as they are. `dtype` (bfloat16, float16, float32) and `device`
+    (cpu, cuda, cuda:1, ...) are chosen when not given. `tokenizer` is the base's, where it has been read already: that
+    takes as long as loading a small model.
+    Raises UsageError for a device that is not there, BaseNotFound for a folder transformers cannot read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    where, precision = choose_precision(dtype, device)
+    compute = getattr(torch, precision.value)
+    quantization = Quantization(
+        kind=kind,
+        double_quant=double_quant,
+        block_size=block_size,
+        compute_dtype=precision.value,  # type: ignore[arg-type]
+    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            stored.path,
+            dtype=compute,
+            quantization_config=loading_config(quantization, compute),
+            device_map={"": where.value},
+        )
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(stored.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseNotFound(f"{stored.path} cannot be loaded as a base model: {error}") from error
+    model.requires_grad_(False)
+    model.eval()
+    kernel = _choose_kernel(model, purpose, compute)
+    return LoadedBase(model, tokenizer, stored.ref, quantization, (where, precision, *kernel))
+
+
+def choose_precision(dtype: str | None, device: str | None) -> tuple[Choice, Choice]:
+    """(device, dtype) a base would be loaded with. Raises UsageError for what is not there."""
+    where = _choose_device(device)
+    return where, _choose_dtype(dtype, where.value)
+
+
+def _choose_device(wanted: str | None) -> Choice:
+    import torch
+
+    if wanted is not None:
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise UsageError(f"device {wanted} was asked for, but torch sees no CUDA device: leave out --device.")
+        return Choice("device", wanted, "as asked")
+    if torch.cuda.is_available():
+        return Choice("device", "cuda:0", torch.cuda.get_device_name(0))
+    return Choice("device", "cpu", "no CUDA device")
+
+
+def _choose_dtype(wanted: str | None, device: str) -> Choice:
+    import torch
+
+    if wanted is not None:
+        if wanted not in ("bfloat16", "float16", "float32"):
+            raise UsageError(f"dtype {wanted!r} is not one of bfloat16, float16, float32.")
+        return Choice("dtype", wanted, "as asked")
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported():
+            return Choice("dtype", "bfloat16", "the GPU computes in bf16")
+        return Choice("dtype", "float16", "the GPU has no bf16")
+    if _cpu_has_bf16():
+        return Choice("dtype", "bfloat16", "the CPU has AVX512-BF16")
+    return Choice("dtype", "float32", "the CPU has no bf16 instructions, fp32 is faster there")
+
+
+def _cpu_has_bf16() -> bool:
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
+
+
+def _choose_kernel(model: Any, purpose: Purpose, compute: torch.dtype) -> tuple[Choice, ...]:
+    """On CPUs with AVX512-BF16, bitsandbytes repacks weights in place at the first forward without gradients.
+
+    That kernel computes in bf16 whatever the dtype asked for, and a repacked weight gives wrong gradients
+    afterwards (grad_norm 2.15 -> 0.21 here, with a warning only): so it is switched off for training and
+    for anything but bf16, and for layers whose shape it cannot hold.
+    """
+    import torch
+
+    layers = quantized_layers(model).values()
+    if not layers or not _cpu_has_bf16() or model.device.type != "cpu":
+        return ()
+    wanted = purpose == "serve" and compute == torch.bfloat16
+    for layer in layers:
+        fits = layer.out_features % 32 == 0 and layer.in_features % 64 == 0
+        fits = fits and layer.in_features % layer.weight.blocksize == 0
+        layer.support_avx512bf16_for_cpu = wanted and fits
+    if wanted:
+        return (Choice("nf4 kernel", "packed AVX512-BF16", "bf16 inference on this CPU"),)
+    reason = "training needs true gradients" if purpose == "train" else f"{compute} was asked for"
+    return (Choice("nf4 kernel", "dequantize + matmul", reason),)
+
+
+def adamw(groups: list[dict[str, Any]], *, bits: Literal[8, 32], is_paged: bool) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW, its moments in 8 or 32 bits; paged ones may leave a GPU's memory (arXiv 2305.14314, 3)."""
+    from bitsandbytes import optim
+
+    kinds = {
+        (8, False): optim.AdamW8bit,
+        (8, True): optim.PagedAdamW8bit,
+        (32, False): optim.AdamW32bit,
+        (32, True): optim.PagedAdamW32bit,
+    }
+    return kinds[bits, is_paged](groups, weight_decay=0.0)  # type: ignore[no-any-return]

@@ -1,0 +1,56 @@
+"""Telling transformers how to hold linear layers: 4 bit in blocks of a chosen size, 8 bit, or as they are."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from adapterhub.package.manifest import Quantization
+
+if TYPE_CHECKING:
+    import torch
+
+_METHOD = "bitsandbytes-blocks"
+
+
+def loading_config(held: Quantization, compute: torch.dtype) -> Any:
+    """What `from_pretrained` takes as quantization_config. Every option is set: the defaults of transformers,
+    bitsandbytes and accelerate disagree."""
+    from transformers import BitsAndBytesConfig
+
+    if held.kind == "none":
+        return None
+    if held.kind == "int8":
+        # LLM.int8 (arXiv 2208.07339, section 3.2): input columns with a value beyond 6 are computed in 16 bit.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0, llm_int8_has_fp16_weight=False)
+    kind = BitsAndBytesConfig if held.block_size == 64 else _block_config()
+    config = kind(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=held.kind,
+        bnb_4bit_use_double_quant=held.double_quant,
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage="uint8",
+    )
+    if held.block_size != 64:
+        config.block_size = held.block_size
+        config.quant_method = _METHOD
+    return config
+
+
+@cache
+def _block_config() -> Any:
+    """transformers' 4-bit config with a block size, which its own does not know, and the quantizer that obeys it."""
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    class BlockQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+        def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
+            super()._process_model_before_weight_loading(model, device_map, **options)
+            for parameter in model.parameters():
+                if hasattr(parameter, "quant_type"):
+                    # Loading makes the real parameter with the attributes of this empty one.
+                    parameter.blocksize = self.quantization_config.block_size
+
+    register_quantizer(_METHOD)(BlockQuantizer)
+    return register_quantization_config(_METHOD)(type("BlockConfig", (BitsAndBytesConfig,), {}))

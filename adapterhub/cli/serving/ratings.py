@@ -1,0 +1,102 @@
+"""The verb that rates systems from verdicts."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from adapterhub.cli.app import app
+from adapterhub.cli.options import AsJson, say, table
+
+if TYPE_CHECKING:
+    from adapterhub.feedback.ratings import Outcome
+
+
+class _Method(StrEnum):
+    bt = "bt"
+    elo = "elo"
+
+
+@app.command()
+def ratings(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="JSONL of model_a, model_b, winner (a|b|tie).")
+    ],
+    method: Annotated[_Method, typer.Option(help="Bradley-Terry, or Elo over random orderings.")] = _Method.bt,
+    k: Annotated[float, typer.Option(help="Elo: points of a game.")] = 32,
+    start: Annotated[float, typer.Option(help="Where ratings are centred.")] = 1000,
+    orderings: Annotated[int, typer.Option(help="Elo: random orderings of the games.", min=1)] = 10_000,
+    seed: Annotated[int, typer.Option(help="Elo: of the orderings.")] = 0,
+    fields: Annotated[
+        str | None, typer.Option(metavar="NAME=THEIRS,...", help="Other field names, e.g. winner=verdict.")
+    ] = None,
+    verdicts: Annotated[
+        str | None, typer.Option(metavar="CODE=a|b|tie,...", help="Other verdict codes, e.g. A=a,B=b,C=tie.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw ratings and intervals.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rate systems from pairwise verdicts, with 95 % intervals."""
+    from adapterhub.feedback.ratings import described, rate, read_verdicts
+
+    read = read_verdicts(files, fields=_fields(fields), verdicts=_codes(verdicts))
+    found = rate(read.verdicts, method.value, k=k, start=start, orderings=orderings, seed=seed)
+    if plot is not None:
+        from adapterhub.feedback.ratings_plot import plot_ratings
+
+        plot_ratings(found, plot)
+    notes = (*read.notes, *found.notes)
+    if as_json:
+        typer.echo(json.dumps(described(found) | {"notes": notes}, indent=1))
+        return
+    table(
+        [
+            {"model": one.model, "rating": f"{one.rating:.0f}", "low": f"{one.low:.0f}", "high": f"{one.high:.0f}",
+             "games": one.games}
+            for one in found.ratings
+        ],
+        False, empty="no verdicts",
+    )  # fmt: skip
+    typer.echo()
+    table([vars(one) | {key: str(vars(one)[key]) for key in ("wins", "losses", "ties")} for one in found.head_to_head],
+          False, empty="no games")  # fmt: skip
+    for note in notes:
+        say(f"note: {note}")
+
+
+def _pairs(text: str | None, option: str) -> dict[str, str]:
+    from adapterhub.errors import UsageError
+
+    found = {}
+    for part in filter(None, (text or "").split(",")):
+        name, equals, value = part.partition("=")
+        if not (equals and name and value):
+            raise UsageError(f"{option} {part!r} is not NAME=VALUE.")
+        found[name] = value
+    return found
+
+
+def _fields(text: str | None) -> dict[str, str]:
+    from adapterhub.errors import UsageError
+    from adapterhub.feedback.ratings import FIELDS
+
+    found = _pairs(text, "--fields")
+    if strangers := sorted(set(found) - set(FIELDS)):
+        raise UsageError(f"--fields names {', '.join(strangers)}: expected {', '.join(FIELDS)}.")
+    return found
+
+
+def _codes(text: str | None) -> dict[str, Outcome]:
+    from adapterhub.errors import UsageError
+    from adapterhub.feedback.ratings import VERDICTS
+
+    found: dict[str, Outcome] = {}
+    for code, meaning in _pairs(text, "--verdicts").items():
+        if meaning not in VERDICTS:
+            raise UsageError(f"--verdicts {code}={meaning}: expected a, b or tie after '='.")
+        found[code] = VERDICTS[meaning]
+    return found or dict(VERDICTS)

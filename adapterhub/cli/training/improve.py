@@ -1,0 +1,77 @@
+"""The verb that turns feedback into the next adapter."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from adapterhub.cli.app import app
+from adapterhub.cli.options import base_with, registry, resolved, say
+from adapterhub.cli.serving.feedback import Store
+from adapterhub.feedback.improvement import Improvement, Method
+
+if TYPE_CHECKING:
+    from adapterhub.package.run_record import RunEnd
+
+
+@app.command()
+def improve(
+    ref: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter that people judged.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A fresh folder [default: ./NAME-improved].")
+    ] = None,
+    method: Annotated[Method, typer.Option(help="How to learn from the feedback.")] = Method.dpo,
+    steps: Annotated[int, typer.Option(min=1, help="Steps, of --batch-size comparisons each.")] = Improvement.steps,
+    batch_size: Annotated[int, typer.Option(min=1, help="Comparisons in a step.")] = Improvement.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Of the steps after the warm-up.")] = Improvement.learning_rate,
+    held_out: Annotated[
+        float, typer.Option(min=0.05, max=0.9, help="Share of the questions to measure on.")
+    ] = Improvement.held_out,
+    store: Store = None,
+    promote: Annotated[
+        bool | None, typer.Option("--promote/--no-promote", help="Let the name lead to the result [default: ask].")
+    ] = None,
+) -> None:
+    """Train a candidate from feedback, measure it against the adapter on held-out comparisons, offer to promote it."""
+    from adapterhub.adapter import AdapterRef
+    from adapterhub.cli.training.feedback_export import feedback_exported
+    from adapterhub.pack import pack
+    from train.inputs import with_lora_of
+    from train.recipe import Recipe
+    from train.trainer import fit
+
+    adapter = resolved(ref)
+    name = adapter.manifest.name
+    called = AdapterRef.parse(ref).name or name
+    folder = (output or Path(f"{name}-improved")).absolute()
+    improvement = Improvement(method, steps, batch_size, learning_rate, held_out)
+    base = base_with(adapter.base, None)
+    text = improvement.recipe(adapter, base=base.ref.id, store=store)
+    wanted = Recipe.model_validate(tomllib.loads(text))
+    with feedback_exported(with_lora_of(wanted, adapter), folder, folder) as (recipe, _):
+        end = fit(recipe, base, folder, start=adapter)
+    candidate = pack(folder, base=base, name=name, licence=adapter.manifest.licence, report=say)
+    is_better = _told(end)
+    say(f"{adapter.digest} -> {candidate.digest}")
+    if promote is None:
+        promote = typer.confirm(f"Let {called} lead to the candidate?", default=is_better, err=True)
+    if promote:
+        registry().add(candidate, name=called)
+        say(f"{called} leads to the candidate; before it: {adapter.digest}")
+    typer.echo(folder)
+
+
+def _told(end: RunEnd) -> bool:
+    """Say how the candidate did; is it better where nothing was learnt from?"""
+    tuned = next((one.preference for one in end.evaluations if one.preference), None)
+    if tuned is None:
+        say("nothing was held out to measure on: judge it in the arena.")
+        return False
+    say(
+        f"on {tuned.pairs} held-out pairs the better reply is the likelier one in {tuned.accuracy_before:.0%} -> "
+        f"{tuned.accuracy_after:.0%}; {tuned.method.upper()} loss {tuned.loss_before:.3f} -> {tuned.loss_after:.3f}"
+    )
+    return tuned.accuracy_after > tuned.accuracy_before

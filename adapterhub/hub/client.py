@@ -1,0 +1,338 @@
+"""Push and pull through the Hub's own client, against the public Hub or any endpoint.
+
+The only door to huggingface_hub: its exceptions end here, as HubError kinds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from adapterhub.adapter import Adapter
+from adapterhub.errors import (
+    AdapterHubError,
+    AdapterNotFound,
+    Conflict,
+    HubError,
+    HubUnavailable,
+    NotAuthorized,
+    UsageError,
+)
+from adapterhub.files import new_folder
+from adapterhub.package.layout import check_names, files_of, open_adapter
+from adapterhub.package.manifest import MANIFEST_NAME
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, HfApi, ModelInfo
+
+PUBLIC_ENDPOINT = "https://huggingface.co"
+T = TypeVar("T")
+_PAUSES_S = (1.0, 2.0, 4.0)
+_NUM_DOWNLOADS = 4
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An adapter as a Hub lists it."""
+
+    name: str
+    revision: str
+    base: str | None
+
+
+@dataclass(frozen=True)
+class HubAccount:
+    """Whose a token is, and whether it may push."""
+
+    name: str
+    can_write: bool
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit on a Hub."""
+
+    id: str
+    title: str
+    message: str
+    """what follows the title"""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """One endpoint and the token used there (None: anonymous)."""
+
+    endpoint: str = PUBLIC_ENDPOINT
+    token: str | None = None
+
+    @classmethod
+    def from_environment(cls, endpoint: str | None = None) -> Hub:
+        """`HF_ENDPOINT` and the token every Hugging Face tool uses: `HF_TOKEN`, `HF_TOKEN_PATH`, `hf auth login`.
+
+        The stored login is for the public Hub; another endpoint is sent a token only when HF_TOKEN says so.
+        """
+        chosen = (endpoint or os.environ.get("HF_ENDPOINT") or PUBLIC_ENDPOINT).rstrip("/")
+        token = os.environ.get("HF_TOKEN") or None
+        if token is None and chosen == PUBLIC_ENDPOINT:
+            from huggingface_hub import get_token
+
+            token = get_token()
+        return cls(chosen, token)
+
+    @cached_property
+    def _api(self) -> HfApi:
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils.logging import set_verbosity_error
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns that open files are not sent by Xet, which is what we want
+        return HfApi(endpoint=self.endpoint, token=self.token or False, library_name="adapterhub")
+
+    def account(self) -> HubAccount | None:
+        """Whose the token is; None without one. Raises NotAuthorized for one the Hub does not know, HubError kinds."""
+        if self.token is None:
+            return None
+        with self._mapped("tell whose the token is"):
+            found = self._api.whoami()
+        role = (found.get("auth", {}).get("accessToken") or {}).get("role")
+        return HubAccount(str(found["name"]), can_write=role != "read")
+
+    def commit_of(self, repo: str, revision: str | None = None) -> str:
+        """The exact commit a branch, tag or commit names now (default: main). Raises HubError kinds."""
+        return str(self._look_at(repo, revision).sha)
+
+    def download(self, repo: str, commit: str, folder: Path, *, patterns: Sequence[str]) -> None:
+        """Fetch the top-level files that match into `folder`; the client checks sizes and resumes in-call."""
+        names = [name for name in self.files(repo, commit) if any(fnmatch(name, pattern) for pattern in patterns)]
+        self._fetch(repo, commit, [name for name in names if "/" not in name], folder)
+
+    def _look_at(self, repo: str, revision: str | None) -> ModelInfo:
+        """A gated repository shows itself to everybody and its files to few: whether to us is asked here, before."""
+        with self._mapped(f"find {repo}{f'@{revision}' if revision else ''}", repo):
+            info = _retried(lambda: self._api.model_info(repo, revision=revision, timeout=10))
+            if info.gated:
+                _retried(lambda: self._api.auth_check(repo))
+            return info
+
+    def _fetch(self, repo: str, commit: str, names: Sequence[str], folder: Path) -> None:
+        def fetch(name: str) -> None:
+            _retried(lambda: self._api.hf_hub_download(repo, name, revision=commit, local_dir=folder))
+
+        with self._mapped(f"download {repo}", repo), ThreadPoolExecutor(_NUM_DOWNLOADS) as pool:
+            list(pool.map(fetch, names))
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's book-keeping, not content
+
+    def push(self, adapter: Adapter, repo: str, *, private: bool = False, message: str | None = None) -> str:
+        """Publish a package as one commit on main, compare-and-swap on what main was. Returns the commit.
+
+        Raises UsageError for a base that is only a local path, Conflict when somebody pushed in between.
+        """
+        with self._mapped(f"push to {repo}", repo):
+            _retried(lambda: self._api.create_repo(repo, private=private, exist_ok=True))
+        return str(self._commit(adapter, repo, message).oid)
+
+    def propose(self, adapter: Adapter, repo: str, *, message: str | None = None) -> str:
+        """Publish a package as a pull request, for its owners to look at. Returns its URL. Raises as `push`."""
+        commit = self._commit(adapter, repo, message, create_pr=True)
+        return str(commit.pr_url)
+
+    def _commit(self, adapter: Adapter, repo: str, message: str | None, *, create_pr: bool = False) -> CommitInfo:
+        if Path(adapter.manifest.base.id).is_absolute():
+            raise UsageError(
+                f"{adapter.manifest.name} names a local folder as its base ({adapter.manifest.base.id}), which "
+                "nobody else can load: pull the base by its Hub id and pack the adapter on that."
+            )
+        from huggingface_hub import CommitOperationAdd
+
+        # Sorted so that the manifest is added with the rest: a commit is atomic, readers see all or nothing.
+        files = files_of(adapter.path)
+        check_names(path.name for path in files)
+        with self._mapped(f"push to {repo}", repo), ExitStack() as opened:
+            parent = _retried(lambda: self._api.model_info(repo)).sha
+            # Given as open files: with paths the client insists on Xet, which not every Hub speaks.
+            operations = [CommitOperationAdd(f.name, opened.enter_context(f.open("rb"))) for f in files]
+            # Only told to wait is it sent again: after any other failure the commit may be there.
+            return _retried(
+                lambda: self._api.create_commit(
+                    repo,
+                    operations,
+                    commit_message=message or f"{adapter.manifest.name} {adapter.digest}",
+                    parent_commit=parent,
+                    create_pr=create_pr,
+                ),
+                when=_was_not_taken,
+            )
+
+    def pull(self, repo: str, folder: Path, *, revision: str | None = None) -> tuple[Adapter, str]:
+        """Fetch one exact revision into `folder`, which appears only when everything is there and verified.
+
+        File names are checked before a byte is fetched. Returns the adapter and its commit. Raises
+        AdapterNotFound, PackageError kinds and HubError kinds.
+        """
+        info = self._look_at(repo, revision)
+        commit, names = str(info.sha), [one.rfilename for one in info.siblings or ()]
+        if MANIFEST_NAME not in names:
+            raise AdapterNotFound(
+                f"{repo}@{commit[:12]} at {self.endpoint} has no {MANIFEST_NAME}, so it is not an adapterhub package: "
+                "download the folder and adopt it with `adapterhub pack FOLDER --base BASE`."
+            )
+        check_names(names)
+        with new_folder(folder) as temporary:
+            self._fetch(repo, commit, names, temporary)
+            adapter = open_adapter(temporary)
+        return Adapter(folder, adapter.manifest), commit
+
+    def commits(self, repo: str) -> list[Commit]:
+        """What main went through, oldest first."""
+        with self._mapped(f"list the commits of {repo}", repo):
+            found = _retried(lambda: self._api.list_repo_commits(repo))
+        return [Commit(one.commit_id, one.title, one.message) for one in reversed(found)]
+
+    def files(self, repo: str, commit: str) -> list[str]:
+        with self._mapped(f"list the files of {repo}", repo):
+            return list(_retried(lambda: self._api.list_repo_files(repo, revision=commit)))
+
+    def replace(self, folder: Path, repo: str, *, message: str, private: bool = False) -> str:
+        """Make main hold exactly the files of `folder`, as one commit, compare-and-swap. Returns the commit."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+        with self._mapped(f"push to {repo}", repo), ExitStack() as opened:
+            _retried(lambda: self._api.create_repo(repo, private=private, exist_ok=True))
+            parent = str(_retried(lambda: self._api.model_info(repo)).sha)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            names = [path.relative_to(folder).as_posix() for path in files]
+            there = _retried(lambda: self._api.list_repo_files(repo, revision=parent))
+            operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+                *(CommitOperationAdd(n, opened.enter_context(f.open("rb"))) for n, f in zip(names, files, strict=True)),
+                *(CommitOperationDelete(name) for name in there if name not in names and name != ".gitattributes"),
+            ]
+            title, _, rest = message.partition("\n")
+            commit = _retried(
+                lambda: self._api.create_commit(
+                    repo, operations, commit_message=title, commit_description=rest.strip(), parent_commit=parent
+                ),
+                when=_was_not_taken,
+            )
+        return str(commit.oid)
+
+    def search(self, *, base: str | None = None, limit: int = 100) -> list[Listed]:
+        """Adapters on this Hub, newest first, of one base when given (its Hub id)."""
+        filters = ["adapterhub"] + ([f"base_model:adapter:{base}"] if base else [])
+        with self._mapped("list adapters"):
+            found = _retried(
+                lambda: list(self._api.list_models(filter=filters, limit=limit, sort="last_modified", full=True))
+            )
+        return [Listed(model.id, str(model.sha), _base_tag(model.tags or [])) for model in found]
+
+    @contextmanager
+    def _mapped(self, act: str, repo: str | None = None) -> Iterator[None]:
+        try:
+            yield
+        except AdapterHubError:
+            raise
+        except Exception as error:
+            mapped = self._map(error, act, repo)
+            if mapped is None:
+                raise
+            raise mapped from error
+
+    def _map(self, error: Exception, act: str, repo: str | None) -> AdapterHubError | None:
+        """The one table from the client's exceptions to ours; None for what is not the Hub's doing."""
+        from huggingface_hub import errors as hf
+
+        if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+            return self._map(error.__cause__, act, repo)  # the client's word for an upload by LFS that failed
+        if isinstance(error, ValueError) and str(error).startswith("LFS batch API returned errors:"):
+            return HubError(f"cannot {act}: {self.endpoint} refused a file ({str(error).splitlines()[-1][:300]}).")
+        who = "with the token given (HF_TOKEN)" if self.token else "without a token"
+        if isinstance(error, hf.GatedRepoError):
+            return NotAuthorized(f"cannot {act}: access is gated; ask for it at {self.endpoint}/{repo}.")
+        if isinstance(error, hf.RevisionNotFoundError):
+            return AdapterNotFound(f"cannot {act}: {repo} exists at {self.endpoint}, that revision does not.")
+        status = _status(error)
+        if status == 401 and self.token and "credentials" in str(error).lower():
+            return NotAuthorized(
+                f"cannot {act}: {self.endpoint} does not know the token in HF_TOKEN; get a valid one there."
+            )
+        if isinstance(error, hf.RepositoryNotFoundError):
+            return AdapterNotFound(
+                f"cannot {act}: {self.endpoint} shows no {repo} {who}; it may be private or misspelt. "
+                "Check the name, or set HF_TOKEN."
+            )
+        if status in (401, 403):
+            return NotAuthorized(f"cannot {act} at {self.endpoint} {who}: set HF_TOKEN to one that may do this.")
+        if status in (409, 412):
+            return Conflict(f"cannot {act}: the repository changed meanwhile; pull, look, and push again.")
+        if isinstance(error, hf.HFValidationError):
+            return UsageError(f"cannot {act}: {error}")
+        if status is not None and 400 <= status < 500 and status != 429:
+            return HubError(f"cannot {act}: {self.endpoint} answered {status} ({_first_line(error)}).")
+        if status is not None or isinstance(error, (hf.HTTPError, hf.FileMetadataError, hf.LocalEntryNotFoundError)):  # type: ignore[attr-defined]
+            why = f"status {status}" if status else f"{type(error).__name__}: {_first_line(error)}"
+            return HubUnavailable(
+                f"cannot {act}: {self.endpoint} is not answering ({why}). Try again later, or use a Hub you can "
+                "reach (--hub URL or HF_ENDPOINT)."
+            )
+        return None
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Is the Hub busy or failing, or was the connection reset? (One that was closed the client takes up again.)"""
+    return _status(error) in (429, 500, 502, 503, 504) or _was_reset(error)
+
+
+def _was_not_taken(error: BaseException) -> bool:
+    """Did the Hub say that it did not do what was asked, so that asking again cannot do it twice?"""
+    return _status(error) in (429, 503)
+
+
+def _was_reset(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, ConnectionResetError) or _was_reset(error.__cause__))
+
+
+def _retried(ask: Callable[[], T], *, when: Callable[[BaseException], bool] = _may_pass) -> T:
+    """`ask`, again after a pause while it fails in a way that may pass; the last error is raised.
+
+    The pause is what the Hub asks for (`Retry-After`), at most a minute, else 1, 2 and 4 s.
+    """
+    for pause_s in _PAUSES_S:
+        try:
+            return ask()
+        except Exception as error:
+            if not when(error):
+                raise
+            time.sleep(_asked_pause_s(error, pause_s))
+    return ask()
+
+
+def _asked_pause_s(error: Exception, default_s: float) -> float:
+    asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return min(float(asked), 60.0) if asked.isdigit() else default_s
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _first_line(error: Exception) -> str:
+    said = getattr(error, "server_message", None) or str(error)
+    return (said.strip().splitlines() or [""])[0][:200]
+
+
+def _base_tag(tags: list[str]) -> str | None:
+    prefix = "base_model:adapter:"
+    return next((tag.removeprefix(prefix) for tag in tags if tag.startswith(prefix)), None)

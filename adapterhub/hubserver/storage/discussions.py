@@ -1,0 +1,222 @@
+"""Discussions and pull requests: one record each, beside the repository they belong to. Knows no users' rights.
+
+A pull request is a line of commits of its own (`refs/pr/N`) from where its base was when it was opened. Merging makes
+one commit of all its changes. That it is merged is written together with the branch, in `repo.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from adapterhub.files import write_atomic
+from adapterhub.hubserver.errors import DiscussionMissing, MergeConflict, Refusal
+from adapterhub.hubserver.names import RepoId
+from adapterhub.hubserver.storage.commits import Change, Commit, FileEntry, NewCommit, files_after
+from adapterhub.hubserver.storage.discussion import Discussion, Event
+from adapterhub.hubserver.storage.git_ids import lfs_pointer
+from adapterhub.hubserver.storage.store import HubStore, Repo
+
+_MAX_DIFFED = 1 << 20
+"""a larger file is named in a diff, not shown"""
+
+
+class Discussions:
+    """All discussions of all repositories of a store."""
+
+    def __init__(self, store: HubStore) -> None:
+        self._store = store
+
+    def all(self, repo: Repo) -> list[Discussion]:
+        """Newest first."""
+        numbers = sorted((int(path.stem) for path in self._folder(repo.repo_id).glob("*.json")), reverse=True)
+        return [self.get(repo, number) for number in numbers]
+
+    def get(self, repo: Repo, num: int) -> Discussion:
+        """Raises DiscussionMissing."""
+        try:
+            found = Discussion.model_validate_json(self._path(repo.repo_id, num).read_bytes())
+        except FileNotFoundError:
+            raise DiscussionMissing(f"{repo.id} has no discussion or pull request {num}.") from None
+        return found.merged(repo.merged[num]) if num in repo.merged else found
+
+    def open(
+        self,
+        repo_id: RepoId,
+        *,
+        author: str,
+        title: str,
+        description: str,
+        is_pull: bool,
+        base: str = "main",
+        first: tuple[Iterable[Change], NewCommit] | None = None,
+    ) -> Discussion:
+        """Start a discussion, or a pull request towards the branch `base`; `first`: its first commit.
+
+        Raises what `HubStore.commit` raises.
+        """
+        with self._store.locked(repo_id):
+            repo = self._store.repo(repo_id)
+            start = self._store.commit_at(repo, f"refs/heads/{base}") if is_pull else None
+            head = start
+            now = int(time.time())
+            events = [Event.comment(description, author=author)] if description else []
+            if first is not None and start is not None:
+                head = self._store.add_commit(repo, start, changes=first[0], new=first[1])
+                self._store.save(repo.grown(start, head))
+                events.append(Event.commit(head))
+            numbers = [int(path.stem) for path in self._folder(repo_id).glob("*.json")]
+            made = Discussion(
+                num=1 + max(numbers, default=0),
+                title=title,
+                author=author,
+                created_s=now,
+                status="open" if first is not None or not is_pull else "draft",
+                base=base if is_pull else None,
+                start=start.sha if start is not None else None,
+                head=head.sha if head is not None else None,
+                events=tuple(events),
+            )
+            self._save(repo_id, made)
+        return made
+
+    def commit(self, repo_id: RepoId, num: int, *, changes: Iterable[Change], new: NewCommit) -> Commit:
+        """Add a commit to a pull request. Raises what `HubStore.commit` raises, and Refusal when it is not open."""
+        with self._store.locked(repo_id):
+            repo = self._store.repo(repo_id)
+            pull = self._open_pull(repo, num)
+            head = self._store.commit_at(repo, f"refs/pr/{num}")
+            commit = self._store.add_commit(repo, head, changes=changes, new=new)
+            if commit != head:
+                self._store.save(repo.grown(head, commit))
+                self._save(repo_id, pull.with_event(Event.commit(commit), head=commit.sha))
+        return commit
+
+    def comment(self, repo_id: RepoId, num: int, *, text: str, author: str) -> Event:
+        """Raises DiscussionMissing."""
+        return self._add(repo_id, num, Event.comment(text, author=author))
+
+    def rename(self, repo_id: RepoId, num: int, *, title: str, author: str) -> Event:
+        """Raises DiscussionMissing."""
+        before = self.get(self._store.repo(repo_id), num).title
+        event = Event.made("title-change", author, {"from": before, "to": title})
+        return self._add(repo_id, num, event, title=title)
+
+    def edit_comment(self, repo_id: RepoId, num: int, *, event_id: str, text: str | None, author: str) -> Event:
+        """Change the text of one's own comment; None hides it. Raises DiscussionMissing."""
+        with self._store.locked(repo_id):
+            found = self.get(self._store.repo(repo_id), num)
+            old = next((e for e in found.events if e.id == event_id and e.type == "comment"), None)
+            if old is None or old.author != author:
+                raise DiscussionMissing(f"'{author}' wrote no comment {event_id} in discussion {num}.")
+            new = old.hidden() if text is None else old.edited(text)
+            events = tuple(new if event is old else event for event in found.events)
+            self._save(repo_id, found.model_copy(update={"events": events}))
+        return new
+
+    def set_status(self, repo_id: RepoId, num: int, *, status: str, author: str) -> Event:
+        """Open or close. Raises DiscussionMissing, and Refusal for what is merged."""
+        if num in self._store.repo(repo_id).merged:
+            raise Refusal(f"pull request {num} is merged; that cannot be undone.")
+        if status not in ("open", "closed"):
+            raise Refusal(f"{status!r} is not a status to set: use 'open' or 'closed'.")
+        return self._add(repo_id, num, Event.made("status-change", author, {"status": status}), status=status)
+
+    def merge(self, repo_id: RepoId, num: int, *, author: str) -> Commit:
+        """Make one commit of a pull request on its base. Raises MergeConflict, Refusal when it is not open."""
+        with self._store.locked(repo_id):
+            repo = self._store.repo(repo_id)
+            pull = self._open_pull(repo, num)
+            conflicts = self.conflicts(repo, pull)
+            if conflicts:
+                raise MergeConflict(f"both sides changed {', '.join(conflicts[:10])}; update the pull request first.")
+            base = self._store.commit_at(repo, f"refs/heads/{pull.base}")
+            title = f"{pull.title} (#{num})"
+            merged = Commit.create(
+                self._merged_files(repo, pull), (base.sha,), author=author, title=title, time_s=int(time.time())
+            )
+            self._store.save_commit(repo_id, merged)
+            self._store.save(
+                repo.model_copy(
+                    update={
+                        "branches": {**repo.branches, pull.base: merged.sha},
+                        "merged": {**repo.merged, num: merged.sha},
+                    }
+                )
+            )
+        return merged
+
+    def conflicts(self, repo: Repo, pull: Discussion) -> list[str]:
+        """Files that the pull request and its base changed in different ways since it was opened."""
+        start, theirs = self._files(repo, pull.start), self._files(repo, pull.head)
+        ours = self._files(repo, f"refs/heads/{pull.base}")
+        return sorted(
+            path
+            for path in {*start, *theirs, *ours}
+            if start.get(path) != theirs.get(path) and ours.get(path) not in (start.get(path), theirs.get(path))
+        )
+
+    def diff(self, repo: Repo, pull: Discussion) -> str:
+        """What a pull request changes, as git shows it; large files by their pointer."""
+        start, head = self._files(repo, pull.start), self._files(repo, pull.head)
+        changed = sorted(path for path in {*start, *head} if start.get(path) != head.get(path))
+        return "".join(self._file_diff(path, start.get(path), head.get(path)) for path in changed)
+
+    def _file_diff(self, path: str, old: FileEntry | None, new: FileEntry | None) -> str:
+        before, after = self._text(old), self._text(new)
+        title = f"diff --git a/{path} b/{path}\n"
+        if before is None or after is None:
+            return f"{title}Binary files differ\n"
+        names = ("/dev/null" if old is None else f"a/{path}", "/dev/null" if new is None else f"b/{path}")
+        lines = difflib.unified_diff(before.splitlines(), after.splitlines(), *names, lineterm="")
+        return title + "".join(f"{line}\n" for line in lines)
+
+    def _text(self, entry: FileEntry | None) -> str | None:
+        """None: not to be shown as text."""
+        if entry is None:
+            return ""
+        if entry.sha256 is not None:
+            return lfs_pointer(entry.sha256, entry.size).decode()
+        if entry.size > _MAX_DIFFED:
+            return None
+        with contextlib.suppress(UnicodeDecodeError):
+            return self._store.path_of(entry).read_bytes().decode()
+        return None
+
+    def _merged_files(self, repo: Repo, pull: Discussion) -> dict[str, FileEntry]:
+        start, theirs = self._files(repo, pull.start), self._files(repo, pull.head)
+        base = self._store.commit_at(repo, f"refs/heads/{pull.base}")
+        files = dict(base.files)
+        for path in {*start, *theirs}:
+            if start.get(path) != theirs.get(path):
+                files.pop(path, None)
+                files |= {path: theirs[path]} if path in theirs else {}
+        # The same checks as for any commit: a file here, a folder of that name there.
+        return files_after(base.model_copy(update={"files": files}), ())
+
+    def _files(self, repo: Repo, revision: str | None) -> dict[str, FileEntry]:
+        assert revision is not None
+        return self._store.commit_at(repo, revision).files
+
+    def _open_pull(self, repo: Repo, num: int) -> Discussion:
+        found = self.get(repo, num)
+        if found.base is None or found.status not in ("open", "draft"):
+            raise Refusal(f"{num} of {repo.id} is not an open pull request: it is {found.status}.")
+        return found
+
+    def _add(self, repo_id: RepoId, num: int, event: Event, **changes: str) -> Event:
+        with self._store.locked(repo_id):
+            self._save(repo_id, self.get(self._store.repo(repo_id), num).with_event(event, **changes))
+        return event
+
+    def _folder(self, repo_id: RepoId) -> Path:
+        return self._store.folder(repo_id) / "discussions"
+
+    def _path(self, repo_id: RepoId, num: int) -> Path:
+        return self._folder(repo_id) / f"{num}.json"
+
+    def _save(self, repo_id: RepoId, discussion: Discussion) -> None:
+        write_atomic(self._path(repo_id, discussion.num), discussion.model_dump_json(indent=1))

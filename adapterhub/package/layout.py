@@ -1,0 +1,218 @@
+"""Adapter packages on disk: which files may be there, and making, opening and describing them.
+
+The format is docs/adapter-format.md. Knows files and digests; torch is loaded only to record a probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.errors import (
+    DigestMismatch,
+    IncompatibleBase,
+    InvalidTensors,
+    MissingFile,
+    PackageError,
+    UnexpectedFile,
+    UnsafeFile,
+)
+from adapterhub.files import is_temporary, sha256_of
+from adapterhub.package.lora_config import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    LoraConfig,
+    LoraTensor,
+    lora_tensors,
+    read_lora_config,
+)
+from adapterhub.package.manifest import MANIFEST_NAME, Manifest, read_manifest
+from adapterhub.package.run_record import LOG_NAME, RECIPE_NAME, REPORT_HEAD, REPORT_NAME
+from adapterhub.package.safetensors_header import read_header
+from adapterhub.package.tensor_scan import sha256_and_strangers
+
+TEMPLATE_NAME = "chat_template.jinja"
+CARD_NAME = "README.md"
+SIGNATURE_NAME = "adapter.sig"
+
+REQUIRED = (CONFIG_NAME, WEIGHTS_NAME, TEMPLATE_NAME)
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
+UNLISTED = (MANIFEST_NAME, CARD_NAME, SIGNATURE_NAME, ".gitattributes")
+"""files that may change without the adapter becoming another one, so the digest leaves them out"""
+ALLOWED = frozenset((*REQUIRED, *_TOKENIZER, RECIPE_NAME, LOG_NAME, REPORT_NAME, *UNLISTED))
+
+_UNSAFE_SUFFIXES = frozenset(
+    {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5"}
+    | {".py", ".pyc", ".so", ".sh", ".exe", ".dll", ".dylib"}
+)
+
+Report = Callable[[str], None]
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """Open a packed folder and check all of it: files, digests, tensors. This is what `verify` runs.
+
+    Raises the PackageError that names what is wrong, AdapterUnsupported for other things than LoRA.
+    """
+    if not folder.is_dir():
+        raise MissingFile(f"{folder} is not a folder: expected an adapter package (adapterhub.json and its files).")
+    check_names(path.relative_to(folder).as_posix() for path in walk_files(folder))
+    manifest = read_manifest(folder)
+    check_names(manifest.files)
+    _check_digests(folder, manifest)
+    check_report(folder)
+    for name in REQUIRED:
+        if name not in manifest.files:
+            raise MissingFile(f"{folder / MANIFEST_NAME} does not list {name}: pack the adapter again.")
+    read_lora(folder)
+    return Adapter(folder, manifest)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse, by name alone, files that do not belong beside an adapter. Used before a download, too.
+
+    Raises UnsafeFile for pickles and anything executable, UnexpectedFile for the rest.
+    """
+    listed = sorted(names)
+    unsafe = [name for name in listed if Path(name).suffix.lower() in _UNSAFE_SUFFIXES]
+    if unsafe:
+        raise UnsafeFile(
+            f"{', '.join(unsafe[:5])} can run code when loaded: adapters are safetensors and text only. "
+            "Remove it, or let `adapterhub pack FOLDER --output NEW` leave it out (convert old .bin weights by loading "
+            "and saving them with a current PEFT)."
+        )
+    unexpected = [name for name in listed if name not in ALLOWED]
+    if unexpected:
+        why = (
+            "a whole model's config.json makes loaders take the folder for one"
+            if "config.json" in unexpected
+            else ("whole models, optimizer states and notes stay outside")
+        )
+        raise UnexpectedFile(
+            f"{', '.join(unexpected[:5])}{' ...' if len(unexpected) > 5 else ''} does not belong in an adapter "
+            f"package ({why}): remove it, or let `adapterhub pack FOLDER --output NEW` take only what belongs."
+        )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `inspect` shows: the manifest, and what only the tensors tell."""
+
+    adapter: Adapter
+    parameters: int
+    dtypes: tuple[str, ...]
+    size_bytes: int
+    modules: int
+
+
+def inspect(folder: Path) -> Description:
+    """Open (and so verify) a package and count what is in it, from the header alone."""
+    adapter = open_adapter(folder)
+    _, tensors = read_lora(folder)
+    return Description(
+        adapter,
+        parameters=sum(tensor.info.numel for tensor in tensors),
+        dtypes=tuple(sorted({tensor.info.dtype for tensor in tensors})),
+        size_bytes=sum(entry.size for entry in adapter.manifest.files.values()),
+        modules=len({tensor.module for tensor in tensors}),
+    )
+
+
+def check_base(adapter: Adapter, base: StoredBase) -> None:
+    """Raises IncompatibleBase, showing both sides, unless the adapter was made for exactly this base."""
+    if adapter.manifest.base.fingerprint != base.ref.fingerprint:
+        raise IncompatibleBase(
+            f"adapter {adapter.manifest.name} was made for {adapter.base}, but this base is {base.ref}: "
+            "use the base it was trained on, or train it again on this one."
+        )
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Put the folder's name in front of an error that knows only the content."""
+    try:
+        yield
+    except PackageError as error:
+        if str(path.parent) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+
+
+def read_lora(folder: Path) -> tuple[LoraConfig, list[LoraTensor]]:
+    config = read_lora_config(folder)
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        raise MissingFile(f"{folder} has no {WEIGHTS_NAME}: save the adapter as safetensors (never .bin).")
+    with _named(weights):
+        return config, lora_tensors(read_header(weights), config)
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a package folder, by name; without what a killed process left half-written."""
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and not is_temporary(path)]
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if is_temporary(path):
+            continue
+        if path.is_symlink():
+            raise UnsafeFile(f"{path} is a symbolic link: packages hold plain files only; copy the file here.")
+        if path.is_file():
+            yield path
+
+
+def _check_digests(folder: Path, manifest: Manifest) -> None:
+    present = {path.name for path in walk_files(folder)} - set(UNLISTED)
+    missing = sorted(set(manifest.files) - present)
+    if missing:
+        raise MissingFile(f"{folder} lacks {', '.join(missing)}, which its manifest lists: fetch it again.")
+    extra = sorted(present - set(manifest.files))
+    if extra:
+        raise UnexpectedFile(f"{folder} holds {', '.join(extra)}, which its manifest does not list: remove or repack.")
+    for name, entry in manifest.files.items():
+        size = (folder / name).stat().st_size
+        if size != entry.size:
+            raise DigestMismatch(
+                f"{folder / name} has {size:,} bytes, the manifest says {entry.size:,}: fetch it again."
+            )
+    for name, entry in manifest.files.items():
+        path = folder / name
+        found, strangers = sha256_of_weights(path) if name == WEIGHTS_NAME else (sha256_of(path), [])
+        if found != entry.sha256:
+            raise DigestMismatch(f"{path} has sha256 {found}, the manifest says {entry.sha256}: fetch it again.")
+        check_values(path, strangers)
+
+
+def sha256_of_weights(path: Path) -> tuple[str, list[str]]:
+    """And the tensors that hold what is no number; in one reading."""
+    with _named(path):
+        return sha256_and_strangers(path, read_header(path))
+
+
+def check_values(path: Path, strangers: list[str]) -> None:
+    if strangers:
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        raise InvalidTensors(
+            f"{path}: {strangers[0]}{more} holds NaN or infinity: the training run diverged; train again."
+        )
+
+
+def check_report(folder: Path) -> None:
+    """A page from a stranger is opened in a browser: it must begin with the policy that forbids scripts."""
+    path = folder / REPORT_NAME
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        begins = file.read(len(REPORT_HEAD))
+    if begins != REPORT_HEAD.encode():
+        raise UnsafeFile(
+            f"{path} does not begin as a training report does, with a policy that lets a browser run no script and "
+            "fetch nothing: remove it."
+        )

@@ -1,0 +1,225 @@
+"""PEFT's adapter_config.json and tensor names, read without PEFT: what is adapted, at which rank and scale."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from adapterhub.errors import AdapterUnsupported, InvalidTensors, MissingFile
+from adapterhub.package.manifest import Lora
+from adapterhub.package.safetensors_header import TensorInfo
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+NO_LAYERS = "dummy-target-modules"
+"""PEFT's word for a LoRA on no layer, which brings whole modules only"""
+
+_MAX_CONFIG_BYTES = 10_000_000
+_MAX_PATTERN = 1000
+_MAX_MODULE = 200
+"""characters; of a module's dotted name. What a pattern of that kind costs grows with the length"""
+
+_T = TypeVar("_T")
+TensorKind = Literal["lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B", "weight"]
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?"
+)
+_WHOLE_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<kind>weight)")
+
+# Fields that change what the adapter computes. Anything but these values is not plain LoRA; a field we have
+# never heard of is ignored, because every PEFT release adds some and writes them with an inert default.
+_INERT: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "ensure_weight_tying": (False, None),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "megatron_config": (None,),
+    "arrow_config": (None,),
+}
+
+
+_SOFT_PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
+_SOFT_PROMPT = " (a soft prompt stands before every text and changes no layer: no package holds one; PEFT loads it)"
+
+
+@dataclass(frozen=True)
+class LoraTensor:
+    """One tensor of an adapter file: which module of the base it belongs to, and its part."""
+
+    key: str
+    module: str
+    kind: TensorKind
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The part of adapter_config.json that decides what base + adapter computes."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    use_dora: bool
+    targets: tuple[str, ...]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    saved_modules: tuple[str, ...] = ()
+    """names of modules that travel whole (PEFT's modules_to_save)"""
+    is_pattern: bool = False
+    """is the one target a regular expression?"""
+    is_everywhere: bool = True
+    """are targets adapted in every layer (no layers_to_transform, no exclude_modules)?"""
+
+    def rank_of(self, module: str) -> int:
+        return _matched(self.rank_pattern, module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """alpha / r (arXiv 2106.09685, 4.1), or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+        rank = self.rank_of(module)
+        alpha = _matched(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def described(self) -> Lora:
+        """The manifest's words for it."""
+        method: Literal["lora", "rslora", "dora", "head"] = "lora"
+        if self.targets == (NO_LAYERS,):
+            method = "head"
+        elif self.use_dora:
+            method = "dora"
+        elif self.use_rslora:
+            method = "rslora"
+        return Lora(
+            method=method,
+            rank=self.rank,
+            alpha=self.alpha,
+            scaling=self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank),
+            targets=list(self.saved_modules if method == "head" else self.targets),
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+        )
+
+
+def _matched(pattern: dict[str, _T], module: str, default: _T) -> _T:
+    """PEFT's rule: a key is a regular expression for the end of the module's dotted name."""
+    for key, value in pattern.items():
+        if re.fullmatch(rf"(?:.*\.)?(?:{key})", module):
+            return value
+    return default
+
+
+def read_lora_config(folder: Path) -> LoraConfig:
+    """Raises MissingFile, or AdapterUnsupported naming each field that makes it something else than LoRA."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise MissingFile(f"{folder} has no {CONFIG_NAME}: point to the folder PEFT's save_pretrained wrote.")
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes are too many")
+        raw = json.loads(path.read_bytes())
+        faults = [f"{key}={raw[key]!r}" for key, inert in _INERT.items() if key in raw and raw[key] not in inert]
+        if faults:
+            raise AdapterUnsupported(
+                f"{path} asks for {', '.join(faults)}, which is not handled: train with plain LoRA, rsLoRA or DoRA"
+                f"{_SOFT_PROMPT if raw.get('peft_type') in _SOFT_PROMPTS else ''}."
+            )
+        targets = raw["target_modules"]
+        return LoraConfig(
+            rank=_positive(raw["r"]),
+            alpha=float(raw["lora_alpha"]),
+            use_rslora=bool(raw.get("use_rslora")),
+            use_dora=bool(raw.get("use_dora")),
+            targets=(_pattern(targets, repeated=3),) if isinstance(targets, str) else tuple(sorted(targets)),
+            rank_pattern={_pattern(key): _positive(r) for key, r in (raw.get("rank_pattern") or {}).items()},
+            alpha_pattern={_pattern(key): float(a) for key, a in (raw.get("alpha_pattern") or {}).items()},
+            saved_modules=tuple(sorted(raw.get("modules_to_save") or ())),
+            is_pattern=isinstance(targets, str),
+            is_everywhere=not raw.get("layers_to_transform") and not raw.get("exclude_modules"),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise AdapterUnsupported(
+            f"{path} cannot be read as a LoRA config ({error!r}): it needs peft_type, r, lora_alpha and "
+            "target_modules as PEFT writes them."
+        ) from error
+
+
+def _positive(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"rank {value!r} is not a positive whole number")
+    return value
+
+
+def _pattern(text: str, *, repeated: int = 1) -> str:
+    """A regular expression that cannot keep us busy: no repeated groups, at most so many repetitions, not long."""
+    num_repeated = len(re.findall(r"(?<!\\)[*+{]", text))
+    if len(text) > _MAX_PATTERN or num_repeated > repeated or re.search(r"\)[*+{]", text):
+        raise ValueError(f"the pattern {text[:60]!r} could take forever to match")
+    try:
+        re.compile(text)
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"the pattern {text[:60]!r} is no regular expression ({error})") from error
+    return text
+
+
+def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[LoraTensor]:
+    """The header's tensors, each matched to its module and checked against the config's rank.
+
+    A is [r, in], B is [out, r], DoRA's magnitude is [out]; of an embedding A is [r, vocabulary], B [width, r]; a
+    module of modules_to_save has its whole weight. Raises AdapterUnsupported for tensors that are neither,
+    InvalidTensors for missing halves, wrong ranks and magnitudes of another size.
+    """
+    tensors = []
+    parts: dict[str, dict[TensorKind, TensorInfo]] = {}
+    for key, info in header.items():
+        match = (_KEY.fullmatch(key) or _WHOLE_KEY.fullmatch(key)) if len(key) <= _MAX_MODULE else None
+        if match is None or (match["kind"] == "weight" and not _is_saved(match["module"], config)):
+            raise AdapterUnsupported(
+                f"tensor {key[:_MAX_MODULE]!r} is neither LoRA's (base_model.model.<module>.lora_A/B) nor of "
+                "modules_to_save: whole weights and optimizer states do not belong in an adapter; save with "
+                "save_embedding_layers=False."
+            )
+        kind: TensorKind = match["kind"]  # type: ignore[assignment]
+        tensors.append(LoraTensor(key, match["module"], kind, info))
+        parts.setdefault(match["module"], {})[kind] = info
+    if not tensors:
+        raise InvalidTensors("the adapter file holds no tensor at all: the save went wrong, train or save again.")
+    for module, found in parts.items():
+        _check_module(module, found, config)
+    return tensors
+
+
+def _is_saved(module: str, config: LoraConfig) -> bool:
+    """PEFT's rule: a name of modules_to_save is the end of the module's dotted name."""
+    return any(module == name or module.endswith(f".{name}") for name in config.saved_modules)
+
+
+def _check_module(module: str, found: dict[TensorKind, TensorInfo], config: LoraConfig) -> None:
+    if set(found) == {"weight"}:
+        return
+    is_embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
+    first, second = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
+    wanted = {first, second, "lora_magnitude_vector"} if config.use_dora else {first, second}
+    if set(found) != wanted:
+        raise InvalidTensors(f"{module} has {', '.join(sorted(found))}, expected {', '.join(sorted(wanted))}.")
+    rank = config.rank_of(module)
+    a, b = found[first].shape, found[second].shape  # type: ignore[index]
+    if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
+        raise InvalidTensors(
+            f"{module}: {first} {list(a)} and {second} {list(b)} do not fit rank {rank} of {CONFIG_NAME}: "
+            "expected [r, in] and [out, r]."
+        )
+    magnitude = found.get("lora_magnitude_vector")
+    if magnitude is not None and math.prod(magnitude.shape) != b[0]:
+        raise InvalidTensors(
+            f"{module}: lora_magnitude_vector {list(magnitude.shape)} does not fit the {b[0]} outputs of {second}: "
+            "expected [out]."
+        )

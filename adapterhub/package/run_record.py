@@ -1,0 +1,171 @@
+"""What a training run leaves beside its weights: recipe.toml, train_log.jsonl and a page to look at.
+
+The trainer writes the log line by line; packing reads it back. One JSON object a line, told apart by `event`:
+`start` (base, quantization, digests, versions), `step` (loss, tokens), `measured` (held-out loss on the way), `sampled`
+(answers to fixed prompts), `end` (totals, held-out losses, last answers).
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from adapterhub.adapter import BaseRef
+from adapterhub.errors import InvalidManifest
+from adapterhub.package.manifest import Evaluation, Quantization, Training
+
+LOG_NAME = "train_log.jsonl"
+RECIPE_NAME = "recipe.toml"
+REPORT_NAME = "report.html"
+REPORT_HEAD = (
+    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
+)
+"""how every report begins: whatever follows, a browser runs no script in it and fetches nothing for it"""
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunStart(_Event):
+    event: Literal["start"] = "start"
+    base_id: str
+    base_revision: str | None
+    base_fingerprint: str
+    quantization: Quantization
+    recipe_sha256: str
+    data_sha256: str
+    samples: int
+    seed: int
+    start_digest: str | None = None
+    """of the adapter the run went on from; None: a new one"""
+    stop: list[str] = []
+    """strings that end an answer under the run's chat template, beside the end of text"""
+    versions: dict[str, str]
+
+
+class RunStep(_Event):
+    event: Literal["step"] = "step"
+    step: int
+    loss: float
+    """nats per trained token; in preference tuning the method's own"""
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """tokens in the step's batch"""
+    trained_tokens: int
+    seconds: float
+
+
+class RunMeasured(_Event):
+    """The held-out loss after a step."""
+
+    event: Literal["measured"] = "measured"
+    step: int
+    loss: float
+
+
+class Answer(_Event):
+    """What a model says to one of the fixed prompts, greedily."""
+
+    prompt: str
+    text: str
+
+
+class RunSampled(_Event):
+    """Answers after a step; after step 0 those of the bare base."""
+
+    event: Literal["sampled"] = "sampled"
+    step: int
+    answers: list[Answer]
+
+
+class RunEnd(_Event):
+    event: Literal["end"] = "end"
+    steps: int
+    trained_tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    evaluations: list[Evaluation]
+    answers: list[Answer] = []
+    """of the adapter as it was written"""
+
+
+RunEvent = RunStart | RunStep | RunMeasured | RunSampled | RunEnd
+_EVENT: TypeAdapter[RunEvent] = TypeAdapter(RunEvent)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    base: BaseRef
+    quantization: Quantization
+    training: Training
+    evaluations: tuple[Evaluation, ...]
+    steps: tuple[RunStep, ...]
+    peak_memory_bytes: int
+    stop: tuple[str, ...] = ()
+
+
+def read_run_events(path: Path, *, is_whole: bool = True) -> list[RunEvent]:
+    """The events of a log; while a run goes on (`is_whole` false), without a last line that is not yet whole.
+
+    Raises InvalidManifest when the log is damaged.
+    """
+    try:
+        # Not splitlines: texts in it may hold line ends that are none of JSONL's.
+        *lines, rest = path.read_text(encoding="utf-8").split("\n")
+        if rest and is_whole:
+            lines.append(rest)
+        return [_EVENT.validate_python(json.loads(line)) for line in lines]
+    except (ValueError, ValidationError) as error:
+        raise InvalidManifest(f"{path} is not a training log ({error}): train again, or remove it.") from error
+
+
+def starts_of_unfinished(folder: Path) -> set[str]:
+    """Digests of the adapters that runs in a server's training folder (`RUN.toml`, in the end `RUN/`) go on from, as
+    long as they are not complete."""
+    starts: set[str] = set()
+    for path in folder.glob("run-*.toml"):
+        if not (path.with_suffix("") / LOG_NAME).is_file():
+            with suppress(OSError, ValueError, RecursionError):  # one that cannot be read cannot be resumed
+                starts.add(str(tomllib.loads(path.read_text(encoding="utf-8")).get("start")))
+    return starts
+
+
+def read_run_record(folder: Path) -> RunRecord | None:
+    """The record of a finished run, or None when there is no log (an adopted adapter).
+
+    Raises InvalidManifest when the log is damaged, or of a run that never ended.
+    """
+    path = folder / LOG_NAME
+    if not path.is_file():
+        return None
+    events = read_run_events(path)
+    start, end = events[0] if events else None, events[-1] if events else None
+    if not isinstance(start, RunStart) or not isinstance(end, RunEnd):
+        raise InvalidManifest(f"{path} is of a run that did not end: train again into a fresh folder.")
+    return RunRecord(
+        base=BaseRef(start.base_id, start.base_revision, start.base_fingerprint),
+        quantization=start.quantization,
+        training=Training(
+            recipe_sha256=start.recipe_sha256,
+            data_sha256=start.data_sha256,
+            samples=start.samples,
+            steps=end.steps,
+            trained_tokens=end.trained_tokens,
+            seconds=end.seconds,
+            seed=start.seed,
+            versions=start.versions,
+        ),
+        evaluations=tuple(end.evaluations),
+        steps=tuple(event for event in events if isinstance(event, RunStep)),
+        peak_memory_bytes=end.peak_memory_bytes,
+        stop=tuple(start.stop),
+    )

@@ -1,0 +1,63 @@
+"""Reading a safetensors file once: its sha256, and whether every value is a number. Loads numpy, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from adapterhub.package.safetensors_header import TensorInfo
+
+_CHUNK_BYTES = 1 << 20
+_INFINITY = {
+    "F16": (np.int16, np.uint16, 0x7C00),
+    "BF16": (np.int16, np.uint16, 0x7F80),
+    "F32": (np.int32, np.uint32, 0x7F800000),
+    "F64": (np.int64, np.uint64, 0x7FF << 52),
+}
+"""Taken as integers of the same bits, infinity and NaN are the largest values of either sign: two maxima find them."""
+
+
+def sha256_and_strangers(path: Path, header: dict[str, TensorInfo]) -> tuple[str, list[str]]:
+    """The file's sha256, and the names of the tensors that hold NaN or infinity.
+
+    `header` is the file's own, checked (`read_header`), so tensors follow each other without a gap. Each piece of
+    1 MiB is hashed and looked at while the cache has it.
+    """
+    digest = hashlib.sha256()
+    strangers = []
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+
+        def read(size: int) -> memoryview:
+            piece = buffer[: file.readinto(buffer[: min(size, _CHUNK_BYTES)])]
+            digest.update(piece)
+            return piece
+
+        tensors = sorted(header.items(), key=lambda item: (item[1].start, item[1].end))
+        left = tensors[0][1].start if tensors else path.stat().st_size
+        while left and (piece := read(left)):
+            left -= len(piece)
+        for name, info in tensors:
+            left, is_finite = info.size_bytes, True
+            while left and (piece := read(left)):
+                left -= len(piece)
+                is_finite = is_finite and _is_finite(piece, info.dtype)
+            if not is_finite:
+                strangers.append(name)
+    return digest.hexdigest(), strangers
+
+
+def _is_finite(piece: memoryview, dtype: str) -> bool:
+    """Whole numbers are finite; a kind with few bits (F8) is none a LoRA is kept in, and is left to who loads it."""
+    if dtype not in _INFINITY:
+        return True
+    signed, unsigned, infinity = _INFINITY[dtype]
+    whole = piece[: len(piece) // np.dtype(signed).itemsize * np.dtype(signed).itemsize]
+    sign = 1 << (8 * np.dtype(signed).itemsize - 1)
+    if not whole:
+        return True
+    return bool(
+        np.frombuffer(whole, signed).max() < infinity and np.frombuffer(whole, unsigned).max() < (infinity | sign)
+    )

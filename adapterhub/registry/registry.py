@@ -1,0 +1,410 @@
+"""The adapters on this machine: what they are called, where a name leads, who led it there.
+
+    $ADAPTERHUB_HOME/objects/, adapters/     the packages (package_store)
+    $ADAPTERHUB_HOME/names/<name>.jsonl      what a name's revisions point to, and every move (name_log)
+    $ADAPTERHUB_HOME/proofs/<digest>.json    a replayed probe that passed here
+    $ADAPTERHUB_HOME/training/               runs of servers, whose beginnings are kept (adapterhub.package.run_record)
+    $ADAPTERHUB_HOME/policy.toml             what must be signed, and what is protected (policy)
+
+An alias is a revision that somebody moves on purpose. Knows disk and Hub; refuses to know engines.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from adapterhub.adapter import Adapter, AdapterRef
+from adapterhub.errors import AdapterNotFound, Conflict, DigestMismatch, ProbeMismatch, UsageError
+from adapterhub.files import disk_full_is_said, expanded, hold, write_atomic
+from adapterhub.hub.client import Hub
+from adapterhub.package.bundle import opened_bundle
+from adapterhub.package.layout import open_adapter
+from adapterhub.package.manifest import Manifest, read_manifest
+from adapterhub.package.run_record import starts_of_unfinished
+from adapterhub.paths import home
+from adapterhub.registry.lock_file import Lock, Locked
+from adapterhub.registry.name_log import Act, Move, Name, NameLog, Summary, default_actor, now
+from adapterhub.registry.package_store import PackageStore, Removed
+from adapterhub.registry.policy import Policy
+
+DEFAULT_REVISION = "main"
+NOTHING = "nothing"
+"""what `expect` says of an alias that must not be there yet"""
+
+GRACE_S = 7 * 86_400.0
+
+Report = Callable[[str], None]
+
+_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_EXPECTED = re.compile(rf"{NOTHING}|sha256:[0-9a-f]{{8,64}}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of `list`: a name, a revision, and the package it leads to."""
+
+    name: str
+    revision: str
+    digest: str
+    origin: str
+    about: Summary
+    folder: Path
+
+    @property
+    def manifest(self) -> Manifest:
+        """Read from the package's folder each time."""
+        return read_manifest(self.folder)
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The store under one folder, and the Hub to ask for what is not in it (None: ask nobody)."""
+
+    root: Path
+    hub: Hub | None = None
+
+    @classmethod
+    def default(cls, hub: Hub | None = None) -> Registry:
+        return cls(home(), hub)
+
+    @cached_property
+    def store(self) -> PackageStore:
+        return PackageStore(self.root)
+
+    @cached_property
+    def log(self) -> NameLog:
+        return NameLog(self.root / "names")
+
+    def add(
+        self,
+        adapter: Adapter,
+        *,
+        name: str | None = None,
+        revision: str = DEFAULT_REVISION,
+        origin: str = "local",
+        act: Literal["add", "import"] = "add",
+        expect: str | None = None,
+        by: str | None = None,
+    ) -> Adapter:
+        """Keep a verified package, file by file and each content once, and let `name@revision` lead to it.
+
+        With `expect` only where it leads there before, or to NOTHING. Raises Conflict where it leads elsewhere.
+        """
+        called = name or adapter.manifest.name
+        if AdapterRef.parse(called) != AdapterRef(name=called):
+            raise UsageError(f"{called!r} is a folder, a digest or a revision, not a name to keep an adapter under.")
+        if revision in Policy.read(self.root).protected:
+            raise UsageError(f"{revision} is a protected alias here: add it as {DEFAULT_REVISION} and promote it.")
+        with self.store.keep(adapter) as kept:
+            self._lead(called, revision, kept, act, by=by, origin=origin, expect=expect)
+        return kept
+
+    def pull(self, ref: AdapterRef, hub: Hub, *, report: Report = lambda line: None, by: str | None = None) -> Adapter:
+        """Fetch `owner/name[@revision]` from `hub`, verify, and keep it under that name."""
+        if ref.name is None:
+            raise AdapterNotFound(f"{ref} cannot be pulled: expected owner/name or owner/name@revision.")
+        report(f"pulling {ref} from {hub.endpoint}")
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=self.root, prefix=".pull-") as scratch,
+            hold(Path(scratch)),
+            disk_full_is_said(self.root),
+        ):
+            adapter, commit = hub.pull(ref.name, Path(scratch) / "package", revision=ref.revision)
+            Policy.read(self.root).check(adapter, ref.name)
+            if (ref.revision or DEFAULT_REVISION) in Policy.read(self.root).protected:
+                raise UsageError(f"{ref.revision} is a protected alias here: pull another revision and promote it.")
+            report(f"verified {len(adapter.manifest.files)} files, {adapter.digest}")
+            origin = f"{hub.endpoint} {commit}"
+            with self.store.keep(adapter, is_scratch=True) as kept:
+                self._lead(ref.name, ref.revision or DEFAULT_REVISION, kept, "pull", by=by, origin=origin)
+        return kept
+
+    def import_bundle(self, path: Path, *, name: str | None = None, by: str | None = None) -> Adapter:
+        """Keep the package of a bundle under its own name or `name`, if the policy lets it in.
+
+        Raises PackageError kinds, SignatureInvalid.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=self.root, prefix=".pull-") as scratch,
+            hold(Path(scratch)),
+            opened_bundle(path, Path(scratch)) as adapter,
+        ):
+            Policy.read(self.root).check(adapter, name or adapter.manifest.name)
+            return self.add(adapter, name=name, origin="bundle", act="import", by=by)
+
+    def lock(self, wanted: Mapping[str, AdapterRef]) -> Lock:
+        """Exactly what the names of a deployment lead to now. Raises as `resolve`; UsageError for a folder."""
+        locked = {}
+        for served_as, ref in wanted.items():
+            if ref.name is None:
+                raise UsageError(f"{ref} has no name that would lead to it again: add it, or pull it, first.")
+            digest = self.resolve(ref).digest
+            moves = [move for move in self.history(ref.name) if move.after == digest and " " in move.origin]
+            endpoint, _, commit = (moves[-1].origin if moves else "local").partition(" ")
+            locked[served_as] = Locked(
+                name=ref.name, hub=endpoint if commit else None, commit=commit or None, digest=digest
+            )
+        return Lock(adapters=locked)
+
+    def obtain(self, locked: Locked, hub: Hub | None, *, report: Report = lambda line: None) -> AdapterRef:
+        """Have a locked adapter here, fetching its commit if need be; returns the reference that leads to it alone.
+
+        Raises DigestMismatch when the Hub has something else at that commit, AdapterNotFound, HubError kinds.
+        """
+        exact = AdapterRef(name=locked.name, revision=locked.digest)
+        known = self.log.read(locked.name)
+        if not (self.store.has(locked.digest) and known and _lookup(known, locked.digest)):
+            if hub is None or locked.commit is None:
+                raise AdapterNotFound(f"{locked.name} {locked.digest} is not in {self.root}: bring it here first.")
+            found = self.pull(AdapterRef(name=locked.name, revision=locked.commit), hub, report=report)
+            if found.digest != locked.digest:
+                raise DigestMismatch(
+                    f"{locked.name}@{locked.commit} at {hub.endpoint} is {found.digest}, locked is {locked.digest}: "
+                    "not used."
+                )
+        return exact
+
+    def watch(self, names: Sequence[str], *, every_s: float = 1.0) -> Iterator[tuple[str, Move]]:
+        """Each move of these names (none given: of all) made after the call, as it comes; without end."""
+        seen = {name.name: len(name.moves) for name in self.log.all()}
+        while True:
+            for called in names or self.log.names():
+                found = self.log.read(called)
+                moves = found.moves if found else ()
+                yield from ((called, move) for move in moves[seen.get(called, 0) :])
+                seen[called] = len(moves)
+            time.sleep(every_s)
+
+    def resolve(self, ref: AdapterRef) -> Adapter:
+        """The verified package a reference leads to, if the policy lets it be used; asks the Hub for names not here.
+
+        Raises AdapterNotFound with the places looked at and the nearest names, PackageError kinds for a
+        package that no longer is what it was, SignatureInvalid, HubError kinds.
+        """
+        adapter = self.open(ref)
+        Policy.read(self.root).check(adapter, ref.name)
+        return adapter
+
+    def open(self, ref: AdapterRef) -> Adapter:
+        """As `resolve`, to look at and not to use: whoever signed it, or nobody."""
+        if ref.folder is not None:
+            return open_adapter(expanded(ref.folder))
+        if ref.digest is not None:
+            return self.store.open(ref.digest)
+        known = self.log.read(str(ref.name))
+        digest = _lookup(known, ref.revision or DEFAULT_REVISION) if known else None
+        if digest is not None and self.store.has(digest):
+            return self.store.open(digest)
+        if self.hub is not None and "/" in str(ref.name) and not str(ref.revision).startswith("sha256:"):
+            return self.pull(ref, self.hub)
+        raise AdapterNotFound(self._where_we_looked(ref, known))
+
+    def list(self) -> list[Entry]:
+        """Every name and revision, sorted; opens no package."""
+        there = set(self.store.digests())
+        return [
+            Entry(name.name, revision, str(move.after), move.origin, move.about, self.store.folder(str(move.after)))
+            for name in self.log.all()
+            for revision, move in name.revisions().items()
+            if move.after in there and move.about is not None
+        ]
+
+    def history(self, name: str) -> tuple[Move, ...]:
+        """Every move of every revision of `name`, oldest first. Raises AdapterNotFound."""
+        known = self.log.read(name)
+        if known is None:
+            raise AdapterNotFound(self._where_we_looked(AdapterRef(name=name), None))
+        return known.moves
+
+    def promote(
+        self,
+        ref: AdapterRef,
+        alias: str,
+        *,
+        expect: str | None = None,
+        by: str | None = None,
+        prove: Callable[[Adapter], None] | None = None,
+    ) -> Move:
+        """Let `alias` of ref's name lead where `ref` leads now. Returns the move, as it is in the history.
+
+        `expect` makes it compare-and-swap: the digest (or its beginning) the alias must lead to before, or NOTHING.
+        `prove` replays the adapter's probe when a protected alias needs one that has not passed here yet.
+        Raises Conflict with both digests when it leads elsewhere, UsageError for what cannot be an alias,
+        AdapterNotFound, SignatureInvalid and ProbeMismatch for a protected alias, PackageError kinds.
+        """
+        _check_alias(alias)
+        if ref.name is None:
+            raise UsageError(f"{ref} has no name an alias could belong to: promote NAME@REVISION, add a folder first.")
+        adapter = Registry(self.root).resolve(ref)
+        if alias in Policy.read(self.root).protected:
+            self._check_protected(adapter, ref.name, alias, prove)
+        with self.lease(adapter):
+            return self._lead(ref.name, alias, adapter, "promote", by=by, expect=expect)
+
+    def rollback(self, name: str, alias: str, *, expect: str | None = None, by: str | None = None) -> Move:
+        """Let an alias lead again where it led before its last promotion. Raises as `promote` does."""
+        _check_alias(alias)
+        known = self.log.read(name)
+        if known is None or known.leads_to(alias) is None:
+            raise AdapterNotFound(self._where_we_looked(AdapterRef(name=name, revision=alias), known))
+        earlier = known.before(alias)
+        if earlier is None:
+            raise UsageError(f"{name}@{alias} never led anywhere else than to {known.leads_to(alias)}.")
+        adapter = self.store.open(earlier)
+        if alias in Policy.read(self.root).protected:
+            self._check_protected(adapter, name, alias, None)
+        Policy.read(self.root).check(adapter, name)
+        with self.lease(adapter):
+            return self._lead(name, alias, adapter, "rollback", by=by, expect=expect or known.leads_to(alias))
+
+    def remove(self, name: str, revision: str = DEFAULT_REVISION, *, by: str | None = None) -> Move:
+        """Forget one revision of a name; the package stays until it is collected.
+
+        Raises AdapterNotFound, UsageError for a protected alias.
+        """
+        if revision in Policy.read(self.root).protected:
+            raise UsageError(f"{revision} is a protected alias: promote another adapter instead of removing it.")
+        with self.log.locked():
+            known = self.log.read(name)
+            before = known.leads_to(revision) if known else None
+            if before is None:
+                raise AdapterNotFound(self._where_we_looked(AdapterRef(name=name, revision=revision), known))
+            move = Move(at=now(), by=by or default_actor(), act="remove", revision=revision, before=before, after=None)
+            self.log.append(name, [move])
+        return move
+
+    def record_proof(self, adapter: Adapter, *, by: str | None = None) -> None:
+        """Write down that the adapter's probe was replayed on this machine and passed."""
+        record = {"at": now().isoformat(), "by": by or default_actor(), "digest": adapter.digest}
+        write_atomic(self._proof(adapter), json.dumps(record, indent=1) + "\n")
+
+    def has_proof(self, adapter: Adapter) -> bool:
+        return self._proof(adapter).is_file()
+
+    def lease(self, adapter: Adapter) -> AbstractContextManager[None]:
+        """While the block runs no collection takes the adapter's package. Folders elsewhere are nobody's to take."""
+        if adapter.path != self.store.folder(adapter.digest):
+            return nullcontext()
+        return self.store.lease(adapter.digest)
+
+    def collect(self, *, grace_s: float = GRACE_S, is_trial: bool = False) -> Removed:
+        """Take away packages no name leads to (nor would roll back to), no run here goes on from, no process leases.
+
+        One is spared for `grace_s` after it came, and after the last name left it. What killed processes left
+        half-done goes as well.
+        """
+        since = datetime.now(UTC) - timedelta(seconds=grace_s)
+
+        def needed() -> set[str]:
+            starts = starts_of_unfinished(self.root / "training")
+            return starts.union(*(name.holds(since=since) for name in self.log.all()))
+
+        return self.store.collect(needed, grace_s=grace_s, is_trial=is_trial)
+
+    def _proof(self, adapter: Adapter) -> Path:
+        return self.root / "proofs" / f"{adapter.digest.removeprefix('sha256:')}.json"
+
+    def _check_protected(
+        self, adapter: Adapter, name: str, alias: str, prove: Callable[[Adapter], None] | None
+    ) -> None:
+        Policy.read(self.root).check_protected(adapter, name, alias)
+        if self.has_proof(adapter):
+            return
+        if prove is None:
+            raise ProbeMismatch(
+                f"{alias} is protected and the probe of {adapter.digest[:19]} has not passed here: run "
+                f"`adapterhub verify {name}@{adapter.digest[:19]} --probe`, then promote it."
+            )
+        prove(adapter)
+        self.record_proof(adapter)
+
+    def _lead(
+        self,
+        name: str,
+        revision: str,
+        adapter: Adapter,
+        act: Act,
+        *,
+        by: str | None,
+        origin: str | None = None,
+        expect: str | None = None,
+    ) -> Move:
+        """Without an `origin` it is the one the name has had the package from, else `local`."""
+        with self.log.locked():
+            known = self.log.read(name)
+            before = known.leads_to(revision) if known else None
+            _check_expected(name, revision, before, expect)
+            moves = [move for move in known.moves if move.after == adapter.digest] if known else []
+            move = Move(
+                at=now(),
+                by=by or default_actor(),
+                act=act,
+                revision=revision,
+                before=before,
+                after=adapter.digest,
+                origin=origin or (moves[-1].origin if moves else "local"),
+                about=Summary.of(adapter.manifest),
+            )
+            if before != move.after or (act == "pull" and not _was_fetched(known, move)):
+                self.log.append(name, [move])
+        return move
+
+    def _where_we_looked(self, ref: AdapterRef, known: Name | None) -> str:
+        if known is not None:
+            return f"{ref} is not in {self.root}; it has {known.name} at: {', '.join(known.revisions()) or 'nothing'}."
+        names = self.log.names()
+        near = difflib.get_close_matches(str(ref.name), names, n=3, cutoff=0.4)
+        hint = f"nearest: {', '.join(near)}" if near else f"it holds {len(names)} adapters: `adapterhub list`"
+        asked = "no Hub was asked" if self.hub is None else "a name without an owner is not looked up on a Hub"
+        return f"no adapter {ref} in {self.root} ({hint}); {asked}. `adapterhub pull OWNER/NAME` fetches one."
+
+
+def _lookup(known: Name, revision: str) -> str | None:
+    """The digest of a revision; else of what was once fetched at that commit, or whose digest begins so."""
+    digest = known.leads_to(revision)
+    if digest is None and (revision.startswith("sha256:") or _is_commit(revision)):
+        move = known.find(revision)
+        digest = move.after if move else None
+    return digest
+
+
+def _was_fetched(known: Name | None, move: Move) -> bool:
+    return known is not None and any(m.after == move.after and m.origin == move.origin for m in known.moves)
+
+
+def _check_alias(alias: str) -> None:
+    if alias == DEFAULT_REVISION or _ALIAS.fullmatch(alias) is None or _is_commit(alias):
+        raise UsageError(
+            f"{alias!r} cannot be an alias: expected letters, digits, dots, dashes and underscores, no commit, and not "
+            f"{DEFAULT_REVISION}, which follows add and pull."
+        )
+
+
+def _check_expected(name: str, revision: str, before: str | None, expect: str | None) -> None:
+    if expect is None:
+        return
+    if _EXPECTED.fullmatch(expect) is None:
+        raise UsageError(f"{expect!r} cannot be expected of an alias: give sha256: and 8 or more digits, or {NOTHING}.")
+    if (before or NOTHING).startswith(expect):
+        return
+    raise Conflict(
+        f"{name}@{revision} leads to {before or NOTHING}, not to {expect}: somebody moved it; look at "
+        f"`adapterhub history {name}` and try again."
+    )
+
+
+def _is_commit(revision: str) -> bool:
+    return len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)

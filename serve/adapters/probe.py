@@ -1,0 +1,79 @@
+"""Replaying an adapter's recorded proof through the engine that will serve it, before anybody is answered by it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from adapterhub.adapter import Adapter
+from adapterhub.errors import ProbeMismatch
+from adapterhub.package.manifest import Probe, ProbeAnswer
+from adapterhub.probe import TOLERANCE, likely_cause
+from serve.engine import AdapterScale, Engine, GenerationRequest, SamplingParams, TokenLogprob
+
+
+async def replay(engine: Engine, adapter: Adapter) -> None:
+    """Ask the loaded adapter its recorded prompts, together. Nothing to do for one packed without a proof.
+
+    First tokens' log-probabilities and all tokens up to the first near-tie must be the recorded ones within the wider
+    tolerance of the two dtypes (adapterhub.probe). Raises ProbeMismatch.
+    """
+    recorded = adapter.manifest.probe
+    if recorded is None:
+        return
+    answers = await _answers(engine, adapter, recorded)
+    cause = likely_cause(
+        adapter.manifest, fingerprint=None, weights=engine.precision.weights, dtype=engine.precision.dtype
+    )
+    for now, then in zip(answers, recorded.answers, strict=True):
+        _compare(adapter, now, then, tolerance=_tolerance(engine, recorded), cause=cause)
+
+
+async def _answers(engine: Engine, adapter: Adapter, recorded: Probe) -> list[list[TokenLogprob]]:
+    asking = [asyncio.create_task(_answer(engine, adapter, *numbered)) for numbered in enumerate(recorded.answers)]
+    try:
+        return await asyncio.gather(*asking)
+    finally:  # one that failed leaves none running: the adapter is taken away next
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def _answer(engine: Engine, adapter: Adapter, number: int, then: ProbeAnswer) -> list[TokenLogprob]:
+    sampling = SamplingParams(
+        max_tokens=len(then.tokens), temperature=0, ignore_eos=True, top_logprobs=len(then.top_tokens)
+    )
+    name = f"proof-{adapter.digest[7:19]}-{number}"
+    request = GenerationRequest(name, tuple(then.prompt_tokens), sampling, (AdapterScale(adapter.digest),))
+    return [one async for chunk in engine.generate(request) for one in chunk.logprobs]
+
+
+def _tolerance(engine: Engine, recorded: Probe) -> float:
+    return max(TOLERANCE[recorded.dtype], TOLERANCE[engine.dtype])
+
+
+def _compare(adapter: Adapter, now: list[TokenLogprob], then: ProbeAnswer, *, tolerance: float, cause: str) -> None:
+    likely = f"likely cause: {cause}. Verify it with `adapterhub verify --probe`, or pack it again."
+    ours = {one.token: one.logprob for one in now[0].top}
+    # Log-probabilities are logits but for a constant: the leads over the best token must agree.
+    known = [(token, logit) for token, logit in zip(then.top_tokens, then.top_logits, strict=True) if token in ours]
+    if not known:
+        raise ProbeMismatch(
+            f"{adapter.manifest.name} does not answer {then.prompt!r} as recorded: none of the {len(then.top_tokens)} "
+            f"strongest first tokens is among the {len(ours)} strongest now; {likely}"
+        )
+    best = ours.get(then.top_tokens[0], min(ours.values()))  # no longer listed: at most the weakest that is
+    for token, logit in known:
+        lead, found = logit - then.top_logits[0], ours[token] - best
+        if abs(lead - found) > 2 * tolerance:
+            raise ProbeMismatch(
+                f"{adapter.manifest.name} does not answer {then.prompt!r} as recorded: token {token} is {found:.3f} "
+                f"from the best, recorded {lead:.3f} (tolerance {2 * tolerance}); {likely}"
+            )
+    for place, (mine, token, gap) in enumerate(zip(now, then.tokens, then.gaps, strict=True)):
+        if gap < 2 * tolerance:
+            return
+        if mine.token != token:
+            raise ProbeMismatch(
+                f"{adapter.manifest.name} does not answer {then.prompt!r} as recorded: token {place} is {mine.token}, "
+                f"recorded {token} with a lead of {gap:.2f}; {likely}"
+            )

@@ -1,0 +1,200 @@
+"""HTTP of the adapters this machine keeps: what there is, bringing in, moving aliases. The registry does all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from adapterhub.adapter import Adapter, AdapterRef
+from adapterhub.errors import BundleTooLarge, Conflict, UsageError
+from adapterhub.feedback.store import actor_of
+from adapterhub.files import disk_full_is_said, hold
+from adapterhub.package.bundle import MAX_BYTES, opened_bundle
+from adapterhub.package.diff import difference
+from adapterhub.registry.name_log import Move
+from adapterhub.registry.policy import Policy
+from adapterhub.registry.registry import DEFAULT_REVISION, NOTHING, Entry, Registry
+from serve.adapters.catalog import Catalog, clients_ref
+from serve.api.body import body_pieces, declared_size
+from serve.api.route import ApiRoute
+
+Authorization = Annotated[str | None, Header()]
+
+
+class RefBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    ref: str = Field(min_length=1, max_length=500)
+
+
+class PromoteBody(RefBody):
+    alias: str = Field(min_length=1, max_length=100)
+    expect: str | None = Field(None, max_length=100)
+    """the digest the alias leads to now, or `nothing`: else 409"""
+
+
+class RollbackBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(min_length=1, max_length=500)
+    alias: str = Field(min_length=1, max_length=100)
+    expect: str | None = Field(None, max_length=100)
+
+
+def adapter_routes(registry: Registry, catalog: Catalog) -> APIRouter:
+    """The routes below /v1/adapters."""
+    router = APIRouter(prefix="/v1/adapters", route_class=ApiRoute)
+
+    @router.get("")
+    async def list_adapters(search: str = "", base: str = "") -> Response:
+        entries = await asyncio.to_thread(registry.list)
+        served = {published.adapter.digest: published.name for published in catalog.list()}
+        found = [_row(entry, served) for entry in entries]
+        wanted = [row for row in found if _holds(row["name"], search) and _holds(row["base"], base)]
+        return JSONResponse({"data": wanted})
+
+    @router.get("/inspect")
+    async def inspect(ref: str) -> Response:
+        return JSONResponse(_described(await asyncio.to_thread(_local, registry, ref)))
+
+    @router.post("/verify")
+    async def verify(body: RefBody) -> Response:
+        adapter = await asyncio.to_thread(_local, registry, body.ref)
+        return JSONResponse({"name": adapter.manifest.name, "digest": adapter.digest})
+
+    @router.get("/diff")
+    async def diff(a: str, b: str) -> Response:
+        def work() -> dict[str, Any]:
+            return asdict(difference(_local(registry, a), _local(registry, b)))
+
+        return JSONResponse(await asyncio.to_thread(work))
+
+    @router.get("/history")
+    async def history(name: str) -> Response:
+        moves = await asyncio.to_thread(registry.history, name)
+        return JSONResponse({"data": [_move(move) for move in moves]})
+
+    _add_bringing_in(router, registry)
+    _add_moving(router, registry)
+    return router
+
+
+def _add_bringing_in(router: APIRouter, registry: Registry) -> None:
+    @router.post("/pull")
+    async def pull(body: RefBody, authorization: Authorization = None) -> Response:
+        if registry.hub is None:
+            raise UsageError("this server knows no Hub: start it with --hub URL.")
+        by = actor_of(authorization)
+        adapter = await asyncio.to_thread(registry.pull, AdapterRef.parse(body.ref), registry.hub, by=by)
+        return JSONResponse({"name": adapter.manifest.name, "digest": adapter.digest}, status_code=201)
+
+    @router.post("/upload")
+    async def upload(
+        request: Request, name: Annotated[str | None, Query(max_length=200)] = None, authorization: Authorization = None
+    ) -> Response:
+        """The body is a packed folder as one .zip. Kept only when all of it is as it was packed."""
+        registry.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=registry.root, prefix=".pull-") as folder, hold(Path(folder)):
+            path = Path(folder) / "package.zip"
+            await _receive(request, path)
+            adapter = await asyncio.to_thread(_kept, registry, path, name, by=actor_of(authorization))
+        return JSONResponse({"name": name or adapter.manifest.name, "digest": adapter.digest}, status_code=201)
+
+
+def _add_moving(router: APIRouter, registry: Registry) -> None:
+    """What is served stays as it was loaded; names that requests use are the catalog's."""
+
+    @router.post("/promote")
+    async def promote(body: PromoteBody, authorization: Authorization = None) -> Response:
+        ref, by = AdapterRef.parse(body.ref), actor_of(authorization)
+        return JSONResponse(
+            _move(await asyncio.to_thread(registry.promote, ref, body.alias, expect=body.expect, by=by))
+        )
+
+    @router.post("/rollback")
+    async def rollback(body: RollbackBody, authorization: Authorization = None) -> Response:
+        by = actor_of(authorization)
+        return JSONResponse(
+            _move(await asyncio.to_thread(registry.rollback, body.name, body.alias, expect=body.expect, by=by))
+        )
+
+
+def _move(move: Move) -> dict[str, Any]:
+    return {
+        "at": move.at.isoformat(),
+        "by": move.by,
+        "act": move.act,
+        "revision": move.revision,
+        "before": move.before,
+        "after": move.after,
+    }
+
+
+async def _receive(request: Request, path: Path) -> None:
+    """The body, written as it comes. Raises BundleTooLarge as soon as it is, StorageFull, BodyTimeout."""
+    received = 0
+    too_large = BundleTooLarge(f"an upload holds at most {MAX_BYTES:,} bytes: push the adapter to a Hub and pull it.")
+    if declared_size(request) > MAX_BYTES:
+        raise too_large
+    with disk_full_is_said(path), path.open("wb") as file:
+        async for piece in body_pieces(request):
+            received += len(piece)
+            if received > MAX_BYTES:
+                raise too_large
+            file.write(piece)
+
+
+def _kept(registry: Registry, path: Path, name: str | None, *, by: str | None) -> Adapter:
+    """Raises Conflict where the name leads to something else: nobody's name moves by an upload. SignatureInvalid."""
+    with opened_bundle(path, path.parent) as adapter:
+        called = AdapterRef.parse(name or adapter.manifest.name)
+        if called.name is None or called.revision is not None:
+            raise UsageError(f"{name} is no name to keep an adapter under: give ?name=NAME.")
+        Policy.read(registry.root).check(adapter, called.name)
+        known = registry.log.read(called.name)
+        there = known.leads_to(DEFAULT_REVISION) if known else None
+        if there not in (None, adapter.digest):
+            raise Conflict(f"{called} leads to {there[:19]} here: upload under another name (?name=NAME).")
+        return registry.add(adapter, name=called.name, origin="upload", expect=there or NOTHING, by=by)
+
+
+def _local(registry: Registry, text: str) -> Adapter:
+    """A verified package that is here already, to look at: reading must not make the server fetch."""
+    return Registry(registry.root).open(clients_ref(text))
+
+
+def _row(entry: Entry, served: dict[str, str]) -> dict[str, Any]:
+    is_default = entry.revision == DEFAULT_REVISION
+    return {
+        "name": entry.name if is_default else f"{entry.name}@{entry.revision}",
+        "revision": entry.revision,
+        "digest": entry.digest,
+        "base": entry.about.base,
+        "rank": entry.about.rank,
+        "method": entry.about.method,
+        "licence": entry.about.licence,
+        "loaded_as": served.get(entry.digest),
+    }
+
+
+def _described(adapter: Adapter) -> dict[str, Any]:
+    manifest = adapter.manifest
+    return {
+        "name": manifest.name,
+        "digest": adapter.digest,
+        "base": {"id": manifest.base.id, "revision": manifest.base.revision, "fingerprint": manifest.base.fingerprint},
+        "lora": manifest.lora.model_dump(mode="json"),
+        "licence": manifest.licence,
+        "evaluations": [evaluation.model_dump(mode="json") for evaluation in manifest.evaluations],
+        "has_proof": manifest.probe is not None,
+        "bytes": sum(entry.size for entry in manifest.files.values()),
+    }
+
+
+def _holds(text: str, part: str) -> bool:
+    return part.lower() in text.lower()

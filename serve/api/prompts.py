@@ -1,0 +1,92 @@
+"""From messages to token ids, with the chat template that travels with the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from adapterhub.adapter import Adapter
+from adapterhub.errors import RequestTooLong, UsageError
+from adapterhub.package.layout import TEMPLATE_NAME
+from serve.api.lanes import Lanes
+from serve.api.token_length import TokenBound
+
+_MESSAGE_SIZE = 32
+"""what a message costs the template beside its text, in characters of text"""
+
+
+class PromptRenderer:
+    """The base's tokenizer, and each adapter's own template; both at work in threads."""
+
+    def __init__(self, tokenizer: Any, lanes: Lanes | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._templates: dict[str, str] = {}  # by adapter digest
+        self._bound = TokenBound.of(tokenizer)
+        self.lanes = lanes or Lanes()
+
+    async def chat(
+        self, messages: Sequence[dict[str, str]], adapter: Adapter | None, *, max_tokens: int
+    ) -> tuple[int, ...]:
+        """Token ids up to where the assistant speaks.
+
+        Raises UsageError for messages the template refuses, RequestTooLong for text that cannot fit `max_tokens`.
+        """
+        size = sum(len(message["content"]) + _MESSAGE_SIZE for message in messages)
+        text = await self.lanes.compute(size, self._render, messages, adapter)
+        self._check_length(text, max_tokens)
+        return await self.lanes.tokenize(len(text), self._tokenize, text, add_special_tokens=False)
+
+    async def text(self, text: str, *, max_tokens: int) -> tuple[int, ...]:
+        """Token ids of a plain text. Raises RequestTooLong for one that cannot fit `max_tokens`."""
+        self._check_length(text, max_tokens)
+        return await self.lanes.tokenize(len(text), self._tokenize, text, add_special_tokens=True)
+
+    def end_token(self, text: str | None) -> int | None:
+        """An adapter's own end token, spelt `text`; None when it is the base's, or no token of this vocabulary."""
+        if text is None or text == self._tokenizer.eos_token:
+            return None
+        found = self._tokenizer.convert_tokens_to_ids(text)
+        return int(found) if found is not None and self._tokenizer.convert_ids_to_tokens(found) == text else None
+
+    def check_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> tuple[int, ...]:
+        """Token ids as given by a client. Raises UsageError for one the vocabulary does not have, RequestTooLong."""
+        if len(tokens) > max_tokens:
+            raise too_long(f"{len(tokens)} tokens", max_tokens)
+        size = len(self._tokenizer)
+        strange = [token for token in tokens if not 0 <= token < size]
+        if strange:
+            raise UsageError(f"token {strange[0]} is not in the vocabulary of {size} tokens.")
+        return tuple(tokens)
+
+    def _render(self, messages: Sequence[dict[str, str]], adapter: Adapter | None) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), chat_template=self._template(adapter), add_generation_prompt=True, tokenize=False
+                )
+            )
+        except Exception as error:  # a template is a program: it may divide by zero as well as refuse
+            raise UsageError(f"these messages do not fit the chat template: {error}.") from error
+
+    def _tokenize(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        # Called, the tokenizer gives the interpreter's lock back while it works; its `encode` does not.
+        return tuple(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def _check_length(self, text: str, max_tokens: int) -> None:
+        least = self._bound.least(text) if self._bound else 0
+        if least > max_tokens:
+            raise too_long(f"at least {least} tokens", max_tokens)
+
+    def _template(self, adapter: Adapter | None) -> str | None:
+        if adapter is None:
+            return None
+        if adapter.digest not in self._templates:
+            self._templates[adapter.digest] = (adapter.path / TEMPLATE_NAME).read_text()
+        return self._templates[adapter.digest] or None
+
+
+def too_long(length: str, max_tokens: int) -> RequestTooLong:
+    """The refusal of a prompt of this length by a server that holds `max_tokens`."""
+    return RequestTooLong(
+        f"the prompt has {length}, this server holds {max_tokens} tokens with the answer: shorten it."
+    )

@@ -1,0 +1,343 @@
+"""OpenAI's shapes: what requests may say, what answers look like. No logic beyond translation.
+
+https://platform.openai.com/docs/api-reference/chat and /completions; extensions are named in docs/api.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+from adapterhub.errors import UsageError
+from serve.api.request_limits import check_length
+from serve.engine import Constraint, SamplingParams, TokenLogprob
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+def _not_a_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number is expected, not true or false")
+    return value
+
+
+def _underflow(value: float) -> float:
+    return 0.0 if abs(value) < _LEAST_FP32 else value
+
+
+_LEAST_FP32 = 2.0**-126
+"""the smallest normal number of fp32, which the engine computes in"""
+
+
+def _token_id(key: str) -> str:
+    """So that no two keys are one token."""
+    if not re.fullmatch("0|[1-9][0-9]{0,18}", key):
+        raise ValueError("a token id is expected: digits, without sign, space or exponent")
+    return key
+
+
+def _as_json(value: object) -> object:
+    """A schema as the text that an engine reads, no longer than it was sent."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")) if isinstance(value, dict) else value
+
+
+def _as_json_of_object(value: object) -> object:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("an object is expected: the schema")
+    return _as_json(value)
+
+
+def _check_choices(choices: list[str]) -> list[str]:
+    check_length(sum(map(len, choices)))
+    return choices
+
+
+def _check_text(text: str) -> str:
+    check_length(len(text))
+    return text
+
+
+Float = Annotated[float, BeforeValidator(_not_a_boolean), Field(allow_inf_nan=False)]
+Int = Annotated[int, BeforeValidator(_not_a_boolean)]
+Fp32 = AfterValidator(_underflow)
+"""After the bounds: what is checked as it was sent is 0 where it would be 0 in the arithmetic."""
+TokenKey = Annotated[str, AfterValidator(_token_id)]
+Bias = Annotated[Float, Field(ge=-100, le=100), Fp32]
+BoundedText = Annotated[str, AfterValidator(_check_text)]
+Schema = Annotated[BoundedText, BeforeValidator(_as_json_of_object, json_schema_input_type=dict[str, Any])]
+AnySchema = Annotated[BoundedText, BeforeValidator(_as_json, json_schema_input_type=dict[str, Any] | str)]
+"""JSON as text, whichever way it was sent"""
+
+
+Name = Annotated[str, Field(max_length=500)]
+Label = Annotated[str, Field(max_length=512)]
+"""What is kept for as long as the request is, though nobody reads it."""
+
+
+class TextPart(_Wire):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Wire):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    name: Label | None = None
+
+    def plain(self) -> dict[str, str]:
+        """What a chat template reads."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class AdapterChoice(_Wire):
+    """Extension: an adapter by published name, with the factor its update is multiplied by."""
+
+    name: Name
+    scale: Annotated[Float, Field(ge=-4.0, le=4.0), Fp32] = 1.0
+
+
+class JsonSchema(_Wire):
+    name: Label = "answer"
+    description: BoundedText | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Wire):
+    """OpenAI's: free text, any JSON object, or JSON that fits a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type 'json_schema', and only with it")
+        return self
+
+    def constraint(self) -> Constraint | None:
+        if self.type == "text":
+            return None
+        schema = self.json_schema.schema_ if self.json_schema else None
+        return Constraint("json_schema", '{"type":"object"}' if schema is None else schema)
+
+
+class StructuredOutputs(_Wire):
+    """vLLM's extension: exactly one of them."""
+
+    json_: AnySchema | None = Field(None, alias="json")
+    regex: BoundedText | None = None
+    choice: Annotated[list[str], Field(min_length=1), AfterValidator(_check_choices)] | None = None
+    grammar: BoundedText | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        if sum(one is not None for one in (self.json_, self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("exactly one of json, regex, choice and grammar must be given")
+        return self
+
+    def constraint(self) -> Constraint:
+        if self.json_ is not None:
+            return Constraint("json_schema", self.json_)
+        if self.regex is not None:
+            return Constraint("regex", self.regex)
+        if self.choice is not None:
+            return Constraint("regex", "|".join(f"(?:{re.escape(one)})" for one in self.choice))
+        return Constraint("grammar", str(self.grammar))
+
+
+_BEST_ONLY = 1e-6
+"""a top_p that keeps the best token alone, for one that fp32 makes 0, which vLLM refuses"""
+
+
+class StreamOptions(_Wire):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class _Request(_Wire):
+    model: Name
+    adapter: AdapterChoice | list[AdapterChoice] | None = None
+    max_tokens: Int | None = Field(None, ge=1)
+    temperature: Annotated[Float, Field(ge=0.0, le=2.0), Fp32] = 1.0
+    top_p: Annotated[Float, Field(gt=0.0, le=1.0), Fp32] = 1.0
+    n: Int = Field(1, ge=1, le=16)
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    seed: Int | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: Annotated[Float, Field(ge=-2.0, le=2.0), Fp32] = 0.0
+    frequency_penalty: Annotated[Float, Field(ge=-2.0, le=2.0), Fp32] = 0.0
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=300)] | None = None
+    response_format: ResponseFormat | None = None
+    # vLLM's extensions
+    top_k: Int = Field(0, ge=-1)
+    min_p: Annotated[Float, Field(ge=0.0, le=1.0), Fp32] = 0.0
+    repetition_penalty: Annotated[Float, Field(ge=0.01, le=10.0), Fp32] = 1.0
+    ignore_eos: bool = False
+    stop_token_ids: list[Int] = []
+    structured_outputs: StructuredOutputs | None = None
+    # accepted because clients send them, without effect on the answer
+    user: Label | None = None
+    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)] | None = None
+    store: bool | None = None
+    service_tier: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    _constraint: Constraint | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _no_empty_stop(self) -> _Request:
+        if "" in ([self.stop] if isinstance(self.stop, str) else self.stop or []):
+            raise ValueError("a stop string must not be empty")
+        return self
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> _Request:
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("response_format and structured_outputs both say what the answer must fit: send one")
+        asked = self.structured_outputs or self.response_format
+        self._constraint = asked.constraint() if asked else None
+        return self
+
+    def choices(self) -> list[AdapterChoice]:
+        """The adapters asked for through the extension, if any."""
+        if self.adapter is None:
+            return []
+        return self.adapter if isinstance(self.adapter, list) else [self.adapter]
+
+    def sampling(
+        self, *, max_tokens: int, extra_stop: list[str], end_tokens: list[int], top_logprobs: int | None
+    ) -> list[SamplingParams]:
+        """One for each choice."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        first = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            constraint=self._constraint,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            top_k=max(self.top_k, 0),
+            top_p=max(self.top_p, _BEST_ONLY),
+            min_p=self.min_p,
+            stop=(*stop, *extra_stop),
+            stop_token_ids=(*self.stop_token_ids, *end_tokens),
+            ignore_eos=self.ignore_eos,
+            top_logprobs=top_logprobs,
+        )
+        if self.seed is None:
+            return [first] * self.n
+        # Each of n answers is another draw, and each can be repeated.
+        return [replace(first, seed=(self.seed + index) % 2**63) for index in range(self.n)]
+
+
+class ChatRequest(_Request):
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
+    max_completion_tokens: Int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: Int = Field(0, ge=0, le=20)
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+class CompletionRequest(_Request):
+    prompt: str | Annotated[list[Int], Field(fail_fast=True)] | Annotated[list[str], Field(fail_fast=True)]
+    logprobs: Int | None = Field(None, ge=0, le=20)
+    echo: Literal[False] = False
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens or 16  # OpenAI's default for this endpoint
+
+    def single_prompt(self) -> str | list[int]:
+        """Raises UsageError for several prompts in one request."""
+        if isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], str):
+            if len(self.prompt) > 1:
+                raise UsageError("one prompt per request, please: send several requests, they share a batch anyway.")
+            return self.prompt[0]
+        return self.prompt  # type: ignore[return-value]
+
+
+class LoadRequest(_Wire):
+    """vLLM's names. `lora_path` is a reference: a registry name, a digest, or owner/name on the Hub."""
+
+    lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
+    lora_path: Name
+    load_inplace: bool = False
+
+
+class UnloadRequest(_Wire):
+    lora_name: Name
+    lora_int_id: int | None = None
+
+
+def kind_of_error(status: int) -> str:
+    """OpenAI's `type` of an error with this HTTP status."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+def error_body(message: str, *, code: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def usage(prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def chat_logprobs(logprobs: list[TokenLogprob]) -> dict[str, Any]:
+    return {"content": [_one_logprob(one) for one in logprobs], "refusal": None}
+
+
+def _one_logprob(one: TokenLogprob) -> dict[str, Any]:
+    return {
+        "token": one.text,
+        "logprob": one.logprob,
+        "bytes": _byte_list(one),
+        "top_logprobs": [{"token": top.text, "logprob": top.logprob, "bytes": _byte_list(top)} for top in one.top],
+    }
+
+
+def _byte_list(one: TokenLogprob) -> list[int] | None:
+    return None if one.data is None else list(one.data)
+
+
+def completion_logprobs(logprobs: list[TokenLogprob]) -> dict[str, Any]:
+    return {
+        "tokens": [one.text for one in logprobs],
+        "token_logprobs": [one.logprob for one in logprobs],
+        "top_logprobs": [_top_by_name(one) for one in logprobs],
+        "text_offset": [one.offset for one in logprobs],
+    }
+
+
+def _top_by_name(one: TokenLogprob) -> dict[str, float]:
+    """The strongest tokens and the chosen one, so up to n + 1; of two with one name, one goes by its number."""
+    names = {one.token: one.text}
+    for top in one.top:
+        if top.token not in names:
+            names[top.token] = f"token_id:{top.token}" if top.text in names.values() else top.text
+    return {names[each.token]: each.logprob for each in (*one.top, one)}

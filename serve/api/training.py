@@ -1,0 +1,111 @@
+"""HTTP of training runs: routes and shapes, for administrators. The runs themselves are training_runs.py's."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from adapterhub.feedback.improvement import Improvement, Method
+from adapterhub.feedback.store import actor_of
+from serve.api.route import ApiRoute
+from serve.training.candidates import Workshop
+from serve.training.runs import TrainingRun, TrainingRuns
+
+Authorization = Annotated[str | None, Header()]
+
+
+class RecipeBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    recipe: str = Field(min_length=1, max_length=100_000)
+    """TOML"""
+
+
+class ImproveBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    adapter: str = Field(min_length=1, max_length=500)
+    method: Method = Method.dpo
+    steps: int = Field(Improvement.steps, ge=1, le=10_000)
+
+
+def training_routes(runs: TrainingRuns, workshop: Workshop | None = None) -> APIRouter:
+    """The routes below /v1/training, for administrators.
+
+    Without a workshop, runs begin from recipes alone and what they make stays in its folder.
+    """
+    router = APIRouter(prefix="/v1/training", route_class=ApiRoute)
+
+    @router.get("/recipes")
+    async def recipes() -> Response:
+        return JSONResponse({"data": await runs.recipes()})
+
+    @router.post("/plan")
+    async def plan(body: RecipeBody) -> Response:
+        return JSONResponse(await runs.plan(body.recipe))
+
+    @router.get("/runs")
+    async def list_runs() -> Response:
+        found = await asyncio.to_thread(runs.all)
+        return JSONResponse({"data": [_summary(run) for run in found]})
+
+    @router.post("/runs")
+    async def start(body: RecipeBody) -> Response:
+        return JSONResponse(_summary(await runs.start(body.recipe)), status_code=201)
+
+    @router.get("/runs/{name}")
+    async def get(name: str) -> Response:
+        return JSONResponse(_whole(await asyncio.to_thread(runs.get, name)))
+
+    @router.post("/runs/{name}/stop")
+    async def stop(name: str) -> Response:
+        return JSONResponse(_summary(await runs.stop(name)))
+
+    @router.post("/runs/{name}/resume")
+    async def resume(name: str) -> Response:
+        return JSONResponse(_summary(await runs.resume(name)))
+
+    if workshop is not None:
+        _add_workshop(router, workshop)
+    return router
+
+
+def _add_workshop(router: APIRouter, workshop: Workshop) -> None:
+    @router.post("/improve")
+    async def improve(body: ImproveBody) -> Response:
+        run = await workshop.improve(body.adapter, Improvement(body.method, body.steps))
+        return JSONResponse(_summary(run), status_code=201)
+
+    @router.post("/runs/{name}/publish")
+    async def publish(name: str, authorization: Authorization = None) -> Response:
+        return JSONResponse({"name": await workshop.publish(name, by=actor_of(authorization))}, status_code=201)
+
+    @router.post("/runs/{name}/promote")
+    async def promote(name: str, authorization: Authorization = None) -> Response:
+        return JSONResponse({"name": await workshop.promote(name, by=actor_of(authorization))})
+
+
+def _summary(run: TrainingRun) -> dict[str, Any]:
+    return {
+        "id": run.id,
+        "status": run.status,
+        "created": run.created,
+        "num_steps": len(run.steps),
+        "loss": run.steps[-1].loss if run.steps else None,
+        "improves": run.improves,
+        "output": str(run.output) if run.output else None,
+        "message": run.message,
+    }
+
+
+def _whole(run: TrainingRun) -> dict[str, Any]:
+    return {
+        **_summary(run),
+        "recipe": run.recipe,
+        "steps": [step.model_dump(exclude={"event"}) for step in run.steps],
+        "held_out": [{"step": measured.step, "loss": measured.loss} for measured in run.measured],
+        "sampled": [sampled.model_dump(exclude={"event"}) for sampled in run.sampled],
+        "evaluations": [evaluation.model_dump() for evaluation in run.end.evaluations] if run.end else [],
+    }

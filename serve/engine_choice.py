@@ -1,0 +1,143 @@
+"""Which engine a server runs on, with the reason, and starting it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.bases.loading import choose_precision, load_base
+from adapterhub.choice import Choice
+from adapterhub.errors import UsageError
+from adapterhub.paths import home
+from adapterhub.registry.registry import Registry
+from serve.config import ServeConfig
+from serve.engine import Engine, Precision
+from serve.local_engine.cpu.kernels import load_kernels
+from serve.local_engine.engine import LocalEngine
+from serve.vllm_engine.compat import unservable
+from serve.vllm_engine.engine import VllmEngine
+from serve.vllm_engine.process import ChildOptions, VllmProcess, find_vllm
+
+Report = Callable[[str], None]
+
+KEY_VARIABLE = "ADAPTERHUB_VLLM_API_KEY"
+"""the key of vLLM servers that run already"""
+
+
+async def start_engine(
+    config: ServeConfig, base: StoredBase, registry: Registry, *, report: Report
+) -> tuple[Engine, Any]:
+    """The engine the config asks for, ready, and the base's tokenizer. Raises what starting it raises."""
+    choice = choose_engine(config, registry)
+    report(str(choice))
+    if choice.value == "vllm":
+        return await _start_vllm(config, base, report)
+    loaded = load_base(base, purpose="serve", dtype=config.dtype or _kernels_dtype(config.device), device=config.device)
+    engine = LocalEngine(loaded, config.engine)
+    engine.prepare()
+    for one in (*loaded.choices, *engine.choices):
+        report(str(one))
+    return engine, loaded.tokenizer
+
+
+def choose_engine(config: ServeConfig, registry: Registry) -> Choice:
+    """`local` or `vllm`, and why. Raises UsageError for vLLM's options beside the local engine."""
+    named = [name for name, given in (("--endpoint", config.vllm.endpoints), ("--vllm-python", config.vllm.python),
+             ("--vllm-arg", config.vllm.arguments)) if given]  # fmt: skip
+    if config.engine_kind == "local":
+        if named:
+            raise UsageError(f"{', '.join(named)} belongs to vLLM: add --engine vllm.")
+        return Choice("engine", "local", "one machine, the exact NF4 bits adapters were trained on")
+    if config.vllm.endpoints and len(named) > 1:
+        raise UsageError(f"{', '.join(named[1:])} is for a vLLM we start; those at --endpoint run already.")
+    if config.engine_kind == "vllm":
+        return Choice("engine", "vllm", "asked for")
+    if config.vllm.endpoints:
+        return Choice("engine", "vllm", "its endpoints are given")
+    if not torch.cuda.is_available():
+        return Choice("engine", "local", "no GPU: here it is faster than vLLM's CPU build (benchmarks/README.md)")
+    if config.vllm.python is None and importlib.util.find_spec("vllm") is None:
+        return Choice("engine", "local", "there is a GPU, but no vLLM: name its environment with --vllm-python")
+    unfit = next(filter(None, (_unfit(name, registry.resolve(ref)) for name, ref in config.adapters)), None)
+    if unfit is not None:
+        return Choice("engine", "local", f"there is a GPU with vLLM, but {unfit}")
+    return Choice("engine", "vllm", "there is a GPU, vLLM is installed, and it serves the adapters given")
+
+
+def _unfit(name: str, adapter: Adapter) -> str | None:
+    reason = unservable(adapter)
+    return None if reason is None else f"adapter {name} {reason}"
+
+
+async def _start_vllm(config: ServeConfig, base: StoredBase, report: Report) -> tuple[Engine, Any]:
+    from transformers import AutoTokenizer
+
+    folder = home() / "vllm" / str(os.getpid())
+    _forget_the_dead(folder.parent)
+    dtype = choose_precision(config.dtype or "bfloat16", "cpu")[1].value  # the device is vLLM's to choose
+    processes = []
+    if not config.vllm.endpoints:
+        found = find_vllm(config.vllm.python or Path(sys.executable))
+        options = ChildOptions(
+            max_loras=config.max_loras, max_lora_rank=config.engine.max_lora_rank, dtype=dtype,
+            max_num_seqs=config.engine.limits.max_num_seqs, max_model_len=config.engine.max_model_len,
+            kv_cache_bytes=config.engine.kv_cache_bytes, arguments=config.vllm.arguments,
+        )  # fmt: skip
+        processes.append(VllmProcess(found, base, config.base_name, options, folder))
+        report(str(_hazard(processes[0])))
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    engine = await VllmEngine.start(
+        base, config.base_name, tokenizer, processes=processes, endpoints=config.vllm.endpoints,
+        key=os.environ.get(KEY_VARIABLE), folder=folder / "adapters", max_lora_rank=config.engine.max_lora_rank,
+        precision=_precision(config, base, dtype), report=report,
+    )  # fmt: skip
+    return engine, tokenizer
+
+
+def _forget_the_dead(folder: Path) -> None:
+    """Remove what servers that were killed have left here: a folder for each, named by its process."""
+    for left in folder.glob("[0-9]*"):
+        try:
+            os.kill(int(left.name), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:  # somebody else's, and alive
+            continue
+
+
+def _hazard(process: VllmProcess) -> Choice:
+    """How requests without an adapter are kept from the weights of one (docs/vllm.md)."""
+    version = process.found.version
+    if not process.found.is_cpu:
+        return Choice("vllm lora", "its own", f"vLLM {version} on a GPU")
+    if process.found.takes_plugin:
+        return Choice("vllm lora", "our plugin", f"the CPU build {version} mixes up rows without an adapter")
+    return Choice("vllm lora", "a blank adapter for the base", f"our plugin was not made for the CPU build {version}")
+
+
+def _precision(config: ServeConfig, base: StoredBase, dtype: str) -> Precision:
+    """What vLLM holds the base in: as its config says, quantized while loading, or as it is."""
+    if config.vllm.endpoints:
+        return Precision("unknown", dtype)
+    stored = json.loads((base.path / "config.json").read_bytes()).get("quantization_config") or {}
+    given = " ".join(config.vllm.arguments).replace("=", " ").split()
+    method = given[given.index("--quantization") + 1] if "--quantization" in given[:-1] else stored.get("quant_method")
+    # vLLM's bitsandbytes plugin quantizes to NF4 while loading; a stored base says which of the two it is.
+    if method == "bitsandbytes":
+        return Precision(str(stored.get("bnb_4bit_quant_type", "nf4")), dtype)
+    return Precision(method or dtype, dtype)
+
+
+def _kernels_dtype(device: str | None) -> str | None:
+    """fp32 where our CPU kernels, which compute in it, will run; None where the base is to choose."""
+    is_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    return "float32" if is_cpu and load_kernels()[0] is not None else None

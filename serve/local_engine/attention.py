@@ -1,0 +1,251 @@
+"""Paged attention: keys and values in fixed blocks, prefill chunks and decode rows in one call.
+
+Registered with transformers under ATTENTION_NAME, so that any model with standard attention uses it; the step's
+layout travels through the model's forward as the keyword `paged`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from serve.local_engine.cpu import memory as host_memory
+from serve.local_engine.cpu.kernels import CpuKernels
+from serve.local_engine.cpu.structs import LANES, MAX_HEAD_DIM, Tiles
+from serve.local_engine.scheduler import Batch, Piece
+
+ATTENTION_NAME = "adapterhub_paged"
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """What one token costs: read from the model's config."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: Any, dtype: torch.dtype) -> KvShape:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.num_hidden_layers, config.num_key_value_heads, head_dim, dtype)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_heads * self.head_dim * self.dtype.itemsize
+
+
+class KvCache:
+    """Keys and values of every layer, [kv_heads, slots, head_dim]; slot = block * block_size + offset."""
+
+    def __init__(self, shape: KvShape, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.shape = shape
+        size = (shape.num_layers, 2, shape.num_heads, num_blocks * block_size, shape.head_dim)
+        if device.type == "cpu":
+            # The budget is a bound: what no sequence has used yet takes no memory.
+            self.layers = host_memory.zeros(size, shape.dtype)
+        else:
+            self.layers = torch.zeros(size, dtype=shape.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    rows: slice
+    slots: torch.Tensor
+    """[end] of the sequence's tokens up to and with this chunk"""
+    start: int
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """[n, end] True where a query may look, None for plain causal from position 0."""
+        if window not in self.masks:
+            end = len(self.slots)
+            is_plain = self.start == 0 and (window is None or end <= window)
+            self.masks[window] = None if is_plain else self._make_mask(end, window)
+        return self.masks[window]
+
+    def _make_mask(self, end: int, window: int | None) -> torch.Tensor:
+        query = torch.arange(self.start, end, device=self.slots.device)[:, None]
+        key = torch.arange(end, device=self.slots.device)[None, :]
+        mask = key <= query
+        return mask if window is None else mask & (key > query - window)
+
+
+class PagedStep:
+    """Where each row of the flattened batch lies in the cache, worked out once per step for all layers."""
+
+    def __init__(self, cache: KvCache, batch: Batch, kernels: CpuKernels | None = None) -> None:
+        self.cache = cache
+        self.kernels = kernels if cache.shape.head_dim % LANES == 0 and cache.shape.head_dim <= MAX_HEAD_DIM else None
+        self._pieces = batch.pieces
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """The rows for the kernels."""
+        pieces = [(piece.start, piece.num_tokens, piece.sequence.blocks) for piece in self._pieces]
+        return Tiles(pieces, block_size=self.cache.block_size)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """[N]: where each row's keys and values go."""
+        written = [slot for piece in self._pieces for slot in self._slots_of(piece)[piece.start :]]
+        return torch.tensor(written, device=self.cache.layers.device)
+
+    @cached_property
+    def prefills(self) -> list[_Prefill]:
+        """What torch computes one by one: pieces of several rows, or of a sequence's first."""
+        found, row = [], 0
+        for piece in self._pieces:
+            if not _is_decode(piece):
+                rows = slice(row, row + piece.num_tokens)
+                slots = torch.tensor(self._slots_of(piece), device=self.cache.layers.device)
+                found.append(_Prefill(rows, slots, piece.start))
+            row += piece.num_tokens
+        return found
+
+    @cached_property
+    def decode_rows(self) -> torch.Tensor:
+        found, row = [], 0
+        for piece in self._pieces:
+            found += [row] if _is_decode(piece) else []
+            row += piece.num_tokens
+        return torch.tensor(found, device=self.cache.layers.device)
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """[decode rows] tokens each may look at."""
+        found = [piece.start + 1 for piece in self._pieces if _is_decode(piece)]
+        return torch.tensor(found, device=self.cache.layers.device)
+
+    @cached_property
+    def decode_slots(self) -> torch.Tensor:
+        """[decode rows, longest]"""
+        known = [self._slots_of(piece) for piece in self._pieces if _is_decode(piece)]
+        longest = max(map(len, known), default=0)
+        # With a slot of the row's own: a weight of 0 times another request's NaN would be NaN.
+        padded = [slots + slots[-1:] * (longest - len(slots)) for slots in known]
+        return torch.tensor(padded, device=self.cache.layers.device)
+
+    def _slots_of(self, piece: Piece) -> list[int]:
+        size, blocks = self.cache.block_size, piece.sequence.blocks
+        return [blocks[at // size] * size + at % size for at in range(piece.start + piece.num_tokens)]
+
+    def decode_mask(self, window: int | None) -> torch.Tensor:
+        """[rows, 1, longest] added to the scores: 0 where a row may look, -inf elsewhere."""
+        if window not in self._masks:
+            length = self.lengths[:, None]
+            at = torch.arange(self.decode_slots.shape[1], device=length.device)[None, :]
+            visible = at < length
+            if window is not None:
+                visible &= at >= length - window
+            self._masks[window] = torch.where(visible, 0.0, -math.inf)[:, None, :]
+        return self._masks[window]
+
+
+def paged_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    paged: PagedStep,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: q [1, heads, N, d], k and v [1, kv_heads, N, d] -> [1, N, heads, d]."""
+    keys, values = paged.cache.layers[module.layer_idx]
+    keys.index_copy_(1, paged.slots, key[0].to(keys.dtype))
+    values.index_copy_(1, paged.slots, value[0].to(values.dtype))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    heads = query[0]
+    if paged.kernels is not None:
+        found = paged.kernels.attention(
+            heads.float(), keys, values, paged.tiles, scale=scale, window=sliding_window or 0, softcap=softcap or 0.0,
+        )  # fmt: skip
+        return found[None].to(query.dtype), None
+    out = torch.empty(heads.shape[1], heads.shape[0], values.shape[-1], dtype=query.dtype, device=query.device)
+    for prefill in paged.prefills:
+        past = (keys.index_select(1, prefill.slots), values.index_select(1, prefill.slots))
+        mask = prefill.mask(sliding_window)
+        mine = heads[:, prefill.rows].to(keys.dtype)
+        out[prefill.rows] = _prefill(mine, *past, mask, scale, softcap).transpose(0, 1).to(out.dtype)
+    if len(paged.decode_rows):
+        out[paged.decode_rows] = _decode(heads, keys, values, paged, scale, sliding_window, softcap).to(out.dtype)
+    return out[None], None
+
+
+def _is_decode(piece: Piece) -> bool:
+    return piece.num_tokens == 1 and piece.start > 0
+
+
+def _prefill(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """q [heads, n, d] over k, v [kv_heads, end, d] -> [heads, n, d]."""
+    if softcap is None:
+        out = scaled_dot_product_attention(
+            query[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+        return out[0]
+    heads, n, _ = query.shape
+    group = heads // keys.shape[0]
+    if mask is None:
+        mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
+    scores = query.reshape(keys.shape[0], group * n, -1) @ keys.transpose(1, 2) * scale
+    scores = _capped(scores, softcap).view(heads, n, -1).masked_fill(~mask, -math.inf)
+    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype).view(keys.shape[0], group * n, -1)
+    return (weights @ values).view(heads, n, -1)
+
+
+def _decode(
+    heads: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    paged: PagedStep,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One query row per sequence: the heads that share a KV head are the rows of one small matmul.
+
+    Measured on one core at 32 rows and 140 tokens: 0.55 ms a layer, 4.2 ms for SDPA with enable_gqa.
+    """
+    rows = len(paged.decode_rows)
+    kv_heads, _, dim = keys.shape
+    query = heads.index_select(1, paged.decode_rows).to(keys.dtype)  # [heads, rows, d]
+    query = query.view(kv_heads, -1, rows, dim).transpose(1, 2)  # [kv_heads, rows, group, d]
+    slots = paged.decode_slots.flatten()
+    past_keys = keys.index_select(1, slots).view(kv_heads, rows, -1, dim)
+    past_values = values.index_select(1, slots).view(kv_heads, rows, -1, dim)
+    scores = _capped(query @ past_keys.transpose(2, 3) * scale, softcap)
+    weights = (scores + paged.decode_mask(window)).softmax(-1, dtype=torch.float32)
+    out = weights.to(values.dtype) @ past_values  # [kv_heads, rows, group, d]
+    return out.permute(1, 0, 2, 3).reshape(rows, -1, dim)
+
+
+def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def use_paged_attention(model: Any) -> None:
+    """Let `model` use `paged_attention`; masks are ours, so transformers makes none."""
+    AttentionInterface.register(ATTENTION_NAME, paged_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+    model.set_attn_implementation(ATTENTION_NAME)

@@ -1,0 +1,399 @@
+"""The local engine: schedule -> run -> commit, in one worker thread that owns scheduler and model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapterhub.adapter import Adapter
+from adapterhub.bases.loading import LoadedBase
+from adapterhub.choice import Choice
+from adapterhub.errors import (
+    AdapterHubError,
+    AdapterLoadFailed,
+    ConstraintFailed,
+    EngineStopped,
+    MissingFile,
+    RequestFailed,
+    RequestTooLong,
+    ServerBusy,
+    UsageError,
+)
+from serve.adapters.weights import Weights, kept_bytes, read_weights
+from serve.engine import Chunk, Constraint, EngineStatus, GenerationRequest, Precision
+from serve.local_engine.attention import KvShape
+from serve.local_engine.cpu.kernels import MAX_RANK
+from serve.local_engine.guided_decoding import Matcher
+from serve.local_engine.model_runner import ModelRunner, kv_dtype
+from serve.local_engine.running_answer import RunningAnswer
+from serve.local_engine.sampling import Row, Sampled
+from serve.local_engine.scheduler import Batch, BlockPool, Piece, Scheduler, SchedulerLimits, Sequence
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LocalEngineConfig:
+    kv_cache_bytes: int = 512 << 20
+    block_size: int = 16
+    """tokens per KV block"""
+    max_model_len: int | None = None
+    """None: what the model was made for, as far as the cache holds it"""
+    max_lora_rank: int = 64
+    max_queue: int = 1024
+    """waiting requests before new ones are refused"""
+    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
+
+
+class LocalEngine:
+    """serve.engine.Engine on this machine."""
+
+    def __init__(self, base: LoadedBase, config: LocalEngineConfig | None = None) -> None:
+        self.config = config or LocalEngineConfig()
+        self._base = base
+        self.dtype = str(base.quantization.compute_dtype)
+        self.precision = Precision(base.quantization.weights, self.dtype)
+        model_config = base.model.config.get_text_config()
+        shape = KvShape.of(model_config, kv_dtype(base))
+        num_blocks = self.config.kv_cache_bytes // (shape.bytes_per_token * self.config.block_size)
+        capacity = num_blocks * self.config.block_size
+        if self.config.max_lora_rank > MAX_RANK:
+            raise UsageError(
+                f"--max-lora-rank {self.config.max_lora_rank} is more than the {MAX_RANK} this engine takes."
+            )
+        self.max_model_len = min(self.config.max_model_len or model_config.max_position_embeddings, capacity - 1)
+        if self.max_model_len < 1:
+            raise UsageError(
+                f"a KV cache of {self.config.kv_cache_bytes:,} bytes holds no token of this model "
+                f"({shape.bytes_per_token:,} bytes each): give it more memory."
+            )
+        self._pool = BlockPool(num_blocks, self.config.block_size)
+        self._scheduler = Scheduler(self.config.limits, self._pool)
+        self._runner = ModelRunner(base, num_blocks=num_blocks, block_size=self.config.block_size)
+        self.choices = self._runner.choices
+        self._answers: dict[str, RunningAnswer] = {}
+        self._eos = _eos_tokens(base)
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stopped: str | None = None
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def size_of(self, adapter: Adapter) -> int:
+        return kept_bytes(adapter, dtype_of=self._runner.adapters.dtype_of)
+
+    async def load(self, adapter: Adapter) -> None:
+        try:
+            weights = await asyncio.to_thread(self._read, adapter)
+        except (OSError, MissingFile) as error:
+            raise AdapterLoadFailed(
+                f"adapter {adapter.manifest.name} cannot be read from {adapter.path} ({error}): pull it again."
+            ) from error
+
+        await self._call(lambda: self._runner.adapters.install(adapter.digest, weights))
+
+    def _read(self, adapter: Adapter) -> Weights:
+        bank = self._runner.adapters
+        weights = read_weights(adapter, device=bank.device, dtype_of=bank.dtype_of, max_rank=self.config.max_lora_rank)
+        return bank.prepare(adapter.manifest.name, weights)
+
+    async def unload(self, digest: str) -> None:
+        await self._call(lambda: self._runner.adapters.remove(digest))
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        self._check(request)
+        matcher: Matcher | None = None
+        if request.sampling.constraint is not None:
+            matcher = await self._begin(request, request.sampling.constraint)
+        loop = asyncio.get_running_loop()
+        chunks: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
+
+        def emit(chunk: Chunk | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop closed: nobody is listening
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+        answer = RunningAnswer(request, _backend(self._base.tokenizer), matcher, emit)
+        self._commands.put(lambda: self._start(answer))
+        try:
+            self._refuse_if_ended()  # else the worker still obeys, or refuses it when it ends
+            while True:
+                chunk = await chunks.get()
+                if isinstance(chunk, Exception):
+                    raise chunk
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        finally:
+            self._commands.put(lambda: self._retire(answer))
+
+    def prepare(self) -> None:
+        """Do before the first request what would hold up others in the middle of their answers."""
+        try:
+            self._runner.constraints.prepare()
+        except ConstraintFailed as error:
+            self.choices += (Choice("guided decoding", "refused", str(error).rstrip(".")),)
+
+    def status(self) -> EngineStatus:
+        if self._stopped is not None:
+            return EngineStatus(False, self._stopped, has_ended=True)
+        used = self._pool.num_blocks - self._pool.num_free
+        return EngineStatus(
+            True,
+            "ready",
+            num_running=len(self._scheduler.running),
+            num_waiting=self._num_waiting,
+            kv_usage=used / self._pool.num_blocks,
+            num_preemptions=self._scheduler.num_preemptions,
+        )
+
+    async def close(self) -> None:
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+        self._runner.constraints.close()
+
+    def check(self) -> None:
+        """The books of an idle engine: no answer open, every block free."""
+        assert not self._answers, "an answer is still open"
+        self._scheduler.check()
+        assert self._pool.num_free == self._pool.num_blocks, "a KV block is still held"
+
+    def _check(self, request: GenerationRequest) -> None:
+        self._refuse_if_ended()
+        length, wanted = len(request.prompt), request.sampling.max_tokens
+        if length + wanted > self.max_model_len:
+            raise RequestTooLong(
+                f"the prompt has {length} tokens and max_tokens is {wanted}, together more than the "
+                f"{self.max_model_len} this server holds: shorten the prompt or ask for fewer tokens."
+            )
+        size = self._base.model.config.get_text_config().vocab_size
+        biased = [token for token, _ in request.sampling.logit_bias]
+        for where, tokens in (("the prompt", request.prompt), ("logit_bias", biased)):
+            strange = next((token for token in tokens if not 0 <= token < size), None)
+            if strange is not None:
+                raise UsageError(f"{where} names token {strange}, the vocabulary has {size} tokens.")
+        if self._num_waiting >= self.config.max_queue:
+            raise ServerBusy(f"{self.config.max_queue} requests are waiting already: try again shortly.")
+
+    @property
+    def _num_waiting(self) -> int:
+        return self._scheduler.num_waiting + self._runner.constraints.num_beginning
+
+    async def _begin(self, request: GenerationRequest, constraint: Constraint) -> Matcher:
+        """Raises AdapterHubError, whatever went wrong: a panic in Rust is no Exception, and would reach nobody."""
+        try:
+            return await asyncio.wrap_future(self._runner.constraints.begin(constraint))
+        except (AdapterHubError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except BaseException as error:
+            raise _as_told(request, error) from error
+
+    async def _call(self, act: Callable[[], None]) -> None:
+        """Run `act` on the worker thread, between two steps; a caller that gives up does not take it back."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                self._refuse_if_ended()
+                act()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._commands.put(run)
+        if not done.done():
+            self._refuse_if_ended()
+        await asyncio.shield(asyncio.wrap_future(done))
+
+    def _refuse_if_ended(self) -> None:
+        if self._stopped is not None:
+            raise self._ended()
+
+    def _ended(self) -> EngineStopped:
+        return EngineStopped(f"the engine has stopped ({self._stopped}): restart the server.")
+
+    # From here on: the worker thread.
+
+    def _work(self) -> None:
+        batch: Batch | None = None
+        try:
+            while self._obey_commands(is_idle=batch is None):
+                batch = self._scheduler.schedule()
+                if batch is not None:
+                    self._step(batch)
+            self._stopped = "it was closed"
+        except BaseException as error:  # also what is no Exception: nobody may wait for a thread that is gone
+            self._stopped = f"{type(error).__name__}: {error}"
+            log.exception("the engine stopped")
+        for answer in list(self._answers.values()):
+            self._tell(answer, self._ended())
+        self._answers.clear()
+        with contextlib.suppress(queue.Empty):  # what came while the last step ran: each refuses by itself
+            while True:
+                command = self._commands.get_nowait()
+                if command is not None:
+                    command()
+
+    def _step(self, batch: Batch) -> None:
+        sampled: dict[str, Sampled] = {}
+        for name, row in self._rows(batch).items():
+            answer = self._answers[name]
+            with self._only_this(answer):
+                if answer.matcher is None or answer.matcher.is_ready:
+                    answer.row = None
+                    sampled[name] = self._runner.sampler.sample(row, answer.sequence, answer.matcher)
+                else:
+                    answer.row = row
+                    self._resume_later(answer, answer.matcher)
+        self._scheduler.commit(batch, {name: one.token for name, one in sampled.items()})
+        for name, one in sampled.items():
+            answer = self._answers[name]
+            with self._only_this(answer):
+                self._deliver(answer, one)
+
+    @contextlib.contextmanager
+    def _only_this(self, answer: RunningAnswer) -> Iterator[None]:
+        """What fails inside ends this answer, with its reason, and no other. A panic in Rust is no Exception."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(answer, error)
+
+    def _fail(self, answer: RunningAnswer, error: BaseException) -> None:
+        self._retire(answer)
+        self._tell(answer, _as_told(answer.sequence.request, error))
+
+    def _tell(self, answer: RunningAnswer, error: AdapterHubError) -> None:
+        try:
+            answer.emit(error)
+        except BaseException:
+            log.exception("request %s could not be told that it failed", answer.sequence.request.id)
+
+    def _rows(self, batch: Batch) -> dict[str, Row]:
+        """The logits of what the batch reaches. A forward that fails is a fault of those that fail alone, too."""
+        try:
+            return self._runner.run(batch)
+        except BaseException as error:
+            log.warning("a step of %d sequences failed: each is computed alone", len(batch.pieces), exc_info=error)
+            fault = error.with_traceback(None)  # its frames hold the step's tensors, maybe all the memory there is
+        return self._rows_one_by_one(batch, fault)
+
+    def _rows_one_by_one(self, batch: Batch, error: BaseException) -> dict[str, Row]:
+        """Ends the answers whose pieces fail. Raises `error` where the bare base fails, too: none can be served."""
+        rows: dict[str, Row] = {}
+        failed: list[tuple[Piece, AdapterHubError]] = []
+        for piece in batch.pieces:
+            try:
+                rows |= self._runner.run(Batch((piece,)))
+            except BaseException as its_own:
+                # Logged here: its frames hold the step's tensors, and do not go on.
+                failed.append((piece, _as_told(piece.sequence.request, its_own)))
+        if failed and not self._can_compute_alone(failed[0][0].sequence):
+            raise error
+        for piece, reason in failed:
+            self._fail(self._answers[piece.sequence.request.id], reason)
+        return rows
+
+    def _can_compute_alone(self, ending: Sequence) -> bool:
+        """Can the bare base compute rows of every kind? In a block that holds no finished prefix, of `ending`."""
+        request = GenerationRequest("probe", ending.request.prompt[:1])
+        probe = Sequence(request, list(request.prompt) * _NUM_PROBED, blocks=ending.blocks[-1:])
+        try:
+            for start, num_tokens in _PROBED:
+                if start + num_tokens <= self.config.block_size:
+                    self._runner.run(Batch((Piece(probe, start, num_tokens, samples=True),)))
+        except BaseException:
+            return False
+        return True
+
+    def _resume_later(self, answer: RunningAnswer, matcher: Matcher) -> None:
+        """The mask is not there: the others go on, and this sequence once it is."""
+        matcher.when_ready(lambda: self._commands.put(lambda: self._resume(answer, matcher)))
+
+    def _resume(self, answer: RunningAnswer, matcher: Matcher) -> None:
+        row = answer.row
+        # It may have ended, or been preempted and have its token by now, which its next mask was begun for.
+        if row is None or not matcher.is_ready or not self._is_open(answer):
+            return
+        answer.row = None
+        with self._only_this(answer):
+            one = self._runner.sampler.sample(row, answer.sequence, matcher)
+            answer.sequence.tokens.append(one.token)
+            self._deliver(answer, one)
+
+    def _obey_commands(self, *, is_idle: bool) -> bool:
+        """Carry out what other threads asked for; waits when there is nothing to compute. False: stop."""
+        while True:
+            try:
+                command = self._commands.get(block=is_idle)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            is_idle = False
+
+    def _start(self, answer: RunningAnswer) -> None:
+        request = answer.sequence.request
+        if self._stopped is not None:
+            answer.emit(self._ended())
+            return
+        with self._only_this(answer):
+            if request.id in self._answers:
+                raise UsageError(f"request {request.id} is being answered already: give each request an id of its own.")
+            missing = [a.digest for a in request.adapters if not self._runner.adapters.is_resident(a.digest)]
+            if missing:
+                raise AdapterLoadFailed(f"adapter {missing[0]} is not loaded in the engine: load it first.")
+            self._answers[request.id] = answer
+            self._scheduler.add(answer.sequence)
+
+    def _is_open(self, answer: RunningAnswer) -> bool:
+        return self._answers.get(answer.sequence.request.id) is answer
+
+    def _retire(self, answer: RunningAnswer) -> None:
+        """Forget an answer and free its blocks; does nothing where that is done."""
+        if self._is_open(answer):
+            request_id = answer.sequence.request.id
+            del self._answers[request_id]
+            self._scheduler.remove(answer.sequence)
+            self._runner.sampler.forget(request_id)
+
+    def _deliver(self, answer: RunningAnswer, sampled: Sampled) -> None:
+        chunk = answer.chunk(sampled, self._eos)
+        if chunk.finish_reason is not None:
+            self._retire(answer)
+        answer.emit(chunk)
+
+
+_PROBED = ((0, 1), (1, 1), (1, 2))
+"""(first position, rows): of a prompt's beginning, of an answer, of the rest of a prompt"""
+_NUM_PROBED = 3
+
+
+def _as_told(request: GenerationRequest, error: BaseException) -> AdapterHubError:
+    """What the client is told of `error`; what is not made for it goes into the log, and out of its frames."""
+    if isinstance(error, AdapterHubError):
+        return error
+    log.error("request %s failed", request.id, exc_info=error)
+    return RequestFailed(
+        f"this request failed in the engine ({type(error).__name__}: {error}); others were not touched. "
+        "The server's log says more."
+    )
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The Rust tokenizer under transformers' one."""
+    return tokenizer.backend_tokenizer
+
+
+def _eos_tokens(base: LoadedBase) -> frozenset[int]:
+    """Tokens that end an answer: the generation config's and the tokenizer's."""
+    configured = base.model.generation_config.eos_token_id
+    several = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*several, base.tokenizer.eos_token_id) if token is not None)

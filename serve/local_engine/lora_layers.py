@@ -1,0 +1,384 @@
+"""One base matmul for the whole batch, and a low-rank product per run of rows that share an adapter.
+
+    y = W x + scale · s · B A x        LoRA, arXiv 2106.09685, section 4.1; s = alpha / r
+
+Rows arrive ordered by adapter (scheduler), so each adapter's rows are one slice in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterhub.bases.nf4 import Nf4Weights, PackedNf4, dense_weight, layer_dtype
+from adapterhub.errors import AdapterNoEffect, AdapterUnsupported, IncompatibleBase
+from serve.adapters.weights import EmbeddingUpdate, FullWeight, LowRank, Weights
+from serve.local_engine.cpu.kernels import CpuKernels
+from serve.local_engine.cpu.memory import HugePages
+from serve.local_engine.cpu.structs import LANES, AdapterTable, WeightMatrix, Widths
+from serve.local_engine.lora_embedding import LoraEmbedding
+from serve.local_engine.lora_segments import Segment, Segments
+from serve.local_engine.scheduler import Batch
+
+_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""what Llama and its relatives call layers that read the same rows; asked with others, a group just computes again"""
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+"""of rows that our kernel updates; torch those in others, in fp32 as well"""
+
+
+class LinearGroup:
+    """Linear layers of the base that share their input, computed together, with the resident adapters beside them."""
+
+    def __init__(
+        self,
+        index: int,
+        layers: Sequence[nn.Linear],
+        segments: Segments,
+        kernels: CpuKernels | None,
+        pages: HugePages,
+    ) -> None:
+        """`pages`: where the layers' weights are kept, if `kernels` are to read them."""
+        self.index = index
+        self.layers = layers
+        self.widths = [layer.out_features for layer in layers]
+        self.matrix = _matrix_of(layers, pages) if kernels is not None else None
+        self._matmul = self._choose_matmul(kernels)
+        self._kernels = kernels
+        self._segments = segments
+        self._bias = None if layers[0].bias is None else torch.cat([layer.bias.detach().float() for layer in layers])
+        self._resident: dict[str, list[tuple[int, LowRank]]] = {}
+        """digest -> (first column of the layer's output, update)"""
+        self._whole: dict[str, torch.Tensor] = {}
+        """digest -> the weight that adapter has instead of the base's; of the head only"""
+        self._input: torch.Tensor | None = None
+        self._outputs: tuple[torch.Tensor, ...] = ()
+
+    def install(self, digest: str, place: int, change: LowRank | FullWeight) -> None:
+        if isinstance(change, LowRank):
+            self._resident.setdefault(digest, []).append((sum(self.widths[:place]), change))
+        else:
+            self._whole[digest] = change.weight
+
+    def remove(self, digest: str) -> None:
+        self._resident.pop(digest, None)
+        self._whole.pop(digest, None)
+
+    def updates(self, digest: str) -> list[tuple[int, LowRank]]:
+        """The adapter's updates of this group: (first column of the layer's output, update)."""
+        return self._resident.get(digest, [])
+
+    def output(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        """What the layer at `place` gives for x [..., in]; the first one asked computes all of them."""
+        if self._input is not x or place == 0:
+            rows = self._compute(x.reshape(-1, x.shape[-1]))
+            self._outputs = torch.split(rows.view(*x.shape[:-1], sum(self.widths)), self.widths, dim=-1)
+            self._input = x
+        found = self._outputs[place]
+        if place == len(self.widths) - 1:
+            self._input, self._outputs = None, ()
+        return found
+
+    def _choose_matmul(self, kernels: CpuKernels | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        if self.matrix is not None and kernels is not None:
+            matrix = self.matrix
+            return lambda x: kernels.matmul(matrix, x.contiguous())
+        return PackedNf4(self.layers) if PackedNf4.fits(self.layers) else self.layers[0]
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] in any dtype -> [rows, out] in the same; our own product reads and gives fp32."""
+        given = x.dtype
+        if self.matrix is not None:
+            x = x.float()
+        y = self._matmul(x)
+        if any(a.digest in self._resident or a.digest in self._whole for s in self._segments.python for a in s.mix):
+            self._update(x, y)
+        return y.to(given)
+
+    def _update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        if len(x) != self._segments.num_rows:
+            raise AdapterUnsupported(
+                f"a layer of this base sees {len(x)} rows of a batch of {self._segments.num_rows}: adapters on such "
+                "layers are not served."
+            )
+        bases = y.clone() if self._whole else y
+        if self._kernels is not None and x.shape[-1] % LANES == 0 and x.dtype == y.dtype in _KERNEL_DTYPES:
+            self._kernels.low_rank_updates(self._segments.kernel, self.index, x.contiguous(), y, bias=self._bias)
+        else:
+            for segment in self._segments.python:
+                rows = slice(segment.start, segment.end)
+                self._update_by_torch(segment, x[rows], y[rows])
+        if self._whole:
+            self._replace(x, y, bases)
+
+    def _replace(self, x: torch.Tensor, y: torch.Tensor, bases: torch.Tensor) -> None:
+        """Rows whose adapter has a weight of its own: W x + scale · (W' x - W x)."""
+        for segment in self._segments.python:
+            for adapter in segment.mix:
+                if adapter.digest in self._whole:
+                    rows = slice(segment.start, segment.end)
+                    weight = self._whole[adapter.digest].to(x.dtype)
+                    found = nn.functional.linear(
+                        x[rows], weight, None if self._bias is None else self._bias.to(x.dtype)
+                    )
+                    y[rows] += (adapter.scale * (found - bases[rows])).to(y.dtype)
+
+    def _update_by_torch(self, segment: Segment, x: torch.Tensor, y: torch.Tensor) -> None:
+        before = y.clone() if self._bias is None else y - self._bias
+        for adapter in segment.mix:
+            for offset, update in self._resident.get(adapter.digest, ()):
+                columns = slice(offset, offset + update.bt.shape[1])
+                # fp32 on CPU, where bf16 would also round the hidden values
+                dtype = torch.float32 if x.device.type == "cpu" else update.a.dtype
+                found = update.scaling * (x.to(dtype) @ update.a.to(dtype).T) @ update.bt.to(dtype)
+                if update.magnitude is not None:
+                    found = update.magnitude * found + (update.magnitude - 1) * before[:, columns]
+                y[:, columns] += (adapter.scale * found).to(y.dtype)
+
+
+class LoraLinear(nn.Module):
+    """Stands where a linear layer of the base was; its group does the work."""
+
+    def __init__(self, group: LinearGroup, place: int) -> None:
+        super().__init__()
+        self.group = group
+        self.place = place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out]."""
+        return self.group.output(self.place, x)
+
+
+class AdapterBank:
+    """Every linear layer of a model, wrapped, and the adapters resident in them. Owned by the worker thread."""
+
+    def __init__(self, model: nn.Module, kernels: CpuKernels | None = None) -> None:
+        self.device = next(model.parameters()).device
+        self.rows = Segments()
+        """of the layers, which see every row"""
+        self._head_rows = Segments()
+        """of the head, which sees the rows that sample"""
+        self.groups: list[LinearGroup] = []
+        self.places: dict[str, tuple[LinearGroup, int]] = {}
+        self._residents: set[str] = set()
+        self._tables: dict[str, AdapterTable] = {}
+        """digest -> its updates for the kernels; empty where there are none"""
+        self._has_kernels = kernels is not None
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        self._head = head
+        dtype = layer_dtype(head)
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        pages = HugePages()
+        for names in _groups(linears, has_kernels=kernels is not None):
+            layers = [linears[name] for name in names]
+            segments = self._head_rows if layers[0] is head else self.rows
+            group = LinearGroup(len(self.groups), layers, segments, kernels, pages)
+            self.groups.append(group)
+            for place, name in enumerate(names):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, LoraLinear(group, place))
+                self.places[name] = (group, place)
+
+        self._widths: Widths = tuple((group.layers[0].in_features, sum(group.widths)) for group in self.groups)
+        self.embedding = _wrapped_embedding(model, self.rows, dtype)
+
+    def begin(self, batch: Batch) -> None:
+        """Announce the rows of the forward that follows."""
+        mixes = [(piece, piece.sequence.request.adapters) for piece in batch.pieces]
+        self.rows.set([(piece.num_tokens, mix) for piece, mix in mixes], self._tables)
+        self._head_rows.set([(int(piece.samples), mix) for piece, mix in mixes], self._tables)
+
+    def dtype_of(self, stored: torch.dtype) -> torch.dtype:
+        """What to keep a tensor of a file in: bf16 as it is, which halves what a step reads; fp32 on a CPU else."""
+        if self.device.type != "cpu":
+            return layer_dtype(self.groups[0].layers[0])
+        return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
+
+    def prepare(self, name: str, weights: Weights) -> Weights:
+        """Check that every tensor lands on a layer of the right shape, and work out DoRA's norms.
+
+        May run beside the worker thread. Raises AdapterNoEffect, IncompatibleBase.
+        """
+        self._check_fits(name, weights)
+        ready = {module: self._divided(module, weights[module]) for module in sorted(weights, key=self._order_of)}
+        return in_one_block(ready) if self.device.type == "cpu" else ready
+
+    def install(self, digest: str, weights: Weights) -> None:
+        """`weights` as `prepare` returned them, in place of what the digest had; all of them, or none on failure."""
+        self.remove(digest)
+        try:
+            for module, change in weights.items():
+                self._install_one(digest, module, change)
+            if self._has_kernels:
+                self._tables[digest] = AdapterTable(self._widths, [list(g.updates(digest)) for g in self.groups])
+            self._residents.add(digest)
+        except BaseException:
+            self.remove(digest)
+            raise
+
+    def _install_one(self, digest: str, module: str, change: LowRank | EmbeddingUpdate | FullWeight) -> None:
+        if self.embedding is not None and module == self.embedding[0]:
+            assert not isinstance(change, LowRank)
+            self.embedding[1].install(digest, change)
+            return
+        assert not isinstance(change, EmbeddingUpdate)
+        group, place = self.places[module]
+        group.install(digest, place, change)
+
+    def remove(self, digest: str) -> None:
+        for group in self.groups:
+            group.remove(digest)
+        if self.embedding is not None:
+            self.embedding[1].remove(digest)
+        self._residents.discard(digest)
+        self._tables.pop(digest, None)
+        for segments in (self.rows, self._head_rows):  # the last batch's, which keep its adapters in memory
+            segments.set((), {})
+
+    def is_resident(self, digest: str) -> bool:
+        return digest in self._residents
+
+    def _order_of(self, module: str) -> tuple[int, int]:
+        """When a step reads what changes the module; the embedding comes first."""
+        if module not in self.places:
+            return -1, 0
+        group, place = self.places[module]
+        return group.index, place
+
+    def _divided(self, module: str, change: LowRank | EmbeddingUpdate | FullWeight) -> Any:
+        if not isinstance(change, LowRank) or change.magnitude is None:
+            return change
+        group, place = self.places[module]
+        return change.divided(dense_weight(group.layers[place]))
+
+    def _check_fits(self, name: str, weights: Weights) -> None:
+        embedding = self.embedding[0] if self.embedding else None
+        strangers = [module for module in weights if module not in self.places and module != embedding]
+        if len(strangers) == len(weights):
+            raise AdapterNoEffect(
+                f"no tensor of adapter {name} belongs to a layer of this base that adapters can change (first: "
+                f"{strangers[0]}): it was made for another architecture."
+            )
+        if strangers:
+            raise IncompatibleBase(
+                f"adapter {name} has tensors for {len(strangers)} layers this base does not have (first: "
+                f"{strangers[0]}): it was made for a deeper or different model."
+            )
+        for module, change in weights.items():
+            found, wanted = self._shape_of(name, module, change), _shape(change)
+            if found != wanted:
+                raise IncompatibleBase(
+                    f"adapter {name} expects {module} to be {wanted[0]} -> {wanted[1]}, this base has "
+                    f"{found[0]} -> {found[1]}."
+                )
+
+    def _shape_of(self, name: str, module: str, change: LowRank | EmbeddingUpdate | FullWeight) -> tuple[int, int]:
+        """(in, out) of the base's module. Raises AdapterUnsupported for a change that module cannot have."""
+        if self.embedding is not None and module == self.embedding[0]:
+            vocabulary, width = self.embedding[1].weight.shape
+            return (width, vocabulary) if isinstance(change, FullWeight) else (vocabulary, width)
+        group, place = self.places[module]
+        layer = group.layers[place]
+        if isinstance(change, FullWeight) and layer is not self._head:
+            raise AdapterUnsupported(
+                f"adapter {name} brings the whole of {module} (modules_to_save): only the embedding and the head may "
+                "be replaced; train the others with LoRA."
+            )
+        return layer.in_features, layer.out_features
+
+
+def _shape(change: LowRank | EmbeddingUpdate | FullWeight) -> tuple[int, int]:
+    """(in, out) the change was made for."""
+    if isinstance(change, FullWeight):
+        out, width = change.weight.shape
+        return width, out
+    if isinstance(change, EmbeddingUpdate):
+        return change.rows.shape[0], change.bt.shape[1]
+    return change.a.shape[1], change.bt.shape[1]
+
+
+def _matrix_of(layers: Sequence[nn.Linear], pages: HugePages) -> WeightMatrix | None:
+    """The layers' weights as one matrix of the kernels, or None where those do not read them."""
+    bias = None if layers[0].bias is None else torch.cat([layer.bias.detach().float() for layer in layers])
+    if Nf4Weights.fits(layers):
+        return WeightMatrix(Nf4Weights.join(layers, keep=pages.keep), bias)
+    return WeightMatrix(_joined(layers, pages), bias) if _are_dense(layers) else None
+
+
+def _joined(layers: Sequence[nn.Linear], pages: HugePages) -> torch.Tensor:
+    """Dense weights one below the other, in bf16 where that loses nothing; the layers become views of them."""
+    weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
+    half = weight.bfloat16()
+    # In pieces: a head is the largest tensor there is, and this its peak.
+    if all(torch.equal(a.float(), b) for a, b in zip(half.chunk(32), weight.chunk(32), strict=True)):
+        weight = half
+    weight = pages.keep(weight)
+    start = 0
+    for layer in layers:
+        layer.weight.data = weight[start : start + layer.out_features]
+        start += layer.out_features
+    return weight
+
+
+def _wrapped_embedding(model: nn.Module, segments: Segments, dtype: torch.dtype) -> tuple[str, LoraEmbedding] | None:
+    """Name and wrapper of the model's embedding; None for one that computes more than a look-up (Gemma's scale)."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    if type(embedding) is not nn.Embedding:
+        # Tied to a head that may now be held in bf16: computing with that would round.
+        embedding.weight.data = embedding.weight.data.to(dtype)
+        return None
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    wrapper = LoraEmbedding(embedding, segments, dtype)
+    model.set_input_embeddings(wrapper)  # type: ignore[operator]
+    return name, wrapper
+
+
+def _are_dense(layers: Sequence[nn.Linear]) -> bool:
+    return all(
+        type(layer) is nn.Linear
+        and layer.weight.dtype == torch.float32
+        and layer.weight.device.type == "cpu"
+        and layer.in_features % LANES == 0
+        for layer in layers
+    )
+
+
+def _can_join(layers: Sequence[nn.Linear], has_kernels: bool) -> bool:
+    same_bias = all((layer.bias is None) == (layers[0].bias is None) for layer in layers)
+    return PackedNf4.fits(layers) or (has_kernels and same_bias and (Nf4Weights.fits(layers) or _are_dense(layers)))
+
+
+def _groups(linears: dict[str, nn.Linear], *, has_kernels: bool) -> list[list[str]]:
+    """Names of layers to compute together, in the order a step does: those known to share their input are joined
+    where a kernel can."""
+    groups = []
+    left = dict(linears)
+    for name in linears:
+        parent, _, child = name.rpartition(".")
+        siblings = next((names for names in _SHARED_INPUT if names[0] == child), ())
+        names = [f"{parent}.{sibling}" for sibling in siblings]
+        if not names or any(n not in left for n in names) or not _can_join([left[n] for n in names], has_kernels):
+            continue
+        groups.append(names)
+        for taken in names:
+            del left[taken]
+    when = {name: number for number, name in enumerate(linears)}
+    return sorted(groups + [[name] for name in left], key=lambda names: when[names[0]])
+
+
+def in_one_block(weights: Weights) -> Weights:
+    """The same with the halves of all low-rank updates one behind the other, in the order given, on huge pages.
+
+    A decode step reads an adapter from end to end, which memory gives fastest so.
+    """
+    halves = [half for change in weights.values() if isinstance(change, LowRank) for half in (change.a, change.bt)]
+    pages = HugePages(sum(map(HugePages.room_for, halves)))
+    return {
+        module: replace(change, a=pages.keep(change.a), bt=pages.keep(change.bt))
+        if isinstance(change, LowRank)
+        else change
+        for module, change in weights.items()
+    }

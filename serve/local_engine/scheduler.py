@@ -1,0 +1,291 @@
+"""Which tokens are computed next: fair admission, chunked prefill, preemption, order by adapter. No tensors.
+
+Counts and names only, so policy is tested in milliseconds. One thread owns a Scheduler.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass
+
+from serve.engine import AdapterScale
+from serve.local_engine.block_pool import BlockPool, Sequence
+from serve.local_engine.fairness import FairShare, Group
+
+__all__ = ["AdapterMix", "Batch", "BlockPool", "Piece", "Scheduler", "SchedulerLimits", "Sequence"]
+
+AdapterMix = tuple[AdapterScale, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`num_tokens` tokens of one sequence, from position `start`, computed in this step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+    """Does the step reach the end of the sequence, so that a next token comes of it?"""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The pieces of one step, those of one adapter mix side by side, the bare base last."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.num_tokens for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    max_num_seqs: int = 32
+    """sequences that run together"""
+    max_batch_tokens: int = 512
+    """tokens computed in one step"""
+    max_prefill_chunk: int = 256
+    """prompt tokens of all sequences in a step, so that decoding never waits longer than this"""
+    max_wait_steps: int = 16
+    """Steps without a token after which a group that has requests is given a place and prompt tokens first."""
+
+    @property
+    def num_places(self) -> int:
+        """Sequences that run together; a step has a token for each of them."""
+        return min(self.max_num_seqs, self.max_batch_tokens)
+
+
+class Scheduler:
+    """Fair between groups (one per adapter, and the bare base), first come first served within one.
+
+    The group that was served least comes first, for a free place and for the prompt tokens of a step. A group that has
+    requests and of which nothing was computed for `max_wait_steps` is overdue: the longest overdue one is served first,
+    and its oldest request, if nothing of it was computed yet, takes places and KV blocks from others. So the first
+    prompt tokens of a request whose group had none are computed in the (max_wait_steps + n)th step after it came at the
+    latest, n the number of other groups that had requests then. A request that was preempted comes back in its group's
+    turn, and takes the place only of those that were served more and have had a turn: else two that do not fit together
+    would compute their prompts over and over.
+
+    When KV blocks run out, the newest sequence of the most served group gives its blocks back and is computed again
+    later.
+    """
+
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._share = FairShare()
+        self._queues: dict[Group, deque[Sequence]] = {}
+        self._computed_at: dict[Group, int] = {}
+        """Step at which a group that has requests last had a token computed, or began to have requests; in this order
+        where the steps are the same."""
+        self._step = 0
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        return [sequence for queue in self._queues.values() for sequence in queue]
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def add(self, sequence: Sequence) -> None:
+        group = sequence.group
+        if group not in self._queues:
+            self._share.arrive(group, waiting=self._queues, running=self._running_groups())
+        self._computed_at.setdefault(group, self._step)
+        self._queues.setdefault(group, deque()).append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Finished or aborted: its blocks are free at once."""
+        group = sequence.group
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self._queues.get(group, ()):
+            self._queues[group].remove(sequence)
+            self._forget_if_empty(group)
+        if group not in self._queues and group not in self._running_groups():
+            self._computed_at.pop(group, None)
+        self.pool.release(sequence)
+
+    def schedule(self) -> Batch | None:
+        """The next step's work, or None when there is nothing to do."""
+        self._step += 1
+        overdue = self._overdue()
+        self._admit_overdue(overdue)
+        pieces = self._decode_pieces(overdue)
+        room = self.limits.max_batch_tokens - len(pieces)
+        pieces += self._prefill_pieces(min(room, self.limits.max_prefill_chunk), overdue)
+        for piece in pieces:
+            self._computed_at[piece.sequence.group] = self._step
+        if not pieces:
+            return None
+        return Batch(tuple(sorted(pieces, key=_mix_order)))
+
+    def commit(self, batch: Batch, sampled: dict[str, int]) -> None:
+        """Record that the batch was computed; `sampled` is request id -> next token of pieces that sample.
+
+        A sequence whose next token is chosen later is not scheduled until then.
+        """
+        for piece in batch.pieces:
+            sequence = piece.sequence
+            if not sequence.blocks:
+                continue  # removed while the step ran
+            sequence.num_computed = piece.start + piece.num_tokens
+            self.pool.keep(sequence)
+            if piece.samples and sequence.request.id in sampled:
+                sequence.tokens.append(sampled[sequence.request.id])
+
+    def check(self) -> None:
+        """The books: blocks, places, and who waits since when."""
+        waiting = self.waiting
+        self.pool.check([*self.running, *waiting])
+        assert not any(sequence.blocks for sequence in waiting), "a waiting sequence holds KV blocks"
+        assert len(self.running) <= self.limits.num_places, "more sequences run than allowed"
+        assert self._computed_at.keys() == self._queues.keys() | self._running_groups().keys(), "a group is forgotten"
+
+    def _running_groups(self) -> Counter[Group]:
+        return Counter(sequence.group for sequence in self.running)
+
+    def _forget_if_empty(self, group: Group) -> None:
+        if not self._queues[group]:
+            del self._queues[group]
+            self._share.leave(group)
+
+    def _overdue(self) -> list[Group]:
+        """Groups of which nothing was computed for too long, the longest first."""
+        limit = self._step - self.limits.max_wait_steps
+        decoding = {sequence.group for sequence in self.running if sequence.num_pending <= 1}
+        late = [group for group, step in self._computed_at.items() if step <= limit and group not in decoding]
+        return sorted(late, key=self._computed_at.__getitem__)
+
+    def _admit_overdue(self, overdue: Listed[Group]) -> None:
+        """Give a place to each overdue group that has none, as far as the step has prompt tokens for them."""
+        budget = self.limits.max_prefill_chunk
+        for number, group in enumerate(overdue):
+            begun = next((sequence for sequence in self.running if sequence.group == group), None)
+            sequence = begun or self._queues[group][0]
+            if begun is None:
+                others = [s for s in self.running if s.group not in overdue[:number]]
+                if not sequence.is_fresh:
+                    served = self._served(sequence)
+                    others = [s for s in others if self._served(s) > served and self._has_had_its_turn(s)]
+                victims = self._victims_for(sequence, others)
+                if victims is None:
+                    continue
+                for victim in victims:
+                    self._preempt(victim)
+                self._admit(sequence)
+            budget -= sequence.num_pending
+            if budget <= 0:
+                return
+
+    def _victims_for(self, sequence: Sequence, candidates: Listed[Sequence]) -> list[Sequence] | None:
+        """Who of `candidates` must go so that `sequence` has a place and room; None when all are not enough.
+
+        Groups that run several sequences give first, then those that were served most; the newest of a group.
+        """
+        chosen: list[Sequence] = []
+        while not self._has_room(sequence, without=chosen):
+            left = [s for s in self.running if s not in chosen]
+            counts = Counter(s.group for s in left)
+            victim = max(
+                (s for s in reversed(left) if s in candidates),
+                key=lambda s: (counts[s.group] > 1, self._served(s)),
+                default=None,
+            )
+            if victim is None:
+                return None
+            chosen.append(victim)
+        return chosen
+
+    def _has_had_its_turn(self, sequence: Sequence) -> bool:
+        """Has it run twice as long as computing it again takes, and `max_wait_steps`, and come further by that?"""
+        num_again = -(-len(sequence.tokens) // self.limits.max_prefill_chunk)
+        num_steps = self._step - sequence.admitted_at
+        is_further = sequence.num_computed >= sequence.num_charged
+        return is_further and num_steps >= 2 * num_again + self.limits.max_wait_steps
+
+    def _has_room(self, sequence: Sequence, *, without: Listed[Sequence] = ()) -> bool:
+        has_place = len(self.running) - len(without) < self.limits.num_places
+        return has_place and self.pool.can_admit(sequence, without=without)
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Move the first of its group's queue to the running ones, for which there is room."""
+        self._queues[sequence.group].popleft()
+        self._forget_if_empty(sequence.group)
+        is_fresh = sequence.is_fresh
+        self.pool.admit(sequence)
+        sequence.admitted_at = self._step
+        if is_fresh:
+            sequence.num_shared = sequence.num_charged = sequence.num_computed
+        self.running.append(sequence)
+
+    def _decode_pieces(self, overdue: Listed[Group]) -> list[Piece]:
+        for sequence in list(self.running):
+            if sequence.num_pending == 1 and sequence in self.running:
+                self._make_room(sequence, len(sequence.tokens), spared=overdue)
+        return [self._chunk(sequence, 1) for sequence in self.running if sequence.num_pending == 1]
+
+    def _prefill_pieces(self, budget: int, overdue: Listed[Group]) -> list[Piece]:
+        first = {group: number for number, group in enumerate(overdue)}
+        pieces: list[Piece] = []
+        done = {id(sequence) for sequence in self.running if sequence.num_pending <= 1}
+        may_admit = True
+        while budget > 0:
+            begun = [s for s in self.running if id(s) not in done]
+            heads = [queue[0] for queue in self._queues.values()] if may_admit else []
+            if not begun and not heads:
+                break
+            urgent = [s for s in begun if s.group in first]
+            if urgent:
+                sequence = min(urgent, key=lambda s: first[s.group])
+                del first[sequence.group]
+            else:
+                sequence = min([*begun, *heads], key=self._served)
+            if sequence not in self.running:
+                if not self._has_room(sequence):
+                    may_admit = False  # nobody overtakes it: what becomes free is for the least served
+                    continue
+                self._admit(sequence)
+            pieces.append(self._chunk(sequence, budget))
+            done.add(id(sequence))
+            budget -= pieces[-1].num_tokens
+        return pieces
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Piece:
+        num_tokens = min(sequence.num_pending, budget)
+        end = sequence.num_computed + num_tokens
+        samples = end == len(sequence.tokens)
+        new = max(0, end - sequence.num_charged)
+        is_input = end <= len(sequence.request.prompt)
+        self._share.charge(sequence.request, num_input=new if is_input else 0, num_output=int(samples))
+        sequence.num_charged += new
+        return Piece(sequence, sequence.num_computed, num_tokens, samples)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, *, spared: Listed[Group]) -> None:
+        """Give `sequence` blocks for `num_tokens`, preempting others that are not of `spared` groups, or itself."""
+        while not self.pool.can_grow(sequence, num_tokens):
+            candidates = [s for s in reversed(self.running) if s is sequence or s.group not in spared]
+            victim = max(candidates, key=self._served)  # the newest of the most served group
+            self._preempt(victim)
+            if victim is sequence:
+                return
+        self.pool.grow(sequence, num_tokens)
+
+    def _served(self, sequence: Sequence) -> float:
+        return self._share.served(sequence.group)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.release(sequence)
+        self._queues.setdefault(sequence.group, deque()).appendleft(sequence)
+        self.num_preemptions += 1
+
+
+def _mix_order(piece: Piece) -> tuple[bool, tuple[tuple[str, float], ...]]:
+    mix = piece.sequence.request.adapters
+    return (not mix, tuple((adapter.digest, adapter.scale) for adapter in mix))

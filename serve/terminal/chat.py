@@ -1,0 +1,326 @@
+"""Chatting in a terminal: one question from the command line, or a conversation with commands."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapterhub.errors import AdapterHubError, ServeError, UsageError
+from adapterhub.files import disk_full_is_said, expanded
+from serve.client import Answer, Sampling, Turn, to_send
+from serve.terminal.client import ChatApi
+from serve.terminal.console import BLOCK, history, read, read_any_bytes, say, write
+
+_RANGES: dict[str, tuple[type[float] | type[int], float, float]] = {
+    "temperature": (float, 0.0, 2.0),
+    "top_p": (float, 0.01, 1.0),
+    "max_tokens": (int, 1, 1_000_000),
+    "seed": (int, 0, 2**63 - 1),
+}
+"""what /set takes, and its least and greatest value"""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Where and how to ask. `url` ends in /v1; `model` None is the server's base."""
+
+    url: str
+    model: str | None
+    system: str | None
+    sampling: Sampling
+
+
+def run_chat(options: ChatOptions, *, prompt: str | None, as_json: bool = False) -> None:
+    """With `prompt`, ask it (and below it what is piped in), print the answer and return; without, talk until Ctrl+D.
+
+    `as_json` prints the answer and its figures as one JSON object. Raises AdapterHubError, in a conversation only
+    before the first question: AdapterNotFound, NotAuthorized, RequestTooLong, UsageError for what the server refuses,
+    ServeError where there is none or its answer breaks off.
+    """
+    read_any_bytes()
+    question = None if prompt is None else _question(prompt)
+    with contextlib.closing(ChatApi(options.url)) as api:
+        chat = TerminalChat(api, options)
+        if question is None:
+            chat.talk()
+        else:
+            chat.ask_once(question, as_json=as_json)
+
+
+def _question(prompt: str) -> str:
+    piped = "" if sys.stdin.isatty() else sys.stdin.read().strip()
+    question = "\n\n".join(part for part in (prompt, piped) if part)
+    if not question:
+        raise UsageError("the prompt is empty: give --prompt TEXT, or pipe the question in.")
+    return question
+
+
+class TerminalChat:
+    """One conversation: the turns so far, who answers next, and the commands."""
+
+    def __init__(self, api: ChatApi, options: ChatOptions) -> None:
+        self._api = api
+        self._options = options
+        self._turns: list[Turn] = []
+        self._answers: list[Answer] = []
+        self._commands: dict[str, tuple[Callable[[str], None], str, str]] = {
+            "/adapter": (self._switch, "NAME", "let NAME answer from now on (the base by its name, too)"),
+            "/adapters": (self._list, "", "who can answer"),
+            "/compare": (self._compare, "NAMES", "let others answer the last question, beside the conversation"),
+            "/system": (self._set_system, "TEXT", "set the system prompt; without TEXT remove it"),
+            "/set": (self._set, "KEY VALUE", f"{', '.join(_RANGES)}; without them show what is set"),
+            "/undo": (self._undo, "", "forget the last question and its answer"),
+            "/retry": (self._retry, "", "answer the last question again"),
+            "/clear": (self._clear, "", "forget the conversation"),
+            "/good": (lambda _: self._thumb("up"), "", "the last answer was good: kept by the server"),
+            "/bad": (lambda _: self._thumb("down"), "", "the last answer was bad: kept by the server"),
+            "/correct": (self._correct, "TEXT", "what the last answer should have said: kept, and gone on from"),
+            "/save": (self._save, "FILE", "append the conversation to FILE, as one JSONL line of training data"),
+            "/stats": (self._stats, "", "how fast the last answer came, and how much was said"),
+            "/help": (self._help, "", "this list"),
+            "/quit": (self._quit, "", "end, like Ctrl+D"),
+        }
+
+    def ask_once(self, question: str, *, as_json: bool) -> None:
+        self._turns.append(Turn("user", question))
+        if not as_json:
+            self._answer()
+            return
+        answer = self._filled(self._options.model or self._base(), show=lambda piece: None)
+        print(json.dumps(_figures(answer), ensure_ascii=False))
+
+    def talk(self) -> None:
+        """Read, answer, repeat, until the input ends. A failure is said, and the conversation goes on."""
+        if self._options.model is None:
+            self._options = replace(self._options, model=self._base())
+        else:
+            self._api.check(self._options.model)
+        say(f"{self._options.model} at {self._api.url}; /help lists the commands, Ctrl+D ends")
+        with history():
+            while (line := read(f"{self._options.model}> ")) is not None:
+                try:
+                    self._handle(line.strip())
+                except EOFError:
+                    return
+                except AdapterHubError as error:
+                    say(str(error))
+                except OSError as error:
+                    say(f"{error.strerror or error} ({error.filename})")
+
+    def _handle(self, line: str) -> None:
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, argument = line.partition(" ")
+            self._command(name)(argument.strip())
+        elif line:
+            self._turns.append(Turn("user", line.removeprefix("/") if line.startswith("//") else line))
+            self._answer_until_interrupted()
+
+    def _command(self, name: str) -> Callable[[str], None]:
+        if name not in self._commands:
+            near = difflib.get_close_matches(name, self._commands, n=1) or ["/help"]
+            raise UsageError(f"there is no {name}: did you mean {near[0]}? (// sends a line that begins with /)")
+        return self._commands[name][0]
+
+    def _answer_until_interrupted(self) -> None:
+        try:
+            self._answer()
+        except KeyboardInterrupt:
+            say("[stopped; what came is kept]")
+
+    def _answer(self) -> None:
+        """Print the answer to the last question as it comes, and keep what came however it ends."""
+        answer = Answer(self._options.model or self._base())
+        try:
+            self._fill(answer, show=write)
+        finally:
+            if answer.text:
+                write("\n")
+                self._turns.append(Turn("assistant", answer.text))
+                self._answers.append(answer)
+
+    def _filled(self, model: str, *, show: Callable[[str], None]) -> Answer:
+        answer = Answer(model)
+        self._fill(answer, show=show)
+        return answer
+
+    def _fill(self, answer: Answer, *, show: Callable[[str], None]) -> None:
+        messages = to_send(self._options.system, self._turns)
+        with contextlib.closing(self._api.ask(answer, messages, self._options.sampling)) as pieces:
+            for piece in pieces:
+                show(piece)
+
+    def _base(self) -> str:
+        models = self._api.models()
+        if not models:
+            raise ServeError(f"the server at {self._api.url} has no model.")
+        return models[0].name
+
+    # Commands
+
+    def _switch(self, name: str) -> None:
+        if not name:
+            raise UsageError("/adapter needs a NAME: /adapters lists them.")
+        self._api.check(name)
+        self._options = replace(self._options, model=name)
+        if not sys.stdin.isatty():
+            say(f"{name} answers from now on")
+
+    def _list(self, _: str) -> None:
+        for model in self._api.models():
+            mark = "*" if model.name == self._options.model else " "
+            kind = "base" if model.is_base else f"rank {model.rank}, {(model.digest or '')[:19]}"
+            say(f"{mark} {model.name} ({kind})")
+
+    def _compare(self, names: str) -> None:
+        """The conversation stays as it is: what others would have said is only shown."""
+        if not names:
+            raise UsageError("/compare needs NAMES: /adapters lists them.")
+        turns, answers = list(self._turns), list(self._answers)
+        self._forget_answer()
+        try:
+            for name in names.split():
+                say(f"-- {name}")
+                answer = self._filled(name, show=write)
+                write("\n")
+                say(f"   {answer.figures()}")
+        except KeyboardInterrupt:
+            say("[stopped]")
+        finally:
+            self._turns, self._answers = turns, answers
+
+    def _set_system(self, text: str) -> None:
+        self._options = replace(self._options, system=text or None)
+        say("system prompt set" if text else "no system prompt")
+
+    def _set(self, argument: str) -> None:
+        key, _, value = argument.partition(" ")
+        if key and key not in _RANGES:
+            raise UsageError(f"/set knows {', '.join(_RANGES)}, not {key}.")
+        if key:
+            changed: dict[str, Any] = {key: _number(key, value.strip())}
+            self._options = replace(self._options, sampling=replace(self._options.sampling, **changed))
+        say(", ".join(f"{name} {value}" for name, value in asdict(self._options.sampling).items() if value is not None))
+
+    def _undo(self, _: str) -> None:
+        question = self._forget_answer()
+        self._turns.pop()
+        say(f"forgot: {question.text.splitlines()[0]}")
+
+    def _retry(self, _: str) -> None:
+        self._forget_answer()
+        self._answer_until_interrupted()
+
+    def _forget_answer(self) -> Turn:
+        """Leave the last question as the last turn. Raises UsageError where there is none."""
+        if not self._turns:
+            raise UsageError("nothing was asked yet.")
+        if self._turns[-1].role == "assistant":
+            self._turns.pop()
+            self._answers.pop()
+        return self._turns[-1]
+
+    def _clear(self, _: str) -> None:
+        self._turns.clear()
+        self._answers.clear()
+        say("forgot everything; adapter and system prompt stay")
+
+    def _thumb(self, thumb: str) -> None:
+        answer = self._last_answer()
+        self._api.send_feedback("thumb", answer, self._before_answer(), thumb=thumb)
+        say(f"kept: thumb {thumb} for {answer.model}")
+
+    def _correct(self, text: str) -> None:
+        if not text:
+            raise UsageError("/correct needs the TEXT that the answer should have been.")
+        answer = self._last_answer()
+        self._api.send_feedback("correction", answer, self._before_answer(), text=text)
+        self._turns[-1] = Turn("assistant", text)
+        say(f"kept: the correction of {answer.model}; the conversation goes on from it")
+
+    def _last_answer(self) -> Answer:
+        """Raises UsageError where the last turn is no answer as a model gave it."""
+        is_answer = bool(self._turns and self._answers) and self._turns[-1].role == "assistant"
+        if not is_answer or self._turns[-1].text != self._answers[-1].text:
+            raise UsageError("there is no answer to judge: ask first.")
+        return self._answers[-1]
+
+    def _before_answer(self) -> list[dict[str, str]]:
+        return to_send(self._options.system, self._turns[:-1])
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise UsageError("/save needs a FILE.")
+        turns = self._turns if self._turns and self._turns[-1].role == "assistant" else self._turns[:-1]
+        if not turns:
+            raise UsageError("there is no answer to save yet.")
+        path = expanded(name)
+        line = json.dumps({"messages": to_send(self._options.system, turns)}, ensure_ascii=False)
+        _append_line(path, line)
+        say(f"{path}: 1 conversation added ({len(turns)} messages)")
+
+    def _stats(self, _: str) -> None:
+        if not self._answers:
+            raise UsageError("nothing was answered yet.")
+        say(self._answers[-1].summary())
+        tokens = sum(answer.num_tokens for answer in self._answers)
+        say(f"{len(self._answers)} answers, {tokens} tokens, {len(self._turns)} messages in the conversation")
+
+    def _help(self, _: str) -> None:
+        for name, (_act, argument, meaning) in self._commands.items():
+            say(f"  {f'{name} {argument}':<15} {meaning}")
+        say(f"  {BLOCK:<15} begins and ends a question of several lines")
+        say("  Ctrl+C          stop the answer; what came is kept")
+
+    def _quit(self, _: str) -> None:
+        raise EOFError
+
+
+def _append_line(path: Path, line: str) -> None:
+    """A line of its own, whatever bytes the file holds. Raises StorageFull, and then the file is as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_full_is_said(path), path.open("ab+", buffering=0) as file:  # a buffer writes what is left when it closes
+        if size := file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        left = f"{line}\n".encode()
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # a device
+                file.truncate(size)
+            raise
+
+
+def _number(key: str, text: str) -> float | int | None:
+    """What /set sets `key` to; no text unsets the seed, the only one that may be unset."""
+    if key == "seed" and not text:
+        return None
+    kind, least, greatest = _RANGES[key]
+    try:
+        value = kind(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= greatest:
+        raise UsageError(f"{key} is a number from {least:g} to {greatest:g}, not {text or 'nothing'}.")
+    return value
+
+
+def _figures(answer: Answer) -> dict[str, Any]:
+    """One answer for a program to read."""
+    return {
+        "model": answer.model,
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.num_tokens,
+        "first_token_s": answer.first_token_s,
+        "tokens_per_s": answer.tokens_per_s,
+    }

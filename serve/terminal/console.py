@@ -1,0 +1,88 @@
+"""Lines to and from a person: several typed as one, their history, answers that cannot command the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+
+from adapterhub.paths import home
+
+HISTORY_FILE = "chat_history"
+"""questions typed, in ADAPTERHUB_HOME, readable by their owner only"""
+HISTORY_LINES = 1000
+BLOCK = '"""'
+"""begins and ends a question of several lines"""
+
+# An adapter is a stranger's work: its answers must not move the cursor, set the title or fill the clipboard.
+_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def say(line: str) -> None:
+    """A note for the reader, kept apart from the answers."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """A piece of an answer."""
+    print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def read_any_bytes() -> None:
+    """What is piped in may be in any encoding: bytes that are none of ours become a mark, not the end of the chat."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+
+
+def read(prompt: str) -> str | None:
+    """What is typed next: a line, or all lines between two marks; None at the end of the input."""
+    line = _read_line(prompt)
+    if line is None or not line.lstrip().startswith(BLOCK):
+        return line
+    opened = line.lstrip().removeprefix(BLOCK)
+    if opened.rstrip().endswith(BLOCK):
+        return opened.rstrip().removesuffix(BLOCK)
+    block = [opened] if opened.strip() else []
+    while (line := _read_line("... ")) is not None:
+        if line.rstrip().endswith(BLOCK):
+            last = line.rstrip().removesuffix(BLOCK)
+            return "\n".join([*block, *([last] if last.strip() else [])])
+        block.append(line)
+    return "\n".join(block)
+
+
+def _read_line(prompt: str) -> str | None:
+    while True:
+        try:
+            return input(prompt if sys.stdin.isatty() else "")
+        except EOFError:
+            if sys.stdin.isatty():
+                say("")
+            return None
+        except KeyboardInterrupt:
+            say("")  # drops the line, as a shell does
+
+
+@contextlib.contextmanager
+def history() -> Iterator[None]:
+    """Line editing with the questions of earlier conversations, where there is a terminal and readline."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        readline = None  # type: ignore[assignment]
+    if readline is None or not sys.stdin.isatty():
+        yield
+        return
+    path = home() / HISTORY_FILE
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(HISTORY_LINES)
+    try:
+        yield
+    finally:
+        # A conversation does not fail for its history.
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            readline.write_history_file(path)

@@ -1,0 +1,202 @@
+"""Ratings: by hand, by what must not change them, and by strengths that are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from adapterhub.cli.main import app
+from adapterhub.errors import AdapterHubError, DatasetError, UsageError
+from adapterhub.feedback.ratings import Ratings, Verdict, rate, read_verdicts
+
+
+def by_name(found: Ratings) -> dict[str, float]:
+    return {one.model: one.rating for one in found.ratings}
+
+
+def played(strengths: dict[str, float], games: int, seed: int = 0, ties: float = 0.0) -> list[Verdict]:
+    """Games between random pairs, won as the strengths (rating points) say."""
+    dice = np.random.default_rng(seed)
+    names = list(strengths)
+    verdicts = []
+    for _ in range(games):
+        a, b = (names[place] for place in dice.choice(len(names), 2, replace=False))
+        chance = 1 / (1 + 10 ** ((strengths[b] - strengths[a]) / 400))
+        winner = "tie" if dice.random() < ties else "a" if dice.random() < chance else "b"
+        verdicts.append(Verdict(a, b, winner))  # type: ignore[arg-type]
+    return verdicts
+
+
+KNOWN = {"ada": 1200.0, "bea": 1050.0, "cy": 1000.0, "dan": 900.0, "eve": 850.0}
+GAMES = played(KNOWN, 3000, ties=0.1)
+
+
+def test_one_game_of_elo_by_hand() -> None:
+    """Equal ratings: the winner takes half of K."""
+    found = rate([Verdict("x", "y", "a")], "elo", orderings=3)
+    assert by_name(found) == {"x": 1016.0, "y": 984.0}
+    assert by_name(rate([Verdict("x", "y", "tie")], "elo", orderings=3)) == {"x": 1000.0, "y": 1000.0}
+
+
+def test_two_games_of_elo_by_hand() -> None:
+    """The second win is worth K (1 - 1 / (1 + 10^(-32 / 400)))."""
+    found = rate([Verdict("x", "y", "a"), Verdict("y", "x", "b")], "elo", orderings=4, k=32, start=1000)
+    assert by_name(found)["x"] == pytest.approx(1016 + 32 * (1 - 1 / (1 + 10 ** (-32 / 400))))
+
+
+def test_elo_averages_over_orderings_by_hand() -> None:
+    """A win and a loss: in either order the last game weighs more; the mean over both orders is even."""
+    found = rate([Verdict("x", "y", "a"), Verdict("x", "y", "b")], "elo", orderings=4000)
+    assert by_name(found)["x"] == pytest.approx(1000, abs=0.1)
+    last = 32 / (1 + 10 ** (-32 / 400)) - 16  # what the loser of the last game ends below the start
+    rated = found.ratings[0]
+    assert (rated.low, rated.high) == pytest.approx((1000 - last, 1000 + last))
+
+
+def test_bradley_terry_of_two_systems_is_the_log_odds() -> None:
+    verdicts = [Verdict("x", "y", "a")] * 30 + [Verdict("y", "x", "a")] * 10
+    found = by_name(rate(verdicts))
+    assert found["x"] - found["y"] == pytest.approx(400 * np.log10(3))
+    assert found["x"] + found["y"] == pytest.approx(2000)
+
+
+def test_the_interval_of_two_systems_by_hand() -> None:
+    """n games won with chance p: the difference has variance 1 / (n p q), each rating a quarter of it."""
+    verdicts = [Verdict("x", "y", "a")] * 30 + [Verdict("x", "y", "b")] * 10
+    one = rate(verdicts).ratings[0]
+    deviation = np.sqrt(1 / (40 * 0.75 * 0.25)) / 2 * 400 / np.log(10)
+    assert one.high - one.rating == pytest.approx(1.959964 * deviation)
+    assert one.games == 40
+
+
+@pytest.mark.parametrize("method", ["bt", "elo"])
+def test_names_do_not_matter(method: str) -> None:
+    renamed = {"ada": "z", "bea": "y", "cy": "x", "dan": "w", "eve": "v"}
+    other = [Verdict(renamed[one.model_a], renamed[one.model_b], one.winner) for one in GAMES[:300]]
+    found, again = (by_name(rate(games, method, orderings=50)) for games in (GAMES[:300], other))  # type: ignore[arg-type]
+    for name, rating in found.items():
+        assert again[renamed[name]] == pytest.approx(rating, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["bt", "elo"])
+def test_sides_do_not_matter(method: str) -> None:
+    flipped = {"a": "b", "b": "a", "tie": "tie"}
+    turned = [Verdict(one.model_b, one.model_a, flipped[one.winner]) for one in GAMES[:300]]  # type: ignore[arg-type]
+    found, again = (by_name(rate(games, method, orderings=50)) for games in (GAMES[:300], turned))  # type: ignore[arg-type]
+    assert found == pytest.approx(again)
+
+
+@pytest.mark.parametrize("method", ["bt", "elo"])
+def test_the_start_only_shifts(method: str) -> None:
+    found, again = (by_name(rate(GAMES[:300], method, orderings=50, start=s)) for s in (1000, 0))  # type: ignore[arg-type]
+    assert {name: rating - 1000 for name, rating in found.items()} == pytest.approx(again)
+
+
+def test_known_strengths_lie_in_their_intervals() -> None:
+    """95 % each: of 20 tournaments of 5, no more than a handful may miss."""
+    missed = 0
+    middle = np.mean(list(KNOWN.values()))
+    for seed in range(20):
+        for one in rate(played(KNOWN, 600, seed)).ratings:
+            missed += not one.low <= 1000 + KNOWN[one.model] - middle <= one.high
+    assert missed <= 12
+    assert [one.model for one in rate(GAMES).ratings] == list(KNOWN)
+    assert [one.model for one in rate(GAMES, "elo", orderings=200).ratings] == list(KNOWN)
+
+
+def test_more_orderings_than_are_played_at_once() -> None:
+    one = rate(GAMES[:200], "elo", orderings=2500).ratings[0]
+    assert one.low < one.rating < one.high
+    assert one.rating == pytest.approx(rate(GAMES[:200], "elo", orderings=2500, seed=1).ratings[0].rating, abs=3)
+
+
+def test_groups_that_never_met_are_said_and_rated_apart() -> None:
+    found = rate([Verdict("a1", "a2", "a"), Verdict("a1", "a2", "b"), Verdict("b1", "b2", "tie")])
+    assert any("a1, a2; b1, b2" in note for note in found.notes)
+    assert by_name(found) == pytest.approx(dict.fromkeys(("a1", "a2", "b1", "b2"), 1000.0))
+
+
+def test_a_one_sided_tournament_has_finite_ratings_and_a_note() -> None:
+    found = rate([Verdict("x", "y", "a")] * 9 + [Verdict("y", "z", "a"), Verdict("y", "z", "b")])
+    assert any("only won or only lost" in note for note in found.notes)
+    assert all(np.isfinite([one.low, one.high]).all() for one in found.ratings)
+    assert found.ratings[0].model == "x"
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+def row(a: str, b: str, winner: str, **more: object) -> dict[str, object]:
+    return {"model_a": a, "model_b": b, "winner": winner, **more}
+
+
+def test_other_names_and_codes(tmp_path: Path) -> None:
+    file = write(tmp_path / "v", {"x": "p", "y": "q", "verdict": "A"}, {"x": "p", "y": "q", "verdict": "?"})
+    read = read_verdicts(
+        [file], fields={"model_a": "x", "model_b": "y", "winner": "verdict"}, verdicts={"A": "a", "B": "b"}
+    )
+    assert read.verdicts == (Verdict("p", "q", "a"),)
+    assert any("1 rows were dropped" in note and "'?' 1" in note for note in read.notes)
+
+
+def test_repeated_ids_and_systems_without_a_verdict_are_said(tmp_path: Path) -> None:
+    rows = [row("p", "q", "a", id=1), row("p", "q", "b", id=1), row("p", "lost", "error")]
+    read = read_verdicts([write(tmp_path / "v", *rows)])
+    assert len(read.verdicts) == 1
+    assert any("repeat the id" in note for note in read.notes)
+    assert any(note.endswith(": lost") for note in read.notes)
+
+
+def test_rows_that_are_no_verdicts_are_named_by_line(tmp_path: Path) -> None:
+    file = write(tmp_path / "v.jsonl", row("p", "q", "a"), "{", row("p", "p", "a"), {"model_a": "p"}, "[1]")
+    with pytest.raises(DatasetError) as caught:
+        read_verdicts([file])
+    for where in ("v.jsonl:2", "v.jsonl:3", "v.jsonl:4", "v.jsonl:5"):
+        assert where in str(caught.value)
+
+
+def test_no_verdict_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no verdict was found"):
+        read_verdicts([write(tmp_path / "v", row("p", "q", "maybe"))])
+
+
+def test_the_command(tmp_path: Path) -> None:
+    file = write(tmp_path / "v", *(row(one.model_a, one.model_b, one.winner) for one in GAMES[:200]))
+    outcome = CliRunner().invoke(app, ["ratings", str(file), "--json", "--plot", str(tmp_path / "r.png")])
+    assert outcome.exit_code == 0, outcome.output
+    said = json.loads(outcome.stdout)
+    assert [set(one) for one in said["ratings"]] == [{"model", "rating", "low", "high", "games"}] * 5
+    assert said["ratings"][0]["model"] == "ada"
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    shown = CliRunner().invoke(app, ["ratings", str(file), "--method", "elo", "--orderings", "20"]).stdout
+    assert "ada" in shown
+    assert "WINS" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--fields", "winner"], "not NAME=VALUE"),
+        (["--fields", "who=x"], "expected model_a"),
+        (["--verdicts", "A=left"], "expected a, b or tie"),
+        (["--method", "elo", "--k", "0"], "above 0"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path: Path, options: list[str], said: str) -> None:
+    file = write(tmp_path / "v", row("p", "q", "a"))
+    outcome = CliRunner().invoke(app, ["ratings", str(file), *options])
+    assert isinstance(outcome.exception, AdapterHubError)
+    assert isinstance(outcome.exception, UsageError)
+    assert said in str(outcome.exception)
+
+
+def test_a_text_with_a_line_end_of_its_own_is_one_row(tmp_path: Path) -> None:
+    file = tmp_path / "v.jsonl"
+    file.write_text(json.dumps(row("p", "q", "a", text="x\u2028y\u0085z"), ensure_ascii=False), encoding="utf-8")
+    assert read_verdicts([file]).verdicts == (Verdict("p", "q", "a"),)

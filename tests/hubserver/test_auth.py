@@ -1,0 +1,130 @@
+"""Tokens, rights and signed upload addresses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from adapterhub.errors import UsageError
+from adapterhub.hubserver.auth.tickets import Signer, UploadTicket
+from adapterhub.hubserver.auth.tokens import Account, Tokens, kept_secret, token_hash
+from adapterhub.hubserver.errors import BadName, InvalidToken, UploadRefused
+from adapterhub.hubserver.names import RepoId
+
+TOKENS = Tokens.of({"a-token": Account("alice", "write", ("team",)), "r-token": Account("rob", "read")})
+TICKET = UploadTicket(RepoId("alice", "poems"), "0" * 64, size_bytes=7, expires_s=4_000_000_000)
+
+
+def test_token_names_its_user() -> None:
+    assert TOKENS.account("a-token") == Account("alice", "write", ("team",))
+
+
+@pytest.mark.parametrize("token", ["", "a-toke", "a-token ", "é", token_hash("a-token")])
+def test_wrong_token_is_refused(token: str) -> None:
+    with pytest.raises(InvalidToken) as refusal:
+        TOKENS.account(token)
+    assert str(refusal.value) == "Invalid credentials in Authorization header"
+
+
+def test_rights_follow_role_and_membership() -> None:
+    alice, rob, everywhere = TOKENS.account("a-token"), TOKENS.account("r-token"), Account("local", "write", ("*",))
+    assert [alice.can_write(name) for name in ("alice", "team", "rob")] == [True, True, False]
+    assert (rob.is_member_of("rob"), rob.can_write("rob")) == (True, False)
+    assert everywhere.can_write("anybody")
+
+
+@pytest.mark.parametrize("name", ["", "*", "a b", "a<b>", "../a", "api"])
+def test_unusable_user_name_is_refused(name: str) -> None:
+    with pytest.raises(BadName) as refusal:
+        Account(name)
+    assert repr(name) in str(refusal.value)
+
+
+def test_tokens_file_is_saved_without_the_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    TOKENS.save(path)
+    assert "a-token" not in path.read_text()
+    assert Tokens.load(path).account("r-token") == Account("rob", "read")
+
+
+def test_tokens_file_can_be_toml(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(f'[[token]]\nsha256 = "{token_hash("t")}"\nuser = "ana"\nrole = "write"\nnamespaces = ["lab"]\n')
+    assert Tokens.load(path).account("t") == Account("ana", "write", ("lab",))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not usable"),
+        ("[]", "not usable"),
+        (json.dumps({"token": [{"sha256": "xyz", "user": "a", "role": "root"}]}), "token.0.role"),
+        (json.dumps({"token": [{"sha256": "0" * 64, "user": "a", "role": "read", "rol": 1}]}), "token.0.rol"),
+        (json.dumps({"token": [{"sha256": "0" * 64, "user": "a/b", "role": "read"}]}), "'a/b'"),
+    ],
+)
+def test_unusable_tokens_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "tokens.json"
+    path.write_text(text)
+    with pytest.raises(UsageError) as refusal:
+        Tokens.load(path)
+    assert said in str(refusal.value)
+    assert str(path) in str(refusal.value)
+
+
+def test_missing_tokens_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as refusal:
+        Tokens.load(tmp_path / "none.toml")
+    assert "none.toml" in str(refusal.value)
+
+
+def test_kept_secret_stays_and_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    first = kept_secret(path)
+    assert len(first) >= 32
+    assert kept_secret(path) == first
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [entry.name for entry in tmp_path.iterdir()] == ["secret"]
+
+
+def test_own_upload_ticket_is_good() -> None:
+    signer = Signer("secret")
+    signer.check(TICKET, signer.signature(TICKET))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(TICKET, repo_id=RepoId("bob", "poems")),
+        replace(TICKET, sha256="1" * 64),
+        replace(TICKET, size_bytes=8),
+        replace(TICKET, expires_s=TICKET.expires_s + 1),
+    ],
+)
+def test_changed_upload_ticket_is_refused(changed: UploadTicket) -> None:
+    signer = Signer("secret")
+    with pytest.raises(UploadRefused) as refusal:
+        signer.check(changed, signer.signature(TICKET))
+    assert "not made by this hub" in str(refusal.value)
+
+
+def test_upload_ticket_of_another_hub_is_refused() -> None:
+    with pytest.raises(UploadRefused):
+        Signer("secret").check(TICKET, Signer("other").signature(TICKET))
+
+
+def test_expired_upload_ticket_is_refused() -> None:
+    signer, late = Signer("secret"), replace(TICKET, expires_s=1)
+    with pytest.raises(UploadRefused) as refusal:
+        signer.check(late, signer.signature(late))
+    assert "expired" in str(refusal.value)
+
+
+def test_admin_may_change_what_is_anybodys() -> None:
+    admin = Account("root", "admin")
+    assert admin.is_member_of("alice")
+    assert admin.can_write("alice")
+    assert not Account("rob", "read", ("alice",)).can_write("alice")

@@ -1,0 +1,117 @@
+"""Removal of what nothing in a hub reaches any more, and of nothing else."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hub_fixtures import REPO, objects, upload
+from typer.testing import CliRunner
+
+from adapterhub.cli.main import app
+from adapterhub.hubserver.garbage_collection import Sweeper
+from adapterhub.hubserver.names import RepoId
+from adapterhub.hubserver.storage.commits import DeleteFile, NewCommit, PutFile
+from adapterhub.hubserver.storage.discussions import Discussions
+from adapterhub.hubserver.storage.history import squash
+from adapterhub.hubserver.storage.store import HubStore
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> HubStore:
+    store = HubStore(tmp_path)
+    store.create_repo(REPO, author="alice")
+    return store
+
+
+def put_lfs(store: HubStore, path: str, data: bytes) -> PutFile:
+    return PutFile(path, store.lfs_entry(REPO, upload(store, data)))
+
+
+def commit(store: HubStore, *changes: PutFile | DeleteFile, branch: str = "main") -> str:
+    return store.commit(REPO, branch, changes=changes, new=NewCommit("alice", "a change")).sha
+
+
+def age(root: Path) -> None:
+    """As if everything had been done three days ago."""
+    old = time.time() - 3 * 24 * 3600
+    for path in root.rglob("*"):
+        os.utime(path, (old, old))
+
+
+def test_what_a_ref_reaches_stays(store: HubStore, tmp_path: Path) -> None:
+    commit(store, put_lfs(store, "w", b"before"))
+    first = commit(store, put_lfs(store, "w", b"after"))
+    store.create_branch(REPO, "try", start=first)
+    commit(store, put_lfs(store, "w", b"branch"), branch="try")
+    store.create_tag(REPO, "v1", target="try")
+    store.delete_branch(REPO, "try")
+    pull = Discussions(store).open(
+        REPO,
+        author="bob",
+        title="t",
+        description="",
+        is_pull=True,
+        first=([put_lfs(store, "w", b"pull")], NewCommit("bob", "t")),
+    )
+    age(tmp_path)
+    swept = Sweeper(tmp_path).sweep()
+    assert (swept.objects, swept.commits) == (0, 0)
+    assert objects(tmp_path) == {b"before", b"after", b"branch", b"pull"}
+    assert store.commit_at(store.repo(REPO), f"refs/pr/{pull.num}").files["w"].size == 4
+
+
+def test_what_nothing_reaches_goes(store: HubStore, tmp_path: Path) -> None:
+    upload(store, b"never committed")
+    commit(store, put_lfs(store, "w", b"squashed away"))
+    commit(store, put_lfs(store, "w", b"kept"), PutFile("a", store.lfs_entry(REPO, upload(store, b"twice"))))
+    squash(store, REPO, "main", author="alice", message="one")
+    store.objects.put_blob(b"never committed, small")
+    left = store.objects.begin_upload("0" * 64, size_bytes=1)
+    left.close()
+    age(tmp_path)
+    swept = Sweeper(tmp_path).sweep()
+    assert (swept.objects, swept.commits) == (3, 3)
+    assert swept.freed_bytes == len(b"never committed" + b"squashed away" + b"never committed, small")
+    assert objects(tmp_path) == {b"kept", b"twice"}
+    assert Sweeper(tmp_path).sweep().objects == 0
+
+
+def test_young_uploads_stay(store: HubStore, tmp_path: Path) -> None:
+    fresh, reused = upload(store, b"fresh"), upload(store, b"reused")
+    age(tmp_path)
+    upload(store, b"fresh")
+    # The client asked, heard that it is here, and has not committed yet.
+    assert store.has_lfs(REPO, reused)
+    store.objects.put_blob(b"blob")
+    assert Sweeper(tmp_path).sweep().objects == 0
+    assert store.lfs_entry(REPO, fresh).size == 5
+    assert objects(tmp_path) == {b"fresh", b"reused", b"blob"}
+    commit(store, PutFile("w", store.lfs_entry(REPO, reused)))
+
+
+def test_deleted_repository_frees_what_no_other_holds(store: HubStore, tmp_path: Path) -> None:
+    commit(store, put_lfs(store, "w", b"shared"), put_lfs(store, "x", b"alone"))
+    other = RepoId.parse("datasets/bob/copy")
+    store.create_repo(other, author="bob")
+    entry = store.lfs_entry(other, upload(store, b"shared", other))
+    store.commit(other, "main", changes=[PutFile("w", entry)], new=NewCommit("bob", "w"))
+    store.delete_repo(REPO)
+    age(tmp_path)
+    Sweeper(tmp_path).sweep()
+    assert objects(tmp_path) == {b"shared"}
+
+
+def test_gc_command_says_what_it_removed(store: HubStore, tmp_path: Path) -> None:
+    upload(store, bytes(2_000_000))
+    age(tmp_path)
+    done = CliRunner().invoke(app, ["hub", "gc", "--root", str(tmp_path)])
+    assert done.output == "removed 1 objects and 0 commits, 2.0 MB in all\n"
+
+
+def test_gc_of_another_folder_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["hub", "gc", "--root", str(tmp_path)])
+    assert done.exit_code != 0
+    assert list(tmp_path.iterdir()) == []

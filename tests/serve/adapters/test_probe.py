@@ -1,0 +1,153 @@
+"""The proof packed with an adapter, replayed by the engine that is to serve it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import make_tiny_base
+from transformers import AutoTokenizer
+
+from adapterhub.adapter import Adapter, BaseRef, StoredBase
+from adapterhub.bases.loading import load_base
+from adapterhub.errors import InvalidManifest, ProbeMismatch, RequestTooLong
+from adapterhub.pack import pack
+from adapterhub.package.manifest import MANIFEST_NAME, Probe, parse_manifest
+from adapterhub.probe import replay as verify
+from serve.adapters.probe import replay
+from serve.api.prompts import PromptRenderer
+from serve.api.schemas import ChatRequest
+from serve.local_engine.engine import LocalEngine, LocalEngineConfig
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_base: StoredBase, peft_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    folder = shutil.copytree(peft_folder, tmp_path_factory.mktemp("packed") / "adapter")
+    return pack(folder, base=tiny_base)
+
+
+def _replayed(base: StoredBase, adapter: Adapter) -> None:
+    async def test() -> None:
+        engine = LocalEngine(load_base(base, purpose="serve", dtype="float32"))
+        try:
+            await engine.load(adapter)
+            await replay(engine, adapter)
+        finally:
+            await engine.close()
+
+    asyncio.run(test())
+
+
+def _with_probe(adapter: Adapter, probe: Probe | None) -> Adapter:
+    return Adapter(adapter.path, adapter.manifest.model_copy(update={"probe": probe}))
+
+
+def test_the_adapter_that_was_packed_passes(tiny_base: StoredBase, packed: Adapter) -> None:
+    _replayed(tiny_base, packed)
+
+
+def test_on_another_base_it_does_not(packed: Adapter, smollm2: StoredBase, tmp_path: Path) -> None:
+    make_tiny_base(tmp_path, smollm2, layers=2, seed=7)
+    with pytest.raises(ProbeMismatch, match="likely cause: another base"):
+        _replayed(StoredBase(tmp_path, BaseRef("other", None, None)), packed)
+
+
+def test_other_tokens_than_recorded_are_a_mismatch(tiny_base: StoredBase, packed: Adapter) -> None:
+    probe = packed.manifest.probe
+    assert probe is not None
+    first = probe.answers[0]
+    changed = first.model_copy(update={"tokens": [first.tokens[0] + 1, *first.tokens[1:]], "gaps": [9.0] * 12})
+    with pytest.raises(ProbeMismatch, match=f"token 0 is {first.tokens[0]}"):
+        _replayed(tiny_base, _with_probe(packed, probe.model_copy(update={"answers": [changed]})))
+
+
+def test_other_leads_than_recorded_are_a_mismatch(tiny_base: StoredBase, packed: Adapter) -> None:
+    probe = packed.manifest.probe
+    assert probe is not None
+    first = probe.answers[0]
+    logits = [first.top_logits[0], *(logit - 5 for logit in first.top_logits[1:])]
+    changed = first.model_copy(update={"top_logits": logits})
+    with pytest.raises(ProbeMismatch, match="from the best"):
+        _replayed(tiny_base, _with_probe(packed, probe.model_copy(update={"answers": [changed]})))
+
+
+def test_an_adapter_without_a_proof_has_nothing_to_replay(tiny_base: StoredBase, packed: Adapter) -> None:
+    _replayed(tiny_base, _with_probe(packed, None))
+
+
+def test_a_prompt_recorded_twice_is_asked_twice(tiny_base: StoredBase, packed: Adapter) -> None:
+    probe = packed.manifest.probe
+    assert probe is not None
+    _replayed(tiny_base, _with_probe(packed, probe.model_copy(update={"answers": [probe.answers[0]] * 2})))
+
+
+def test_a_proof_of_other_prompts_than_ours_is_replayed_as_recorded(tiny_base: StoredBase, packed: Adapter) -> None:
+    probe = packed.manifest.probe
+    assert probe is not None
+    base = load_base(tiny_base, purpose="serve", dtype="float32")
+    verify(base, _with_probe(packed, probe.model_copy(update={"answers": probe.answers[1:2]})))
+
+
+def test_an_answer_that_fails_leaves_no_other_running(tiny_base: StoredBase, packed: Adapter) -> None:
+    probe = packed.manifest.probe
+    assert probe is not None
+    long, short = sorted(probe.answers, key=lambda answer: -len(answer.prompt_tokens))[::2]
+    most = len(short.prompt_tokens) + len(short.tokens)
+    assert most < len(long.prompt_tokens) + len(long.tokens)
+    proven = _with_probe(packed, probe.model_copy(update={"answers": [short, long]}))
+
+    async def test() -> None:
+        engine = LocalEngine(
+            load_base(tiny_base, purpose="serve", dtype="float32"), LocalEngineConfig(max_model_len=most)
+        )
+        try:
+            await engine.load(proven)
+            with pytest.raises(RequestTooLong):
+                await replay(engine, proven)
+            await engine.unload(proven.digest)
+            engine.check()
+            assert engine.status().ready
+        finally:
+            await engine.close()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"prompt_tokens": []}, "prompt_tokens"),
+        ({"prompt_tokens": [-1]}, "prompt_tokens.0"),
+        ({"tokens": [], "gaps": []}, "tokens"),
+        ({"top_tokens": [], "top_logits": []}, "top_tokens"),
+        ({"top_tokens": [5] * 21, "top_logits": [1.0] * 21}, "top_tokens"),
+        ({"gaps": [1.0]}, "1 gaps for 12 tokens"),
+        ({"top_logits": [1.0]}, "1 top_logits for 5 top_tokens"),
+        ({"dtype": "float8"}, "dtype"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_proof_no_engine_could_replay_is_no_manifest(packed: Adapter, answer: dict[str, Any], said: str) -> None:
+    raw = json.loads((packed.path / MANIFEST_NAME).read_text())
+    if "dtype" in answer:
+        raw["probe"] |= answer
+    else:
+        raw["probe"]["answers"][0] |= answer
+    with pytest.raises(InvalidManifest, match=said):
+        parse_manifest(json.dumps(raw).encode(), where="here")
+
+
+def test_an_adapters_own_end_token_and_stop_strings_end_its_answers(tiny_base: StoredBase) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base.path)
+    prompts = PromptRenderer(tokenizer)
+    assert prompts.end_token("<|im_start|>") == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert prompts.end_token(tokenizer.eos_token) is None  # the engine ends there anyhow
+    assert prompts.end_token("<|no such token|>") is None
+    assert prompts.end_token(None) is None
+    request = ChatRequest.model_validate({"model": "x", "messages": [{"role": "user", "content": "Hi"}], "stop": "a"})
+    sampling = request.sampling(max_tokens=4, extra_stop=["b"], end_tokens=[7], top_logprobs=None)[0]
+    assert (sampling.stop, sampling.stop_token_ids) == (("a", "b"), (7,))

@@ -1,0 +1,155 @@
+"""Files of compared replies: what is read, split and trained, and what is refused with file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from preference_rows import label, pair, says
+
+from adapterhub.adapter import StoredBase
+from adapterhub.errors import DatasetError
+from train.data.preferences import Comparisons, Labelled, Pair, read_comparisons
+from train.data.readers import read_rows
+from train.recipe import PreferenceMethod
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: StoredBase) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2.path)
+
+
+def hh(question: str, answer: str) -> str:
+    return f"\n\nHuman: {question}\n\nAssistant: {answer}"
+
+
+def read(
+    folder: Path, lines: list[Any], tokenizer: Any, method: PreferenceMethod = "dpo", **changed: Any
+) -> Comparisons:
+    path = folder / "votes.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    options: dict[str, Any] = {"held_out": 0.25, "max_length": 64, "seed": 0} | changed
+    return read_comparisons(read_rows(path), tokenizer, name=path.name, method=method, **options)
+
+
+def fault(folder: Path, lines: list[Any], tokenizer: Any, method: PreferenceMethod = "dpo", **changed: Any) -> str:
+    with pytest.raises(DatasetError) as caught:
+        read(folder, lines, tokenizer, method, **changed)
+    return str(caught.value)
+
+
+def test_only_the_reply_and_its_end_are_trained(tmp_path: Path, tokenizer: Any) -> None:
+    talk = pair(1)
+    talk["prompt"] = [*says("system", "Be brief."), *says("user", "Hi"), *says("assistant", "Ho"), *talk["prompt"]]
+    found = read(tmp_path, [talk], tokenizer, held_out=0).train[0]
+    assert isinstance(found, Pair)
+    for sample, text in ((found.chosen, "Aye, 1."), (found.rejected, "It is 1.")):
+        trained = [token for token, mark in zip(sample.tokens, sample.trained, strict=True) if mark]
+        assert tokenizer.decode(trained) == f"{text}<|im_end|>"
+
+
+def test_pairs_of_one_question_stay_on_one_side(tmp_path: Path, tokenizer: Any) -> None:
+    lines = [pair(n, rejected=f"No {k}, {{n}}.") for n in range(8) for k in range(3)]
+    found = read(tmp_path, lines, tokenizer)
+    assert (len(found.train), len(found.held_out)) == (18, 6)
+
+    def prompts(side: Any) -> set[tuple[int, ...]]:
+        return {item.chosen.tokens[: item.chosen.trained.index(True)] for item in side}
+
+    assert not prompts(found.train) & prompts(found.held_out)
+
+
+def test_a_repeated_line_counts_once(tmp_path: Path, tokenizer: Any) -> None:
+    found = read(tmp_path, [pair(1), pair(1), pair(2)], tokenizer, held_out=0)
+    assert len(found.train) == 2
+    assert "1 lines repeat another one: left out" in found.notes
+
+
+def test_labels_and_pairs_both_teach_kto(tmp_path: Path, tokenizer: Any) -> None:
+    found = read(tmp_path, [label(1, True), label(2, False), pair(3)], tokenizer, "kto", held_out=0)
+    assert [item.is_desirable for item in found.train if isinstance(item, Labelled)] == [True, False, True, False]
+    assert "2 desirable and 2 undesirable replies" in found.notes
+
+
+def test_the_digest_follows_the_labels(tmp_path: Path, tokenizer: Any) -> None:
+    one = read(tmp_path, [label(1, True), label(2, False)], tokenizer, "kto", held_out=0)
+    lines = [label(1, True) | {"label": False}, label(2, False) | {"label": True}]
+    assert one.digest != read(tmp_path, lines, tokenizer, "kto", held_out=0).digest
+
+
+def test_replies_that_a_cut_makes_equal_are_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    long = pair(1, chosen="Aye " * 40 + "{n}", rejected="Aye " * 40 + "no")
+    found = read(tmp_path, [long, pair(2)], tokenizer, held_out=0)
+    assert len(found.train) == 1
+    assert any("nothing to compare after the cut" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "votes.jsonl:2: not JSON"),
+        ("[]", "votes.jsonl:2: not a JSON object"),
+        ({"messages": []}, 'votes.jsonl:2: no list of messages "chosen"'),
+        (pair(1) | {"prompt": 1}, 'no list of messages "prompt"'),
+        (pair(1) | {"chosen": 1}, 'no list of messages "chosen"'),
+        ({"chosen": hh("A", "B"), "rejected": hh("C", "D")}, "no replies to the same prompt"),
+        (pair(1) | {"rejected": says("user", "x")}, "message 2 is of the user, expected the assistant"),
+        (pair(1) | {"rejected": pair(1)["chosen"]}, "chosen and rejected are the same"),
+    ],
+)
+def test_a_line_with_a_fault(tmp_path: Path, tokenizer: Any, line: Any, said: str) -> None:
+    assert said in fault(tmp_path, [pair(0), line], tokenizer)
+
+
+def test_a_label_that_is_no_truth_value(tmp_path: Path, tokenizer: Any) -> None:
+    text = fault(tmp_path, [label(1, True) | {"label": "yes"}], tokenizer, "kto")
+    assert "\"label\" is 'yes', expected true or false" in text
+
+
+def test_labels_do_not_teach_dpo(tmp_path: Path, tokenizer: Any) -> None:
+    assert 'no list of messages "chosen"' in fault(tmp_path, [label(1, True)], tokenizer, "dpo")
+
+
+def test_kto_needs_both_kinds(tmp_path: Path, tokenizer: Any) -> None:
+    text = fault(tmp_path, [label(1, True), label(2, True)], tokenizer, "kto", held_out=0)
+    assert "labelled true and replies labelled false" in text
+
+
+@pytest.mark.parametrize("lines", [[], ["", " "]])
+def test_a_file_without_comparisons(tmp_path: Path, tokenizer: Any, lines: list[Any]) -> None:
+    assert "holds no comparison" in fault(tmp_path, lines, tokenizer)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="cannot be read"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+def test_prompts_longer_than_max_length(tmp_path: Path, tokenizer: Any) -> None:
+    assert "no reply has a trained token (max_length = 8)" in fault(
+        tmp_path, [pair(1)], tokenizer, held_out=0, max_length=8
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"chosen": hh("What is 1?", "Aye, 1."), "rejected": hh("What is 1?", "It is 1.")},
+        {"prompt": "What is 1?", "chosen": "Aye, 1.", "rejected": "It is 1."},
+        {key: [*pair(1)["prompt"], *pair(1)[key]] for key in ("chosen", "rejected")},
+    ],
+    ids=["hh-rlhf", "texts", "prompt within"],
+)
+def test_other_ways_to_write_a_pair_give_the_same_tokens(tmp_path: Path, tokenizer: Any, line: dict[str, Any]) -> None:
+    same = read(tmp_path, [pair(1)], tokenizer, held_out=0)
+    assert read(tmp_path, [line], tokenizer, held_out=0).digest == same.digest
+
+
+def test_faulty_pairs_can_be_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    found = read(tmp_path, [pair(0), {"chosen": 1}, pair(2)], tokenizer, held_out=0, on_fault="skip")
+    assert len(found.train) == 2
+    assert found.notes[0].startswith("left out 1 fault: votes.jsonl:2:")

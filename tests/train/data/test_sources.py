@@ -1,0 +1,136 @@
+"""Reading data sets: each bad line has its fault, and the faults are told with file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from adapterhub.errors import DatasetError
+from train.data import sources
+from train.data.sources import read_chatterbot, read_file, read_shipped
+
+GOOD = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]}
+
+
+def write(folder: Path, *lines: object) -> Path:
+    path = folder / "lines.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(DatasetError) as caught:
+        read_file(path, name="lines")
+    return str(caught.value)
+
+
+def turns(*roles: str) -> dict[str, object]:
+    return {"messages": [{"role": role, "content": "text"} for role in roles]}
+
+
+def test_each_line_becomes_a_conversation(tmp_path: Path) -> None:
+    source = read_file(write(tmp_path, GOOD, "", turns("system", "user", "assistant", "user", "assistant")), name="x")
+    assert [len(conversation.messages) for conversation in source.examples] == [2, 5]
+    assert source.examples[1].where == "lines.jsonl:3"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ({"text": "x"}, "no 'messages'"),
+        ({"messages": "x"}, "no list 'messages'"),
+        ({"messages": []}, "no answer of the assistant at the end"),
+        ({"messages": ["hello"]}, "message 1 has role no object"),
+        (turns("human", "assistant"), "message 1 has role 'human'"),
+        (turns("user"), "no answer of the assistant at the end"),
+        (turns("assistant", "user", "assistant"), "message 1 is of the assistant, expected the user"),
+        (turns("system", "assistant"), "message 2 is of the assistant, expected the user"),
+        (turns("user", "user", "assistant"), "message 2 is of the user, expected the assistant"),
+        (turns("user", "system", "assistant"), "message 2 is of the system, expected the assistant"),
+        ({"messages": [{"role": "user", "content": " "}, *GOOD["messages"][1:]]}, "message 1 (user) has no text"),
+        ({"messages": [{"role": "user", "content": 5}, *GOOD["messages"][1:]]}, "message 1 (user) has no text"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}, *GOOD["messages"][1:]]}, "'utf-8' codec can't encode"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_fault(tmp_path: Path, line: object, words: str) -> None:
+    text = refusal(write(tmp_path, GOOD, line))
+    assert f"lines.jsonl:2: {words}" in text
+
+
+def test_ten_faults_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
+    text = refusal(write(tmp_path, *["{"] * 13))
+    assert "13 faults" in text
+    assert "lines.jsonl:10:" in text
+    assert "lines.jsonl:11:" not in text
+    assert "and 3 more" in text
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    assert "holds no conversation" in refusal(write(tmp_path, ""))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    assert "cannot be read" in refusal(tmp_path / "none.jsonl")
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b"\xff\xfe")
+    assert "expected UTF-8 text" in refusal(path)
+
+
+def test_the_captain_is_shipped_and_sound() -> None:
+    assert len(read_shipped("captain").examples) == 320
+
+
+def test_an_unknown_shipped_set_names_the_nearest() -> None:
+    with pytest.raises(DatasetError) as caught:
+        read_shipped("captian")
+    assert "did you mean captain?" in str(caught.value)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A corpus of our own in the shape of the real one."""
+    (tmp_path / "trivia.yml").write_text(
+        "categories: [trivia]\nconversations:\n- ['What is 6 x 7?', 42]\n- no answer here\n- ['Who?', Me., You.]\n"
+    )
+    (tmp_path / "broken.yml").write_text("conversations: [")
+    monkeypatch.setattr(sources, "_chatterbot_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def test_a_topic_gives_questions_with_their_first_answers(corpus: Path) -> None:
+    source = read_chatterbot("trivia")
+    texts = [tuple(message.content for message in item.messages) for item in source.examples]
+    assert texts == [("What is 6 x 7?", "42"), ("Who?", "Me.")]
+    assert source.notes == ("1 of 3 entries are no question and answer: left out",)
+
+
+def test_an_unknown_topic_names_the_nearest(corpus: Path) -> None:
+    with pytest.raises(DatasetError) as caught:
+        read_chatterbot("trivias")
+    assert "did you mean trivia?" in str(caught.value)
+
+
+def test_a_topic_like_no_other_lists_all(corpus: Path) -> None:
+    with pytest.raises(DatasetError, match="there are broken, trivia"):
+        read_chatterbot("cookery")
+
+
+def test_a_damaged_topic(corpus: Path) -> None:
+    with pytest.raises(DatasetError, match="install it again"):
+        read_chatterbot("broken")
+
+
+def test_the_corpus_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(sources, "package_files", missing)
+    with pytest.raises(DatasetError, match="pip install chatterbot-corpus"):
+        read_chatterbot("trivia")

@@ -1,0 +1,176 @@
+"""From conversations to samples: no leak between the parts, and the right tokens trained, whatever the template."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from adapterhub.adapter import StoredBase
+from adapterhub.errors import DatasetError
+from train.data.conversation import Conversation, Message, Source
+from train.data.tokenization import Sample, TokenData, drop_duplicates, prepare, split, tokenize
+
+NO_PREFIX = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}<|im_end|>{% endfor %}"
+NO_STOP = "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}### assistant:{% endif %}"  # noqa: E501
+FORGETS = "{% for m in messages %}{% if m['role'] == 'user' or loop.last %}{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"  # noqa: E501
+TWICE_BOS = "<|im_start|><|im_start|>{% for m in messages %}{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"  # noqa: E501
+REFUSES = "{{ raise_exception('no system role') }}"
+
+
+@pytest.fixture(scope="module")
+def chatml(smollm2: StoredBase) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2.path)
+
+
+@pytest.fixture
+def tokenizer(chatml: Any) -> Any:
+    """A tokenizer whose template a test may change."""
+    template = chatml.chat_template
+    yield chatml
+    chatml.chat_template = template
+
+
+def talk(*texts: str, where: str = "x:1") -> Conversation:
+    roles = ["user", "assistant"] * len(texts)
+    return Conversation(tuple(Message(role, text) for role, text in zip(roles, texts, strict=False)), where)  # type: ignore[arg-type]
+
+
+def questions(number: int) -> list[Conversation]:
+    return [talk(f"Question {place}?", f"Answer {place}.", where=f"x:{place}") for place in range(number)]
+
+
+def prepared(conversations: list[Conversation], tokenizer: Any, **changed: Any) -> TokenData:
+    options: dict[str, Any] = {"held_out": 0.25, "max_length": 64, "loss_on": "assistant", "seed": 0} | changed
+    return prepare(Source("test", tuple(conversations)), tokenizer, **options)
+
+
+def trained_text(sample: Sample, tokenizer: Any) -> str:
+    return str(tokenizer.decode([token for token, mark in zip(sample.tokens, sample.trained, strict=True) if mark]))
+
+
+def test_only_the_last_answer_is_trained(tokenizer: Any) -> None:
+    sample = tokenize(talk("Hi?", "Ho.", "And?", "Hum."), tokenizer, loss_on="last")
+    assert trained_text(sample, tokenizer) == "Hum.<|im_end|>"
+
+
+def test_the_answer_and_its_end_are_trained(tokenizer: Any) -> None:
+    sample = tokenize(talk("Hi?", "Ho."), tokenizer, loss_on="assistant")
+    assert trained_text(sample, tokenizer) == "Ho.<|im_end|>"
+    assert tokenizer.decode(sample.tokens).endswith("assistant\nHo.<|im_end|>\n")
+
+
+def test_every_answer_of_a_dialogue_is_trained(tokenizer: Any) -> None:
+    sample = tokenize(talk("One?", "1", "Two?", "2"), tokenizer, loss_on="assistant")
+    assert trained_text(sample, tokenizer) == "1<|im_end|>2<|im_end|>"
+
+
+def test_the_tokens_are_those_of_the_template(tokenizer: Any) -> None:
+    conversation = talk("One?", "1", "Two?", "2")
+    messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert list(tokenize(conversation, tokenizer, loss_on="assistant").tokens) == rendered
+
+
+def test_loss_on_all_trains_everything_but_the_first_token(tokenizer: Any) -> None:
+    sample = tokenize(talk("Hi?", "Ho."), tokenizer, loss_on="all")
+    assert sample.trained == (False, *[True] * (len(sample.tokens) - 1))
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (NO_PREFIX, "the prompt for message 2 is not the start of prompt and answer"),
+        (NO_STOP, "ends an answer with no special token"),
+        (TWICE_BOS, "beginning-of-text token twice"),
+        (REFUSES, "the chat template refuses it (no system role)"),
+    ],
+)
+def test_a_template_that_cannot_be_marked(tokenizer: Any, template: str, words: str) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(DatasetError) as caught:
+        prepared(questions(4), tokenizer)
+    assert "3 faults: x:" in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_a_template_that_drops_earlier_answers(tokenizer: Any) -> None:
+    tokenizer.chat_template = FORGETS
+    with pytest.raises(DatasetError) as caught:
+        prepared([talk("One?", "1", "Two?", "2")], tokenizer, held_out=0)
+    assert "the text up to message 2 is not the start of what follows it" in str(caught.value)
+
+
+def test_a_base_without_a_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(DatasetError, match="no chat template"):
+        prepared(questions(4), tokenizer)
+
+
+def test_a_cut_sample_is_counted(tokenizer: Any) -> None:
+    data = prepared([*questions(3), talk("Long?", "word " * 100, where="x:9")], tokenizer, held_out=0)
+    assert max(len(sample.tokens) for sample in data.train) == 64
+    assert data.notes == ("1 samples were cut at max_length = 64 tokens",)
+
+
+def test_a_sample_without_its_answer_is_left_out_and_counted(tokenizer: Any) -> None:
+    data = prepared([*questions(3), talk("word " * 100, "Yes.", where="x:9")], tokenizer, held_out=0)
+    assert len(data.train) == 3
+    assert "1 samples have no trained token left and were left out" in data.notes
+
+
+def test_no_sample_left(tokenizer: Any) -> None:
+    with pytest.raises(DatasetError) as caught:
+        prepared(questions(4), tokenizer, max_length=8)
+    assert "no sample has a trained token (max_length = 8)" in str(caught.value)
+
+
+def test_duplicates_go_before_the_split() -> None:
+    same = [talk("Who are you?", "Me."), talk("  who are YOU", "I."), talk("Who is it?", "Me.")]
+    assert drop_duplicates(same) == [same[0], same[2]]
+
+
+def test_questions_of_symbols_alone_are_not_all_the_same() -> None:
+    assert len(drop_duplicates([talk("+", "plus"), talk("-", "minus")])) == 2
+
+
+def test_dropped_duplicates_are_reported(tokenizer: Any) -> None:
+    data = prepared([*questions(4), talk("question 1", "Another.", where="x:9")], tokenizer)
+    assert data.notes == ("1 conversations ask what another one asks: left out before the split",)
+
+
+def test_the_split_depends_on_the_seed_and_not_on_the_order_of_the_file() -> None:
+    items = questions(20)
+    _, measured = split(items, held_out=5, seed=1)
+    _, from_reversed = split(items[::-1], held_out=5, seed=1)
+    _, other_seed = split(items, held_out=5, seed=2)
+    assert set(measured) == set(from_reversed)
+    assert set(measured) != set(other_seed)
+
+
+def test_a_fraction_and_a_count_hold_out_the_same_number() -> None:
+    assert [len(split(questions(20), held_out=part, seed=0)[1]) for part in (0.25, 5)] == [5, 5]
+
+
+def test_dialogues_that_open_alike_stay_on_one_side() -> None:
+    alike = [talk("Hello!", "Hi.", f"Question {place}?", "Answer.", where=f"x:{place}") for place in range(6)]
+    train, measured = split(
+        [*alike, *[replace(item, where=item.where + "b") for item in questions(1)]], held_out=1, seed=0
+    )
+    assert {len(train), len(measured)} == {6, 1}
+
+
+def test_holding_out_everything(tokenizer: Any) -> None:
+    with pytest.raises(DatasetError) as caught:
+        prepared(questions(4), tokenizer, held_out=4)
+    assert "the data has 4 distinct questions" in str(caught.value)
+
+
+def test_the_digest_is_of_tokens_marks_and_split(tokenizer: Any) -> None:
+    data = prepared(questions(8), tokenizer)
+    assert data.digest == prepared(questions(8), tokenizer).digest
+    assert data.digest != prepared(questions(8), tokenizer, loss_on="all").digest
+    assert data.digest != replace(data, held_out=()).digest

@@ -1,0 +1,87 @@
+"""Logits a few at a time: the same losses and gradients from a bounded number of them, and who cannot have that."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapterhub.memory import training as memory
+from train.data.packing import Row, pack
+from train.data.tokenization import Sample
+from train.objectives.forward import token_losses
+
+SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def make_model(family: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **options))
+
+
+@pytest.fixture
+def row() -> Row:
+    draw = random.Random(0)
+    texts = [tuple(draw.randrange(1, 128) for _ in range(size)) for size in (30, 21, 40)]
+    samples = [Sample(text, (False, *(True for _ in text[1:]))) for text in texts]
+    return pack(samples, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def heads_rows(model: Any) -> list[int]:
+    """Grows by the rows of each call of the head."""
+    seen: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, x, y: seen.append(y.shape[-2]))
+    return seen
+
+
+def test_pieces_give_the_same_losses_and_gradients(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    weights = list(model.parameters())  # the head is trained too
+    token_losses(model, row)  # the model has been asked whether its head is last
+    rows = heads_rows(model)
+    whole = token_losses(model, row)
+    wanted = torch.autograd.grad(whole.sum(), weights)
+    assert rows == [len(row.targets)]
+    rows.clear()
+    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", 20 * 128)
+    pieces = token_losses(model, row)
+    found = torch.autograd.grad(pieces.sum(), weights)
+    assert rows[:5] == [20, 20, 20, 20, 8]
+    assert sorted(rows[5:]) == [8, 20, 20, 20, 20]  # again, for the gradients
+    torch.testing.assert_close(pieces, whole)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_few_places_are_not_computed_twice(row: Row) -> None:
+    model = make_model("llama")
+    token_losses(model, row)
+    rows = heads_rows(model)
+    token_losses(model, row).sum().backward()
+    assert rows == [len(row.targets)]
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "in_pieces"),
+    [
+        ("llama", {}, True),
+        ("qwen2", {}, True),
+        ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 0.5}, False),
+        ("granite", {"logits_scaling": 8.0}, False),
+    ],
+)
+def test_a_base_that_works_on_its_logits_afterwards_keeps_doing_so(
+    family: str, options: dict[str, Any], in_pieces: bool, row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(family, **options).eval()
+    logits = model(input_ids=row.input_ids, position_ids=row.position_ids, attention_mask=row.mask).logits[0, row.keep]
+    wanted = torch.nn.functional.cross_entropy(logits, row.targets, reduction="none")
+    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", 20 * 128)
+    token_losses(model, row)
+    rows = heads_rows(model)
+    torch.testing.assert_close(token_losses(model, row), wanted)
+    assert (max(rows) == 20) == in_pieces

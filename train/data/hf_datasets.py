@@ -1,0 +1,102 @@
+"""Rows through the `datasets` library: sets of a Hub, by their names or the paper's, and folders. Its only door."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import BaseModel, ConfigDict
+
+from adapterhub.errors import DatasetError
+from adapterhub.files import expanded
+from train.data.formats import FormatName
+from train.data.readers import Row, Rows
+from train.recipe import DatasetsData
+
+
+class KnownDataset(BaseModel):
+    """Where a set known by a short name is on the Hub, and the format of its rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    hub: str
+    format: FormatName
+    subset: str | None = None
+    file: str | None = None
+    """one file of the repository; None: as the repository says"""
+
+
+def known_dataset(name: str) -> KnownDataset | None:
+    return _known().get(name)
+
+
+def read_dataset(data: DatasetsData, *, folder: Path) -> Rows:
+    """All rows of one split. A path that starts with `.`, `/` or `~` is a folder, `./` meaning the recipe's `folder`.
+
+    Raises DatasetError when the library is not installed, the Hub cannot be reached, or there is no such set or split.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DatasetError(
+            'source = "datasets" needs the library of that name: run `pip install datasets`, or take the files '
+            'themselves with source = "file".'
+        ) from error
+    datasets.disable_progress_bars()
+    try:
+        # Rows are read here: a damaged file or a missing decoder shows only then.
+        return Rows(tuple(_rows(_load(datasets, data, folder), data.path)), ())
+    except (ConnectionError, httpx.TransportError) as error:
+        raise DatasetError(
+            f"data set {data.path} cannot be fetched, the Hub is not answering ({_first_line(error)}): try again "
+            'later, or copy the set here and name its folder (path = "./FOLDER").'
+        ) from error
+    except (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
+        raise DatasetError(
+            f"data set {data.path} (subset {data.subset or 'default'}, split {data.split}) cannot be read: "
+            f"{_first_line(error)}. Check path, subset and split."
+        ) from error
+
+
+def _load(datasets: Any, data: DatasetsData, folder: Path) -> Any:
+    if data.path.startswith((".", "/", "~")):
+        place = folder / expanded(data.path)
+        if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
+            return _split_of(datasets.load_from_disk(str(place)), data.split)
+        if not place.is_dir():
+            raise FileNotFoundError(f"{place} is no folder")
+        return datasets.load_dataset(str(place), data.subset, split=data.split)
+    known = known_dataset(data.path)
+    if known is None:
+        return datasets.load_dataset(data.path, data.subset, split=data.split, revision=data.revision)
+    return datasets.load_dataset(
+        known.hub, data.subset or known.subset, split=data.split, revision=data.revision, data_files=known.file
+    )
+
+
+def _split_of(saved: Any, split: str) -> Any:
+    """A folder made by `save_to_disk` holds one split, or several by name."""
+    if not isinstance(saved, dict):
+        return saved
+    if split not in saved:
+        raise ValueError(f"it has the splits {', '.join(saved)}")
+    return saved[split]
+
+
+def _rows(found: Any, name: str) -> Iterator[Row]:
+    for number, value in enumerate(found, start=1):
+        yield Row(f"{name} row {number}", value)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
+@cache
+def _known() -> dict[str, KnownDataset]:
+    table = tomllib.loads((package_files("train") / "known_datasets.toml").read_text(encoding="utf-8"))
+    return {name: KnownDataset.model_validate(entry) for name, entry in table.items()}

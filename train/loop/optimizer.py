@@ -1,0 +1,120 @@
+"""The optimizer a recipe asks for, and its state as plain tensors, so that it can be kept without pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from adapterhub.bases.loading import adamw
+from adapterhub.choice import Choice
+from adapterhub.files import write_atomic
+from train.recipe import TrainSection
+
+_TENSORS, _NUMBERS = "optimizer.safetensors", "optimizer.json"
+
+
+def make_optimizer(
+    parameters: Sequence[torch.nn.Parameter],
+    train: TrainSection,
+    *,
+    second_factors: Sequence[torch.nn.Parameter] = (),
+) -> tuple[torch.optim.Optimizer, Choice]:
+    """The optimizer, and what was chosen with the reason. Paged ones exist on CUDA only: elsewhere unpaged.
+
+    `second_factors` are those of the parameters that LoRA+ trains faster (`set_rate`).
+    """
+    bits: Any = 8 if train.optimizer.endswith("8bit") else 32
+    is_paged = train.optimizer.startswith("paged")
+    on_cuda = parameters[0].device.type == "cuda"
+    groups = _groups(parameters, train, second_factors)
+    reason = "as asked" if on_cuda or not is_paged else "as asked, but unpaged: paging needs CUDA"
+    if bits == 32 and not (is_paged and on_cuda):
+        chosen: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        if train.optimizer == "adamw":
+            reason = "LoRA's moments are small: 8 bytes a trainable parameter"
+        value = "AdamW, fused"
+    else:
+        chosen = adamw(groups, bits=bits, is_paged=is_paged and on_cuda)
+        value = f"{'paged ' if is_paged and on_cuda else ''}AdamW, {bits} bit"
+    for group in chosen.param_groups:
+        group["weight_decay"] = train.weight_decay
+    return chosen, Choice("optimizer", value, reason)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("rate_ratio", 1.0)
+
+
+def _groups(
+    parameters: Sequence[torch.nn.Parameter], train: TrainSection, second_factors: Sequence[torch.nn.Parameter]
+) -> list[dict[str, Any]]:
+    if train.lora_plus_ratio == 1 or not second_factors:
+        return [{"params": list(parameters)}]
+    faster = {id(parameter) for parameter in second_factors}
+    return [
+        {"params": [parameter for parameter in parameters if id(parameter) not in faster]},
+        {"params": list(second_factors), "rate_ratio": train.lora_plus_ratio},
+    ]
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Every tensor of the state to safetensors, every number to JSON."""
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, float] = {}
+    for place, parameter in enumerate(_parameters(optimizer)):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            key = f"{place}.{name}"
+            if isinstance(value, torch.Tensor):
+                # A copy: parameters of one shape may share a quantization map, which safetensors refuses.
+                tensors[key] = value.detach().cpu().clone().contiguous()
+            else:
+                numbers[key] = value
+    save_file(tensors, folder / _TENSORS)
+    write_atomic(folder / _NUMBERS, json.dumps(numbers))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """The reverse, into an optimizer of the same kind over the same parameters."""
+    numbers = json.loads((folder / _NUMBERS).read_text())
+    parameters = _parameters(optimizer)
+    with safe_open(folder / _TENSORS, framework="pt", device="cpu") as file:
+        states: dict[int, dict[str, Any]] = {}
+        for key in file.keys():  # noqa: SIM118 - not a dictionary
+            states.setdefault(_place(key), {})[_name(key)] = file.get_tensor(key)
+    for key, value in numbers.items():
+        states.setdefault(_place(key), {})[_name(key)] = value
+    for place, state in states.items():
+        _fill(optimizer, place, parameters[place], state)
+
+
+def _fill(optimizer: Any, place: int, parameter: torch.nn.Parameter, state: dict[str, Any]) -> None:
+    if hasattr(optimizer, "init_state"):
+        # bitsandbytes: its own buffers, which are paged where that was asked for, then our values in them.
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, place)
+        parameter.grad = None
+    ours = optimizer.state[parameter]
+    for name, value in state.items():
+        if isinstance(ours.get(name), torch.Tensor):
+            ours[name].copy_(value)
+        else:
+            ours[name] = value.to(parameter.device) if isinstance(value, torch.Tensor) else value
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _place(key: str) -> int:
+    return int(key.partition(".")[0])
+
+
+def _name(key: str) -> str:
+    return key.partition(".")[2]

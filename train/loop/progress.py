@@ -1,0 +1,104 @@
+"""What a person sees of a run, on stderr: a bar on a terminal, else a line now and then. Decides nothing."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from adapterhub.package.run_record import RunStep
+
+
+class Progress(Protocol):
+    """What a run tells while it goes on."""
+
+    def say(self, line: str) -> None: ...
+
+    def step(self, done: RunStep, *, of: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def say(self, line: str) -> None:
+        pass
+
+    def step(self, done: RunStep, *, of: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Lines:
+    """A line for what is said, and one about every tenth of the steps: for logs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def say(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+    def step(self, done: RunStep, *, of: int) -> None:
+        if done.step in (1, of) or done.step * 10 // of > (done.step - 1) * 10 // of:
+            self.say(f"step {done.step}/{of}  {describe(done)}")
+
+    def close(self) -> None:
+        pass
+
+
+class TerminalBar:
+    """A progress bar with loss, speed, memory and the time left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._bar = Bar(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[now]}"),
+            console=Console(file=stream),
+        )
+        self._task = self._bar.add_task("train", total=None, visible=False, now="")
+
+    def say(self, line: str) -> None:
+        self._bar.console.print(line, markup=False, highlight=False)
+
+    def step(self, done: RunStep, *, of: int) -> None:
+        self._bar.start()
+        self._bar.update(self._task, completed=done.step, total=of, visible=True, now=describe(done))
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def progress_on(stream: TextIO) -> Progress:
+    """A bar when `stream` is a terminal, else lines."""
+    return TerminalBar(stream) if stream.isatty() else Lines(stream)
+
+
+def describe(done: RunStep) -> str:
+    """`loss 1.234  410 tokens/s (32 trained)  peak 1.9 GB`."""
+    seconds = max(done.seconds, 1e-9)
+    return (
+        f"loss {done.loss:.3f}  {done.tokens / seconds:.0f} tokens/s ({done.trained_tokens / seconds:.0f} trained)  "
+        f"peak {peak_memory_bytes() / 1e9:.1f} GB"
+    )
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held (resident set)."""
+    try:
+        # Linux counts what the parent held until the program was loaded into getrusage's figure; not into this one.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

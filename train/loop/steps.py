@@ -1,0 +1,212 @@
+"""The steps of a run: taken, measured, kept, and gone on with after a stop. Builds no model and writes no output."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapterhub.adapter import StoredBase
+from adapterhub.errors import TrainingFailed, TrainingStopped
+from adapterhub.package.run_record import Answer, RunMeasured, RunSampled, RunStep
+from train.data.tokenization import Sample
+from train.distributed.world import current_world
+from train.loop.optimizer import load_optimizer, save_optimizer, set_rate
+from train.loop.progress import Progress
+from train.loop.run_folder import RunFolder, State
+from train.loop.schedule import learning_rate_at, step_batches
+from train.loop.stopping import StopWish
+from train.model.lora import trainable
+from train.model.methods import load_trained, save_trained
+from train.objectives.base import Measured, Objective
+from train.objectives.sample_answers import FixedPrompts
+
+_ADAPTER = "adapter"
+"""folder of a checkpoint that holds the adapter, which `pack` takes"""
+
+
+class Course:
+    """The steps of one run: what they work on, and how they are kept."""
+
+    def __init__(
+        self, run: RunFolder, model: Any, optimizer: torch.optim.Optimizer, objective: Objective, base: StoredBase,
+        progress: Progress, prompts: FixedPrompts,
+    ) -> None:  # fmt: skip
+        self._run, self._model, self._optimizer = run, model, optimizer
+        self._objective, self._base, self._progress, self._prompts = objective, base, progress, prompts
+        self._train = run.recipe.train
+        self._total = self._train.num_steps(objective.num_samples)
+        self._world = current_world()
+
+    def restored(self) -> State:
+        """Model and optimizer as the newest checkpoint has them. The start of the run, when there is none."""
+        newest = self._run.newest
+        if newest is None:
+            return State()
+        load_trained(self._model, newest.path / _ADAPTER)
+        load_optimizer(self._optimizer, newest.path)
+        self._progress.say(f"going on after step {newest.state.step} of {self._total}")
+        return newest.state
+
+    def steps(self, state: State, wish: StopWish) -> State:
+        """Take the steps after `state`; each draws its order, rate and dropout from its number alone."""
+        self._model.train()
+        batches = step_batches(self._objective.lengths(), train=self._train, seed=self._run.recipe.seed)
+        for number, places in enumerate(batches, start=1):
+            if number <= state.step:
+                continue
+            if self._train.patience and state.num_worse >= self._train.patience:
+                self._progress.say(f"stopped early: no lower held-out loss than that of step {state.best_step}")
+                break
+            if self._world.any(wish.is_made):
+                self._stop(state)
+            done = self._step(number, places, state)
+            self._run.log(done)
+            self._progress.step(done, of=self._total)
+            state = self._measured(state.model_copy(update={"step": number}))
+            if self._train.sample_every and number % self._train.sample_every == 0:
+                log_answers(self._run, number, self._prompts.answer(self._model))
+            if self._train.checkpoint_every and number % self._train.checkpoint_every == 0:
+                self._save(state)
+        if not self._has_numbers():
+            self._back_to_best(state)
+        # Whatever writing the adapter meets, the steps are not lost.
+        self._save(state)
+        return state
+
+    def _step(self, number: int, places: Sequence[Sequence[int]], state: State) -> RunStep:
+        """Raises TrainingFailed when loss or gradient is no number; the weights then are still those of `state`."""
+        started = time.perf_counter()
+        torch.manual_seed(_seed_of_step(self._run.recipe.seed, number) + self._world.rank)
+        rate = learning_rate_at(number, of=self._total, train=self._train)
+        set_rate(self._optimizer, rate)
+        mine = self._world.share(places)
+        weight = self._num_trained(mine) if self._world.has_own(places) else 0
+        parameters = trainable(self._model)
+        loss = self._objective.backward(self._model, mine)
+        loss = self._world.sum_gradients(parameters, loss, weight=weight)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._train.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._fail(number, loss, norm, state)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return RunStep(
+            step=number,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=sum(len(sample.tokens) for sample in self._samples(places)),
+            trained_tokens=self._num_trained(places),
+            seconds=round(time.perf_counter() - started, 4),
+        )
+
+    def _samples(self, places: Sequence[Sequence[int]]) -> list[Sample]:
+        return [sample for row in places for place in row for sample in self._objective.samples_at(place)]
+
+    def _num_trained(self, places: Sequence[Sequence[int]]) -> int:
+        return sum(sample.num_trained for sample in self._samples(places))
+
+    def _measured(self, state: State) -> State:
+        every = self._train.evaluate_every
+        if not every or state.step % every:
+            return state
+        measured = self._objective.measure(self._model)
+        if not measured.tokens:
+            return state
+        if not measured.is_finite:
+            self._progress.say(f"step {state.step}: the held-out loss is {measured.loss}: it counts as a worse one")
+            return state.model_copy(update={"num_worse": state.num_worse + 1})
+        self._run.log(RunMeasured(step=state.step, loss=measured.loss))
+        self._progress.say(f"step {state.step}: held-out loss {measured.loss:.3f}")
+        if state.best_loss is not None and measured.loss >= state.best_loss:
+            return state.model_copy(update={"num_worse": state.num_worse + 1})
+        if self._train.keep == "best":
+            self._run.save_best(state.step, lambda folder: save_trained(self._model, folder, base=self._base.ref))
+        return state.model_copy(update={"best_loss": measured.loss, "best_step": state.step, "num_worse": 0})
+
+    def result(self, state: State) -> Measured:
+        """The final held-out figures, with the best weights back in the model when the recipe keeps those."""
+        after = self._objective.measure(self._model)
+        is_best = after.is_finite and (state.best_loss is None or after.loss <= state.best_loss)
+        if is_best or self._train.keep == "last" or state.best_loss is None:
+            return after
+        self._load_best(state)
+        return self._objective.measure(self._model)
+
+    def _has_numbers(self) -> bool:
+        return all(bool(parameter.isfinite().all()) for parameter in trainable(self._model))
+
+    def _back_to_best(self, state: State) -> None:
+        if self._train.keep == "last" or state.best_loss is None:
+            raise TrainingFailed(f"after step {state.step} the weights are no numbers: {_advice(self._run)}")
+        self._load_best(state)
+
+    def _load_best(self, state: State) -> None:
+        load_trained(self._model, self._run.best_at(state.best_step))
+        self._progress.say(f"kept: the weights of step {state.best_step}, with the lowest held-out loss")
+
+    def _save(self, state: State) -> None:
+        """A checkpoint, unless the weights are no numbers: an older one is then the last that is good."""
+        if not self._has_numbers():
+            return
+
+        def write(folder: Path) -> None:
+            (folder / _ADAPTER).mkdir()
+            save_trained(self._model, folder / _ADAPTER, base=self._base.ref)
+            save_optimizer(self._optimizer, folder)
+
+        self._run.save(state, write)
+
+    def _stop(self, state: State) -> None:
+        if state.step:
+            self._save(state)
+        newest = self._run.newest
+        if newest is None:
+            raise TrainingStopped(f"stopped after step {state.step} of {self._total}; nothing was kept.")
+        kept = "" if newest.state.step == state.step else f", of which {newest.state.step} are kept"
+        raise TrainingStopped(
+            f"stopped after step {state.step} of {self._total}{kept}: go on with `adapterhub train --resume "
+            f"{self._run.output}`."
+        )
+
+    def _fail(self, number: int, loss: float, norm: float, state: State) -> None:
+        if state.step:
+            self._save(state)
+        raise TrainingFailed(
+            f"at step {number} of {self._total} the loss is {loss} and the gradient norm {norm}: {_advice(self._run)}"
+        )
+
+
+def log_answers(run: RunFolder, step: int, answers: list[Answer]) -> None:
+    if answers:
+        run.log(RunSampled(step=step, answers=answers))
+
+
+def check_finite(run: RunFolder, what: str, measured: Measured) -> None:
+    """Raises TrainingFailed, with what to do, for a held-out loss of what was trained that is no number."""
+    if not measured.is_finite:
+        raise TrainingFailed(f"the held-out loss of {what} is {measured.loss}: {_advice(run)}")
+
+
+def check_bare(measured: Measured) -> None:
+    """Raises TrainingFailed when the base by itself gives no number: no rate has made it so."""
+    if not measured.is_finite:
+        raise TrainingFailed(f"the held-out loss of the bare base is {measured.loss}: set compute_dtype to float32.")
+
+
+def _advice(run: RunFolder) -> str:
+    """Against losses that are no numbers, and what is kept."""
+    newest, kept = run.newest, ""
+    if newest is not None:
+        kept = f" The adapter as it was after step {newest.state.step} is kept: {newest.path / _ADAPTER}"
+    rate = run.recipe.train.learning_rate
+    return f"lower learning_rate (now {rate:g}), or set compute_dtype to float32.{kept}"
+
+
+def _seed_of_step(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:8], "big") >> 1

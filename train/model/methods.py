@@ -1,0 +1,85 @@
+"""What a run trains, by the recipe's method: how it is put on a base, kept, and written. Takes no step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, PromptTuningInit, get_peft_model
+from safetensors.torch import load_file
+
+from adapterhub.adapter import BaseRef
+from adapterhub.package.lora_config import NO_LAYERS
+from train.model.lora import add_lora, last_name, load_lora, save_lora, with_masters
+from train.objectives.forward import bare_model
+from train.recipe import Recipe
+
+
+def put_on(model: Any, recipe: Recipe) -> Any:
+    """The model with what is to be trained, and nothing else, taking gradients. Raises RecipeError."""
+    if recipe.method == "lora":
+        found = add_lora(model, recipe.lora)
+    elif recipe.method == "head":
+        # PEFT's way to train a module whole, with no low-rank layer beside it.
+        found = with_masters(get_peft_model(model, _head_config(model)))
+    elif recipe.method == "full":
+        found = model.requires_grad_(True)
+    elif recipe.method == "prompt":
+        init = PromptTuningInit.SAMPLE_VOCAB
+        found = get_peft_model(
+            model,
+            PromptTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=recipe.virtual_tokens, prompt_tuning_init=init
+            ),
+        )
+    else:
+        found = get_peft_model(
+            model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=recipe.virtual_tokens)
+        )
+    return with_options(found, recipe)
+
+
+def with_options(model: Any, recipe: Recipe) -> Any:
+    """The model with what [train] asks of its forward pass."""
+    inner = bare_model(model)
+    inner.get_input_embeddings().neftune_noise_alpha = recipe.train.neftune_alpha
+    if recipe.train.activation_checkpointing:
+        inner.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def without_change(model: Any) -> AbstractContextManager[None]:
+    """While it lasts, the model is the base. Of a model trained whole: as it is, so before the first step only."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else _as_it_is()
+
+
+def save_trained(model: Any, folder: Path, *, base: BaseRef, tokenizer: Any = None) -> None:
+    """An adapter as PEFT writes it; or the whole model as transformers does, a base for others with its tokenizer."""
+    if isinstance(model, PeftModel):
+        save_lora(model, folder, base=base)
+        return
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load_trained(model: Any, folder: Path) -> None:
+    """Put weights that `save_trained` wrote back, bit for bit."""
+    if isinstance(model, PeftModel):
+        load_lora(model, folder)
+        return
+    weights = dict(pair for path in sorted(folder.glob("*.safetensors")) for pair in load_file(path).items())
+    outcome = model.load_state_dict(weights, strict=False)  # tied weights are written once
+    assert not outcome.unexpected_keys, outcome.unexpected_keys
+
+
+def _head_config(model: Any) -> LoraConfig:
+    name = last_name(model, model.get_output_embeddings())
+    return LoraConfig(task_type="CAUSAL_LM", r=1, lora_alpha=1, target_modules=NO_LAYERS, modules_to_save=[name])
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield

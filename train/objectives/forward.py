@@ -1,0 +1,111 @@
+"""One forward pass of a packed row, to the loss of each target: noise, soft prompts, and logits a few at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from adapterhub.memory.training import places_at_once
+from train.data.packing import Row
+
+_ends_with_head: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def token_losses(model: Any, row: Row) -> torch.Tensor:
+    """[T] negative log-likelihood (nats, fp32) of the row's targets.
+
+    Logits are computed at their places only, and in pieces: a piece's are dropped after its losses and computed again
+    for the gradient, so memory does not grow with the number of targets. A base that still works on its logits after
+    the head (soft caps, scales) has them computed in one piece, by itself.
+    """
+    inner = bare_model(model)
+    inputs = _inputs(model, inner, row)
+    keep = row.keep + (inputs["position_ids"].shape[1] - row.position_ids.shape[1])
+    if not _is_last(inner):
+        return _losses(inner(**inputs, logits_to_keep=keep).logits[0], row.targets)
+    hidden: torch.Tensor = inner.get_decoder()(**inputs).last_hidden_state[0, keep]
+    head = inner.get_output_embeddings()
+    size = places_at_once(inner.config.get_text_config().vocab_size)
+
+    def losses(part: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return _losses(head(part), targets)
+
+    pieces = list(zip(torch.split(hidden, size), torch.split(row.targets, size), strict=True))
+    if len(pieces) > 1 and torch.is_grad_enabled():
+        return torch.cat([checkpoint(losses, *piece, use_reentrant=False) for piece in pieces])
+    return torch.cat([losses(*piece) for piece in pieces])
+
+
+def bare_model(model: Any) -> Any:
+    """transformers' own model, with the layers PEFT has put into it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _is_last(inner: Any) -> bool:
+    """Is the head all there is between the decoder's output and the logits? Asked of the model itself, once."""
+    if inner not in _ends_with_head:
+        ids = torch.tensor([[1, 2, 3]], device=inner.device)
+        was_training = inner.training
+        inner.eval()
+        with torch.no_grad():
+            logits = inner(input_ids=ids, use_cache=False).logits
+            ours = inner.get_output_embeddings()(inner.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
+        inner.train(was_training)
+        _ends_with_head[inner] = torch.equal(logits, ours)
+    return _ends_with_head[inner]
+
+
+def _inputs(model: Any, inner: Any, row: Row) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"position_ids": row.position_ids, "attention_mask": row.mask, "use_cache": False}
+    embedding = inner.get_input_embeddings()
+    noise = getattr(embedding, "neftune_noise_alpha", 0.0) if model.training else 0.0
+    # PEFT turns a soft prompt off by putting the base's forward in its own place.
+    has_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    if not noise and not (has_prompt and model.forward.__self__ is model):
+        return inputs | {"input_ids": row.input_ids}
+    embedded = embedding(row.input_ids)
+    if noise:
+        embedded = embedded + _noise(embedded, row.position_ids[0], noise)
+    inputs["inputs_embeds"] = embedded
+    return _behind_prompt(model, inputs) if has_prompt and model.forward.__self__ is model else inputs
+
+
+def _noise(embedded: torch.Tensor, positions: torch.Tensor, alpha: float) -> torch.Tensor:
+    """NEFTune (arXiv 2310.05914, algorithm 1): uniform within alpha / sqrt(L d), L the length of the token's sample;
+    the beginning that samples share has the first one's."""
+    is_start = torch.cat([positions.new_zeros(1), (positions[1:] <= positions[:-1]).long()])
+    is_end = torch.cat([is_start[1:], is_start.new_ones(1)]).bool()
+    lengths = (positions[is_end] + 1)[is_start.cumsum(0)]
+    scale = alpha / (lengths * embedded.shape[-1]).float().sqrt()
+    return (torch.empty_like(embedded).uniform_(-1, 1) * scale[None, :, None]).to(embedded.dtype)
+
+
+def _behind_prompt(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The row with the soft prompt before it, which every sample sees: tokens of its own, or keys and values."""
+    config, mask = model.active_peft_config, inputs["attention_mask"]
+    count = config.num_virtual_tokens
+    prompt = model.get_prompt(batch_size=1)
+    inputs["position_ids"] = inputs["position_ids"] + count
+    width = mask.shape[-1]
+    if config.peft_type == "PREFIX_TUNING":
+        inputs["past_key_values"] = prompt
+        inputs["attention_mask"] = torch.cat([mask.new_zeros(1, 1, width, count), mask], dim=-1)
+        return inputs
+    inputs["inputs_embeds"] = torch.cat([prompt.to(inputs["inputs_embeds"].dtype), inputs["inputs_embeds"]], dim=1)
+    own = torch.arange(count, device=mask.device)[None]
+    inputs["position_ids"] = torch.cat([own, inputs["position_ids"]], dim=1)
+    grown = mask.new_zeros(1, 1, count + width, count + width)
+    grown[..., count:, count:] = mask
+    lowest = torch.finfo(mask.dtype).min
+    grown[..., :count, :] = torch.full_like(grown[..., :count, :], lowest).triu(1)
+    inputs["attention_mask"] = grown
+    return inputs

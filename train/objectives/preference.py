@@ -1,0 +1,240 @@
+"""Preference tuning as objectives of a run: comparisons, a reference and one of the losses. Moves no weight."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from adapterhub.package.manifest import Evaluation, Preference
+from train.data.preferences import Comparisons, Labelled, Pair
+from train.data.tokenization import Sample
+from train.objectives.base import Measured, Objective
+from train.objectives.evaluation import log_likelihoods, measuring, rows_to_measure
+from train.objectives.losses import dpo_loss, kto_drift, kto_loss, orpo_loss
+from train.recipe import PreferenceSection
+
+_Group = tuple[list[Sample], list[Sample]]
+"""(desirable, undesirable) replies, to be compared each with each"""
+
+
+class _Compared(Objective):
+    """What both kinds of comparison share: data, words, and the reference's log-likelihoods.
+
+    The reference is what training starts from, so one pass before the first step gives all that is needed of it:
+    no second model is held, and a step costs no more than with plain answers.
+    """
+
+    _data: Comparisons
+
+    def __init__(self, data: Comparisons, section: PreferenceSection, *, num_held_out_pairs: int) -> None:
+        self._data = data
+        self._section = section
+        self._num_held_out_pairs = num_held_out_pairs
+        self._reference: dict[Sample, float] = {}
+
+    @property
+    def longest(self) -> int:
+        return max(len(s.tokens) for item in (*self._data.train, *self._data.held_out) for s in item.samples)
+
+    def lengths(self) -> list[int]:
+        return [sum(len(sample.tokens) for sample in item.samples) for item in self._data.train]
+
+    def describe(self) -> str:
+        method = self._section.method.upper()
+        return f"{self._data.name}: {method} on {self.num_samples} comparisons, {len(self._data.held_out)} held out"
+
+    def samples_at(self, place: int) -> Sequence[Sample]:
+        return self._data.train[place].samples
+
+    def evaluations(self, *, base: Measured, before: Measured, after: Measured) -> list[Evaluation]:
+        if not after.tokens or before.accuracy is None or after.accuracy is None:
+            return []
+        preference = Preference(
+            method=self._section.method,
+            pairs=self._num_held_out_pairs,
+            accuracy_before=round(before.accuracy, 4),
+            accuracy_after=round(after.accuracy, 4),
+            loss_before=round(before.loss, 4),
+            loss_after=round(after.loss, 4),
+        )
+        return [
+            Evaluation(
+                data=f"{self._data.name}, {len(self._data.held_out)} held-out comparisons",
+                tokens=after.tokens,
+                base_loss=round(base.nats_per_token, 4),
+                adapter_loss=round(after.nats_per_token, 4),
+                preference=preference,
+            )
+        ]
+
+
+class Pairs(_Compared):
+    """DPO or ORPO on pairs."""
+
+    def __init__(self, data: Comparisons, section: PreferenceSection) -> None:
+        self._train = [pair for pair in data.train if isinstance(pair, Pair)]
+        self._held_out = [pair for pair in data.held_out if isinstance(pair, Pair)]
+        super().__init__(data, section, num_held_out_pairs=len(self._held_out))
+
+    def refer_to(self, model: Any) -> None:
+        if self._section.method == "dpo":
+            self._reference = _all_log_likelihoods(
+                model, [s for p in (*self._train, *self._held_out) for s in p.samples]
+            )
+
+    def backward(self, model: Any, batches: Sequence[Sequence[int]]) -> float:
+        count = sum(map(len, batches))
+        total = 0.0
+        for places in batches:
+            pairs = [self._train[place] for place in places]
+            found = log_likelihoods(model, _side_by_side(pairs))
+            loss = self._losses(pairs, found).sum() / count
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
+
+    def measure(self, model: Any) -> Measured:
+        """The chosen reply must be the likelier one per token, so that length alone decides nothing."""
+        if not self._held_out:
+            return Measured(0.0, 0.0, 0)
+        samples = _side_by_side(self._held_out)
+        found = _all_log_likelihoods(model, samples)
+        values = torch.tensor([found[sample] for sample in samples])
+        chosen, rejected = _per_token(values, samples).chunk(2)
+        tokens = sum(pair.chosen.num_trained for pair in self._held_out)
+        return Measured(
+            loss=float(self._losses(self._held_out, values).mean()),
+            nats_per_token=-float(values[: len(self._held_out)].sum()) / tokens,
+            tokens=tokens,
+            accuracy=float((chosen > rejected).float().mean()),
+        )
+
+    def _losses(self, pairs: Sequence[Pair], found: torch.Tensor) -> torch.Tensor:
+        samples = _side_by_side(pairs)
+        if self._section.method == "orpo":
+            return orpo_loss(*_per_token(found, samples).chunk(2), weight=self._section.beta)
+        reference = found.new_tensor([self._reference[sample] for sample in samples])
+        return dpo_loss(*(found - reference).chunk(2), beta=self._section.beta)
+
+
+class Labels(_Compared):
+    """KTO on labelled replies."""
+
+    def __init__(self, data: Comparisons, section: PreferenceSection) -> None:
+        self._train = [item for item in data.train if isinstance(item, Labelled)]
+        self._held_out = [item for item in data.held_out if isinstance(item, Labelled)]
+        self._mismatched = _mismatched(self._train)
+        self._mismatched_held_out = _mismatched(self._held_out)
+        self._groups = _groups_of(self._held_out)
+        super().__init__(data, section, num_held_out_pairs=_num_pairs(self._groups))
+
+    def refer_to(self, model: Any) -> None:
+        own = [item.sample for item in (*self._train, *self._held_out)]
+        self._reference = _all_log_likelihoods(model, [*own, *self._mismatched, *self._mismatched_held_out])
+
+    def backward(self, model: Any, batches: Sequence[Sequence[int]]) -> float:
+        count = sum(map(len, batches))
+        drift = self._drift(model, [self._mismatched[place] for places in batches for place in places])
+        total = 0.0
+        for places in batches:
+            items = [self._train[place] for place in places]
+            found = log_likelihoods(model, [item.sample for item in items])
+            loss = self._losses(items, found, drift).sum() / count
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
+
+    def measure(self, model: Any) -> Measured:
+        """Accuracy compares replies to the same prompt, and where no prompt has both kinds, all with all."""
+        desirable = [item.sample for item in self._held_out if item.is_desirable]
+        if not self._num_held_out_pairs:
+            return Measured(0.0, 0.0, 0)
+        found = _all_log_likelihoods(model, [item.sample for item in self._held_out])
+        values = torch.tensor([found[item.sample] for item in self._held_out])
+        drift = self._drift(model, self._mismatched_held_out)
+        tokens = sum(sample.num_trained for sample in desirable)
+        per_token = {sample: value / sample.num_trained for sample, value in found.items()}
+        return Measured(
+            loss=float(self._losses(self._held_out, values, drift).mean()),
+            nats_per_token=-sum(found[sample] for sample in desirable) / tokens,
+            tokens=tokens,
+            accuracy=_share_told_apart(self._groups, per_token),
+        )
+
+    def _drift(self, model: Any, samples: Sequence[Sample]) -> float:
+        found = _all_log_likelihoods(model, samples)
+        return kto_drift(torch.tensor([found[sample] - self._reference[sample] for sample in samples]))
+
+    def _losses(self, items: Sequence[Labelled], found: torch.Tensor, drift: float) -> torch.Tensor:
+        reference = found.new_tensor([self._reference[item.sample] for item in items])
+        desirable = torch.tensor([item.is_desirable for item in items], device=found.device)
+        section = self._section
+        weights = (section.desirable_weight, section.undesirable_weight)
+        return kto_loss(found - reference, desirable, beta=section.beta, drift=drift, weights=weights)
+
+
+def preference_objective(data: Comparisons, section: PreferenceSection) -> Pairs | Labels:
+    return Labels(data, section) if section.method == "kto" else Pairs(data, section)
+
+
+def _side_by_side(pairs: Sequence[Pair]) -> list[Sample]:
+    return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+
+
+def _per_token(values: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
+    return values / values.new_tensor([sample.num_trained for sample in samples])
+
+
+def _all_log_likelihoods(model: Any, samples: Sequence[Sample]) -> dict[Sample, float]:
+    """In rows of replies to one prompt where they stand together, without gradients."""
+    found: dict[Sample, float] = {}
+    distinct = sorted(set(samples), key=lambda sample: (sample.tokens, sample.trained))
+    with measuring(model):
+        for row in rows_to_measure(distinct):
+            found.update(zip(row, log_likelihoods(model, row).tolist(), strict=True))
+    return found
+
+
+def _mismatched(items: Sequence[Labelled]) -> list[Sample]:
+    """Each prompt with the next reply that was given to another prompt, the first following the last."""
+    prompts = [item.prompt for item in items]
+    if len(set(prompts)) < 2:
+        return [item.sample for item in items]
+    other = [0] * len(items)
+    # Backwards each learns from the one after it; twice, since the last ones learn from the first.
+    for place in reversed(range(2 * len(items))):
+        here, after = place % len(items), (place + 1) % len(items)
+        other[here] = after if prompts[after] != prompts[here] else other[after]
+    return [_reply_to(prompts[here], items[there].sample, prompts[there]) for here, there in enumerate(other)]
+
+
+def _reply_to(prompt: tuple[int, ...], reply: Sample, asked: tuple[int, ...]) -> Sample:
+    start = len(asked)
+    return Sample((*prompt, *reply.tokens[start:]), (*(False,) * len(prompt), *reply.trained[start:]))
+
+
+def _groups_of(items: Sequence[Labelled]) -> list[_Group]:
+    """One for each prompt that has both kinds of replies; one of all replies when none has."""
+    by_prompt: dict[tuple[int, ...], _Group] = {}
+    for item in items:
+        better, worse = by_prompt.setdefault(item.prompt, ([], []))
+        (better if item.is_desirable else worse).append(item.sample)
+    sides = list(by_prompt.values())
+    every = [sample for better, _ in sides for sample in better], [sample for _, worse in sides for sample in worse]
+    return [side for side in sides if all(side)] or [every]
+
+
+def _share_told_apart(groups: Sequence[_Group], value: dict[Sample, float]) -> float:
+    """Of the pairs of each group, how many have the greater value on the desirable reply; sorted, not one by one."""
+    right = 0
+    for better, worse in groups:
+        known = sorted(value[sample] for sample in worse)
+        right += sum(bisect_left(known, value[sample]) for sample in better)
+    return right / _num_pairs(groups)
+
+
+def _num_pairs(groups: Sequence[_Group]) -> int:
+    return sum(len(better) * len(worse) for better, worse in groups)

@@ -1,0 +1,68 @@
+"""A model's answers to fixed prompts while it trains, to show what a loss cannot say. Changes no weight."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from adapterhub.package.run_record import Answer
+from train.objectives.evaluation import measuring
+
+NUM_TOKENS = 40
+"""of an answer, at most"""
+
+
+class FixedPrompts:
+    """The same questions every time, answered greedily: nothing is drawn, so no random state moves.
+
+    An answer ends at the first of the `stop` strings, as a server ends it.
+    """
+
+    def __init__(self, prompts: Sequence[str], tokenizer: Any, *, stop: Sequence[str] = ()) -> None:
+        self._prompts = tuple(prompts)
+        self._stop = tuple(stop)
+        self._tokenizer = tokenizer
+        self._rows: list[list[int]] = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            for prompt in self._prompts
+        ]
+
+    def answer(self, model: Any) -> list[Answer]:
+        """Each prompt's answer by the model as it is now; an empty list without prompts."""
+        if not self._rows:
+            return []
+        batches = [[row] for row in self._rows] if _is_soft_prompt(model) else [self._rows]
+        with measuring(model), warnings.catch_warnings():
+            # What a soft prompt says of positions it would count by itself.
+            warnings.filterwarnings("ignore", message="Position ids are not supported")
+            texts = [text for batch in batches for text in self._generate(model, batch)]
+        return [
+            Answer(prompt=prompt, text=self._ended(text).strip())
+            for prompt, text in zip(self._prompts, texts, strict=True)
+        ]
+
+    def _generate(self, model: Any, rows: list[list[int]]) -> list[str]:
+        pad = self._tokenizer.pad_token_id
+        pad = self._tokenizer.eos_token_id if pad is None else pad
+        longest = max(map(len, rows))
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
+        seen = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        out = model.generate(
+            input_ids=ids, attention_mask=seen, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=pad
+        )
+        found: list[str] = self._tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+        return found
+
+    def _ended(self, text: str) -> str:
+        return text[: min((place for stop in self._stop if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+def _is_soft_prompt(model: Any) -> bool:
+    """Then a row must not be padded: PEFT counts positions from the padding on (it ignores those it is given)."""
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and config.is_prompt_learning

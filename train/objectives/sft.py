@@ -1,0 +1,63 @@
+"""Supervised fine-tuning: the loss of the assistant's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from adapterhub.package.manifest import Evaluation
+from train.data.packing import pack
+from train.data.tokenization import Sample, TokenData
+from train.objectives.base import Measured, Objective
+from train.objectives.evaluation import held_out_loss, row_loss
+
+
+class Answers(Objective):
+    """The mean negative log-likelihood of the trained tokens."""
+
+    _data: TokenData
+
+    def __init__(self, data: TokenData) -> None:
+        self._data = data
+
+    @property
+    def longest(self) -> int:
+        return max(len(sample.tokens) for sample in (*self._data.train, *self._data.held_out))
+
+    def lengths(self) -> list[int]:
+        return [len(sample.tokens) for sample in self._data.train]
+
+    def describe(self) -> str:
+        data = self._data
+        return (
+            f"{data.name}: {len(data.train)} samples to train on ({data.num_tokens:,} tokens, {data.num_trained:,} "
+            f"trained), {len(data.held_out)} held out"
+        )
+
+    def samples_at(self, place: int) -> Sequence[Sample]:
+        return (self._data.train[place],)
+
+    def refer_to(self, model: Any) -> None:
+        pass
+
+    def backward(self, model: Any, batches: Sequence[Sequence[int]]) -> float:
+        """A mean of the batches' means would weigh tokens by how many share their batch; this does not."""
+        rows = [[self._data.train[place] for place in places] for places in batches]
+        num_trained = sum(sample.num_trained for row in rows for sample in row)
+        total = 0.0
+        for row in rows:
+            loss = row_loss(model, pack(row, device=model.device, dtype=model.dtype)) / num_trained
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
+
+    def measure(self, model: Any) -> Measured:
+        loss, tokens = held_out_loss(model, self._data.held_out)
+        return Measured(loss, loss, tokens)
+
+    def evaluations(self, *, base: Measured, before: Measured, after: Measured) -> list[Evaluation]:
+        if not after.tokens:
+            return []
+        name = f"{self._data.name}, {len(self._data.held_out)} held-out questions"
+        base_loss, adapter_loss = round(base.loss, 4), round(after.loss, 4)
+        return [Evaluation(data=name, tokens=after.tokens, base_loss=base_loss, adapter_loss=adapter_loss)]
