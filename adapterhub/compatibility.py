@@ -32,7 +32,7 @@ def module_shapes(base: StoredBase) -> Shapes:
     return shapes
 
 
-def check_fit(name: str, config: LoraConfig, tensors: Iterable[LoraTensor], shapes: Shapes) -> None:
+def check_compatible(name: str, config: LoraConfig, tensors: Iterable[LoraTensor], shapes: Shapes) -> None:
     """Every tensor belongs to a layer of the base and has its shape, and no layer the config aims at was left out.
 
     Depth counts in both directions. Raises AdapterNoEffect, IncompatibleBase.

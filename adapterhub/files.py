@@ -62,7 +62,7 @@ def write_stream_atomic(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with disk_full_is_said(path), temporary.open("wb") as file:
+        with raise_storage_full(path), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -86,7 +86,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
     try:
-        with hold(temporary), disk_full_is_said(path):
+        with hold(temporary), raise_storage_full(path):
             yield temporary
         try:
             temporary.rename(path)
@@ -124,7 +124,7 @@ def is_held(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def disk_full_is_said(path: Path) -> Iterator[None]:
+def raise_storage_full(path: Path) -> Iterator[None]:
     """Turn 'no space left' (also quota) on the way to `path` into StorageFull with the figures."""
     try:
         yield

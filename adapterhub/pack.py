@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub.adapter import Adapter, StoredBase
-from adapterhub.compatibility import check_fit, check_vocabulary, module_shapes
+from adapterhub.compatibility import check_compatible, check_vocabulary, module_shapes
 from adapterhub.errors import AdapterUnsupported, IncompatibleBase, MissingFile, UnsafeFile, UsageError
-from adapterhub.files import disk_full_is_said, is_temporary, new_folder, sha256_of, write_atomic
+from adapterhub.files import is_temporary, new_folder, raise_storage_full, sha256_of, write_atomic
 from adapterhub.package import card
 from adapterhub.package.layout import (
     ALLOWED,
@@ -70,13 +70,13 @@ def pack(
     shapes = module_shapes(base)
     has_tokenizer = (folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists()
     check_vocabulary(name or folder.resolve().name, tensors, shapes, has_tokenizer=has_tokenizer)
-    check_fit(name or folder.resolve().name, config, tensors, shapes)
+    check_compatible(name or folder.resolve().name, config, tensors, shapes)
     report(f"{len(tensors)} LoRA tensors, rank {config.rank}, {sum(t.info.numel for t in tensors):,} parameters")
 
     # In fp32 the proof is the same on every machine; an engine in another dtype is given that dtype's tolerance.
-    held = held_as(record.quantization if record else None) | {"dtype": "float32"}
+    held = load_kwargs(record.quantization if record else None) | {"dtype": "float32"}
     loaded = load_base(base, purpose="serve", **held)
-    with disk_full_is_said(folder):
+    with raise_storage_full(folder):
         if not (folder / TEMPLATE_NAME).exists():
             write_atomic(folder / TEMPLATE_NAME, loaded.tokenizer.chat_template or "")
             report(f"{TEMPLATE_NAME} filled in from the base")
@@ -100,7 +100,7 @@ def pack(
     return open_adapter(folder)
 
 
-def held_as(quantization: Quantization | None) -> dict[str, Any]:
+def load_kwargs(quantization: Quantization | None) -> dict[str, Any]:
     """Arguments of `load_base` for the base as training had it; None, of an adopted adapter: as it usually is."""
     if quantization is None:
         return {}
@@ -140,7 +140,7 @@ def adopt(folder: Path, output: Path, *, report: Report = lambda line: None) -> 
 def check_layers(adapter: Adapter, base: StoredBase) -> None:
     """Raises AdapterNoEffect, IncompatibleBase unless every tensor fits a layer of the base; loads its config only."""
     config, tensors = read_lora(adapter.path)
-    check_fit(adapter.manifest.name, config, tensors, module_shapes(base))
+    check_compatible(adapter.manifest.name, config, tensors, module_shapes(base))
 
 
 def _check_same_base(folder: Path, record: RunRecord | None, base: StoredBase) -> None:

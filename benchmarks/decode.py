@@ -24,11 +24,12 @@ from adapterhub.adapter import BaseName, StoredBase
 from adapterhub.bases.loading import load_base
 from adapterhub.bases.store import pull_base
 from serve.adapters.weights import LowRank, Weights
+from serve.config import SchedulerLimits
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from serve.local_engine.cpu.kernels import load_kernels
 from serve.local_engine.lora_layers import AdapterBank
 from serve.local_engine.model_runner import ModelRunner
-from serve.local_engine.scheduler import BlockPool, Scheduler, SchedulerLimits, Sequence
+from serve.local_engine.scheduler import BlockPool, Scheduler, Sequence
 
 PROMPT_TOKENS, RANK = 32, 16
 

@@ -214,7 +214,7 @@ def _broken(url: str) -> ServeError:
     return ServeError(f"the connection to {url} broke before the answer was complete: ask again.")
 
 
-def said_in_one_line(error: Exception, url: str, *, has_begun: bool = False) -> AdapterHubError:
+def describe_error(error: Exception, url: str, *, has_begun: bool = False) -> AdapterHubError:
     """The error of ours that says what the OpenAI client met. `has_begun`: part of an answer had come."""
     import openai
 

@@ -10,10 +10,48 @@ from typing import Literal, get_args
 
 from adapterhub.adapter import AdapterRef, BaseName
 from adapterhub.errors import UsageError
-from serve.api.body import HttpLimits
-from serve.local_engine.engine import LocalEngineConfig
 
 EngineKind = Literal["local", "vllm", "auto"]
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    max_num_seqs: int = 32
+    """sequences that run together"""
+    max_batch_tokens: int = 512
+    """tokens computed in one step"""
+    max_prefill_chunk: int = 256
+    """prompt tokens of all sequences in a step, so that decoding never waits longer than this"""
+    max_wait_steps: int = 16
+    """Steps without a token after which a group that has requests is given a place and prompt tokens first."""
+
+    @property
+    def num_places(self) -> int:
+        """Sequences that run together; a step has a token for each of them."""
+        return min(self.max_num_seqs, self.max_batch_tokens)
+
+
+@dataclass(frozen=True)
+class LocalEngineConfig:
+    kv_cache_bytes: int = 512 << 20
+    block_size: int = 16
+    """tokens per KV block"""
+    max_model_len: int | None = None
+    """None: what the model was made for, as far as the cache holds it"""
+    max_lora_rank: int = 64
+    max_queue: int = 1024
+    """waiting requests before new ones are refused"""
+    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """What a server takes from its clients."""
+
+    max_body_bytes: int = 8 << 20
+    """size of a request body, uploads of adapters aside"""
+    allowed_hosts: tuple[str, ...] = ()
+    """names besides this machine's own that requests may reach a server without keys by"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +80,7 @@ class ServeConfig:
     """adapter name -> its share beside others when requests wait; 1 where none is given"""
     pinned: frozenset[str] = frozenset()
     """names whose adapters are never evicted"""
-    replays_proofs: bool = True
+    replay_probe: bool = True
     """ask each adapter its recorded prompts before it answers anybody"""
     dtype: str | None = None
     device: str | None = None

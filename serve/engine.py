@@ -102,7 +102,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     """of the tokens whose text is certain by now: those that end the answer without being text are never listed"""
-    num_shared: int = 0
+    num_cached_tokens: int = 0
     """prompt tokens whose keys and values an earlier request had left in the cache"""
 
 

@@ -82,7 +82,7 @@ async def _start_vllm(config: ServeConfig, base: StoredBase, report: Report) -> 
     from transformers import AutoTokenizer
 
     folder = home() / "vllm" / str(os.getpid())
-    _forget_the_dead(folder.parent)
+    _remove_stale_dirs(folder.parent)
     dtype = choose_precision(config.dtype or "bfloat16", "cpu")[1].value  # the device is vLLM's to choose
     processes = []
     if not config.vllm.endpoints:
@@ -103,7 +103,7 @@ async def _start_vllm(config: ServeConfig, base: StoredBase, report: Report) -> 
     return engine, tokenizer
 
 
-def _forget_the_dead(folder: Path) -> None:
+def _remove_stale_dirs(folder: Path) -> None:
     """Remove what servers that were killed have left here: a folder for each, named by its process."""
     for left in folder.glob("[0-9]*"):
         try:

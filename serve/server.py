@@ -30,7 +30,7 @@ from serve.api.services import Services
 from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.engine_choice import start_engine
-from serve.local_engine.cpu.memory import give_back
+from serve.local_engine.cpu.memory import trim_heap
 from serve.training.runs import TrainingRuns
 
 Report = Callable[[str], None]
@@ -69,7 +69,7 @@ async def _serve(
             mount_page(app, url, needs_key=keys.are_required, max_body_bytes=config.http.max_body_bytes)
             app.get("/", include_in_schema=False)(lambda: RedirectResponse("/ui"))
         gc.collect()
-        give_back()
+        trim_heap()
         sys.setswitchinterval(SWITCH_S)
         gc.freeze()  # the model stays: full collections that walk it cost a lone stream some 4 % of its speed
         report(f"ready: {url}/v1" + (f", page {url}/ui" if config.has_page else ""))
@@ -106,7 +106,7 @@ async def _build(config: ServeConfig, registry: Registry, report: Report) -> Ser
                 f"note: the proof of adapter {adapter.manifest.name} was recorded on {weights} weights, as "
                 f"in training; the base is {engine.precision}: answers may differ a little."
             )
-        if not config.replays_proofs or adapter.digest in proven:
+        if not config.replay_probe or adapter.digest in proven:
             return
         try:
             await replay(engine, adapter)

@@ -19,7 +19,7 @@ from train.data.tokenization import prepare
 from train.model.lora import lora_of
 from train.objectives.base import Objective
 from train.objectives.preference import preference_objective
-from train.objectives.sft import Answers
+from train.objectives.sft import SftObjective
 from train.recipe import Recipe, RowData
 
 
@@ -95,7 +95,7 @@ def _objective(recipe: Recipe, tokenizer: Any, stop: Sequence[str]) -> Objective
         seed=recipe.seed,
         stop=stop,
     )
-    return Answers(prepared)
+    return SftObjective(prepared)
 
 
 def with_lora_of(recipe: Recipe, start: Adapter | None) -> Recipe:

@@ -26,12 +26,12 @@ from train.loop.lora_init import start_lora
 from train.loop.optimizer import make_optimizer
 from train.loop.progress import Progress, peak_memory_bytes, progress_on
 from train.loop.run_folder import Listener, RunFolder, check_fresh
-from train.loop.steps import Course, check_bare, check_finite, log_answers
+from train.loop.steps import TrainingLoop, check_bare, check_finite, log_answers
 from train.loop.stopping import stop_wishes
 from train.model.fused_lora import fuse_lora
-from train.model.lora import continue_lora, second_factors, trainable
-from train.model.methods import put_on, save_trained, with_options, without_change
-from train.objectives.base import Measured, Objective
+from train.model.lora import continue_lora, lora_b_parameters, trainable
+from train.model.methods import adapter_disabled, attach, configure_forward, save_trained
+from train.objectives.base import EvalResult, Objective
 from train.objectives.mask_report import mask_report
 from train.objectives.sample_answers import FixedPrompts
 from train.planning.out_of_memory import memory_errors_named
@@ -116,12 +116,12 @@ def _train(
     loaded = load_base(base, purpose="train", **arguments)
     _check_window(loaded, objective)
     if start is None:
-        model = put_on(loaded.model, recipe)
+        model = attach(loaded.model, recipe)
         start_lora(model, recipe.lora, base=base.path, objective=objective)
     else:
-        model = with_options(continue_lora(loaded.model, start, dropout=recipe.lora.dropout), recipe)
+        model = configure_forward(continue_lora(loaded.model, start, dropout=recipe.lora.dropout), recipe)
     fuse_lora(model)
-    optimizer, chosen = make_optimizer(trainable(model), recipe.train, second_factors=second_factors(model))
+    optimizer, chosen = make_optimizer(trainable(model), recipe.train, lora_b_parameters=lora_b_parameters(model))
     check_room(run.output, trainable(model), recipe)
     _say_model(model, (*loaded.choices, chosen), progress)
     _divide(model, world, progress)
@@ -132,8 +132,8 @@ def _train(
     prompts = FixedPrompts(asked, loaded.tokenizer, stop=inputs.stop)
 
     # 4. What the bare base and the start make of the held-out questions.
-    objective.refer_to(model)
-    with without_change(model):
+    objective.set_reference(model)
+    with adapter_disabled(model):
         bare = objective.measure(model)
         if run.newest is None:
             log_answers(run, 0, prompts.answer(model))
@@ -145,7 +145,7 @@ def _train(
     check_finite(run, "the adapter that training starts from", before)
 
     # 5. The steps.
-    course = Course(run, model, optimizer, objective, base, progress, prompts)
+    course = TrainingLoop(run, model, optimizer, objective, base, progress, prompts)
     with stop_wishes() as wish:
         state = course.steps(course.restored(), wish)
 
@@ -205,7 +205,7 @@ def _open_record(run: RunFolder, start: RunStart) -> None:
             )
 
 
-def _check_measures(recipe: Recipe, bare: Measured) -> None:
+def _check_measures(recipe: Recipe, bare: EvalResult) -> None:
     if not bare.tokens and (recipe.train.keep == "best" or recipe.train.patience):
         raise DatasetError("keep = best and patience need held-out samples, and the split left none: raise held_out.")
 

@@ -61,7 +61,7 @@ def check_same_run(recipe: Recipe, output: Path, start: Adapter | None) -> None:
 def _own_folder(output: Path, world: World) -> Iterator[Path]:
     """`output` for the first process; for another a scratch folder with a copy of the newest checkpoint."""
     if world.rank == 0:
-        world.meet()  # the others have copied
+        world.barrier()  # the others have copied
         yield output
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -69,5 +69,5 @@ def _own_folder(output: Path, world: World) -> Iterator[Path]:
         theirs = run_path(output)
         if theirs.is_dir():
             shutil.copytree(theirs, run_path(own), ignore=shutil.ignore_patterns("lock", ".*.tmp"))
-        world.meet()
+        world.barrier()
         yield own

@@ -90,7 +90,7 @@ def replay_probe(adapter: Adapter, base_name: str | None) -> None:
     """Ask the base, with the adapter on it, the recorded prompts; what passed is written down. Raises ProbeMismatch."""
     from adapterhub.bases.loading import load_base
     from adapterhub.errors import ProbeMismatch
-    from adapterhub.pack import held_as
+    from adapterhub.pack import load_kwargs
     from adapterhub.package.layout import check_base
     from adapterhub.probe import replay
 
@@ -99,7 +99,7 @@ def replay_probe(adapter: Adapter, base_name: str | None) -> None:
         raise ProbeMismatch(f"{adapter.manifest.name} carries no probe: pack it again to record one.")
     base = base_with(adapter.base, base_name)
     check_base(adapter, base)
-    held = held_as(adapter.manifest.base.quantization) | {"dtype": recorded.dtype}
+    held = load_kwargs(adapter.manifest.base.quantization) | {"dtype": recorded.dtype}
     replay(load_base(base, purpose="serve", **held), adapter)
     say(f"probe: {len(recorded.answers)} recorded prompts answered as before ({recorded.dtype})")
     registry().record_proof(adapter)

@@ -63,6 +63,6 @@ def _said(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def write_lines(lines: Sequence[dict[str, Any]]) -> str:
+def to_jsonl(lines: Sequence[dict[str, Any]]) -> str:
     """JSONL."""
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

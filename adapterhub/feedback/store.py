@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from adapterhub.errors import Conflict, ServeError, ServerBusy, UsageError
 from adapterhub.feedback.ratings import Outcome, Verdict, rate
-from adapterhub.files import disk_full_is_said
+from adapterhub.files import raise_storage_full
 
 STORE_NAME = "feedback.sqlite"
 """in the folder of user data"""
@@ -172,7 +172,7 @@ class FeedbackStore:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        with disk_full_is_said(self.path):
+        with raise_storage_full(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with closing(sqlite3.connect(self.path, timeout=30)) as db:
@@ -196,7 +196,7 @@ def _forget_owners_of_battles(db: sqlite3.Connection) -> None:
 
 
 def _ours(error: sqlite3.Error, path: Path) -> Exception:
-    """What SQLite met, as ours; a full disk as the system's own error, for disk_full_is_said."""
+    """What SQLite met, as ours; a full disk as the system's own error, for raise_storage_full."""
     name = getattr(error, "sqlite_errorname", "")
     if name.startswith("SQLITE_FULL"):
         return OSError(errno.ENOSPC, str(error))

@@ -15,7 +15,7 @@ from typing import IO
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import BundleTooLarge, InvalidBundle
-from adapterhub.files import disk_full_is_said, write_stream_atomic
+from adapterhub.files import raise_storage_full, write_stream_atomic
 from adapterhub.package.layout import ALLOWED, check_names, files_of, open_adapter
 
 MAX_BYTES = 4 << 30
@@ -47,7 +47,7 @@ def opened_bundle(path: Path, scratch: Path, *, max_bytes: int = MAX_BYTES) -> I
     BundleTooLarge, and the PackageError that open_adapter finds.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".bundle-") as temporary, disk_full_is_said(scratch):
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".bundle-") as temporary, raise_storage_full(scratch):
         folder = Path(temporary) / "package"
         folder.mkdir()
         try:

@@ -19,7 +19,7 @@ _INFINITY = {
 """Taken as integers of the same bits, infinity and NaN are the largest values of either sign: two maxima find them."""
 
 
-def sha256_and_strangers(path: Path, header: dict[str, TensorInfo]) -> tuple[str, list[str]]:
+def sha256_and_nonfinite(path: Path, header: dict[str, TensorInfo]) -> tuple[str, list[str]]:
     """The file's sha256, and the names of the tensors that hold NaN or infinity.
 
     `header` is the file's own, checked (`read_header`), so tensors follow each other without a gap. Each piece of

@@ -21,7 +21,7 @@ from filelock import FileLock
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from adapterhub.errors import InvalidManifest
-from adapterhub.files import disk_full_is_said
+from adapterhub.files import raise_storage_full
 from adapterhub.package.manifest import Manifest
 
 _SUFFIX = ".jsonl"
@@ -166,7 +166,7 @@ class NameLog:
         path = self._path(name)
         lines = "".join(move.model_dump_json() + "\n" for move in moves).encode()
         # No buffer: it would write what is left of a line when it closes, behind the cut.
-        with disk_full_is_said(path), path.open("ab", buffering=0) as file:
+        with raise_storage_full(path), path.open("ab", buffering=0) as file:
             whole = _whole_bytes(path)
             file.truncate(whole)
             try:

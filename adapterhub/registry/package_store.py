@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import AdapterNotFound, Conflict, DigestMismatch, PackageError
-from adapterhub.files import copy_and_hash, disk_full_is_said, hold, is_held, new_folder, sha256_of, write_atomic
+from adapterhub.files import copy_and_hash, hold, is_held, new_folder, raise_storage_full, sha256_of, write_atomic
 from adapterhub.package.layout import SIGNATURE_NAME, files_of, open_adapter
 from adapterhub.package.manifest import MANIFEST_NAME, read_manifest
 
@@ -175,7 +175,7 @@ class PackageStore:
         temporary = stored.with_name(f".{stored.name}.{secrets.token_hex(4)}.tmp")
         temporary.touch()
         try:
-            with hold(temporary), disk_full_is_said(stored):
+            with hold(temporary), raise_storage_full(stored):
                 if copy_and_hash(source, temporary) != stored.name:
                     raise DigestMismatch(f"{source} changed while it was copied: nothing of it is kept; add it again.")
                 temporary.chmod(0o444)

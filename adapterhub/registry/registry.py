@@ -26,7 +26,7 @@ from typing import Literal
 
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.errors import AdapterNotFound, Conflict, DigestMismatch, ProbeMismatch, UsageError
-from adapterhub.files import disk_full_is_said, expanded, hold, write_atomic
+from adapterhub.files import expanded, hold, raise_storage_full, write_atomic
 from adapterhub.hub.client import Hub
 from adapterhub.package.bundle import opened_bundle
 from adapterhub.package.layout import open_adapter
@@ -119,7 +119,7 @@ class Registry:
         with (
             tempfile.TemporaryDirectory(dir=self.root, prefix=".pull-") as scratch,
             hold(Path(scratch)),
-            disk_full_is_said(self.root),
+            raise_storage_full(self.root),
         ):
             adapter, commit = hub.pull(ref.name, Path(scratch) / "package", revision=ref.revision)
             Policy.read(self.root).check(adapter, ref.name)

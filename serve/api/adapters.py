@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.errors import BundleTooLarge, Conflict, UsageError
 from adapterhub.feedback.store import actor_of
-from adapterhub.files import disk_full_is_said, hold
+from adapterhub.files import hold, raise_storage_full
 from adapterhub.package.bundle import MAX_BYTES, opened_bundle
 from adapterhub.package.diff import difference
 from adapterhub.registry.name_log import Move
@@ -141,7 +141,7 @@ async def _receive(request: Request, path: Path) -> None:
     too_large = BundleTooLarge(f"an upload holds at most {MAX_BYTES:,} bytes: push the adapter to a Hub and pull it.")
     if declared_size(request) > MAX_BYTES:
         raise too_large
-    with disk_full_is_said(path), path.open("wb") as file:
+    with raise_storage_full(path), path.open("wb") as file:
         async for piece in body_pieces(request):
             received += len(piece)
             if received > MAX_BYTES:

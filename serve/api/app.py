@@ -20,8 +20,8 @@ from serve.adapters.catalog import Published
 from serve.api import schemas
 from serve.api.adapters import adapter_routes
 from serve.api.auth import ApiKeys
-from serve.api.body import BodyReader, ClientGone, HttpLimits
-from serve.api.completions import Question, ask_chat, ask_completion, event_stream, whole_body
+from serve.api.body import BodyReader, ClientGone
+from serve.api.completions import PreparedRequest, completion_response, event_stream, prepare_chat, prepare_completion
 from serve.api.feedback import feedback_routes
 from serve.api.metrics import Metrics
 from serve.api.route import ApiRoute, Door, forget_body
@@ -29,7 +29,8 @@ from serve.api.services import Services
 from serve.api.training import training_routes
 from serve.api.unread_body import UnreadBody
 from serve.api.validation_errors import described
-from serve.training.candidates import Workshop
+from serve.config import HttpLimits
+from serve.training.candidates import CandidatePipeline
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +83,11 @@ def create_app(services: Services, keys: ApiKeys, http: HttpLimits | None = None
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: schemas.ChatRequest) -> Response:
-        return await _respond(services, request, body, ask_chat(services, body))
+        return await _respond(services, request, body, prepare_chat(services, body))
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: schemas.CompletionRequest) -> Response:
-        return await _respond(services, request, body, ask_completion(services, body))
+        return await _respond(services, request, body, prepare_completion(services, body))
 
     @app.post("/v1/load_lora_adapter")
     async def load(body: schemas.LoadRequest) -> Response:
@@ -112,15 +113,15 @@ def create_app(services: Services, keys: ApiKeys, http: HttpLimits | None = None
     if services.feedback is not None:
         app.include_router(feedback_routes(services.feedback, lambda names: _served(services, names)))
     if services.training is not None:
-        app.include_router(training_routes(services.training, _workshop(services)))
+        app.include_router(training_routes(services.training, _candidates(services)))
     _add_error_handlers(app, refuse)
     return app
 
 
-def _workshop(services: Services) -> Workshop | None:
+def _candidates(services: Services) -> CandidatePipeline | None:
     if services.training is None or services.feedback is None or services.registry is None:
         return None
-    return Workshop(services.training, services.feedback, services.registry, services.catalog)
+    return CandidatePipeline(services.training, services.feedback, services.registry, services.catalog)
 
 
 def _served(services: Services, names: list[str] | None) -> list[str]:
@@ -136,13 +137,13 @@ async def _respond(
     services: Services,
     request: Request,
     body: schemas.ChatRequest | schemas.CompletionRequest,
-    asked: Awaitable[Question],
+    asked: Awaitable[PreparedRequest],
 ) -> Response:
-    question: Question = await _while_connected(request, asked)
+    question: PreparedRequest = await _while_connected(request, asked)
     forget_body(request)
     headers = {"x-request-id": question.id}
     if not body.stream:
-        return JSONResponse(await _while_connected(request, whole_body(services, question)), headers=headers)
+        return JSONResponse(await _while_connected(request, completion_response(services, question)), headers=headers)
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     events = event_stream(services, question, include_usage=include_usage)
     # Waiting for the first event here lets every refusal that comes before it keep its HTTP status.

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
@@ -36,16 +35,6 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 class ClientGone(Exception):
     """The client closed the connection before the answer was complete."""
-
-
-@dataclass(frozen=True)
-class HttpLimits:
-    """What a server takes from its clients."""
-
-    max_body_bytes: int = 8 << 20
-    """size of a request body, uploads of adapters aside"""
-    allowed_hosts: tuple[str, ...] = ()
-    """names besides this machine's own that requests may reach a server without keys by"""
 
 
 class Slot:

@@ -29,7 +29,7 @@ DEFAULT_MAX_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Question:
+class PreparedRequest:
     """A request made concrete: which adapters, which tokens, one engine request per choice."""
 
     id: str
@@ -43,7 +43,7 @@ class Question:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-async def ask_chat(services: Services, request: schemas.ChatRequest) -> Question:
+async def prepare_chat(services: Services, request: schemas.ChatRequest) -> PreparedRequest:
     """Raises AdapterNotFound, UsageError, RequestTooLong."""
     chosen, mix = _chosen(services, request)
     template_of = chosen[0].adapter if len(chosen) == 1 else None
@@ -52,7 +52,7 @@ async def ask_chat(services: Services, request: schemas.ChatRequest) -> Question
     return _question(services, request, chosen, mix, prompt, request.wanted_logprobs, is_chat=True)
 
 
-async def ask_completion(services: Services, request: schemas.CompletionRequest) -> Question:
+async def prepare_completion(services: Services, request: schemas.CompletionRequest) -> PreparedRequest:
     """Raises AdapterNotFound, UsageError, RequestTooLong."""
     chosen, mix = _chosen(services, request)
     given = request.single_prompt()
@@ -96,7 +96,7 @@ def _question(
     top_logprobs: int | None,
     *,
     is_chat: bool,
-) -> Question:
+) -> PreparedRequest:
     if not prompt:
         raise UsageError("the prompt has no tokens: send some text.")
     room = services.engine.max_model_len - len(prompt)
@@ -121,10 +121,10 @@ def _question(
     )
     parts = [str(services.catalog.base.ref.fingerprint)[:16], *(f"{a.digest[:19]}x{a.scale:g}" for a in mix)]
     adapters = tuple(published.adapter for published in chosen)
-    return Question(name, request.model, "+".join(parts), adapters, prompt, requests, is_chat)
+    return PreparedRequest(name, request.model, "+".join(parts), adapters, prompt, requests, is_chat)
 
 
-async def answer(services: Services, question: Question) -> AsyncGenerator[tuple[int, Chunk], None]:
+async def answer(services: Services, question: PreparedRequest) -> AsyncGenerator[tuple[int, Chunk], None]:
     """(choice, chunk) as they come; leases the adapters for as long as it runs, aborts what is left when closed."""
     async with services.cache.lease(question.adapters):
         timers = [services.metrics.request(question.model, len(question.prompt)) for _ in question.requests]
@@ -171,12 +171,12 @@ async def _merged(engine: Engine, requests: tuple[GenerationRequest, ...]) -> As
 class _Choice:
     text: str = ""
     num_tokens: int = 0
-    num_shared: int = 0
+    num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
-async def whole_body(services: Services, question: Question) -> dict[str, Any]:
+async def completion_response(services: Services, question: PreparedRequest) -> dict[str, Any]:
     """The answer in one piece."""
     choices = [_Choice() for _ in question.requests]
     async with aclosing(answer(services, question)) as chunks:
@@ -184,7 +184,7 @@ async def whole_body(services: Services, question: Question) -> dict[str, Any]:
             choice = choices[index]
             choice.text += chunk.text
             choice.num_tokens = chunk.num_tokens
-            choice.num_shared = chunk.num_shared
+            choice.num_cached_tokens = chunk.num_cached_tokens
             choice.finish_reason = chunk.finish_reason
             choice.logprobs += chunk.logprobs
     kind = "chat.completion" if question.is_chat else "text_completion"
@@ -194,12 +194,14 @@ async def whole_body(services: Services, question: Question) -> dict[str, Any]:
         "usage": schemas.usage(
             len(question.prompt),
             sum(choice.num_tokens for choice in choices),
-            cached_tokens=choices[0].num_shared,
+            cached_tokens=choices[0].num_cached_tokens,
         ),
     }
 
 
-async def event_stream(services: Services, question: Question, *, include_usage: bool) -> AsyncGenerator[str, None]:
+async def event_stream(
+    services: Services, question: PreparedRequest, *, include_usage: bool
+) -> AsyncGenerator[str, None]:
     """Server-sent events in OpenAI's form; an error in mid-stream is an event, too."""
     kind = "chat.completion.chunk" if question.is_chat else "text_completion"
     head = _head(question, kind)
@@ -210,9 +212,11 @@ async def event_stream(services: Services, question: Question, *, include_usage:
             async for index, chunk in chunks:
                 is_first = counts[index] == 0
                 counts[index] = chunk.num_tokens
-                shared = chunk.num_shared if index == 0 else shared  # the others may share what the first computed
+                shared = (
+                    chunk.num_cached_tokens if index == 0 else shared
+                )  # the others may share what the first computed
                 if chunk.text or chunk.logprobs or chunk.finish_reason or is_first:
-                    yield _event({**head, "choices": [_piece(question, index, chunk, is_first=is_first)]})
+                    yield _event({**head, "choices": [_delta_chunk(question, index, chunk, is_first=is_first)]})
         if include_usage:
             yield _event(
                 {**head, "choices": [], "usage": schemas.usage(len(question.prompt), sum(counts), cached_tokens=shared)}
@@ -234,7 +238,7 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _head(question: Question, kind: str) -> dict[str, Any]:
+def _head(question: PreparedRequest, kind: str) -> dict[str, Any]:
     return {
         "id": question.id,
         "object": kind,
@@ -244,7 +248,7 @@ def _head(question: Question, kind: str) -> dict[str, Any]:
     }
 
 
-def _whole_choice(question: Question, index: int, choice: _Choice) -> dict[str, Any]:
+def _whole_choice(question: PreparedRequest, index: int, choice: _Choice) -> dict[str, Any]:
     reason = choice.finish_reason.value if choice.finish_reason else None
     logprobs = _logprobs(question, choice.logprobs)
     if question.is_chat:
@@ -253,7 +257,7 @@ def _whole_choice(question: Question, index: int, choice: _Choice) -> dict[str, 
     return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _piece(question: Question, index: int, chunk: Chunk, *, is_first: bool) -> dict[str, Any]:
+def _delta_chunk(question: PreparedRequest, index: int, chunk: Chunk, *, is_first: bool) -> dict[str, Any]:
     reason = chunk.finish_reason.value if chunk.finish_reason else None
     logprobs = _logprobs(question, list(chunk.logprobs))
     if not question.is_chat:
@@ -262,7 +266,7 @@ def _piece(question: Question, index: int, chunk: Chunk, *, is_first: bool) -> d
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _logprobs(question: Question, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
+def _logprobs(question: PreparedRequest, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
     if not logprobs:
         return None
     return schemas.chat_logprobs(logprobs) if question.is_chat else schemas.completion_logprobs(logprobs)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from adapterhub.feedback.improvement import Improvement, Method
 from adapterhub.feedback.store import actor_of
 from serve.api.route import ApiRoute
-from serve.training.candidates import Workshop
+from serve.training.candidates import CandidatePipeline
 from serve.training.runs import TrainingRun, TrainingRuns
 
 Authorization = Annotated[str | None, Header()]
@@ -31,10 +31,10 @@ class ImproveBody(BaseModel):
     steps: int = Field(Improvement.steps, ge=1, le=10_000)
 
 
-def training_routes(runs: TrainingRuns, workshop: Workshop | None = None) -> APIRouter:
+def training_routes(runs: TrainingRuns, candidates: CandidatePipeline | None = None) -> APIRouter:
     """The routes below /v1/training, for administrators.
 
-    Without a workshop, runs begin from recipes alone and what they make stays in its folder.
+    Without candidates, runs begin from recipes alone and what they make stays in its folder.
     """
     router = APIRouter(prefix="/v1/training", route_class=ApiRoute)
 
@@ -67,24 +67,24 @@ def training_routes(runs: TrainingRuns, workshop: Workshop | None = None) -> API
     async def resume(name: str) -> Response:
         return JSONResponse(_summary(await runs.resume(name)))
 
-    if workshop is not None:
-        _add_workshop(router, workshop)
+    if candidates is not None:
+        _add_candidates(router, candidates)
     return router
 
 
-def _add_workshop(router: APIRouter, workshop: Workshop) -> None:
+def _add_candidates(router: APIRouter, candidates: CandidatePipeline) -> None:
     @router.post("/improve")
     async def improve(body: ImproveBody) -> Response:
-        run = await workshop.improve(body.adapter, Improvement(body.method, body.steps))
+        run = await candidates.improve(body.adapter, Improvement(body.method, body.steps))
         return JSONResponse(_summary(run), status_code=201)
 
     @router.post("/runs/{name}/publish")
     async def publish(name: str, authorization: Authorization = None) -> Response:
-        return JSONResponse({"name": await workshop.publish(name, by=actor_of(authorization))}, status_code=201)
+        return JSONResponse({"name": await candidates.publish(name, by=actor_of(authorization))}, status_code=201)
 
     @router.post("/runs/{name}/promote")
     async def promote(name: str, authorization: Authorization = None) -> Response:
-        return JSONResponse({"name": await workshop.promote(name, by=actor_of(authorization))})
+        return JSONResponse({"name": await candidates.promote(name, by=actor_of(authorization))})
 
 
 def _summary(run: TrainingRun) -> dict[str, Any]:

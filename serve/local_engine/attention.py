@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from serve.local_engine.cpu import memory as host_memory
 from serve.local_engine.cpu.kernels import CpuKernels
 from serve.local_engine.cpu.structs import LANES, MAX_HEAD_DIM, Tiles
-from serve.local_engine.scheduler import Batch, Piece
+from serve.local_engine.scheduler import Batch, ScheduledChunk
 
 ATTENTION_NAME = "adapterhub_paged"
 
@@ -135,7 +135,7 @@ class PagedStep:
         padded = [slots + slots[-1:] * (longest - len(slots)) for slots in known]
         return torch.tensor(padded, device=self.cache.layers.device)
 
-    def _slots_of(self, piece: Piece) -> list[int]:
+    def _slots_of(self, piece: ScheduledChunk) -> list[int]:
         size, blocks = self.cache.block_size, piece.sequence.blocks
         return [blocks[at // size] * size + at % size for at in range(piece.start + piece.num_tokens)]
 
@@ -186,7 +186,7 @@ def paged_attention(
     return out[None], None
 
 
-def _is_decode(piece: Piece) -> bool:
+def _is_decode(piece: ScheduledChunk) -> bool:
     return piece.num_tokens == 1 and piece.start > 0
 
 

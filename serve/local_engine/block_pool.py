@@ -24,7 +24,7 @@ class Sequence:
     request: GenerationRequest
     tokens: list[int]
     num_computed: int = 0
-    num_shared: int = 0
+    num_cached_tokens: int = 0
     """prompt tokens that were found computed when it was first admitted"""
     num_charged: int = 0
     """tokens it has been charged for; computing some again after a preemption is free"""
@@ -47,7 +47,7 @@ class Sequence:
     @property
     def is_fresh(self) -> bool:
         """None of its tokens has been computed for it, not even before a preemption."""
-        return self.num_charged == self.num_shared
+        return self.num_charged == self.num_cached_tokens
 
     @property
     def num_pending(self) -> int:
@@ -74,7 +74,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._holders = [0] * num_blocks
+        self._ref_counts = [0] * num_blocks
         self._empty = list(reversed(range(num_blocks)))
         self._idle: OrderedDict[int, None] = OrderedDict()
         """blocks with content that nobody holds, the first to be reused first"""
@@ -95,7 +95,7 @@ class BlockPool:
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         while len(sequence.blocks) < self.blocks_for(num_tokens):
             block = self._take()
-            self._holders[block] = 1
+            self._ref_counts[block] = 1
             sequence.blocks.append(block)
 
     def can_admit(self, sequence: Sequence, *, without: Iterable[Sequence] = ()) -> bool:
@@ -104,15 +104,15 @@ class BlockPool:
         `without`: sequences that would be released for it.
         """
         released = Counter(block for other in without for block in other.blocks)
-        num_free = self.num_free + sum(self._holders[block] == count for block, count in released.items())
+        num_free = self.num_free + sum(self._ref_counts[block] == count for block, count in released.items())
         prefix = self._prefix(sequence)
-        taken = sum(self._holders[block] == released[block] for block in prefix)
+        taken = sum(self._ref_counts[block] == released[block] for block in prefix)
         return self.blocks_for(len(sequence.tokens) + 1) - len(prefix) <= num_free - taken
 
     def admit(self, sequence: Sequence) -> None:
         """Give it the blocks of its longest known prefix, and empty ones for the rest."""
         for block in self._prefix(sequence):
-            self._holders[block] += 1
+            self._ref_counts[block] += 1
             self._idle.pop(block, None)
             sequence.blocks.append(block)
         sequence.num_computed = len(sequence.blocks) * self.block_size
@@ -129,10 +129,10 @@ class BlockPool:
 
     def release(self, sequence: Sequence) -> None:
         for block in reversed(sequence.blocks):  # so that the end of a prefix goes before its beginning
-            self._holders[block] -= 1
-            if self._holders[block] == 0 and block in self._key_of:
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0 and block in self._key_of:
                 self._idle[block] = None
-            elif self._holders[block] == 0:
+            elif self._ref_counts[block] == 0:
                 self._empty.append(block)
         sequence.blocks.clear()
         sequence.num_computed = sequence.num_kept = 0
@@ -143,7 +143,7 @@ class BlockPool:
         for sequence in sequences:
             for block in sequence.blocks:
                 counted[block] += 1
-        assert counted == self._holders, "a KV block is lost, or held by somebody unknown"
+        assert counted == self._ref_counts, "a KV block is lost, or held by somebody unknown"
         free = [*self._empty, *self._idle]
         assert len(free) == len(set(free)), "a KV block is free twice"
         assert sorted(free) == [block for block, holders in enumerate(counted) if not holders], "a KV block is lost"

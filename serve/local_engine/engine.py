@@ -9,7 +9,6 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
 from adapterhub.adapter import Adapter
@@ -27,6 +26,7 @@ from adapterhub.errors import (
     UsageError,
 )
 from serve.adapters.weights import Weights, kept_bytes, read_weights
+from serve.config import LocalEngineConfig
 from serve.engine import Chunk, Constraint, EngineStatus, GenerationRequest, Precision
 from serve.local_engine.attention import KvShape
 from serve.local_engine.cpu.kernels import MAX_RANK
@@ -34,22 +34,9 @@ from serve.local_engine.guided_decoding import Matcher
 from serve.local_engine.model_runner import ModelRunner, kv_dtype
 from serve.local_engine.running_answer import RunningAnswer
 from serve.local_engine.sampling import Row, Sampled
-from serve.local_engine.scheduler import Batch, BlockPool, Piece, Scheduler, SchedulerLimits, Sequence
+from serve.local_engine.scheduler import Batch, BlockPool, ScheduledChunk, Scheduler, Sequence
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LocalEngineConfig:
-    kv_cache_bytes: int = 512 << 20
-    block_size: int = 16
-    """tokens per KV block"""
-    max_model_len: int | None = None
-    """None: what the model was made for, as far as the cache holds it"""
-    max_lora_rank: int = 64
-    max_queue: int = 1024
-    """waiting requests before new ones are refused"""
-    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
 
 
 class LocalEngine:
@@ -287,7 +274,7 @@ class LocalEngine:
     def _rows_one_by_one(self, batch: Batch, error: BaseException) -> dict[str, Row]:
         """Ends the answers whose pieces fail. Raises `error` where the bare base fails, too: none can be served."""
         rows: dict[str, Row] = {}
-        failed: list[tuple[Piece, AdapterHubError]] = []
+        failed: list[tuple[ScheduledChunk, AdapterHubError]] = []
         for piece in batch.pieces:
             try:
                 rows |= self._runner.run(Batch((piece,)))
@@ -307,7 +294,7 @@ class LocalEngine:
         try:
             for start, num_tokens in _PROBED:
                 if start + num_tokens <= self.config.block_size:
-                    self._runner.run(Batch((Piece(probe, start, num_tokens, samples=True),)))
+                    self._runner.run(Batch((ScheduledChunk(probe, start, num_tokens, samples=True),)))
         except BaseException:
             return False
         return True

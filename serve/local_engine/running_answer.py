@@ -48,7 +48,7 @@ class RunningAnswer:
             text += self._text.finish()
             reason = FinishReason.STOP if self._text.is_stopped else reason
         logprobs = self._certain_logprobs(is_last=reason is not None)
-        return Chunk(text, num_tokens, (sampled.token,), reason, logprobs, self.sequence.num_shared)
+        return Chunk(text, num_tokens, (sampled.token,), reason, logprobs, self.sequence.num_cached_tokens)
 
     def _logprob(self, sampled: Sampled) -> TokenLogprob | None:
         """Of a token that is not in the text yet: names depend on where it stands, and its place is known after."""

@@ -9,17 +9,18 @@ from collections import Counter, deque
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 
+from serve.config import SchedulerLimits
 from serve.engine import AdapterScale
 from serve.local_engine.block_pool import BlockPool, Sequence
 from serve.local_engine.fairness import FairShare, Group
 
-__all__ = ["AdapterMix", "Batch", "BlockPool", "Piece", "Scheduler", "SchedulerLimits", "Sequence"]
+__all__ = ["AdapterMix", "Batch", "BlockPool", "ScheduledChunk", "Scheduler", "SchedulerLimits", "Sequence"]
 
 AdapterMix = tuple[AdapterScale, ...]
 
 
 @dataclass(frozen=True)
-class Piece:
+class ScheduledChunk:
     """`num_tokens` tokens of one sequence, from position `start`, computed in this step."""
 
     sequence: Sequence
@@ -33,28 +34,11 @@ class Piece:
 class Batch:
     """The pieces of one step, those of one adapter mix side by side, the bare base last."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ScheduledChunk, ...]
 
     @property
     def num_tokens(self) -> int:
         return sum(piece.num_tokens for piece in self.pieces)
-
-
-@dataclass(frozen=True)
-class SchedulerLimits:
-    max_num_seqs: int = 32
-    """sequences that run together"""
-    max_batch_tokens: int = 512
-    """tokens computed in one step"""
-    max_prefill_chunk: int = 256
-    """prompt tokens of all sequences in a step, so that decoding never waits longer than this"""
-    max_wait_steps: int = 16
-    """Steps without a token after which a group that has requests is given a place and prompt tokens first."""
-
-    @property
-    def num_places(self) -> int:
-        """Sequences that run together; a step has a token for each of them."""
-        return min(self.max_num_seqs, self.max_batch_tokens)
 
 
 class Scheduler:
@@ -221,18 +205,18 @@ class Scheduler:
         self.pool.admit(sequence)
         sequence.admitted_at = self._step
         if is_fresh:
-            sequence.num_shared = sequence.num_charged = sequence.num_computed
+            sequence.num_cached_tokens = sequence.num_charged = sequence.num_computed
         self.running.append(sequence)
 
-    def _decode_pieces(self, overdue: Listed[Group]) -> list[Piece]:
+    def _decode_pieces(self, overdue: Listed[Group]) -> list[ScheduledChunk]:
         for sequence in list(self.running):
             if sequence.num_pending == 1 and sequence in self.running:
                 self._make_room(sequence, len(sequence.tokens), spared=overdue)
         return [self._chunk(sequence, 1) for sequence in self.running if sequence.num_pending == 1]
 
-    def _prefill_pieces(self, budget: int, overdue: Listed[Group]) -> list[Piece]:
+    def _prefill_pieces(self, budget: int, overdue: Listed[Group]) -> list[ScheduledChunk]:
         first = {group: number for number, group in enumerate(overdue)}
-        pieces: list[Piece] = []
+        pieces: list[ScheduledChunk] = []
         done = {id(sequence) for sequence in self.running if sequence.num_pending <= 1}
         may_admit = True
         while budget > 0:
@@ -256,7 +240,7 @@ class Scheduler:
             budget -= pieces[-1].num_tokens
         return pieces
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Piece:
+    def _chunk(self, sequence: Sequence, budget: int) -> ScheduledChunk:
         num_tokens = min(sequence.num_pending, budget)
         end = sequence.num_computed + num_tokens
         samples = end == len(sequence.tokens)
@@ -264,7 +248,7 @@ class Scheduler:
         is_input = end <= len(sequence.request.prompt)
         self._share.charge(sequence.request, num_input=new if is_input else 0, num_output=int(samples))
         sequence.num_charged += new
-        return Piece(sequence, sequence.num_computed, num_tokens, samples)
+        return ScheduledChunk(sequence, sequence.num_computed, num_tokens, samples)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, *, spared: Listed[Group]) -> None:
         """Give `sequence` blocks for `num_tokens`, preempting others that are not of `spared` groups, or itself."""
@@ -286,6 +270,6 @@ class Scheduler:
         self.num_preemptions += 1
 
 
-def _mix_order(piece: Piece) -> tuple[bool, tuple[tuple[str, float], ...]]:
+def _mix_order(piece: ScheduledChunk) -> tuple[bool, tuple[tuple[str, float], ...]]:
     mix = piece.sequence.request.adapters
     return (not mix, tuple((adapter.digest, adapter.scale) for adapter in mix))

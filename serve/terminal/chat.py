@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub.errors import AdapterHubError, ServeError, UsageError
-from adapterhub.files import disk_full_is_said, expanded
+from adapterhub.files import expanded, raise_storage_full
 from serve.client import Answer, Sampling, Turn, to_send
 from serve.terminal.client import ChatApi
 from serve.terminal.console import BLOCK, history, read, read_any_bytes, say, write
@@ -285,7 +285,7 @@ class TerminalChat:
 def _append_line(path: Path, line: str) -> None:
     """A line of its own, whatever bytes the file holds. Raises StorageFull, and then the file is as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with disk_full_is_said(path), path.open("ab+", buffering=0) as file:  # a buffer writes what is left when it closes
+    with raise_storage_full(path), path.open("ab+", buffering=0) as file:  # a buffer writes what is left when it closes
         if size := file.tell():
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else f"\n{line}"

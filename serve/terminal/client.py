@@ -17,8 +17,8 @@ from serve.client import (
     Sampling,
     ServedModel,
     check_complete,
+    describe_error,
     request_body,
-    said_in_one_line,
 )
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class ChatApi:
         try:
             yield
         except Exception as error:
-            said = said_in_one_line(error, self.url, has_begun=answer is not None and bool(answer.text))
+            said = describe_error(error, self.url, has_begun=answer is not None and bool(answer.text))
             if isinstance(said, NotAuthorized):
                 said = NotAuthorized(f"{said} The key is read from {' or '.join(KEY_VARIABLES)}.")
             raise said from error

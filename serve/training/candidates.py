@@ -18,7 +18,7 @@ from serve.adapters.catalog import Catalog, clients_ref
 from serve.training.runs import TrainingRun, TrainingRuns
 
 
-class Workshop:
+class CandidatePipeline:
     """Joins the runs to feedback, registry and catalog; belongs to the event loop."""
 
     def __init__(self, runs: TrainingRuns, feedback: FeedbackStore, registry: Registry, catalog: Catalog) -> None:

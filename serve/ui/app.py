@@ -27,7 +27,7 @@ from adapterhub.browser_guard import BrowserGuard
 from adapterhub.errors import UsageError
 from adapterhub.net import is_loopback, listen, url_of
 from adapterhub.package.bundle import MAX_BYTES
-from serve.api.body import HttpLimits
+from serve.config import HttpLimits
 from serve.ui.client import PageClient
 from serve.ui.script import HEAD
 from serve.ui.sign_in import Gate

@@ -17,8 +17,8 @@ from serve.client import (
     Sampling,
     ServedModel,
     check_complete,
+    describe_error,
     request_body,
-    said_in_one_line,
 )
 
 Messages = list[dict[str, str]]
@@ -52,7 +52,7 @@ class PageClient:
             page = await self._for(key).models.list()
             return sorted((ServedModel.read(model) for model in page.data), key=lambda model: not model.is_base)
         except Exception as error:
-            raise said_in_one_line(error, self.url) from error
+            raise describe_error(error, self.url) from error
 
     async def lets_in(self, key: str | None) -> bool:
         """Whether the server takes this key."""
@@ -81,7 +81,7 @@ class PageClient:
                     answer.saw(chunk)
             answer.digest = await identity
         except Exception as error:
-            raise said_in_one_line(error, self.url, has_begun=bool(answer.text)) from error
+            raise describe_error(error, self.url, has_begun=bool(answer.text)) from error
         finally:
             identity.cancel()
         check_complete(answer, self.url)
@@ -136,7 +136,7 @@ class PageClient:
             )
             if isinstance(error, openai.NotFoundError) and code in (None, "not_found"):
                 raise ServeError(f"the server at {self.url} does not offer this (no /v1/{path}).") from error
-            raise said_in_one_line(error, self.url) from error
+            raise describe_error(error, self.url) from error
 
 
 async def _pieces(file: Path) -> AsyncIterator[bytes]:

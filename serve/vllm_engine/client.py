@@ -148,7 +148,7 @@ async def warn_of_version(server: VllmServer, report: Callable[[str], None]) -> 
         report(f"vLLM {version} at {server.url} is not a version this was tested with ({', '.join(TESTED)}).")
 
 
-async def look_at(
+async def validate_server(
     server: VllmServer, base: StoredBase, base_name: str, blank: Path, *, keeps_blank: bool
 ) -> tuple[str, int]:
     """Is a server what it must be, and does it answer, with `blank`, an adapter that changes nothing, and without?

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from adapterhub.adapter import Adapter
-from adapterhub.compatibility import Shapes, check_fit
+from adapterhub.compatibility import Shapes, check_compatible
 from adapterhub.errors import AdapterUnsupported
 from adapterhub.files import new_folder
 from adapterhub.package.lora_config import CONFIG_NAME, WEIGHTS_NAME, lora_tensors, read_lora_config
@@ -33,7 +33,9 @@ def check_fits(adapter: Adapter, shapes: Shapes, *, max_rank: int) -> None:
         raise AdapterUnsupported(f"adapter {adapter.manifest.name} {reason}: use --engine local, or train plain LoRA.")
     read_weights(adapter, device=torch.device("cpu"), dtype_of=lambda dtype: dtype, max_rank=max_rank)
     config = read_lora_config(adapter.path)
-    check_fit(adapter.manifest.name, config, lora_tensors(read_header(adapter.path / WEIGHTS_NAME), config), shapes)
+    check_compatible(
+        adapter.manifest.name, config, lora_tensors(read_header(adapter.path / WEIGHTS_NAME), config), shapes
+    )
 
 
 def unservable(adapter: Adapter) -> str | None:

@@ -24,7 +24,7 @@ from adapterhub.files import new_folder
 from adapterhub.package.lora_config import CONFIG_NAME, WEIGHTS_NAME
 from serve.adapters.cache import file_size
 from serve.engine import Chunk, EngineStatus, GenerationRequest, Precision
-from serve.vllm_engine.client import VllmServer, look_at, warn_of_version
+from serve.vllm_engine.client import VllmServer, validate_server, warn_of_version
 from serve.vllm_engine.compat import check_fits, write_blank
 from serve.vllm_engine.process import VllmProcess
 from serve.vllm_engine.wire import body_of, chunks_of
@@ -202,7 +202,7 @@ class VllmEngine:
     async def _look_at(self, place: _Place) -> int:
         """Is it what it must be, and does it answer? Its max_model_len, tokens."""
         is_hazardous = place.process is not None and place.process.is_hazardous
-        place.base_id, max_model_len = await look_at(
+        place.base_id, max_model_len = await validate_server(
             place.server, self._base, self._base_name, self._blank, keeps_blank=is_hazardous
         )
         return max_model_len

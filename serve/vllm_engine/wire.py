@@ -48,17 +48,17 @@ async def chunks_of(
 
     Raises EngineStopped for an answer that vLLM gave up.
     """
-    count, num_shared, offset = 0, 0, 0
+    count, num_cached_tokens, offset = 0, 0, 0
     last: Chunk | None = None
     async for event in events:
         details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
-        num_shared = int(details.get("cached_tokens") or num_shared)
+        num_cached_tokens = int(details.get("cached_tokens") or num_cached_tokens)
         for choice in event["choices"]:
             tokens = tuple(choice.get("token_ids") or ())
             count += len(tokens)
             logprobs = _logprobs(choice.get("logprobs"), request.sampling.top_logprobs, tokenizer, offset)
             offset += sum(len(one.text) for one in logprobs)
-            chunk = Chunk(choice["text"], count, tokens, None, logprobs, num_shared)
+            chunk = Chunk(choice["text"], count, tokens, None, logprobs, num_cached_tokens)
             if choice.get("finish_reason") in ("abort", "error"):
                 raise EngineStopped(f"vLLM gave up the answer ({choice['finish_reason']}): ask again.")
             if choice.get("finish_reason") is None:
@@ -68,7 +68,7 @@ async def chunks_of(
                 reason = FinishReason.LENGTH if choice["finish_reason"] == "length" else FinishReason.STOP
     if last is None:
         raise EngineStopped("vLLM ended an answer without a finish reason: ask again.")
-    yield Chunk(last.text, last.num_tokens, last.tokens, reason, last.logprobs, num_shared)
+    yield Chunk(last.text, last.num_tokens, last.tokens, reason, last.logprobs, num_cached_tokens)
 
 
 def _logprobs(

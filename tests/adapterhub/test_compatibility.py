@@ -13,7 +13,7 @@ from tiny_models import TINY_VOCABULARY, make_peft_adapter, make_tiny_base
 from adapterhub.adapter import Adapter, BaseRef, StoredBase
 from adapterhub.bases.loading import load_base
 from adapterhub.bases.store import fingerprint
-from adapterhub.compatibility import check_fit, check_vocabulary
+from adapterhub.compatibility import check_compatible, check_vocabulary
 from adapterhub.errors import (
     AdapterNoEffect,
     IncompatibleBase,
@@ -219,7 +219,7 @@ def test_a_whole_weight_that_is_no_matrix_is_told_with_its_shape() -> None:
     )
     check_vocabulary("x", tensors, {"lm_head": (64, 100)}, has_tokenizer=False)
     with pytest.raises(IncompatibleBase, match="to be 7, this base has 64 -> 100"):
-        check_fit("x", config, tensors, {"lm_head": (64, 100)})
+        check_compatible("x", config, tensors, {"lm_head": (64, 100)})
 
 
 MAGNITUDES: dict[tuple[int, ...], bool] = {

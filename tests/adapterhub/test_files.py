@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adapterhub.errors import StorageFull, UsageError
-from adapterhub.files import disk_full_is_said, expanded, new_folder, sha256_of, write_atomic
+from adapterhub.files import expanded, new_folder, raise_storage_full, sha256_of, write_atomic
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
@@ -34,12 +34,12 @@ def test_an_interrupted_folder_is_never_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_said_with_what_to_do(number: int, tmp_path: Path) -> None:
-    with pytest.raises(StorageFull, match="MB free.*ADAPTERHUB_HOME"), disk_full_is_said(tmp_path / "deep" / "x"):
+    with pytest.raises(StorageFull, match="MB free.*ADAPTERHUB_HOME"), raise_storage_full(tmp_path / "deep" / "x"):
         raise OSError(number, "no space")
 
 
 def test_other_errors_of_the_disk_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), disk_full_is_said(tmp_path):
+    with pytest.raises(PermissionError), raise_storage_full(tmp_path):
         raise PermissionError(errno.EACCES, "no")
 
 
@@ -47,7 +47,7 @@ def test_a_really_full_disk_leaves_nothing_half_written() -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
-    with pytest.raises(StorageFull), disk_full_is_said(full), full.open("wb", buffering=0) as file:
+    with pytest.raises(StorageFull), raise_storage_full(full), full.open("wb", buffering=0) as file:
         file.write(b"x")
 
 

@@ -90,7 +90,7 @@ class World:
         dist.all_reduce(said, op=dist.ReduceOp.MAX)
         return bool(said.item())
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         if self.size > 1:
             self.any(False)
 

@@ -23,16 +23,16 @@ def make_optimizer(
     parameters: Sequence[torch.nn.Parameter],
     train: TrainSection,
     *,
-    second_factors: Sequence[torch.nn.Parameter] = (),
+    lora_b_parameters: Sequence[torch.nn.Parameter] = (),
 ) -> tuple[torch.optim.Optimizer, Choice]:
     """The optimizer, and what was chosen with the reason. Paged ones exist on CUDA only: elsewhere unpaged.
 
-    `second_factors` are those of the parameters that LoRA+ trains faster (`set_rate`).
+    `lora_b_parameters` are those of the parameters that LoRA+ trains faster (`set_rate`).
     """
     bits: Any = 8 if train.optimizer.endswith("8bit") else 32
     is_paged = train.optimizer.startswith("paged")
     on_cuda = parameters[0].device.type == "cuda"
-    groups = _groups(parameters, train, second_factors)
+    groups = _groups(parameters, train, lora_b_parameters)
     reason = "as asked" if on_cuda or not is_paged else "as asked, but unpaged: paging needs CUDA"
     if bits == 32 and not (is_paged and on_cuda):
         chosen: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -53,14 +53,14 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def _groups(
-    parameters: Sequence[torch.nn.Parameter], train: TrainSection, second_factors: Sequence[torch.nn.Parameter]
+    parameters: Sequence[torch.nn.Parameter], train: TrainSection, lora_b_parameters: Sequence[torch.nn.Parameter]
 ) -> list[dict[str, Any]]:
-    if train.lora_plus_ratio == 1 or not second_factors:
+    if train.lora_plus_ratio == 1 or not lora_b_parameters:
         return [{"params": list(parameters)}]
-    faster = {id(parameter) for parameter in second_factors}
+    faster = {id(parameter) for parameter in lora_b_parameters}
     return [
         {"params": [parameter for parameter in parameters if id(parameter) not in faster]},
-        {"params": list(second_factors), "rate_ratio": train.lora_plus_ratio},
+        {"params": list(lora_b_parameters), "rate_ratio": train.lora_plus_ratio},
     ]
 
 

@@ -23,14 +23,14 @@ from train.loop.schedule import learning_rate_at, step_batches
 from train.loop.stopping import StopWish
 from train.model.lora import trainable
 from train.model.methods import load_trained, save_trained
-from train.objectives.base import Measured, Objective
+from train.objectives.base import EvalResult, Objective
 from train.objectives.sample_answers import FixedPrompts
 
 _ADAPTER = "adapter"
 """folder of a checkpoint that holds the adapter, which `pack` takes"""
 
 
-class Course:
+class TrainingLoop:
     """The steps of one run: what they work on, and how they are kept."""
 
     def __init__(
@@ -129,7 +129,7 @@ class Course:
             self._run.save_best(state.step, lambda folder: save_trained(self._model, folder, base=self._base.ref))
         return state.model_copy(update={"best_loss": measured.loss, "best_step": state.step, "num_worse": 0})
 
-    def result(self, state: State) -> Measured:
+    def result(self, state: State) -> EvalResult:
         """The final held-out figures, with the best weights back in the model when the recipe keeps those."""
         after = self._objective.measure(self._model)
         is_best = after.is_finite and (state.best_loss is None or after.loss <= state.best_loss)
@@ -187,13 +187,13 @@ def log_answers(run: RunFolder, step: int, answers: list[Answer]) -> None:
         run.log(RunSampled(step=step, answers=answers))
 
 
-def check_finite(run: RunFolder, what: str, measured: Measured) -> None:
+def check_finite(run: RunFolder, what: str, measured: EvalResult) -> None:
     """Raises TrainingFailed, with what to do, for a held-out loss of what was trained that is no number."""
     if not measured.is_finite:
         raise TrainingFailed(f"the held-out loss of {what} is {measured.loss}: {_advice(run)}")
 
 
-def check_bare(measured: Measured) -> None:
+def check_bare(measured: EvalResult) -> None:
     """Raises TrainingFailed when the base by itself gives no number: no rate has made it so."""
     if not measured.is_finite:
         raise TrainingFailed(f"the held-out loss of the bare base is {measured.loss}: set compute_dtype to float32.")

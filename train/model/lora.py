@@ -49,10 +49,10 @@ def add_lora(model: Any, lora: LoraSection) -> Any:
         # PEFT warns of merging where embedding and head are one; we merge nothing. EVA's A are small.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
-        return with_masters(get_peft_model(model, config))
+        return use_fp32_master_weights(get_peft_model(model, config))
 
 
-def with_masters(model: Any) -> Any:
+def use_fp32_master_weights(model: Any) -> Any:
     """The model with its trained matrices in fp32, and computing with them in the dtype of their input.
 
     PEFT turns the input of every adapted layer into fp32 and keeps that for the backward pass. Of a bf16 base the
@@ -81,7 +81,7 @@ def continue_lora(model: Any, start: Adapter, *, dropout: float) -> Any:
     """The model with a packed adapter's A and B on it, trainable (fp32)."""
     config = LoraConfig.from_pretrained(str(start.path))
     config.inference_mode, config.lora_dropout = False, dropout
-    return with_masters(PeftModel.from_pretrained(model, str(start.path), config=config, is_trainable=True))
+    return use_fp32_master_weights(PeftModel.from_pretrained(model, str(start.path), config=config, is_trainable=True))
 
 
 def lora_of(start: Adapter, *, dropout: float) -> LoraSection:
@@ -110,7 +110,7 @@ def trainable(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def second_factors(model: Any) -> list[torch.nn.Parameter]:
+def lora_b_parameters(model: Any) -> list[torch.nn.Parameter]:
     """B of every adapted layer, which LoRA+ trains at a rate of its own."""
     named = model.named_parameters()
     return [parameter for name, parameter in named if parameter.requires_grad and _SECOND.search(name)]
@@ -140,7 +140,7 @@ def save_lora(model: Any, folder: Path, *, base: BaseRef) -> None:
     write_atomic(folder / CONFIG_NAME, json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
 
-def last_name(model: Any, wanted: torch.nn.Module) -> str:
+def leaf_name(model: Any, wanted: torch.nn.Module) -> str:
     """The last part of a module's dotted name."""
     names: Iterator[str] = (name for name, module in model.named_modules() if module is wanted)
     return next(names).rpartition(".")[2]
@@ -158,8 +158,8 @@ def _targets(model: Any, lora: LoraSection) -> str | list[str]:
         "all-linear": layers,
         "attention": attention,
         "mlp": layers - attention,
-        "embeddings": {last_name(model, model.get_input_embeddings())},
-        "head": {last_name(model, head)},
+        "embeddings": {leaf_name(model, model.get_input_embeddings())},
+        "head": {leaf_name(model, head)},
     }
     wanted = [lora.targets] if isinstance(lora.targets, str) else lora.targets
     found = set().union(*(words.get(word, {word}) for word in wanted))

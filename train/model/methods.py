@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 
 from adapterhub.adapter import BaseRef
 from adapterhub.package.lora_config import NO_LAYERS
-from train.model.lora import add_lora, last_name, load_lora, save_lora, with_masters
+from train.model.lora import add_lora, leaf_name, load_lora, save_lora, use_fp32_master_weights
 from train.objectives.forward import bare_model
 from train.recipe import Recipe
 
 
-def put_on(model: Any, recipe: Recipe) -> Any:
+def attach(model: Any, recipe: Recipe) -> Any:
     """The model with what is to be trained, and nothing else, taking gradients. Raises RecipeError."""
     if recipe.method == "lora":
         found = add_lora(model, recipe.lora)
     elif recipe.method == "head":
         # PEFT's way to train a module whole, with no low-rank layer beside it.
-        found = with_masters(get_peft_model(model, _head_config(model)))
+        found = use_fp32_master_weights(get_peft_model(model, _head_config(model)))
     elif recipe.method == "full":
         found = model.requires_grad_(True)
     elif recipe.method == "prompt":
@@ -38,10 +38,10 @@ def put_on(model: Any, recipe: Recipe) -> Any:
         found = get_peft_model(
             model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=recipe.virtual_tokens)
         )
-    return with_options(found, recipe)
+    return configure_forward(found, recipe)
 
 
-def with_options(model: Any, recipe: Recipe) -> Any:
+def configure_forward(model: Any, recipe: Recipe) -> Any:
     """The model with what [train] asks of its forward pass."""
     inner = bare_model(model)
     inner.get_input_embeddings().neftune_noise_alpha = recipe.train.neftune_alpha
@@ -50,7 +50,7 @@ def with_options(model: Any, recipe: Recipe) -> Any:
     return model
 
 
-def without_change(model: Any) -> AbstractContextManager[None]:
+def adapter_disabled(model: Any) -> AbstractContextManager[None]:
     """While it lasts, the model is the base. Of a model trained whole: as it is, so before the first step only."""
     return model.disable_adapter() if isinstance(model, PeftModel) else _as_it_is()
 
@@ -76,7 +76,7 @@ def load_trained(model: Any, folder: Path) -> None:
 
 
 def _head_config(model: Any) -> LoraConfig:
-    name = last_name(model, model.get_output_embeddings())
+    name = leaf_name(model, model.get_output_embeddings())
     return LoraConfig(task_type="CAUSAL_LM", r=1, lora_alpha=1, target_modules=NO_LAYERS, modules_to_save=[name])
 
 

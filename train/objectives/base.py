@@ -13,7 +13,7 @@ from train.data.tokenization import Sample, TokenData
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvalResult:
     """What a model makes of what was held out."""
 
     loss: float
@@ -67,13 +67,13 @@ class Objective(Protocol):
     def samples_at(self, place: int) -> Sequence[Sample]:
         """What the model sees of one training sample: one text, or a pair."""
 
-    def refer_to(self, model: Any) -> None:
+    def set_reference(self, model: Any) -> None:
         """Called once, with the model as training starts from it."""
 
     def backward(self, model: Any, batches: Sequence[Sequence[int]]) -> float:
         """Gradients of the mean loss over all batches together, which is returned."""
 
-    def measure(self, model: Any) -> Measured: ...
+    def measure(self, model: Any) -> EvalResult: ...
 
-    def evaluations(self, *, base: Measured, before: Measured, after: Measured) -> list[Evaluation]:
+    def evaluations(self, *, base: EvalResult, before: EvalResult, after: EvalResult) -> list[Evaluation]:
         """In the record's words: the bare base, what training started from, and the result."""

@@ -11,7 +11,7 @@ import torch
 from adapterhub.package.manifest import Evaluation, Preference
 from train.data.preferences import Comparisons, Labelled, Pair
 from train.data.tokenization import Sample
-from train.objectives.base import Measured, Objective
+from train.objectives.base import EvalResult, Objective
 from train.objectives.evaluation import log_likelihoods, measuring, rows_to_measure
 from train.objectives.losses import dpo_loss, kto_drift, kto_loss, orpo_loss
 from train.recipe import PreferenceSection
@@ -49,7 +49,7 @@ class _Compared(Objective):
     def samples_at(self, place: int) -> Sequence[Sample]:
         return self._data.train[place].samples
 
-    def evaluations(self, *, base: Measured, before: Measured, after: Measured) -> list[Evaluation]:
+    def evaluations(self, *, base: EvalResult, before: EvalResult, after: EvalResult) -> list[Evaluation]:
         if not after.tokens or before.accuracy is None or after.accuracy is None:
             return []
         preference = Preference(
@@ -79,7 +79,7 @@ class Pairs(_Compared):
         self._held_out = [pair for pair in data.held_out if isinstance(pair, Pair)]
         super().__init__(data, section, num_held_out_pairs=len(self._held_out))
 
-    def refer_to(self, model: Any) -> None:
+    def set_reference(self, model: Any) -> None:
         if self._section.method == "dpo":
             self._reference = _all_log_likelihoods(
                 model, [s for p in (*self._train, *self._held_out) for s in p.samples]
@@ -96,16 +96,16 @@ class Pairs(_Compared):
             total += loss.item()
         return total
 
-    def measure(self, model: Any) -> Measured:
+    def measure(self, model: Any) -> EvalResult:
         """The chosen reply must be the likelier one per token, so that length alone decides nothing."""
         if not self._held_out:
-            return Measured(0.0, 0.0, 0)
+            return EvalResult(0.0, 0.0, 0)
         samples = _side_by_side(self._held_out)
         found = _all_log_likelihoods(model, samples)
         values = torch.tensor([found[sample] for sample in samples])
         chosen, rejected = _per_token(values, samples).chunk(2)
         tokens = sum(pair.chosen.num_trained for pair in self._held_out)
-        return Measured(
+        return EvalResult(
             loss=float(self._losses(self._held_out, values).mean()),
             nats_per_token=-float(values[: len(self._held_out)].sum()) / tokens,
             tokens=tokens,
@@ -131,7 +131,7 @@ class Labels(_Compared):
         self._groups = _groups_of(self._held_out)
         super().__init__(data, section, num_held_out_pairs=_num_pairs(self._groups))
 
-    def refer_to(self, model: Any) -> None:
+    def set_reference(self, model: Any) -> None:
         own = [item.sample for item in (*self._train, *self._held_out)]
         self._reference = _all_log_likelihoods(model, [*own, *self._mismatched, *self._mismatched_held_out])
 
@@ -147,17 +147,17 @@ class Labels(_Compared):
             total += loss.item()
         return total
 
-    def measure(self, model: Any) -> Measured:
+    def measure(self, model: Any) -> EvalResult:
         """Accuracy compares replies to the same prompt, and where no prompt has both kinds, all with all."""
         desirable = [item.sample for item in self._held_out if item.is_desirable]
         if not self._num_held_out_pairs:
-            return Measured(0.0, 0.0, 0)
+            return EvalResult(0.0, 0.0, 0)
         found = _all_log_likelihoods(model, [item.sample for item in self._held_out])
         values = torch.tensor([found[item.sample] for item in self._held_out])
         drift = self._drift(model, self._mismatched_held_out)
         tokens = sum(sample.num_trained for sample in desirable)
         per_token = {sample: value / sample.num_trained for sample, value in found.items()}
-        return Measured(
+        return EvalResult(
             loss=float(self._losses(self._held_out, values, drift).mean()),
             nats_per_token=-sum(found[sample] for sample in desirable) / tokens,
             tokens=tokens,

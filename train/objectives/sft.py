@@ -8,11 +8,11 @@ from typing import Any
 from adapterhub.package.manifest import Evaluation
 from train.data.packing import pack
 from train.data.tokenization import Sample, TokenData
-from train.objectives.base import Measured, Objective
+from train.objectives.base import EvalResult, Objective
 from train.objectives.evaluation import held_out_loss, row_loss
 
 
-class Answers(Objective):
+class SftObjective(Objective):
     """The mean negative log-likelihood of the trained tokens."""
 
     _data: TokenData
@@ -37,7 +37,7 @@ class Answers(Objective):
     def samples_at(self, place: int) -> Sequence[Sample]:
         return (self._data.train[place],)
 
-    def refer_to(self, model: Any) -> None:
+    def set_reference(self, model: Any) -> None:
         pass
 
     def backward(self, model: Any, batches: Sequence[Sequence[int]]) -> float:
@@ -51,11 +51,11 @@ class Answers(Objective):
             total += loss.item()
         return total
 
-    def measure(self, model: Any) -> Measured:
+    def measure(self, model: Any) -> EvalResult:
         loss, tokens = held_out_loss(model, self._data.held_out)
-        return Measured(loss, loss, tokens)
+        return EvalResult(loss, loss, tokens)
 
-    def evaluations(self, *, base: Measured, before: Measured, after: Measured) -> list[Evaluation]:
+    def evaluations(self, *, base: EvalResult, before: EvalResult, after: EvalResult) -> list[Evaluation]:
         if not after.tokens:
             return []
         name = f"{self._data.name}, {len(self._data.held_out)} held-out questions"

@@ -23,7 +23,7 @@ from train.distributed.world import current_world
 from train.inputs import load_inputs, with_lora_of
 from train.loop.schedule import step_batches
 from train.model.lora import trainable
-from train.model.methods import put_on
+from train.model.methods import attach
 from train.objectives.base import Objective
 from train.objectives.mask_report import MaskReport, mask_report
 from train.planning.preflight import HubAccess, disk_needed, disk_problems, free_bytes, hub_access, memory_problems
@@ -216,7 +216,7 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
     head = model.get_output_embeddings()
     layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
     linear = sum(layer.weight.numel() for layer in layers)
-    adapted = put_on(model, recipe)
+    adapted = attach(model, recipe)
     return _MetaModel(
         adapted=adapted,
         shape=shape,

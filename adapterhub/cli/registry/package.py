@@ -123,7 +123,7 @@ def inspect(
     signer = signer_hint(found.adapter)
     if as_json:
         facts = {"digest": found.adapter.digest, "parameters": found.parameters, "path": str(found.adapter.path)}
-        standing = {"names": names, "signed_by": signer, "proof_passed_here": kept.has_proof(found.adapter)}
+        standing = {"names": names, "signed_by": signer, "probe_passed": kept.has_proof(found.adapter)}
         typer.echo(json.dumps({**facts, **standing, **manifest.model_dump(mode="json")}, indent=1))
         return
     passed = ", passed here" if kept.has_proof(found.adapter) else ""

@@ -41,14 +41,14 @@ def export(
     store: Store = None,
 ) -> None:
     """Write feedback as training data."""
-    from adapterhub.feedback.export import exported, write_lines
+    from adapterhub.feedback.export import exported, to_jsonl
     from adapterhub.files import write_atomic
 
     lines = exported((given for _, given in open_store(store).of()), form.value)
     if output is None:
-        typer.echo(write_lines(lines), nl=False)
+        typer.echo(to_jsonl(lines), nl=False)
     else:
-        write_atomic(output, write_lines(lines))
+        write_atomic(output, to_jsonl(lines))
         say(f"{len(lines)} lines written to {output}")
 
 

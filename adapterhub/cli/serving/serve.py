@@ -94,9 +94,7 @@ def serve(
 
     import torch
 
-    from serve.api.body import HttpLimits
-    from serve.local_engine.engine import LocalEngineConfig
-    from serve.local_engine.scheduler import SchedulerLimits
+    from serve.config import HttpLimits, LocalEngineConfig, SchedulerLimits
     from serve.server import run_server
 
     if threads is not None:
@@ -110,7 +108,7 @@ def serve(
         max_lora_bytes=None if lora_memory_mb is None else lora_memory_mb << 20,
         weights=weights,
         pinned=frozenset(pin or ()),
-        replays_proofs=probe,
+        replay_probe=probe,
         dtype=dtype,
         device=device,
         has_page=page,

@@ -43,7 +43,7 @@ def feedback_exported(
 
 def _export(recipe: Recipe, data: FeedbackData, place: Path) -> None:
     from adapterhub.errors import UsageError
-    from adapterhub.feedback.export import exported, write_lines
+    from adapterhub.feedback.export import exported, to_jsonl
     from adapterhub.feedback.store import ExportFormat
     from adapterhub.files import expanded, write_atomic
 
@@ -55,7 +55,7 @@ def _export(recipe: Recipe, data: FeedbackData, place: Path) -> None:
         wanted = "to learn" if method is None else "to compare"
         raise UsageError(f"the feedback holds nothing {wanted} yet: votes with a winner and corrections do.")
     say(f"{len(lines)} {'answers' if method is None else 'comparisons'} from feedback")
-    write_atomic(place.with_name(f"{place.name}.jsonl"), write_lines(lines))
+    write_atomic(place.with_name(f"{place.name}.jsonl"), to_jsonl(lines))
     write_atomic(place.with_name(f"{place.name}.toml"), _reading(recipe, data, f"{place.name}.jsonl").to_toml())
 
 

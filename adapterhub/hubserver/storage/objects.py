@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from adapterhub.files import disk_full_is_said, sha256_of, write_atomic
+from adapterhub.files import raise_storage_full, sha256_of, write_atomic
 from adapterhub.hubserver.errors import StoreBusy, TooLarge, UploadEnded, UploadMismatch
 from adapterhub.hubserver.storage.git_ids import blob_id
 
@@ -31,13 +31,13 @@ class Spool:
         self.size_bytes += len(piece)
         if self.size_bytes > self._max:
             raise TooLarge(f"the body is larger than the {self._max} bytes announced or allowed.")
-        with disk_full_is_said(self._part):
+        with raise_storage_full(self._part):
             self.file.write(piece)
 
     def keep(self) -> None:
         """Make it visible under its name."""
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        with disk_full_is_said(self._part):
+        with raise_storage_full(self._part):
             self.file.flush()
             os.fsync(self.file.fileno())
         self._part.replace(self._target)
@@ -109,7 +109,7 @@ class PartWriter:
         self._at += len(piece)
         if self._at > self._end:
             raise TooLarge("the part is larger than announced.")
-        with disk_full_is_said(self._path):
+        with raise_storage_full(self._path):
             while piece:
                 piece = piece[self._file.write(piece) :]
 

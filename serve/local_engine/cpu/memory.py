@@ -33,7 +33,7 @@ def zeros(size: Sequence[int], dtype: torch.dtype, *, huge_pages: bool = False) 
     return torch.frombuffer(block, dtype=dtype).view(*size)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return to the system what was freed between things still in use, as far as the C library can.
 
     Loading a base of 135 million parameters leaves some 300 MB of that with glibc.

@@ -21,7 +21,8 @@ from adapterhub.probe import replay as verify
 from serve.adapters.probe import replay
 from serve.api.prompts import PromptRenderer
 from serve.api.schemas import ChatRequest
-from serve.local_engine.engine import LocalEngine, LocalEngineConfig
+from serve.config import LocalEngineConfig
+from serve.local_engine.engine import LocalEngine
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from adapterhub.errors import UsageError
 from serve.api.access import ACCESS, Right
 from serve.api.app import create_app
 from serve.api.auth import ApiKeys
-from serve.api.body import HttpLimits
+from serve.config import HttpLimits
 from serve.training.runs import TrainingRuns
 from serve.ui.app import mount_page
 

@@ -140,7 +140,7 @@ def test_cached_tokens_are_those_of_the_first_choice_streamed_or_not(tmp_path: P
     """What the others share may be what the first one has just computed."""
 
     async def test(b: Bench) -> None:
-        b.engine.num_shared = {0: 3, 1: 64}
+        b.engine.num_cached_tokens = {0: 3, 1: 64}
         whole = (await b.chat(n=2)).json()
         streamed = (await b.chat(n=2, stream=True, stream_options={"include_usage": True})).text
         for usage in (whole["usage"], json.loads(streamed.split("\n\n")[-3][6:])["usage"]):

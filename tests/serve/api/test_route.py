@@ -20,9 +20,10 @@ from serve.adapters.catalog import Catalog
 from serve.api import body as bodies
 from serve.api import unread_body
 from serve.api.auth import ApiKeys
-from serve.api.body import LARGE_BODY, HttpLimits
+from serve.api.body import LARGE_BODY
 from serve.api.prompts import PromptRenderer
 from serve.api.token_length import TokenBound
+from serve.config import HttpLimits
 
 KEYS = ApiKeys(asking=("ask",), admin=("rule",))
 MIB = 1 << 20

@@ -30,10 +30,9 @@ from tiny_models import TINY_VOCABULARY, make_peft_adapter
 from adapterhub.adapter import Adapter, BaseRef, StoredBase
 from adapterhub.bases.loading import load_base
 from adapterhub.choice import Choice
+from serve.config import LocalEngineConfig, SchedulerLimits
 from serve.engine import AdapterScale, Chunk, FinishReason, GenerationRequest
 from serve.local_engine import model_runner
-from serve.local_engine.engine import LocalEngineConfig
-from serve.local_engine.scheduler import SchedulerLimits
 
 # PEFT, of adapters on an embedding that is tied to the head: what it warns of is merging, not serving.
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
@@ -200,7 +199,7 @@ def test_a_repeated_prompt_is_shared_and_answered_with_the_same_bits(
                 return await ask(engine, GenerationRequest(digest, PROMPTS[4], sampling, (AdapterScale(digest),)))
 
             first, again, others = [await one(d) for d in (adapters["dora"].digest,) * 2 + (twin.digest,)]
-            assert [chunks[0].num_shared for chunks in (first, again, others)] == [0, 28, 0]
+            assert [chunks[0].num_cached_tokens for chunks in (first, again, others)] == [0, 28, 0]
             assert tokens_of(first) == tokens_of(again) == tokens_of(others)
             if any(choice.value == "fused" for choice in engine.choices):
                 assert [chunk.logprobs for chunk in first] == [chunk.logprobs for chunk in again]

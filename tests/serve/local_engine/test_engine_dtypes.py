@@ -22,11 +22,10 @@ from tiny_models import TINY_VOCABULARY, make_peft_adapter
 from adapterhub.adapter import Adapter, BaseRef, StoredBase
 from adapterhub.choice import Choice
 from adapterhub.package.lora_config import WEIGHTS_NAME
+from serve.config import LocalEngineConfig, SchedulerLimits
 from serve.engine import AdapterScale, GenerationRequest
 from serve.local_engine import engine as local_engine
 from serve.local_engine import model_runner
-from serve.local_engine.engine import LocalEngineConfig
-from serve.local_engine.scheduler import SchedulerLimits
 
 TOLERANCES = {"bfloat16": 0.3, "float16": 0.1, "float32": 1e-3}
 """of a log-probability: as far as two kernels of one dtype lie apart, which round at different places (found: 0.16,

@@ -37,9 +37,10 @@ from serve.api.auth import ApiKeys
 from serve.api.metrics import Metrics
 from serve.api.prompts import PromptRenderer
 from serve.api.services import Services
+from serve.config import LocalEngineConfig, SchedulerLimits
 from serve.engine import AdapterScale, GenerationRequest
-from serve.local_engine.engine import LocalEngine, LocalEngineConfig
-from serve.local_engine.scheduler import Batch, SchedulerLimits
+from serve.local_engine.engine import LocalEngine
+from serve.local_engine.scheduler import Batch
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from serve.config import SchedulerLimits
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from serve.local_engine.fairness import BASE, FairShare, group_of
-from serve.local_engine.scheduler import BlockPool, Scheduler, SchedulerLimits, Sequence
+from serve.local_engine.scheduler import BlockPool, Scheduler, Sequence
 
 Mix = tuple[tuple[str, float], ...]
 

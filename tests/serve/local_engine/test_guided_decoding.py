@@ -25,11 +25,11 @@ from adapterhub.errors import ConstraintFailed, RequestFailed, ServerBusy, Usage
 from adapterhub.registry.registry import Registry
 from serve.api.request_limits import MAX_CONSTRAINT_LENGTH
 from serve.api.schemas import ChatRequest
-from serve.config import ServeConfig
+from serve.config import LocalEngineConfig, ServeConfig
 from serve.engine import Chunk, Constraint, FinishReason, GenerationRequest, SamplingParams
 from serve.engine_choice import start_engine
 from serve.local_engine import guided_decoding as constrained
-from serve.local_engine.engine import LocalEngine, LocalEngineConfig
+from serve.local_engine.engine import LocalEngine
 from serve.local_engine.guided_decoding import Constraints
 
 PROMPT = (5, 6, 7)

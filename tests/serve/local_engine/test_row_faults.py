@@ -31,16 +31,17 @@ from serve.api.completions import _merged
 from serve.api.metrics import Metrics
 from serve.api.prompts import PromptRenderer
 from serve.api.services import Services
+from serve.config import LocalEngineConfig, SchedulerLimits
 from serve.engine import AdapterScale, Chunk, Constraint, GenerationRequest, SamplingParams
 from serve.local_engine import model_runner
 from serve.local_engine.attention import PagedStep, _Prefill
 from serve.local_engine.detokenizer import TextStream
-from serve.local_engine.engine import LocalEngine, LocalEngineConfig
+from serve.local_engine.engine import LocalEngine
 from serve.local_engine.guided_decoding import Matcher
 from serve.local_engine.lora_layers import AdapterBank
 from serve.local_engine.running_answer import RunningAnswer
 from serve.local_engine.sampling import Sampler
-from serve.local_engine.scheduler import Batch, SchedulerLimits
+from serve.local_engine.scheduler import Batch
 
 NEIGHBOURS = (0, 2, 4)
 """prompts, of unlike lengths"""

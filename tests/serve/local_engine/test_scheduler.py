@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve.config import SchedulerLimits
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
-from serve.local_engine.scheduler import Batch, BlockPool, Scheduler, SchedulerLimits, Sequence
+from serve.local_engine.scheduler import Batch, BlockPool, Scheduler, Sequence
 
 
 def _sequence(
@@ -202,7 +203,7 @@ def test_a_known_prefix_is_not_computed_again_and_the_last_token_always_is() -> 
     batch = _step(scheduler)
     assert batch is not None
     assert [(p.start, p.num_tokens) for p in batch.pieces if p.sequence is again] == [(8, 4)]
-    assert again.num_shared == 8
+    assert again.num_cached_tokens == 8
     assert again.blocks[:2] == first.blocks[:2]
     assert again.blocks[2] != first.blocks[2]
 
@@ -215,7 +216,7 @@ def test_a_prefix_of_other_adapters_or_scales_is_not_shared(other: AdapterScale 
     mine = Sequence.of(GenerationRequest("mine", tuple(range(12)), adapters=(other,) if other else ()))
     scheduler.add(mine)
     _step(scheduler)
-    assert mine.num_shared == 0
+    assert mine.num_cached_tokens == 0
 
 
 def test_a_prefix_outlives_its_request_until_the_room_is_needed() -> None:
@@ -228,7 +229,7 @@ def test_a_prefix_outlives_its_request_until_the_room_is_needed() -> None:
     again = _sequence("again", prompt=12, first=0)
     scheduler.add(again)
     _step(scheduler)
-    assert again.num_shared == 8
+    assert again.num_cached_tokens == 8
     scheduler.remove(again)
     large = Sequence.of(GenerationRequest("large", tuple(range(100, 130))))
     scheduler.add(large)
@@ -237,7 +238,7 @@ def test_a_prefix_outlives_its_request_until_the_room_is_needed() -> None:
     last = _sequence("last", prompt=12, first=0)
     scheduler.add(last)
     _step(scheduler)
-    assert last.num_shared == 0
+    assert last.num_cached_tokens == 0
 
 
 @settings(max_examples=300, deadline=None)

@@ -17,8 +17,8 @@ from adapterhub.adapter import AdapterRef, StoredBase
 from adapterhub.errors import AdapterNotFound, Conflict, ServerBusy, SignatureInvalid, UsageError
 from adapterhub.feedback.improvement import Improvement
 from adapterhub.package.layout import open_adapter
-from serve.training import candidates as workshop
-from serve.training.candidates import Workshop
+from serve.training import candidates
+from serve.training.candidates import CandidatePipeline
 from serve.training.runs import TrainingRun, TrainingRuns
 
 
@@ -42,7 +42,9 @@ class FinishedRuns:
         pass
 
 
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test: Callable[[Bench, Workshop], Awaitable[None]]) -> None:
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test: Callable[[Bench, CandidatePipeline], Awaitable[None]]
+) -> None:
     async def whole() -> None:
         async with bench(tmp_path) as b:
             catalog, feedback = b.services.catalog, b.services.feedback
@@ -52,15 +54,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test: Callable[[Bench, 
             def bases() -> list[tuple[str, StoredBase]]:
                 return [("tiny", catalog.base)]
 
-            monkeypatch.setattr(workshop, "list_bases", bases)
+            monkeypatch.setattr(candidates, "list_bases", bases)
             runs = cast("TrainingRuns", FinishedRuns(tmp_path / "training"))
-            await test(b, Workshop(runs, feedback, b.registry, catalog))
+            await test(b, CandidatePipeline(runs, feedback, b.registry, catalog))
 
     asyncio.run(whole())
 
 
 def test_adapter_served_from_a_folder_is_improved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(b: Bench, w: Workshop) -> None:
+    async def test(b: Bench, w: CandidatePipeline) -> None:
         folder = write_package(tmp_path / "elsewhere", name="elsewhere", seed=5)
         await b.services.catalog.load("visitor", AdapterRef(folder=folder))
         begun = await w.improve("visitor", Improvement())
@@ -71,7 +73,7 @@ def test_adapter_served_from_a_folder_is_improved(tmp_path: Path, monkeypatch: p
 
 
 def test_improving_one_whose_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(b: Bench, w: Workshop) -> None:
+    async def test(b: Bench, w: CandidatePipeline) -> None:
         folder = write_package(tmp_path / "elsewhere", name="elsewhere", seed=5)
         await b.services.catalog.load("visitor", AdapterRef(folder=folder))
         shutil.rmtree(folder)
@@ -82,7 +84,7 @@ def test_improving_one_whose_folder_is_gone(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_path_on_the_server_s_disk_is_not_improved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(b: Bench, w: Workshop) -> None:
+    async def test(b: Bench, w: CandidatePipeline) -> None:
         with pytest.raises(UsageError, match="clients may not choose"):
             await w.improve(str(tmp_path / "spare"), Improvement())
 
@@ -90,7 +92,7 @@ def test_path_on_the_server_s_disk_is_not_improved(tmp_path: Path, monkeypatch: 
 
 
 def test_promoting_keeps_the_pin_the_share_and_who_did_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(b: Bench, w: Workshop) -> None:
+    async def test(b: Bench, w: CandidatePipeline) -> None:
         await b.services.catalog.load("favourite", AdapterRef.parse("spare"), weight=3.0, is_pinned=True)
         begun = await w.improve("favourite", Improvement())
         pinned: list[str] = []
@@ -123,7 +125,7 @@ async def _refused(b: Bench, act: Awaitable[str], match: str, kind: type[Excepti
 
 @pytest.mark.parametrize("act", ["publish", "promote"])
 def test_unsigned_result_where_all_is_to_be_signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
-    async def test(b: Bench, w: Workshop) -> None:
+    async def test(b: Bench, w: CandidatePipeline) -> None:
         begun = await w.improve("captain", Improvement())
         (b.registry.root / "policy.toml").write_text('[[trust]]\nnames = "*"\nkeys = []\n')
         await _refused(b, getattr(w, act)(begun.id), "sign", SignatureInvalid)
@@ -133,7 +135,7 @@ def test_unsigned_result_where_all_is_to_be_signed(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("act", ["publish", "promote"])
 def test_result_for_which_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
-    async def test(b: Bench, w: Workshop) -> None:
+    async def test(b: Bench, w: CandidatePipeline) -> None:
         begun = await w.improve("captain", Improvement())
         b.services.engine.load_error = ServerBusy("all are pinned")
         await _refused(b, getattr(w, act)(begun.id), "pinned", ServerBusy)
@@ -142,7 +144,7 @@ def test_result_for_which_there_is_no_room(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_promoting_for_a_name_that_leads_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(b: Bench, w: Workshop) -> None:
+    async def test(b: Bench, w: CandidatePipeline) -> None:
         visitor = write_package(tmp_path / "elsewhere", name="captain", seed=5)
         await b.services.catalog.load("visitor", AdapterRef(folder=visitor))
         begun = await w.improve("visitor", Improvement())
@@ -152,7 +154,7 @@ def test_promoting_for_a_name_that_leads_elsewhere(tmp_path: Path, monkeypatch: 
 
 
 def test_promoting_for_a_name_that_moved_during_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(b: Bench, w: Workshop) -> None:
+    async def test(b: Bench, w: CandidatePipeline) -> None:
         begun = await w.improve("captain", Improvement())
         b.registry.add(open_adapter(write_package(tmp_path / "v2", name="captain", seed=6)))
         await _refused(b, w.promote(begun.id), "captain leads to", Conflict)
@@ -161,7 +163,7 @@ def test_promoting_for_a_name_that_moved_during_the_run(tmp_path: Path, monkeypa
 
 
 def test_promoting_twice_moves_the_name_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(b: Bench, w: Workshop) -> None:
+    async def test(b: Bench, w: CandidatePipeline) -> None:
         begun = await w.improve("captain", Improvement())
         assert [await w.promote(begun.id), await w.promote(begun.id)] == ["captain", "captain"]
         assert [move.act for move in b.registry.history("captain")] == ["add", "add"]

@@ -58,7 +58,7 @@ def test_answers_are_those_of_the_adapter_asked_for(
             assert tokens_of(chunks) == expected(packed) != expected(None)
             assert [c.finish_reason for c in chunks] == [None, None, None, FinishReason.LENGTH]
             assert chunks[-1].num_tokens == 4
-            assert chunks[-1].num_shared == 3
+            assert chunks[-1].num_cached_tokens == 3
             first = chunks[0].logprobs[0]
             assert first.token == expected(packed)[0]
             assert first.text == f"<{first.token}>"

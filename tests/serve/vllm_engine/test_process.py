@@ -270,7 +270,7 @@ def test_what_killed_servers_left_goes_at_the_next_start(tmp_path: Path) -> None
     gone.wait()
     for number in (gone.pid, os.getpid()):
         (tmp_path / str(number) / "adapters").mkdir(parents=True)
-    engines._forget_the_dead(tmp_path)
+    engines._remove_stale_dirs(tmp_path)
     assert [folder.name for folder in tmp_path.iterdir()] == [str(os.getpid())]
 
 

@@ -22,16 +22,16 @@ from adapterhub.errors import AdapterUnsupported, TrainingStopped, UsageError
 from adapterhub.files import sha256_of
 from adapterhub.pack import pack as pack_folder
 from adapterhub.package.run_record import LOG_NAME, RunStep, read_run_events, read_run_record
+from serve.config import LocalEngineConfig
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
-from serve.local_engine.engine import LocalEngineConfig
 from train import trainer
 from train.data.packing import pack
 from train.data.tokenization import Sample
 from train.loop.optimizer import make_optimizer, set_rate
 from train.loop.progress import Silent
 from train.loop.run_folder import run_path
-from train.model.lora import add_lora, second_factors, trainable
-from train.model.methods import put_on, without_change
+from train.model.lora import add_lora, lora_b_parameters, trainable
+from train.model.methods import adapter_disabled, attach
 from train.objectives.forward import token_losses
 from train.recipe import LoraSection, Recipe, TrainSection
 from train.trainer import resume
@@ -65,10 +65,10 @@ def trained(recipe: Recipe, base: StoredBase, output: Path, monkeypatch: pytest.
     kept: list[Any] = []
 
     def put(*args: Any) -> Any:
-        kept.append(put_on(*args))
+        kept.append(attach(*args))
         return kept[0]
 
-    monkeypatch.setattr(trainer, "put_on", put)
+    monkeypatch.setattr(trainer, "attach", put)
     run(recipe, base, output)
     return kept[0].eval()
 
@@ -157,7 +157,7 @@ def test_rows_behind_a_soft_prompt_have_the_losses_peft_computes(
     method: str, tmp_path: Path, tiny_base: StoredBase
 ) -> None:
     torch.manual_seed(0)
-    model = put_on(plain(tiny_base).model, recipe_of(tmp_path, method=method))
+    model = attach(plain(tiny_base).model, recipe_of(tmp_path, method=method))
     texts = [(1, 2, 3, *prompt) for prompt in PROMPTS[:3]]
     samples = [Sample(text, (False,) * 4 + (True,) * (len(text) - 4)) for text in texts]
     ours = token_losses(model, pack(samples, device=CPU, dtype=torch.float32))
@@ -173,7 +173,7 @@ def test_rows_behind_a_soft_prompt_have_the_losses_peft_computes(
     (own,) = trainable(model)
     found, wanted = (torch.autograd.grad(loss, own)[0] for loss in (ours.sum(), theirs))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
-    with without_change(model):
+    with adapter_disabled(model):
         bare = token_losses(model, pack(samples, device=CPU, dtype=torch.float32))
     assert not torch.allclose(bare, ours)
 
@@ -233,7 +233,7 @@ def test_words_for_targets_name_layers(targets: Any, names: set[str], tiny_base:
 def test_lora_plus_gives_the_rates_peft_gives(tiny_base: StoredBase) -> None:
     model = add_lora(plain(tiny_base).model, LoraSection(rank=2))
     train = TrainSection(steps=1, lora_plus_ratio=16.0)
-    ours, _ = make_optimizer(trainable(model), train, second_factors=second_factors(model))
+    ours, _ = make_optimizer(trainable(model), train, lora_b_parameters=lora_b_parameters(model))
     set_rate(ours, 1e-3)
     theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
 
@@ -271,7 +271,7 @@ def test_gradients_are_shortened_to_the_longest_allowed(tmp_path: Path, tiny_bas
 
 
 def test_neftune_noise_fits_each_samples_length(tmp_path: Path, tiny_base: StoredBase) -> None:
-    model = put_on(plain(tiny_base).model, recipe_of(tmp_path, train={"neftune_alpha": 5.0}))
+    model = attach(plain(tiny_base).model, recipe_of(tmp_path, train={"neftune_alpha": 5.0}))
     seen: list[torch.Tensor] = []
     model.get_decoder().layers[0].register_forward_pre_hook(lambda m, x: seen.append(x[0][0]))
     short, long = (Sample(tuple(range(1, size + 1)), (False,) * (size - 1) + (True,)) for size in (8, 50))
@@ -300,7 +300,7 @@ def test_checkpointing_changes_no_byte(dtype: str, method: str, tmp_path: Path, 
 def test_a_bf16_base_stays_bf16_and_what_is_trained_is_fp32(tmp_path: Path, tiny_base: StoredBase) -> None:
     """PEFT's `prepare_model_for_kbit_training` would turn embedding, head and norms into fp32."""
     loaded = load_base(tiny_base, purpose="train", dtype="bfloat16")
-    model = put_on(loaded.model, recipe_of(tmp_path)).train()
+    model = attach(loaded.model, recipe_of(tmp_path)).train()
     sizes = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
     assert sizes == {torch.uint8, torch.bfloat16}
     sample = Sample((1, *PROMPTS[2]), (False, *(True for _ in PROMPTS[2])))

@@ -21,11 +21,11 @@ from train.data.preferences import Comparisons, Labelled, Pair
 from train.data.sources import read_chatterbot
 from train.data.tokenization import Sample
 from train.loop.progress import Silent
-from train.objectives.base import Measured
+from train.objectives.base import EvalResult
 from train.objectives.evaluation import log_likelihoods
 from train.objectives.losses import dpo_loss, kto_loss, orpo_loss
 from train.objectives.preference import _groups_of, _mismatched, _num_pairs, _share_told_apart, preference_objective
-from train.objectives.sft import Answers
+from train.objectives.sft import SftObjective
 from train.recipe import PreferenceMethod, PreferenceSection, read_recipe
 from train.trainer import fit
 
@@ -79,7 +79,7 @@ def test_replies_in_one_row_have_the_likelihoods_they_have_alone(models: tuple[A
 def test_a_step_of_dpo_is_that_of_pairs_one_by_one(models: tuple[Any, Any], batches: list[list[int]]) -> None:
     policy, reference = models
     objective = preference_objective(Comparisons("x", PAIRS, (), ()), PreferenceSection(method="dpo", beta=0.3))
-    objective.refer_to(reference)
+    objective.set_reference(reference)
     loss = objective.backward(policy, batches)
     found = gradients(policy)
 
@@ -94,7 +94,7 @@ def test_a_step_of_dpo_is_that_of_pairs_one_by_one(models: tuple[Any, Any], batc
 def test_a_step_of_orpo_is_that_of_pairs_one_by_one(models: tuple[Any, Any], batches: list[list[int]]) -> None:
     policy, _ = models
     objective = preference_objective(Comparisons("x", PAIRS, (), ()), PreferenceSection(method="orpo", beta=0.3))
-    objective.refer_to(policy)
+    objective.set_reference(policy)
     loss = objective.backward(policy, batches)
     found = gradients(policy)
 
@@ -117,7 +117,7 @@ def test_a_step_of_kto_is_that_of_replies_one_by_one(models: tuple[Any, Any], ba
     mismatched = [sample(1, 2, 3, 8, 9, trained=2), sample(1, 7, 11, trained=1), sample(1, 2, 3, 8, 9, trained=2)]
     section = PreferenceSection(method="kto", beta=0.3, desirable_weight=2.0)
     objective = preference_objective(Comparisons("x", replies, (), ()), section)
-    objective.refer_to(reference)
+    objective.set_reference(reference)
     loss = objective.backward(policy, batches)
     found = gradients(policy)
 
@@ -223,13 +223,13 @@ def test_plain_answers_are_measured_from_the_bare_base_alone(
     recipe = make_recipe(tmp_path, train={"steps": 1}, lora={"init": "loftq"})
     measured = []
     monkeypatch.setattr("train.objectives.base.held_out_loss", lambda model, samples: (float(len(measured) + 1), 4))
-    sound = Answers.measure
+    sound = SftObjective.measure
 
-    def measure(self: Answers, model: Any) -> Measured:
+    def measure(self: SftObjective, model: Any) -> EvalResult:
         measured.append(sound(self, model))
         return measured[-1]
 
-    monkeypatch.setattr(Answers, "measure", measure)
+    monkeypatch.setattr(SftObjective, "measure", measure)
     run(recipe, tiny_base, tmp_path / "out")
     assert len(measured) == 2  # the bare base, and the result
 

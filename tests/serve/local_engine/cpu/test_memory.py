@@ -18,7 +18,7 @@ from adapterhub.memory.estimate import ServingSetting, estimate_serving
 from adapterhub.memory.known_shapes import shape_of
 from serve.adapters.weights import LowRank
 from serve.local_engine.attention import KvCache, KvShape
-from serve.local_engine.cpu.memory import HugePages, give_back, zeros
+from serve.local_engine.cpu.memory import HugePages, trim_heap, zeros
 from serve.local_engine.lora_layers import in_one_block
 from serve.local_engine.model_runner import ModelRunner
 
@@ -48,7 +48,7 @@ def test_what_lies_free_between_tensors_in_use_goes_back() -> None:
     del tensors[:-1]
     if full - _resident() > 80 << 20:
         pytest.skip("this C library gave it back by itself")
-    give_back()
+    trim_heap()
     assert full - _resident() > 140 << 20
 
 
