@@ -184,13 +184,12 @@ def test_pull(url: str, packages: list[Path], chance: random.Random, tmp_path: P
 
 
 _PACK = """
-from adapterhub import base_model
-from adapterhub.adapter import BaseRef
-from adapterhub.bases.store import StoredBase
-from adapterhub.package.layout import pack
+from adapterhub.adapter import BaseRef, StoredBase
+from adapterhub.bases import loading
+from adapterhub.pack import pack
 base = StoredBase(Path(sys.argv[2]), BaseRef("tests/tiny-llama", None, sys.argv[3]), "apache-2.0")
-loaded = base_model.load_base(base, purpose="serve", dtype="float32")
-base_model.load_base = lambda *args, **options: loaded  # once: what is killed is the packing
+loaded = loading.load_base(base, purpose="serve", dtype="float32")
+loading.load_base = lambda *args, **options: loaded  # once: what is killed is the packing
 print("begins", flush=True)
 number = 0
 while True:

@@ -32,7 +32,7 @@ def test_client_gets_what_it_asks_for(url: str, tmp_path: Path, settings: dict[s
         **settings,
     }
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junit-xml={report}", str(contract)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=contract.parent.parent)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=contract.parents[2])
     assert done.returncode == 0, done.stdout[-8000:]
     tests = ElementTree.parse(report).getroot()[0].attrib
     assert (int(tests["tests"]) >= 55, tests["failures"], tests["errors"], tests["skipped"]) == (True, "0", "0", "0")

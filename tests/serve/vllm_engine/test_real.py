@@ -17,16 +17,14 @@ from typing import Any
 import httpx
 import pytest
 from tiny_models import make_peft_adapter, make_tiny_base
-from vllm_fixtures import PYTHON, TOKENS, Served, model_of, processes_under, serving, whole_characters
+from vllm_fixtures import TOKENS, VLLM, Served, model_of, processes_under, serving, whole_characters
 
 from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.bases.store import fingerprint
 from adapterhub.pack import pack
 from adapterhub.package.manifest import MANIFEST_NAME, read_manifest
 
-pytestmark = pytest.mark.vllm
-if PYTHON is None:
-    pytest.skip("ADAPTERHUB_VLLM_PYTHON names no environment with vLLM: run make test-vllm", allow_module_level=True)
+pytestmark = VLLM
 
 NAMES = ("a", "b", "c", "d")
 PROMPTS = [list(range(1000 + 40 * number, 1012 + 41 * number)) for number in range(4)]

@@ -11,14 +11,14 @@ from typing import Any
 import httpx
 import pytest
 from tiny_models import make_peft_adapter
-from vllm_fixtures import Served, model_of, serving
+from vllm_fixtures import VLLM, Served, model_of, serving
 
 from adapterhub.adapter import StoredBase
 from adapterhub.bases.loading import load_base
 from adapterhub.pack import pack
 from adapterhub.package.manifest import MANIFEST_NAME
 
-pytestmark = pytest.mark.vllm
+pytestmark = VLLM
 
 NAMES = ("a", "b")
 QUESTIONS = (
