@@ -13,7 +13,7 @@ import pytest
 from hub_fixtures import ALICE, PEOPLE, start_hub
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with start_hub(tmp_path_factory.mktemp("hub"), PEOPLE) as url:
         yield url

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from adapterhub.errors import StorageFull
 from adapterhub.files import sha256_of
 from adapterhub.hubserver.app import create_hub_app
 from adapterhub.hubserver.auth.audit import Audited, AuditLog
+from adapterhub.hubserver.auth.tokens import Account, Tokens
 from adapterhub.hubserver.errors import QuotaExceeded, StoreBusy, UploadMismatch
 from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.routes.bodies import pour
@@ -32,6 +34,8 @@ from adapterhub.hubserver.storage.quotas import Limits, Quotas
 from adapterhub.hubserver.storage.store import HubStore
 
 LIMITS = Limits(repo_bytes=20_000, owner_bytes=30_000, part_bytes=1000)
+USERS = Tokens.of({ALICE: Account("alice", "write", ("*",)), BOB: Account("bob", "write")})
+"""Alice may write for every owner, so that each test can have an owner, and thus a quota, of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +45,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(root: Path) -> Iterator[str]:
-    with start_hub(root, PEOPLE, LIMITS) as url:
+    with start_hub(root, USERS, LIMITS) as url:
         yield url
 
 
 @pytest.fixture
 def repo(url: str, request: pytest.FixtureRequest) -> str:
-    name = request.node.name.removeprefix("test_")[:60].split("[")[0]
-    return HfApi(endpoint=url, token=ALICE).create_repo(f"alice/{name}", exist_ok=True).repo_id
+    """An empty repository of an owner that only this test uses."""
+    owner = re.sub(r"\W+", "-", request.node.name.removeprefix("test_"))[-90:].strip("-_")
+    return HfApi(endpoint=url, token=ALICE).create_repo(f"{owner}/poems").repo_id
 
 
 def ask(url: str, method: str, path: str, token: str | None = ALICE, **options: Any) -> Any:
