@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from child_signals import default_sigint
 from hub_fixtures import ALICE, PEOPLE, start_hub
 from packages import write_package, write_peft_folder
 from road import COMMAND, run, run_any
@@ -120,9 +121,10 @@ def test_an_interrupted_training_writes_no_adapter_and_says_how_to_go_on(
     home: Path, tmp_path: Path, tiny_base: StoredBase
 ) -> None:
     recipe, output = _recipe(tmp_path, tiny_base, steps=100_000), tmp_path / "out"
-    process = subprocess.Popen(
-        [COMMAND, "train", str(recipe), "--output", str(output)], stderr=subprocess.PIPE, text=True
-    )
+    with default_sigint():
+        process = subprocess.Popen(
+            [COMMAND, "train", str(recipe), "--output", str(output)], stderr=subprocess.PIPE, text=True
+        )
     log = tmp_path / "out.run" / "train_log.jsonl"
     while not (log.exists() and '"step"' in log.read_text()):
         assert process.poll() is None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from child_signals import default_sigint
 from fake_api import KEY, MODELS, FakeApi, start_fake_api
 
 from adapterhub.errors import AdapterHubError, AdapterNotFound, NotAuthorized, ServeError, UsageError
@@ -384,7 +385,8 @@ class Terminal:
         self._fd, theirs = pty.openpty()
         environment = {**os.environ, "ADAPTERHUB_HOME": str(home), "TERM": "dumb"}
         command = [COMMAND, "chat", *arguments]
-        self._child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+        with default_sigint():
+            self._child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
         os.close(theirs)
         self._shown = ""
 
