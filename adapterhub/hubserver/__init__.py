@@ -1,1 +1,1 @@
-"""Our own Hub-compatible server, for air-gapped teams and for every test."""
+"""A server compatible with the Hugging Face Hub, for teams without access to the public Hub and for tests."""

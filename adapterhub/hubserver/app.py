@@ -1,7 +1,4 @@
-"""The hub as one application: what the routes are given, how refusals travel, which path is routed.
-
-Starts no server.
-"""
+"""The ASGI application of the hub server: its services, its routes, and how errors become responses."""
 
 from __future__ import annotations
 
@@ -14,37 +11,29 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapterhub.errors import AdapterHubError
-from adapterhub.hubserver.auth.audit import Audited, AuditLog
+from adapterhub.hubserver.auth.audit import AuditLog, AuditMiddleware
 from adapterhub.hubserver.auth.tickets import Signer
-from adapterhub.hubserver.auth.tokens import Tokens, kept_secret
-from adapterhub.hubserver.errors import Refusal
-from adapterhub.hubserver.routes import commits as routes_uploads
-from adapterhub.hubserver.routes import discussions as routes_discussions
-from adapterhub.hubserver.routes import files as routes_files
-from adapterhub.hubserver.routes import gated_access as routes_gates
-from adapterhub.hubserver.routes import lfs as routes_lfs
-from adapterhub.hubserver.routes import pages
-from adapterhub.hubserver.routes import refs as routes_refs
-from adapterhub.hubserver.routes import repos as routes_repos
-from adapterhub.hubserver.routes import xet as routes_xet
-from adapterhub.hubserver.routes.dependencies import READ, Hub
-from adapterhub.hubserver.storage.catalog import Catalog
-from adapterhub.hubserver.storage.discussions import Discussions
+from adapterhub.hubserver.auth.tokens import Tokens, load_or_create_secret
+from adapterhub.hubserver.errors import HubServerError
+from adapterhub.hubserver.routes import commits, discussions, files, gated_access, lfs, pages, refs, repos, xet_upload
+from adapterhub.hubserver.routes.dependencies import READ, HubServices
+from adapterhub.hubserver.storage.catalog import RepoCatalog
+from adapterhub.hubserver.storage.discussion_store import DiscussionStore
 from adapterhub.hubserver.storage.quotas import Limits, Quotas
 from adapterhub.hubserver.storage.store import HubStore
-from adapterhub.hubserver.xet.store import XetStore
+from adapterhub.hubserver.xet.xorb_store import XorbStore
 
 MAX_JSON_BYTES = 8 << 20
-"""of a request without files"""
+"""Maximum body of a request that carries no files, in bytes."""
 
 
 def create_hub_app(
     root: Path, tokens: Tokens, *, public_url: str | None = None, limits: Limits | None = None
 ) -> FastAPI:
-    """A Hub-compatible server over the folder `root`, which is made when missing.
+    """Return the application that serves the folder `root`, which is created if it does not exist.
 
-    `public_url`: the address clients use, when it differs from the one requests name (a proxy).
-    What changes anything is noted in `root/audit.jsonl`.
+    `public_url`: the server's address as clients see it, if a proxy stands in front.
+    Every request that can change something is recorded in `root/audit.jsonl`.
     """
     root.mkdir(parents=True, exist_ok=True)
     store = HubStore(root)
@@ -54,36 +43,27 @@ def create_hub_app(
         redirect_slashes=False,
         max_body_size=MAX_JSON_BYTES,
         exception_handlers={
-            AdapterHubError: _say_error,
-            RequestValidationError: _say_bad_request,
-            ClientDisconnect: _say_nothing,
+            AdapterHubError: _on_error,
+            RequestValidationError: _on_invalid_request,
+            ClientDisconnect: _on_disconnect,
         },
     )
-    app.state.hub = Hub(
+    app.state.hub = HubServices(
         store=store,
-        catalog=Catalog(store),
-        discussions=Discussions(store),
+        catalog=RepoCatalog(store),
+        discussions=DiscussionStore(store),
         quotas=Quotas(store, root, limits or Limits()),
-        xet=XetStore(root, store.objects),
+        xet=XorbStore(root, store.objects),
         tokens=tokens,
-        signer=Signer(kept_secret(root / "upload.secret")),
+        signer=Signer(load_or_create_secret(root / "upload.secret")),
         public_url=public_url,
     )
     app.add_middleware(_RawPathRouting)
-    app.add_middleware(Audited, log=AuditLog(root / "audit.jsonl"))
+    app.add_middleware(AuditMiddleware, log=AuditLog(root / "audit.jsonl"))
     app.add_api_route("/health", _health, methods=READ)
-    for routes in (
-        routes_repos,
-        routes_refs,
-        routes_discussions,
-        routes_gates,
-        routes_uploads,
-        routes_lfs,
-        routes_xet,
-        routes_files,
-        pages,
-    ):
-        app.include_router(routes.router)
+    # In this order: the addresses of files and pages also match what is above them.
+    for module in (repos, refs, discussions, gated_access, commits, lfs, xet_upload, files, pages):
+        app.include_router(module.router)
     return app
 
 
@@ -92,7 +72,7 @@ def _health() -> dict[str, str]:
 
 
 class _RawPathRouting:
-    """Routes on the path as it was sent: decoded, a branch named `a/b` could not be told from two parts."""
+    """Middleware that routes on the percent-encoded path, so that a branch `a/b` (`a%2Fb`) is one path segment."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -103,22 +83,22 @@ class _RawPathRouting:
         await self._app(scope, receive, send)
 
 
-def _error_reply(status: int, message: str, *, headers: dict[str, str]) -> JSONResponse:
-    # A header carries one line of plain ASCII.
-    said = message.encode("unicode_escape").decode("ascii")
-    return JSONResponse({"error": message}, status_code=status, headers={"X-Error-Message": said, **headers})
+def _error_response(status: int, message: str, *, headers: dict[str, str]) -> JSONResponse:
+    # A header value is one line of ASCII.
+    escaped = message.encode("unicode_escape").decode("ascii")
+    return JSONResponse({"error": message}, status_code=status, headers={"X-Error-Message": escaped, **headers})
 
 
-async def _say_error(request: Request, error: AdapterHubError) -> JSONResponse:
-    headers = error.headers if isinstance(error, Refusal) else {}
-    return _error_reply(error.http_status, str(error), headers=headers)
+async def _on_error(request: Request, error: AdapterHubError) -> JSONResponse:
+    headers = error.headers if isinstance(error, HubServerError) else {}
+    return _error_response(error.http_status, str(error), headers=headers)
 
 
-async def _say_bad_request(request: Request, error: RequestValidationError) -> JSONResponse:
+async def _on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
     faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-    return _error_reply(400, f"the request is not understood: {faults}", headers={})
+    return _error_response(400, f"invalid request: {faults}", headers={})
 
 
-async def _say_nothing(request: Request, error: ClientDisconnect) -> Response:
-    """Whoever hung up in the middle of an upload hears no answer, and the log needs no traceback for it."""
+async def _on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+    """Answer a client that disconnected during an upload: nobody reads the response, but the log gets no traceback."""
     return Response(status_code=400)

@@ -1,27 +1,27 @@
-"""Every way the hub says no, with its HTTP status and the code a Hub client switches on. Knows no routes.
+"""The errors of the hub server: the HTTP status of each, and the error code that Hub clients read.
 
-Refusal (an AdapterHubError)                                        400
-  BadName          a path, repository or ref name that is not safe  400
-  BadCard          the YAML head of a README that cannot be read    400
-  UploadMismatch   bytes that are not the object that was announced 400
-    UploadEnded    its parts are gone: it was finished or dropped   400
-  InvalidToken     a token nobody here has                          401
-  LoginNeeded      this needs a token                               401
-  NoWriteRight     known, but may not write here                    403
-  UploadRefused    a forged or expired upload address               403
-  RepoMissing      no such repository, or not for this user         404   RepoNotFound
-    RepoHidden     the same, said to somebody without a token       401   RepoNotFound
-  RevisionMissing  no such branch, tag or commit                    404   RevisionNotFound
-  EntryMissing     no such file or folder at that commit            404   EntryNotFound
-  AccessNotGranted a gated repository, and nobody let the user in   403   GatedRepo
-    AccessNotGrantedToAnybody   the same, without a token           401   GatedRepo
-  DiscussionMissing  no discussion or pull request of this number   404
-  AlreadyExists    the name is taken                                409
-  MergeConflict    both sides changed the same files                409
-  StaleParent      somebody else committed first                    412
-  TooLarge         more bytes than allowed                          413
-    QuotaExceeded  more than the repository or its owner may keep   413
-  StoreBusy        a repository or an upload is locked by another   503
+HubServerError (an AdapterHubError)
+  InvalidName           400  an unsafe path, repository name or ref name
+  InvalidCard           400  a model card whose YAML header cannot be parsed
+  UploadMismatch        400  bytes that differ from the announced object
+    UploadGone          400  an upload in parts that was finished or dropped
+  InvalidToken          401  an unknown token
+  TokenRequired         401  a request that needs a token and has none
+  WriteForbidden        403  a user without write access
+  InvalidUploadTicket   403  a forged or expired upload URL
+  RepoNotFound          404  a repository that does not exist, or that the user cannot see (RepoNotFound)
+    RepoNeedsToken      401  the same, for a request without a token (RepoNotFound)
+  RevisionNotFound      404  an unknown branch, tag or commit (RevisionNotFound)
+  EntryNotFound         404  an unknown file or folder at a commit (EntryNotFound)
+  AccessNotGranted      403  a gated repository to which the user has no access (GatedRepo)
+    AccessNeedsToken    401  the same, for a request without a token (GatedRepo)
+  DiscussionNotFound    404  an unknown discussion or pull request
+  AlreadyExists         409  a name that is taken
+  MergeConflict         409  a pull request and its base that changed the same files
+  StaleParent           412  a branch that has moved past the expected parent commit
+  TooLarge              413  a body above the limit
+    QuotaExceeded       413  an upload above the quota of its repository or owner
+  StoreBusy             503  a repository or an upload that another request has locked
 """
 
 from __future__ import annotations
@@ -29,70 +29,84 @@ from __future__ import annotations
 from adapterhub.errors import AdapterHubError
 
 WRONG_CREDENTIALS = "Invalid credentials in Authorization header"
-"""The exact text by which clients tell a wrong token from a missing repository."""
+"""The text by which Hub clients distinguish an invalid token from a repository that does not exist."""
 
 
-class Refusal(AdapterHubError):
-    """Base of the hub's refusals; `headers` are added to the error response."""
+class HubServerError(AdapterHubError):
+    """Base class of the hub server's errors; `headers` are added to the error response."""
 
     http_status, code = 400, "hub_refusal"
     hub_code: str | None = None
-    """value of the `X-Error-Code` header"""
+    """Value of the `X-Error-Code` header."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.headers: dict[str, str] = {"X-Error-Code": self.hub_code} if self.hub_code else {}
 
 
-class BadName(Refusal):
-    pass
+class InvalidName(HubServerError):
+    """An unsafe path, repository name or ref name."""
 
 
-class BadCard(Refusal):
-    pass
+class InvalidCard(HubServerError):
+    """A model card whose YAML header cannot be parsed."""
 
 
-class UploadMismatch(Refusal):
-    pass
+class UploadMismatch(HubServerError):
+    """Uploaded bytes that differ from the announced object."""
 
 
-class UploadEnded(UploadMismatch):
-    pass
+class UploadGone(UploadMismatch):
+    """An upload in parts that was finished or dropped."""
 
 
-class InvalidToken(Refusal):
+class InvalidToken(HubServerError):
+    """An unknown token."""
+
     http_status = 401
 
     def __init__(self) -> None:
         super().__init__(WRONG_CREDENTIALS)
 
 
-class LoginNeeded(Refusal):
+class TokenRequired(HubServerError):
+    """A request that needs a token and has none."""
+
     http_status = 401
 
 
-class NoWriteRight(Refusal):
+class WriteForbidden(HubServerError):
+    """A user without write access."""
+
     http_status = 403
 
 
-class UploadRefused(Refusal):
+class InvalidUploadTicket(HubServerError):
+    """A forged or expired upload URL."""
+
     http_status = 403
 
 
-class RepoMissing(Refusal):
+class RepoNotFound(HubServerError):
+    """A repository that does not exist, or that the user cannot see."""
+
     http_status, hub_code = 404, "RepoNotFound"
 
 
-class RepoHidden(RepoMissing):
+class RepoNeedsToken(RepoNotFound):
+    """A repository that does not exist or is private, for a request without a token."""
+
     http_status = 401
 
 
-class RevisionMissing(Refusal):
+class RevisionNotFound(HubServerError):
+    """An unknown branch, tag or commit."""
+
     http_status, hub_code = 404, "RevisionNotFound"
 
 
-class EntryMissing(Refusal):
-    """Carries the commit it was looked for at, so that clients can remember the absence."""
+class EntryNotFound(HubServerError):
+    """A file that a commit does not have; the commit is sent along, so that clients can cache the answer."""
 
     http_status, hub_code = 404, "EntryNotFound"
 
@@ -101,37 +115,53 @@ class EntryMissing(Refusal):
         self.headers["X-Repo-Commit"] = commit_sha
 
 
-class AccessNotGranted(Refusal):
+class AccessNotGranted(HubServerError):
+    """A gated repository to which the user has no access."""
+
     http_status, hub_code = 403, "GatedRepo"
 
 
-class AccessNotGrantedToAnybody(AccessNotGranted):
+class AccessNeedsToken(AccessNotGranted):
+    """A gated repository, for a request without a token."""
+
     http_status = 401
 
 
-class DiscussionMissing(Refusal):
+class DiscussionNotFound(HubServerError):
+    """An unknown discussion or pull request."""
+
     http_status = 404
 
 
-class AlreadyExists(Refusal):
+class AlreadyExists(HubServerError):
+    """A name that is taken."""
+
     http_status = 409
 
 
-class MergeConflict(Refusal):
+class MergeConflict(HubServerError):
+    """A pull request and its target branch that changed the same files."""
+
     http_status = 409
 
 
-class StaleParent(Refusal):
+class StaleParent(HubServerError):
+    """A branch that has moved past the expected parent commit."""
+
     http_status = 412
 
 
-class TooLarge(Refusal):
+class TooLarge(HubServerError):
+    """A body above the limit."""
+
     http_status = 413
 
 
 class QuotaExceeded(TooLarge):
-    pass
+    """An upload above the quota of its repository or owner."""
 
 
-class StoreBusy(Refusal):
+class StoreBusy(HubServerError):
+    """A repository or an upload that another request has locked."""
+
     http_status = 503

@@ -1,7 +1,7 @@
-"""Removing what nothing needs any more: objects, marks, commits, chunks. Knows no users and no HTTP.
+"""Garbage collection: delete the objects, commits and xorbs of a hub that nothing refers to.
 
-Safe beside running servers: what is young stays, using a thing makes it young, and only what no branch, tag or pull
-request reaches is old.
+Safe while servers run: a file that was written or used within the grace period is not deleted, and each use of a file
+resets its age.
 """
 
 from __future__ import annotations
@@ -17,118 +17,123 @@ from pathlib import Path
 from filelock import FileLock
 
 from adapterhub.hubserver.auth.tickets import UPLOAD_LIFETIME_S
-from adapterhub.hubserver.errors import RepoMissing, RevisionMissing
-from adapterhub.hubserver.storage.discussions import Discussions
+from adapterhub.hubserver.errors import RepoNotFound, RevisionNotFound
+from adapterhub.hubserver.storage.discussion_store import DiscussionStore
 from adapterhub.hubserver.storage.store import HubStore, Repo
-from adapterhub.hubserver.xet.store import XetStore
+from adapterhub.hubserver.xet.xorb_store import XorbStore
 
 DEFAULT_GRACE_S = 24 * 3600
-MIN_GRACE_S = UPLOAD_LIFETIME_S
-"""An upload may take that long, and its commit comes last."""
 
 
 @dataclass(frozen=True)
-class Swept:
-    """What was removed."""
+class Collected:
+    """What a garbage collection deleted."""
 
-    objects: int
-    commits: int
+    num_objects: int
+    num_commits: int
     freed_bytes: int
 
 
-class Sweeper:
-    """One pass over a hub's folder."""
+class GarbageCollector:
+    """One garbage collection of a hub's folder.
+
+    `grace_s`: files that were written or used within this time are not deleted, in seconds. Beside a running server it
+    must not be less than UPLOAD_LIFETIME_S, because the commit comes after the upload.
+    """
 
     def __init__(self, root: Path, *, grace_s: float = DEFAULT_GRACE_S) -> None:
         self._store = HubStore(root)
-        self._discussions = Discussions(self._store)
-        self._xet = XetStore(root, self._store.objects)
+        self._discussions = DiscussionStore(self._store)
+        self._xet = XorbStore(root, self._store.objects)
         self._trash, self._locks = root / "trash", root / "locks"
-        self._limit = time.time() - grace_s
+        self._oldest_s = time.time() - grace_s
         self._grace_s = grace_s
 
-    def sweep(self) -> Swept:
-        """Remove what is unused for longer than the grace period. Waits for a pass that goes on elsewhere."""
+    def gc(self) -> Collected:
+        """Delete what was not used within the grace period. Wait for a collection in another process to end first."""
         with FileLock(self._locks / "gc.lock"):
-            return self._sweep()
+            return self._gc()
 
-    def _sweep(self) -> Swept:
+    def _gc(self) -> Collected:
         for left in self._trash.iterdir():
-            # Of a process that was killed while it deleted.
+            # Left by a process that was killed.
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-        self._store.objects.sweep_uploads(older_than_s=max(self._grace_s, UPLOAD_LIFETIME_S))
+        self._store.objects.remove_stale_uploads(older_than_s=max(self._grace_s, UPLOAD_LIFETIME_S))
         used_blobs: set[str] = set()
         used_lfs: set[str] = set()
         seen: set[str] = set()
         commits = 0
-        # Again until there is none we have not seen: one may be moved while we look.
+        # Repeat until there is no new one: a repository may be moved at the same time.
         while new := [repo for repo in self._repos() if repo.id not in seen]:
             for repo in new:
                 seen.add(repo.id)
-                with contextlib.suppress(RepoMissing):
-                    commits += self._sweep_repo(repo, used_blobs, used_lfs)
+                with contextlib.suppress(RepoNotFound):
+                    commits += self._gc_repo(repo, used_blobs, used_lfs)
         sizes = [
-            *self._sweep_folder(self._store.objects.git_folder, keep=used_blobs),
-            *self._sweep_folder(self._store.objects.lfs_folder, keep=used_lfs),
+            *self._delete_unused(self._store.objects.git_folder, keep=used_blobs),
+            *self._delete_unused(self._store.objects.lfs_folder, keep=used_lfs),
         ]
-        return Swept(len(sizes), commits, sum(sizes) + self._xet.sweep())
+        return Collected(len(sizes), commits, sum(sizes) + self._xet.remove_unused())
 
     def _repos(self) -> list[Repo]:
         return [*self._store.repos("model"), *self._store.repos("dataset")]
 
-    def _sweep_repo(self, repo: Repo, used_blobs: set[str], used_lfs: set[str]) -> int:
-        """Note what the repository uses; remove commits and marks that no ref reaches. Returns the commits removed."""
+    def _gc_repo(self, repo: Repo, used_blobs: set[str], used_lfs: set[str]) -> int:
+        """Delete the commits and markers that no ref reaches; add what the others use to the two sets.
+
+        Return the number of commits deleted.
+        """
         with self._store.locked(repo.repo_id):
             repo = self._store.repo(repo.repo_id)
             reached = self._reached(repo)
             removed = 0
             for record in (self._store.folder(repo.repo_id) / "commits").glob("*.json"):
-                if record.stem not in reached and self._retire(record) is not None:
+                if record.stem not in reached and self._delete_if_old(record) is not None:
                     removed += 1
-            kept = set()
+            used = set()
             for record in (self._store.folder(repo.repo_id) / "commits").glob("*.json"):
                 for entry in self._store.commit_at(repo, record.stem).files.values():
                     if entry.sha256 is None:
                         used_blobs.add(entry.blob)
                     else:
-                        kept.add(entry.sha256)
+                        used.add(entry.sha256)
             for mark in (self._store.folder(repo.repo_id) / "lfs").glob("*"):
-                if mark.name in kept or self._retire(mark) is None:
+                if mark.name in used or self._delete_if_old(mark) is None:
                     used_lfs.add(mark.name)
         return removed
 
     def _reached(self, repo: Repo) -> set[str]:
-        """Ids of all commits that a branch, a tag or a pull request leads to."""
+        """Return the ids of all commits that are reachable from a branch, a tag or a pull request."""
         pulls = [one for one in self._discussions.all(repo) if one.is_pull]
         starts = {*repo.branches.values(), *repo.tags.values(), *repo.merged.values()}
         starts |= {sha for pull in pulls for sha in (pull.start, pull.head) if sha is not None}
         reached: set[str] = set()
         for start in starts:
-            with contextlib.suppress(RevisionMissing):
+            with contextlib.suppress(RevisionNotFound):
                 for commit in self._store.history(repo, start):
                     if commit.sha in reached:
                         break
                     reached.add(commit.sha)
         return reached
 
-    def _sweep_folder(self, folder: Path, *, keep: set[str]) -> Iterator[int]:
-        """Remove old files that are not to be kept; yields the bytes of each."""
+    def _delete_unused(self, folder: Path, *, keep: set[str]) -> Iterator[int]:
+        """Delete old files that are not in `keep`. Yield the size of each, in bytes."""
         for path in folder.iterdir():
             if path.name not in keep:
-                size = self._retire(path)
+                size = self._delete_if_old(path)
                 if size is not None:
                     yield size
 
-    def _retire(self, path: Path) -> int | None:
-        """Remove a file if it is old; its bytes, or None when it stays."""
+    def _delete_if_old(self, path: Path) -> int | None:
+        """Delete a file if it is older than the grace period. Return its size in bytes, or None if it is not."""
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime >= self._limit:
+            if path.stat().st_mtime >= self._oldest_s:
                 return None
             trash = self._trash / secrets.token_hex(8)
             path.rename(trash)
             status = trash.stat()
-            # Somebody began to use it between the look and the rename: it goes back where it was.
-            if status.st_mtime >= self._limit:
+            # Its age was reset between the check and the rename: move it back.
+            if status.st_mtime >= self._oldest_s:
                 trash.rename(path)
                 return None
             trash.unlink()

@@ -1,4 +1,4 @@
-"""Starting the hub as a process: socket, tokens, the ready line. Knows nothing of the protocol."""
+"""Run the hub server as a process: its socket, its tokens and the message that it is ready."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adapterhub.errors import UsageError
 from adapterhub.files import write_atomic
 from adapterhub.hubserver.app import create_hub_app
 from adapterhub.hubserver.auth.tickets import UPLOAD_LIFETIME_S
-from adapterhub.hubserver.auth.tokens import ANY_NAMESPACE, Account, Tokens, kept_secret
+from adapterhub.hubserver.auth.tokens import ANY_NAMESPACE, Account, Tokens, load_or_create_secret
 from adapterhub.hubserver.storage.objects import ObjectStore
 from adapterhub.hubserver.storage.quotas import Limits
 from adapterhub.net import is_loopback, listen, url_of
@@ -31,23 +31,23 @@ def serve_hub(
     tokens_file: Path | None = None,
     limits: Limits | None = None,
 ) -> None:
-    """Serve the hub over the folder `root` until interrupted.
+    """Serve the folder `root` until interrupted.
 
-    `port` 0 takes a free one. The address is printed to stderr in one line and written to `root/url`. Without
-    `tokens_file` (loopback only) there is one user, "local", whose token is kept in `root/token`.
-    Raises PortBusy; UsageError for an address beyond this machine without tokens, or an unusable tokens file.
+    `port` 0 chooses a free port. The URL is printed to stderr and written to `root/url`. Without `tokens_file`, which
+    is allowed on loopback only, there is one user, "local", whose token is stored in `root/token`.
+    Raises PortBusy; UsageError for a public address without tokens, or for an invalid tokens file.
     """
     if tokens_file is None and not is_loopback(host):
         raise UsageError(
-            f"listening on {host} lets other machines in, and there are no tokens to tell who is who: "
-            "give a tokens file, or listen on 127.0.0.1."
+            f"cannot listen on {host} without tokens: other machines could write to the hub. "
+            "Give a tokens file, or listen on 127.0.0.1."
         )
     root = root.resolve()
     root.mkdir(parents=True, exist_ok=True)
     tokens = _local_tokens(root / "token") if tokens_file is None else Tokens.load(tokens_file)
     with listen(host, port) as listener:
         app = create_hub_app(root, tokens, limits=limits)
-        ObjectStore(root).sweep_uploads(older_than_s=UPLOAD_LIFETIME_S)
+        ObjectStore(root).remove_stale_uploads(older_than_s=UPLOAD_LIFETIME_S)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_S, lifespan="off"
         )
@@ -57,7 +57,7 @@ def serve_hub(
 
 
 class _AnnouncingServer(uvicorn.Server):
-    """Says where it is once it answers, not before."""
+    """A uvicorn server that prints its URL once it accepts requests."""
 
     def __init__(self, config: uvicorn.Config, *, url: str, root: Path, ready: str) -> None:
         super().__init__(config)
@@ -77,4 +77,4 @@ def _ready_lines(url: str, root: Path, *, token_file: Path | None) -> str:
 
 
 def _local_tokens(token_file: Path) -> Tokens:
-    return Tokens.of({kept_secret(token_file): Account(LOCAL_USER, "write", (ANY_NAMESPACE,))})
+    return Tokens.of({load_or_create_secret(token_file): Account(LOCAL_USER, "write", (ANY_NAMESPACE,))})

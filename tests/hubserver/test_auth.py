@@ -1,4 +1,4 @@
-"""Tokens, rights and signed upload addresses."""
+"""Tokens, access rights and signed upload URLs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from adapterhub.errors import UsageError
 from adapterhub.hubserver.auth.tickets import Signer, UploadTicket
-from adapterhub.hubserver.auth.tokens import Account, Tokens, kept_secret, token_hash
-from adapterhub.hubserver.errors import BadName, InvalidToken, UploadRefused
+from adapterhub.hubserver.auth.tokens import Account, Tokens, load_or_create_secret, token_hash
+from adapterhub.hubserver.errors import InvalidName, InvalidToken, InvalidUploadTicket
 from adapterhub.hubserver.names import RepoId
 
 TOKENS = Tokens.of({"a-token": Account("alice", "write", ("team",)), "r-token": Account("rob", "read")})
@@ -38,7 +38,7 @@ def test_rights_follow_role_and_membership() -> None:
 
 @pytest.mark.parametrize("name", ["", "*", "a b", "a<b>", "../a", "api"])
 def test_unusable_user_name_is_refused(name: str) -> None:
-    with pytest.raises(BadName) as refusal:
+    with pytest.raises(InvalidName) as refusal:
         Account(name)
     assert repr(name) in str(refusal.value)
 
@@ -59,8 +59,8 @@ def test_tokens_file_can_be_toml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "not usable"),
-        ("[]", "not usable"),
+        ("{", "invalid tokens file"),
+        ("[]", "invalid tokens file"),
         (json.dumps({"token": [{"sha256": "xyz", "user": "a", "role": "root"}]}), "token.0.role"),
         (json.dumps({"token": [{"sha256": "0" * 64, "user": "a", "role": "read", "rol": 1}]}), "token.0.rol"),
         (json.dumps({"token": [{"sha256": "0" * 64, "user": "a/b", "role": "read"}]}), "'a/b'"),
@@ -83,9 +83,9 @@ def test_missing_tokens_file_is_refused(tmp_path: Path) -> None:
 
 def test_kept_secret_stays_and_is_private(tmp_path: Path) -> None:
     path = tmp_path / "secret"
-    first = kept_secret(path)
+    first = load_or_create_secret(path)
     assert len(first) >= 32
-    assert kept_secret(path) == first
+    assert load_or_create_secret(path) == first
     assert path.stat().st_mode & 0o777 == 0o600
     assert [entry.name for entry in tmp_path.iterdir()] == ["secret"]
 
@@ -106,19 +106,19 @@ def test_own_upload_ticket_is_good() -> None:
 )
 def test_changed_upload_ticket_is_refused(changed: UploadTicket) -> None:
     signer = Signer("secret")
-    with pytest.raises(UploadRefused) as refusal:
+    with pytest.raises(InvalidUploadTicket) as refusal:
         signer.check(changed, signer.signature(TICKET))
-    assert "not made by this hub" in str(refusal.value)
+    assert "not from this hub" in str(refusal.value)
 
 
 def test_upload_ticket_of_another_hub_is_refused() -> None:
-    with pytest.raises(UploadRefused):
+    with pytest.raises(InvalidUploadTicket):
         Signer("secret").check(TICKET, Signer("other").signature(TICKET))
 
 
 def test_expired_upload_ticket_is_refused() -> None:
     signer, late = Signer("secret"), replace(TICKET, expires_s=1)
-    with pytest.raises(UploadRefused) as refusal:
+    with pytest.raises(InvalidUploadTicket) as refusal:
         signer.check(late, signer.signature(late))
     assert "expired" in str(refusal.value)
 

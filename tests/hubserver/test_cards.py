@@ -1,4 +1,4 @@
-"""Tags and facts read out of a README and an adapter_config.json."""
+"""Metadata and tags from a README.md and an adapter_config.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from adapterhub.hubserver.errors import BadCard
+from adapterhub.hubserver.errors import InvalidCard
 from adapterhub.hubserver.storage.cards import facts_of, parse_card
 
 CARD = b"""---
@@ -76,9 +76,9 @@ def test_dates_become_text() -> None:
     ids=["open", "list", "text", "alias", "nan", "key", "object", "deep", "long"],
 )
 def test_unreadable_head_is_refused(head: str) -> None:
-    with pytest.raises(BadCard) as refusal:
+    with pytest.raises(InvalidCard) as refusal:
         parse_card(f"---\n{head}\n---\n")
-    assert "the YAML head" in str(refusal.value)
+    assert "the YAML header" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 

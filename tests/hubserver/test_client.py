@@ -1,4 +1,4 @@
-"""Several users with the real client, and what only our hub promises; `hub_contract.py` has what any Hub does."""
+"""Several users with the real client; `hub_contract.py` has the tests that hold for every Hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 pytestmark = LFS_UPLOADS_WARN
 
 BIG = bytes(range(256)) * (44 << 10)
-"""11 MiB: above what travels inside a commit"""
+"""11 MiB: more than a commit request carries."""
 CARD = "---\nbase_model: org/base\nlibrary_name: peft\nlicense: mit\ntags: [lora]\n---\n# Poems\n"
 CONFIG = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8})
 
@@ -86,7 +86,7 @@ def add(api: HfApi, repo: str, files: dict[str, bytes], parent: str | None = Non
 
 
 def add_big(api: HfApi, repo: str, path: str, data: bytes = BIG) -> str:
-    """By a file object, which the client sends by LFS."""
+    """Commit a file object, which the client uploads by LFS."""
     operation = CommitOperationAdd(path, io.BytesIO(data))
     return api.create_commit(repo, [operation], commit_message="add weights").oid
 

@@ -1,4 +1,4 @@
-"""The contract of `hub_contract.py`, with the client as it comes, and without Xet. Each in a process of its own."""
+"""The contract of `hub_contract.py`, with the client in its default configuration and without Xet."""
 
 from __future__ import annotations
 

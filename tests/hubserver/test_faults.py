@@ -1,4 +1,4 @@
-"""A hub killed at any moment, and a disk that is full: nothing complete is lost, nothing half-done is visible.
+"""Faults: a hub that is killed at any moment, and a full disk: no confirmed data is lost, no partial data is visible.
 
 `make soak` runs the first for minutes (ADAPTERHUB_SOAK_S) instead of a few rounds.
 """
@@ -21,7 +21,7 @@ import httpx
 import pytest
 from hub_fixtures import ALICE, PEOPLE, hub_command, spawn_hub, wait_until_ready
 
-from adapterhub.hubserver.garbage_collection import Sweeper
+from adapterhub.hubserver.garbage_collection import GarbageCollector
 from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.storage.quotas import Limits
 from adapterhub.hubserver.storage.store import HubStore
@@ -137,7 +137,7 @@ def test_gc_beside_pushes_takes_nothing_that_is_needed(tmp_path: Path) -> None:
         removed, start = 0, time.monotonic()
         # Until the first object is older than the grace period, and some pushes have ended meanwhile.
         while not (removed and len(promised) > 1) and time.monotonic() - start < 30:
-            removed += Sweeper(tmp_path, grace_s=3).sweep().objects
+            removed += GarbageCollector(tmp_path, grace_s=3).gc().num_objects
         hub.kill()
         hub.wait()
         pusher.join()

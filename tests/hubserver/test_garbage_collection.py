@@ -1,4 +1,4 @@
-"""Removal of what nothing in a hub reaches any more, and of nothing else."""
+"""Garbage collection: it deletes what nothing refers to, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hub_fixtures import REPO, objects, upload
 from typer.testing import CliRunner
 
 from adapterhub.cli.main import app
-from adapterhub.hubserver.garbage_collection import Sweeper
+from adapterhub.hubserver.garbage_collection import GarbageCollector
 from adapterhub.hubserver.names import RepoId
-from adapterhub.hubserver.storage.commits import DeleteFile, NewCommit, PutFile
-from adapterhub.hubserver.storage.discussions import Discussions
+from adapterhub.hubserver.storage.commit import DeleteFile, NewCommit, PutFile
+from adapterhub.hubserver.storage.discussion_store import DiscussionStore
 from adapterhub.hubserver.storage.history import squash
 from adapterhub.hubserver.storage.store import HubStore
 
@@ -35,7 +35,7 @@ def commit(store: HubStore, *changes: PutFile | DeleteFile, branch: str = "main"
 
 
 def age(root: Path) -> None:
-    """As if everything had been done three days ago."""
+    """Set the age of every file to three days."""
     old = time.time() - 3 * 24 * 3600
     for path in root.rglob("*"):
         os.utime(path, (old, old))
@@ -48,7 +48,7 @@ def test_what_a_ref_reaches_stays(store: HubStore, tmp_path: Path) -> None:
     commit(store, put_lfs(store, "w", b"branch"), branch="try")
     store.create_tag(REPO, "v1", target="try")
     store.delete_branch(REPO, "try")
-    pull = Discussions(store).open(
+    pull = DiscussionStore(store).open(
         REPO,
         author="bob",
         title="t",
@@ -57,8 +57,8 @@ def test_what_a_ref_reaches_stays(store: HubStore, tmp_path: Path) -> None:
         first=([put_lfs(store, "w", b"pull")], NewCommit("bob", "t")),
     )
     age(tmp_path)
-    swept = Sweeper(tmp_path).sweep()
-    assert (swept.objects, swept.commits) == (0, 0)
+    deleted = GarbageCollector(tmp_path).gc()
+    assert (deleted.num_objects, deleted.num_commits) == (0, 0)
     assert objects(tmp_path) == {b"before", b"after", b"branch", b"pull"}
     assert store.commit_at(store.repo(REPO), f"refs/pr/{pull.num}").files["w"].size == 4
 
@@ -72,11 +72,11 @@ def test_what_nothing_reaches_goes(store: HubStore, tmp_path: Path) -> None:
     left = store.objects.begin_upload("0" * 64, size_bytes=1)
     left.close()
     age(tmp_path)
-    swept = Sweeper(tmp_path).sweep()
-    assert (swept.objects, swept.commits) == (3, 3)
-    assert swept.freed_bytes == len(b"never committed" + b"squashed away" + b"never committed, small")
+    deleted = GarbageCollector(tmp_path).gc()
+    assert (deleted.num_objects, deleted.num_commits) == (3, 3)
+    assert deleted.freed_bytes == len(b"never committed" + b"squashed away" + b"never committed, small")
     assert objects(tmp_path) == {b"kept", b"twice"}
-    assert Sweeper(tmp_path).sweep().objects == 0
+    assert GarbageCollector(tmp_path).gc().num_objects == 0
 
 
 def test_young_uploads_stay(store: HubStore, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_young_uploads_stay(store: HubStore, tmp_path: Path) -> None:
     # The client asked, heard that it is here, and has not committed yet.
     assert store.has_lfs(REPO, reused)
     store.objects.put_blob(b"blob")
-    assert Sweeper(tmp_path).sweep().objects == 0
+    assert GarbageCollector(tmp_path).gc().num_objects == 0
     assert store.lfs_entry(REPO, fresh).size == 5
     assert objects(tmp_path) == {b"fresh", b"reused", b"blob"}
     commit(store, PutFile("w", store.lfs_entry(REPO, reused)))
@@ -100,7 +100,7 @@ def test_deleted_repository_frees_what_no_other_holds(store: HubStore, tmp_path:
     store.commit(other, "main", changes=[PutFile("w", entry)], new=NewCommit("bob", "w"))
     store.delete_repo(REPO)
     age(tmp_path)
-    Sweeper(tmp_path).sweep()
+    GarbageCollector(tmp_path).gc()
     assert objects(tmp_path) == {b"shared"}
 
 
@@ -108,7 +108,40 @@ def test_gc_command_says_what_it_removed(store: HubStore, tmp_path: Path) -> Non
     upload(store, bytes(2_000_000))
     age(tmp_path)
     done = CliRunner().invoke(app, ["hub", "gc", "--root", str(tmp_path)])
-    assert done.output == "removed 1 objects and 0 commits, 2.0 MB in all\n"
+    assert done.output == "deleted 1 objects and 0 commits, 2.0 MB\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ([], {b"young"}),
+        (["--grace", "4"], {b"old", b"young"}),
+        (["--grace", "2"], {b"young"}),
+        # The old option keeps its unit.
+        (["--grace-hours", "96"], {b"old", b"young"}),
+        (["--grace-hours", "48"], {b"young"}),
+    ],
+)
+def test_grace_is_in_days(store: HubStore, tmp_path: Path, options: list[str], left: set[bytes]) -> None:
+    upload(store, b"old")
+    age(tmp_path)
+    upload(store, b"young")
+    done = CliRunner().invoke(app, ["hub", "gc", "--root", str(tmp_path), *options])
+    assert done.exit_code == 0, done.output
+    assert objects(tmp_path) == left
+    assert ("use --grace DAYS" in done.stderr) == ("--grace-hours" in options)
+
+
+@pytest.mark.parametrize(
+    "options", [["--grace", "0.2"], ["--grace-hours", "5"], ["--grace", "1", "--grace-hours", "24"]]
+)
+def test_grace_too_short_for_an_upload_or_given_twice_is_refused(
+    store: HubStore, tmp_path: Path, options: list[str]
+) -> None:
+    upload(store, b"old")
+    age(tmp_path)
+    assert CliRunner().invoke(app, ["hub", "gc", "--root", str(tmp_path), *options]).exit_code != 0
+    assert objects(tmp_path) == {b"old"}
 
 
 def test_gc_of_another_folder_is_refused(tmp_path: Path) -> None:

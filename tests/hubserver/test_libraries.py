@@ -1,4 +1,4 @@
-"""Unmodified libraries and the `hf` command against our hub, as they come: each in a process of its own."""
+"""Unmodified libraries and the `hf` command against our hub, each in a process of its own."""
 
 from __future__ import annotations
 

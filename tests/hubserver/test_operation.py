@@ -1,4 +1,4 @@
-"""Looking after a hub: quotas, the audit log, uploads in parts, pages to look at."""
+"""Quotas, the audit log, uploads in parts, and pages."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from starlette.types import Receive, Scope, Send
 from adapterhub.errors import StorageFull
 from adapterhub.files import sha256_of
 from adapterhub.hubserver.app import create_hub_app
-from adapterhub.hubserver.auth.audit import Audited, AuditLog
+from adapterhub.hubserver.auth.audit import AuditLog, AuditMiddleware
 from adapterhub.hubserver.auth.tokens import Account, Tokens
 from adapterhub.hubserver.errors import QuotaExceeded, StoreBusy, UploadMismatch
 from adapterhub.hubserver.names import RepoId
-from adapterhub.hubserver.routes.bodies import pour
-from adapterhub.hubserver.storage.commits import NewCommit, PutFile
+from adapterhub.hubserver.routes.bodies import stream_body
+from adapterhub.hubserver.storage.commit import NewCommit, PutFile
 from adapterhub.hubserver.storage.quotas import Limits, Quotas
 from adapterhub.hubserver.storage.store import HubStore
 
@@ -84,7 +84,7 @@ def test_objects_that_together_exceed_the_quota_are_refused(url: str, repo: str)
 
 
 class LfsSender:
-    """Sends large objects to a hub in this process, by addresses it asked for beforehand."""
+    """Uploads large objects to a hub in this process, to URLs that it requested before."""
 
     def __init__(self, root: Path, limits: Limits) -> None:
         app = create_hub_app(root, PEOPLE, limits=limits)
@@ -128,10 +128,10 @@ def test_objects_sent_at_once_that_exceed_the_quota_are_refused(
     address = sender.offer(b"b" * 8, "basic")["href"]
 
     async def another_is_quicker(request: Request, write: Callable[[bytes], None]) -> None:
-        await pour(request, write)
+        await stream_body(request, write)
         upload(store, b"a" * 8)
 
-    monkeypatch.setattr("adapterhub.hubserver.routes.lfs.pour", another_is_quicker)
+    monkeypatch.setattr("adapterhub.hubserver.routes.lfs.stream_body", another_is_quicker)
     assert sender.put(address, b"b" * 8) == 413
     assert store.stored_bytes(store.repo(REPO)) == 8
 
@@ -196,7 +196,7 @@ def test_quota_of_an_owner_counts_all_repositories(store: HubStore, tmp_path: Pa
     quotas.check(REPO, added_bytes=100)
     with pytest.raises(QuotaExceeded) as refusal:
         quotas.check(REPO, added_bytes=101)
-    assert "alice/ holds" in str(refusal.value)
+    assert "alice/ uses" in str(refusal.value)
 
 
 def test_disk_is_not_filled_to_the_brim(store: HubStore, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_change_that_is_cancelled_is_noted(tmp_path: Path) -> None:
 
     scope = {"type": "http", "method": "POST", "raw_path": b"/x"}
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(Audited(cancelled, AuditLog(tmp_path / "log"))(scope, nothing, nothing))
+        asyncio.run(AuditMiddleware(cancelled, AuditLog(tmp_path / "log"))(scope, nothing, nothing))
     assert json.loads((tmp_path / "log").read_text())["path"] == "/x"
 
 
@@ -319,7 +319,7 @@ def test_parts_that_make_another_object_are_refused(url: str, root: Path, repo: 
     get_session().put(upload["header"]["2"], content=bytes(500))
     assert finish(upload, data, 1).status_code == 400
     reply = finish(upload, data, 2)
-    assert (reply.status_code, "the parts make" in reply.json()["error"]) == (400, True)
+    assert (reply.status_code, "the parts have" in reply.json()["error"]) == (400, True)
     reply = finish(upload, data, 2)
     assert (reply.status_code, "start it again" in reply.json()["error"]) == (400, True)
     assert not (root / "objects" / "lfs" / hashlib.sha256(data).hexdigest()).exists()
@@ -333,7 +333,7 @@ def test_address_of_a_part_serves_for_nothing_else(url: str, repo: str) -> None:
 
 
 def parts_here(store: HubStore, data: bytes) -> tuple[str, dict[str, Any]]:
-    """An object that has come as one part: its name, and what finishing it needs."""
+    """Upload an object as one part; return its name and the arguments of `finish_parts`."""
     name = store.objects.new_parts()
     with store.objects.open_part(name, start=0, end=len(data)) as part:
         part.write(data)

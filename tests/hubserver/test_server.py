@@ -1,4 +1,4 @@
-"""Starting the hub: which address, whose tokens, what it says."""
+"""Starting the hub: its address, its tokens and its messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_busy_port_is_said(tmp_path: Path) -> None:
 def test_opening_to_others_without_tokens_is_refused(tmp_path: Path, host: str) -> None:
     with pytest.raises(UsageError) as refusal:
         serve_hub(tmp_path, host=host)
-    assert "give a tokens file" in str(refusal.value)
+    assert "Give a tokens file" in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
 
 

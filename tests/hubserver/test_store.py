@@ -1,4 +1,4 @@
-"""The store on disk: ids equal to git's, safe names, verified objects, refs that move only forward."""
+"""The store on disk: git ids, safe names, verified objects, refs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import pytest
 
 from adapterhub.hubserver.errors import (
     AlreadyExists,
-    BadName,
-    EntryMissing,
-    Refusal,
-    RepoMissing,
-    RevisionMissing,
+    EntryNotFound,
+    HubServerError,
+    InvalidName,
+    RepoNotFound,
+    RevisionNotFound,
     StaleParent,
     TooLarge,
     UploadMismatch,
 )
 from adapterhub.hubserver.names import RepoId, check_path, check_ref
-from adapterhub.hubserver.storage.commits import (
-    Commit,
+from adapterhub.hubserver.storage.commit import (
     DeleteFile,
     DeleteFolder,
-    FileEntry,
     NewCommit,
     PutFile,
+    RepoCommit,
+    RepoFile,
     files_after,
 )
 from adapterhub.hubserver.storage.git_ids import blob_id, lfs_pointer, tree_ids
@@ -50,10 +50,10 @@ def repo(store: HubStore) -> RepoId:
 
 
 def put(store: HubStore, path: str, data: bytes = b"text") -> PutFile:
-    return PutFile(path, FileEntry(blob=store.objects.put_blob(data), size=len(data)))
+    return PutFile(path, RepoFile(blob=store.objects.put_blob(data), size=len(data)))
 
 
-def commit(store: HubStore, *changes: PutFile | DeleteFile | DeleteFolder, parent: str | None = None) -> Commit:
+def commit(store: HubStore, *changes: PutFile | DeleteFile | DeleteFolder, parent: str | None = None) -> RepoCommit:
     return store.commit(REPO, "main", changes=changes, new=NewCommit("alice", "a change", parent=parent))
 
 
@@ -93,8 +93,10 @@ def test_ids_are_gits_own(tmp_path: Path) -> None:
     parent = git(tmp_path, "commit-tree", tree, "-m", "first")
     expected = git(tmp_path, "commit-tree", tree, "-p", parent, "-m", "títle", "-m", "and more")
 
-    files = {path: FileEntry(blob=blob_id(data), size=len(data)) for path, data in contents.items()}
-    ours = Commit.create(files, (parent,), author="alice", title="títle", description="and more", time_s=1_700_000_000)
+    files = {path: RepoFile(blob=blob_id(data), size=len(data)) for path, data in contents.items()}
+    ours = RepoCommit.create(
+        files, (parent,), author="alice", title="títle", description="and more", time_s=1_700_000_000
+    )
     assert tree_ids({path: entry.blob for path, entry in files.items()})[""] == tree
     assert ours.folders()["a/c/d"] == git(tmp_path, "rev-parse", f"{tree}:a/c/d")
     assert ours.sha == expected
@@ -126,9 +128,9 @@ def test_a_repository_without_files_has_gits_empty_tree(store: HubStore, repo: R
     ],
 )
 def test_unsafe_path_is_refused(path: str) -> None:
-    with pytest.raises(BadName) as refusal:
+    with pytest.raises(InvalidName) as refusal:
         check_path(path)
-    assert "cannot be a file" in str(refusal.value)
+    assert "invalid path" in str(refusal.value)
 
 
 @pytest.mark.parametrize("path", ["a", ".gitattributes", "a b/c.d", "模型/é.txt", "...x"])
@@ -138,16 +140,16 @@ def test_ordinary_path_is_taken(path: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "x", "a/", "/a", "../a", "a/..", "a/b/c", "a/b--c", "a/b.git", "api/b", "é/b"])
 def test_unusable_repository_name_is_refused(name: str) -> None:
-    with pytest.raises(BadName) as refusal:
+    with pytest.raises(InvalidName) as refusal:
         RepoId.parse(name)
-    assert "cannot" in str(refusal.value)
+    assert "invalid" in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["", "/a", "a//b", "a..b", "-a", "a b", "a~1", "a.lock", "refs/heads/a", "0" * 40])
 def test_unusable_ref_name_is_refused(name: str) -> None:
-    with pytest.raises(BadName) as refusal:
+    with pytest.raises(InvalidName) as refusal:
         check_ref(name)
-    assert "cannot name a branch" in str(refusal.value)
+    assert "invalid branch or tag name" in str(refusal.value)
 
 
 def test_changes_are_made_in_order(store: HubStore, repo: RepoId) -> None:
@@ -161,7 +163,7 @@ def test_deleting_what_is_not_there_is_refused(
     store: HubStore, repo: RepoId, change: DeleteFile | DeleteFolder
 ) -> None:
     head = commit(store, put(store, "a/x"), put(store, "b"))
-    with pytest.raises(EntryMissing) as refusal:
+    with pytest.raises(EntryNotFound) as refusal:
         commit(store, change)
     assert "doesn't exist" in str(refusal.value)
     assert refusal.value.headers == {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": head.sha}
@@ -169,7 +171,7 @@ def test_deleting_what_is_not_there_is_refused(
 
 def test_file_below_a_file_is_refused(store: HubStore, repo: RepoId) -> None:
     commit(store, put(store, "a"))
-    with pytest.raises(BadName) as refusal:
+    with pytest.raises(InvalidName) as refusal:
         commit(store, put(store, "a/b/c"))
     assert "'a' is a file" in str(refusal.value)
 
@@ -204,9 +206,9 @@ def test_refs_name_commits_and_go_away(store: HubStore, repo: RepoId) -> None:
     assert {now.sha_of(name) for name in ("v1/rc", "refs/tags/v1/rc", "try/this", "refs/heads/try/this")} == {head.sha}
     store.delete_tag(repo, "v1/rc")
     store.delete_branch(repo, "try/this")
-    with pytest.raises(RevisionMissing) as refusal:
+    with pytest.raises(RevisionNotFound) as refusal:
         store.commit_at(store.repo(repo), "v1/rc")
-    assert "it has main" in str(refusal.value)
+    assert "expected one of main" in str(refusal.value)
 
 
 def test_taken_ref_name_is_refused(store: HubStore, repo: RepoId) -> None:
@@ -217,7 +219,7 @@ def test_taken_ref_name_is_refused(store: HubStore, repo: RepoId) -> None:
 
 
 def test_deleting_main_is_refused(store: HubStore, repo: RepoId) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(HubServerError) as refusal:
         store.delete_branch(repo, "main")
     assert "cannot be deleted" in str(refusal.value)
 
@@ -226,18 +228,18 @@ def test_commit_of_a_deleted_repository_is_gone_from_its_successor(store: HubSto
     old = commit(store, put(store, "secret"))
     assert store.commit_at(store.repo(repo), old.sha) == old
     store.delete_repo(repo)
-    with pytest.raises(RepoMissing) as refusal:
+    with pytest.raises(RepoNotFound) as refusal:
         store.repo(repo)
     assert "alice/poems" in str(refusal.value)
     store.create_repo(repo, author="alice")
-    with pytest.raises(RevisionMissing):
+    with pytest.raises(RevisionNotFound):
         store.commit_at(store.repo(repo), old.sha)
 
 
 @pytest.mark.parametrize(
     ("data", "error"), [(b"not it!", UploadMismatch), (b"short", UploadMismatch), (b"far too long", TooLarge)]
 )
-def test_upload_of_other_bytes_is_refused(store: HubStore, data: bytes, error: type[Refusal]) -> None:
+def test_upload_of_other_bytes_is_refused(store: HubStore, data: bytes, error: type[HubServerError]) -> None:
     announced = hashlib.sha256(b"weights").hexdigest()
     with pytest.raises(error) as refusal:
         upload(store, data, announced, size_bytes=7)
@@ -268,10 +270,10 @@ def test_knowing_a_sha256_does_not_open_another_repositorys_file(store: HubStore
     assert "never uploaded to bob/songs" in str(refusal.value)
 
 
-def test_leftovers_of_killed_uploads_are_swept(store: HubStore, tmp_path: Path) -> None:
+def test_leftovers_of_killed_uploads_are_deleted(store: HubStore, tmp_path: Path) -> None:
     left = store.objects.begin_upload("0" * 64, size_bytes=1)
-    store.objects.sweep_uploads(older_than_s=3600)
+    store.objects.remove_stale_uploads(older_than_s=3600)
     assert any((tmp_path / "hub" / "uploads").iterdir())
-    store.objects.sweep_uploads(older_than_s=-1)
+    store.objects.remove_stale_uploads(older_than_s=-1)
     assert not any((tmp_path / "hub" / "uploads").iterdir())
     left.close()

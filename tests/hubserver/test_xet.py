@@ -1,4 +1,4 @@
-"""Xet uploads: the two formats, what is refused in them, and files put together from chunks."""
+"""Xet uploads: the two formats, invalid input, and files rebuilt from chunks."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.storage.objects import ObjectStore
 from adapterhub.hubserver.xet.format import (
     MAX_XORB_BYTES,
-    Chunk,
     ShardFile,
     Term,
+    XorbChunk,
     hash_text,
     shard_files,
-    unpacked,
+    unpack,
     xorb_chunks,
 )
-from adapterhub.hubserver.xet.store import XetStore
+from adapterhub.hubserver.xet.xorb_store import XorbStore
 
 REPO = "alice/poems"
 XORB = "0123456789abcdef" * 4
 RAW = [b"first chunk " * 50, bytes(range(256)) * 3 + b"xyz", b"", b"last"]
-"""768 + 3 bytes: not a multiple of four"""
+"""The second chunk has 771 bytes, not a multiple of four."""
 
 
 def packed(raw: bytes, scheme: int) -> bytes:
@@ -77,14 +77,14 @@ def test_xorb_is_unpacked_in_all_three_schemes() -> None:
     chunks = xorb_chunks(file)
     assert [chunk.scheme for chunk in chunks] == [1, 2, 0, 0]
     body = file.getvalue()
-    assert [unpacked(c, body[c.start : c.start + c.packed_size]) for c in chunks] == RAW
+    assert [unpack(c, body[c.start : c.start + c.packed_size]) for c in chunks] == RAW
 
 
 @given(st.binary(max_size=300), st.sampled_from([0, 1, 2]))
 def test_any_chunk_comes_back(raw: bytes, scheme: int) -> None:
     body = packed(raw, scheme)
     (chunk,) = xorb_chunks(io.BytesIO(body))
-    assert unpacked(chunk, body[8:]) == raw
+    assert unpack(chunk, body[8:]) == raw
 
 
 @given(st.binary(max_size=200))
@@ -101,9 +101,9 @@ def test_any_bytes_are_a_xorb_or_refused(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (b"", "no chunk"),
+        (b"", "no chunks"),
         (XORB_BODY[:5], "ends inside the header"),
-        (XORB_BODY[:-1], "beyond its end"),
+        (XORB_BODY[:-1], "beyond the end"),
         (b"\1" + XORB_BODY[1:], "unknown header"),
         (packed(b"x", 0)[:4] + b"\3" + packed(b"x", 0)[5:], "unknown header"),
         (bytes([0, 0, 0, 0, 0]) + (200 << 10).to_bytes(3, "little"), "unknown header"),
@@ -120,13 +120,13 @@ def test_broken_xorb_is_refused(body: bytes, said: str) -> None:
 def test_chunk_that_unpacks_to_another_size_is_refused(raw_size: int) -> None:
     bomb = lz4.frame.compress(bytes(1000))
     with pytest.raises(UploadMismatch) as refusal:
-        unpacked(Chunk(0, len(bomb), 1, raw_size), bomb)
-    assert "not the announced" in str(refusal.value)
+        unpack(XorbChunk(0, len(bomb), 1, raw_size), bomb)
+    assert "announced were" in str(refusal.value)
 
 
 def test_chunk_that_is_no_lz4_frame_is_refused() -> None:
     with pytest.raises(UploadMismatch) as refusal:
-        unpacked(Chunk(0, 40, 1, 10), b"junk" * 10)
+        unpack(XorbChunk(0, 40, 1, 10), b"junk" * 10)
     assert "not an LZ4 frame" in str(refusal.value)
 
 
@@ -146,7 +146,7 @@ def test_shard_names_files_and_their_chunks() -> None:
         (b"x" * 100, "not a Xet shard"),
         (SHARD[:-1], "middle of an entry"),
         (SHARD[:100], "middle of an entry"),
-        (shard((WHOLE, []), flags=0), "without its sha256"),
+        (shard((WHOLE, []), flags=0), "has no sha256"),
         (SHARD[:80] + b"\xff" * 8 + SHARD[88:], "middle of an entry"),
     ],
 )
@@ -165,14 +165,14 @@ def objects(tmp_path: Path) -> ObjectStore:
 
 
 @pytest.fixture
-def xet(tmp_path: Path, objects: ObjectStore) -> XetStore:
-    return XetStore(tmp_path, objects)
+def xet(tmp_path: Path, objects: ObjectStore) -> XorbStore:
+    return XorbStore(tmp_path, objects)
 
 
-def keep(xet: XetStore, user: str, body: bytes = XORB_BODY, xorb: str = XORB) -> None:
+def keep(xet: XorbStore, user: str, body: bytes = XORB_BODY, xorb: str = XORB) -> None:
     with closing(xet.begin_xorb(user, xorb)) as spool:
         spool.write(body)
-        spool.keep()
+        spool.publish()
 
 
 def file_of(content: bytes, *terms: tuple[int, int]) -> ShardFile:
@@ -183,7 +183,7 @@ def file_of(content: bytes, *terms: tuple[int, int]) -> ShardFile:
     )
 
 
-def test_file_is_put_together_in_any_order(xet: XetStore, objects: ObjectStore) -> None:
+def test_file_is_put_together_in_any_order(xet: XorbStore, objects: ObjectStore) -> None:
     keep(xet, "alice")
     content = RAW[3] + RAW[0] + RAW[1]
     file = file_of(content, (3, 4), (0, 2))
@@ -191,7 +191,7 @@ def test_file_is_put_together_in_any_order(xet: XetStore, objects: ObjectStore) 
     assert objects.lfs_path(file.sha256).read_bytes() == content
 
 
-def test_chunks_of_another_user_serve_but_cannot_spoil_ones_own(xet: XetStore, objects: ObjectStore) -> None:
+def test_chunks_of_another_user_serve_but_cannot_spoil_ones_own(xet: XorbStore, objects: ObjectStore) -> None:
     keep(xet, "alice")
     file = file_of(WHOLE, (0, 4))
     xet.rebuild(file, user="bob")
@@ -208,11 +208,14 @@ def test_chunks_of_another_user_serve_but_cannot_spoil_ones_own(xet: XetStore, o
         (ShardFile(hashlib.sha256(b"other").hexdigest(), (Term(XORB, 0, 4, len(WHOLE)),)), "with sha256"),
         (ShardFile(hashlib.sha256(WHOLE).hexdigest(), (Term(XORB, 0, 5, len(WHOLE)),)), "has 4 chunks"),
         (ShardFile(hashlib.sha256(WHOLE).hexdigest(), (Term(XORB, 1, 1, 0),)), "has 4 chunks"),
-        (ShardFile(hashlib.sha256(WHOLE).hexdigest(), (Term("f" * 64, 0, 4, len(WHOLE)),)), "not here (any more)"),
+        (
+            ShardFile(hashlib.sha256(WHOLE).hexdigest(), (Term("f" * 64, 0, 4, len(WHOLE)),)),
+            "not on this hub (any more)",
+        ),
     ],
 )
 def test_file_that_does_not_come_out_is_refused(
-    xet: XetStore, objects: ObjectStore, tmp_path: Path, file: ShardFile, said: str
+    xet: XorbStore, objects: ObjectStore, tmp_path: Path, file: ShardFile, said: str
 ) -> None:
     keep(xet, "alice")
     with pytest.raises(UploadMismatch) as refusal:
@@ -222,32 +225,32 @@ def test_file_that_does_not_come_out_is_refused(
     assert list((tmp_path / "uploads").iterdir()) == []
 
 
-def test_announced_size_bounds_what_is_written(xet: XetStore) -> None:
+def test_announced_size_bounds_what_is_written(xet: XorbStore) -> None:
     keep(xet, "alice")
     with pytest.raises(TooLarge):
         xet.rebuild(ShardFile("0" * 64, (Term(XORB, 0, 4, 10),)), user="alice")
 
 
-def test_only_chunks_long_unused_are_swept(xet: XetStore, tmp_path: Path) -> None:
+def test_only_chunks_long_unused_are_deleted(xet: XorbStore, tmp_path: Path) -> None:
     keep(xet, "alice")
     path = tmp_path / "xet" / "alice" / XORB
-    assert xet.sweep() == 0
+    assert xet.remove_unused() == 0
     old = time.time() - 40 * 24 * 3600
     os.utime(path, (old, old))
     xet.rebuild(file_of(WHOLE, (0, 4)), user="alice")
-    assert xet.sweep() == 0
+    assert xet.remove_unused() == 0
     os.utime(path, (old, old))
-    assert xet.sweep() == len(XORB_BODY)
+    assert xet.remove_unused() == len(XORB_BODY)
     assert not path.exists()
 
 
 @pytest.mark.parametrize("name", ["../../etc", "A" * 64, "0" * 63, ""])
-def test_xorb_by_an_unsafe_name_is_refused(xet: XetStore, name: str) -> None:
+def test_xorb_by_an_unsafe_name_is_refused(xet: XorbStore, name: str) -> None:
     with pytest.raises(UploadMismatch):
         xet.begin_xorb("alice", name)
 
 
-def test_xorb_beyond_the_limit_is_refused(xet: XetStore) -> None:
+def test_xorb_beyond_the_limit_is_refused(xet: XorbStore) -> None:
     with closing(xet.begin_xorb("alice", XORB)) as spool, pytest.raises(TooLarge):
         for _ in range(MAX_XORB_BYTES // (1 << 20) + 1):
             spool.write(bytes(1 << 20))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from adapterhub.cli.app import hub_app
-from adapterhub.cli.options import until_interrupted
+from adapterhub.cli.options import say, until_interrupted
 from adapterhub.errors import UsageError
 
 
@@ -34,16 +34,34 @@ def hub_serve(
 
 @hub_app.command("gc")
 def hub_gc(
-    root: Annotated[Path, typer.Option("--root", help="The folder of a Hub, which may be serving meanwhile.")],
-    grace_hours: Annotated[float, typer.Option(min=6, help="What is younger stays.")] = 24,
+    root: Annotated[Path, typer.Option("--root", help="Folder of the Hub, which may be running.")],
+    grace: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DAYS",
+            min=0.25,
+            help="Keep objects added or used within the last DAYS days; at least 0.25 [default: 1].",
+        ),
+    ] = None,
+    grace_hours: Annotated[float | None, typer.Option(min=6, hidden=True, help="Old form of --grace.")] = None,
 ) -> None:
-    """Remove objects that no branch, tag or pull request reaches, and what killed uploads left."""
-    from adapterhub.hubserver.garbage_collection import Sweeper
+    """Delete unreferenced objects and abandoned uploads.
+
+    An object is referenced while a branch, a tag or a pull request reaches it.
+    """
+    from adapterhub.hubserver.garbage_collection import GarbageCollector
 
     if not (root / "repos").is_dir():
-        raise UsageError(f"{root} is not the folder of a Hub: it holds no 'repos'.")
-    swept = Sweeper(root, grace_s=grace_hours * 3600).sweep()
-    typer.echo(f"removed {swept.objects} objects and {swept.commits} commits, {swept.freed_bytes / 1e6:.1f} MB in all")
+        raise UsageError(f"{root} is not the data folder of a Hub: it has no folder 'repos'.")
+    if grace_hours is not None:
+        if grace is not None:
+            raise UsageError("--grace and --grace-hours are the same setting: give --grace DAYS only.")
+        say("--grace-hours is deprecated: use --grace DAYS")
+        grace = grace_hours / 24
+    deleted = (GarbageCollector(root) if grace is None else GarbageCollector(root, grace_s=grace * 86_400)).gc()
+    typer.echo(
+        f"deleted {deleted.num_objects} objects and {deleted.num_commits} commits, {deleted.freed_bytes / 1e6:.1f} MB"
+    )
 
 
 def _bytes(gb: float | None) -> int | None:

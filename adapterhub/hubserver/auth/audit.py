@@ -1,4 +1,4 @@
-"""Who changed what, as lines that are only ever added. Knows no routes and no repositories."""
+"""The audit log: one line for each request that can change something."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class AuditLog:
-    """One JSON object for each request that could change something: time, user, method, path, status.
+    """An append-only file of JSON lines: time, user, method, path and status of each request.
 
-    Only added to, a line in one write, so that several processes may share the file. Addresses are noted without
-    their query, which holds signatures.
+    A line is one write, so several processes can share the file. The path is recorded without its query string, which
+    contains signatures.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def add(self, *, user: str | None, method: str, path: str, status: int) -> None:
-        """`user` None: no token, or a signed address."""
+        """Append a line. `user` is None for a request without a token or with a signed URL."""
         line = json.dumps(
             {"time": round(time.time(), 3), "user": user, "method": method, "path": path, "status": status}
         )
@@ -34,8 +34,8 @@ class AuditLog:
             os.close(file)
 
 
-class Audited:
-    """Notes each request that could change something as it is answered; who asks is found out by the routes."""
+class AuditMiddleware:
+    """Middleware that records each request that can change something; the routes put the user in the request state."""
 
     def __init__(self, app: ASGIApp, log: AuditLog) -> None:
         self._app, self._log = app, log
@@ -46,23 +46,23 @@ class Audited:
             return
         state = scope.setdefault("state", {})
         path = scope["raw_path"].decode("ascii", "replace")
-        is_noted = False
+        is_recorded = False
 
-        def note(status: int) -> None:
-            nonlocal is_noted
-            is_noted = True
+        def record(status: int) -> None:
+            nonlocal is_recorded
+            is_recorded = True
             self._log.add(user=state.get("user"), method=scope["method"], path=path, status=status)
 
-        async def send_noted(message: Message) -> None:
-            # Before the answer leaves: what was confirmed is in the log.
+        async def send_recorded(message: Message) -> None:
+            # Before the response is sent, so that the log has every change that was confirmed.
             if message["type"] == "http.response.start":
-                note(message["status"])
+                record(message["status"])
             await send(message)
 
         try:
-            await self._app(scope, receive, send_noted)
+            await self._app(scope, receive, send_recorded)
         except BaseException:
-            # What failed or was cancelled half-way may have changed something; if anybody still hears, it hears 500.
-            if not is_noted:
-                note(500)
+            # A request that failed or was cancelled may have changed something. The client, if any, receives 500.
+            if not is_recorded:
+                record(500)
             raise

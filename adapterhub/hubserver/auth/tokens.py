@@ -1,4 +1,4 @@
-"""Who is asking: tokens and what each stands for. Knows no HTTP and no repositories on disk."""
+"""Access tokens and the accounts they belong to."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapterhub.errors import UsageError
 from adapterhub.files import write_atomic
-from adapterhub.hubserver.errors import BadName, InvalidToken
+from adapterhub.hubserver.errors import InvalidName, InvalidToken
 from adapterhub.hubserver.names import check_namespace
 
 ANY_NAMESPACE = "*"
 Role = Literal["read", "write", "admin"]
-"""an admin may see and change everything, and look after the hub"""
+"""The role of an account; an admin can read and write every repository."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """What a token stands for: a user, and what the user may do with it. Raises BadName for an unusable name."""
+    """A user and the access rights of one of the user's tokens. Raises InvalidName."""
 
     user: str
     role: Role = "write"
     namespaces: tuple[str, ...] = ()
-    """owners besides the user itself whose repositories it may see and, unless it only reads, change; '*' is all"""
+    """Other owners whose repositories the account can read and, with the role 'write', change; '*' stands for all."""
 
     def __post_init__(self) -> None:
         for name in (self.user, *self.namespaces):
@@ -41,6 +41,7 @@ class Account:
                 check_namespace(name)
 
     def is_member_of(self, namespace: str) -> bool:
+        """Return whether the account can read private repositories of `namespace`."""
         return (
             namespace == self.user
             or namespace in self.namespaces
@@ -49,10 +50,12 @@ class Account:
         )
 
     def can_write(self, namespace: str) -> bool:
+        """Return whether the account can write to repositories of `namespace`."""
         return self.is_writer and self.is_member_of(namespace)
 
     @property
     def is_writer(self) -> bool:
+        """Return whether the role allows writing."""
         return self.role != "read"
 
 
@@ -72,27 +75,27 @@ class _TokenFile(BaseModel):
 
 
 def token_hash(token: str) -> str:
-    """What is kept of a token: hex sha256 (a token is random and long, so it needs no slow hash)."""
+    """Return the sha256 of a token in hex. Tokens are long and random, so a slow password hash is not needed."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 class Tokens:
-    """The tokens the hub knows, by their sha256 only."""
+    """The accounts of a hub, by the sha256 of their tokens."""
 
     def __init__(self, accounts: Mapping[str, Account]) -> None:
-        """`accounts`: hex sha256 of a token -> what it stands for."""
+        """Store `accounts`, which maps the sha256 of a token, in hex, to its account."""
         self._accounts = dict(accounts)
 
     @classmethod
     def of(cls, accounts: Mapping[str, Account]) -> Tokens:
-        """From tokens themselves -> account."""
+        """Return the accounts of a mapping from token to account."""
         return cls({token_hash(token): account for token, account in accounts.items()})
 
     @classmethod
     def load(cls, path: Path) -> Tokens:
         """Read a `.json` or TOML file of `[[token]]` entries: sha256, user, role, namespaces.
 
-        Raises UsageError that names the file and every fault.
+        Raises UsageError, which names the file and every fault.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -101,12 +104,12 @@ class Tokens:
             return cls({line.sha256: Account(line.user, line.role, line.namespaces) for line in lines})
         except ValidationError as error:
             faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise UsageError(f"the tokens file {path} is not usable: {faults}.") from None
-        except (OSError, ValueError, BadName) as error:
-            raise UsageError(f"the tokens file {path} is not usable: {error}") from None
+            raise UsageError(f"invalid tokens file {path}: {faults}.") from None
+        except (OSError, ValueError, InvalidName) as error:
+            raise UsageError(f"invalid tokens file {path}: {error}") from None
 
     def save(self, path: Path) -> None:
-        """Write as JSON that `load` reads."""
+        """Write a JSON file that `load` can read."""
         lines = tuple(
             _TokenLine(sha256=known, user=account.user, role=account.role, namespaces=account.namespaces)
             for known, account in self._accounts.items()
@@ -114,7 +117,7 @@ class Tokens:
         write_atomic(path, _TokenFile(token=lines).model_dump_json(indent=1))
 
     def account(self, token: str) -> Account:
-        """What a token stands for. Raises InvalidToken. Takes the same time for every wrong token."""
+        """Return the account of a token, in constant time for all wrong tokens. Raises InvalidToken."""
         asked = token_hash(token)
         found = [account for known, account in self._accounts.items() if hmac.compare_digest(known, asked)]
         if not found:
@@ -122,14 +125,17 @@ class Tokens:
         return found[0]
 
 
-def kept_secret(path: Path) -> str:
-    """The random text in a file only its owner can read; made on the first call, also when two processes race."""
+def load_or_create_secret(path: Path) -> str:
+    """Return the secret in a file that only its owner can read; create it if it does not exist.
+
+    Processes that call this at the same time get the same secret.
+    """
     with contextlib.suppress(FileExistsError):
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(secrets.token_urlsafe(32))
-            # Linking fails where a rename would replace: the first writer wins, and nobody reads half a secret.
+            # Unlike a rename, a link fails if the file exists: the first writer wins, and nobody reads a partial file.
             os.link(temporary, path)
         finally:
             temporary.unlink()

@@ -1,4 +1,4 @@
-"""Request bodies as they arrive, in pieces or in lines, so that none is ever held whole. Knows no routes."""
+"""Streaming of request bodies, as blocks or as lines, so that no body is held in memory as a whole."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ from fastapi.concurrency import run_in_threadpool
 
 from adapterhub.hubserver.errors import TooLarge
 
-_PIECE = 1 << 20
+_BLOCK_BYTES = 1 << 20
 
 
-async def pour(request: Request, write: Callable[[bytes], None]) -> None:
-    """Hand the body to `write` in pieces of about 1 MiB, in a thread: one is written while the next comes in.
+async def stream_body(request: Request, write: Callable[[bytes], None]) -> None:
+    """Pass the body to `write` in blocks of about 1 MiB, in a thread, while the next block is received.
 
-    Raises what `write` raises, and ClientDisconnect.
+    Raises ClientDisconnect, and whatever `write` raises.
     """
     writing: asyncio.Future[None] | None = None
-    held = bytearray()
+    buffer = bytearray()
     try:
         async for chunk in request.stream():
-            held += chunk
-            # A thread switch for each 64 KiB would cost more than the write.
-            if len(held) >= _PIECE:
+            buffer += chunk
+            # Chunks are 64 KiB or less: a thread switch for each would cost more than the write.
+            if len(buffer) >= _BLOCK_BYTES:
                 if writing is not None:
                     await writing
-                writing = asyncio.ensure_future(run_in_threadpool(write, bytes(held)))
-                held.clear()
+                writing = asyncio.ensure_future(run_in_threadpool(write, bytes(buffer)))
+                buffer.clear()
     finally:
-        # Also when the client has gone: nobody may close the file under the thread that writes.
+        # Also after a disconnect: the file must not be closed while the thread writes to it.
         if writing is not None:
             await writing
-    if held:
-        await run_in_threadpool(write, bytes(held))
+    if buffer:
+        await run_in_threadpool(write, bytes(buffer))
 
 
-async def lines(request: Request, *, max_line_bytes: int) -> AsyncIterator[bytes]:
-    """The lines that are not empty. Raises TooLarge for a longer one."""
-    held = bytearray()
+async def iter_lines(request: Request, *, max_line_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the lines of the body that are not empty. Raises TooLarge for a line above `max_line_bytes`."""
+    buffer = bytearray()
     async for chunk in request.stream():
-        held += chunk
-        # Only the new bytes can hold the end of the line.
+        buffer += chunk
+        # Only the new bytes can contain the end of the line.
         if b"\n" in chunk:
-            *complete, rest = held.split(b"\n")
-            held = rest
+            *complete, rest = buffer.split(b"\n")
+            buffer = rest
             for line in complete:
                 if line.strip():
                     yield bytes(line)
-        if len(held) > max_line_bytes:
-            raise TooLarge(f"a line of the commit exceeds {max_line_bytes} bytes; send larger ones by LFS.")
-    if held.strip():
-        yield bytes(held)
+        if len(buffer) > max_line_bytes:
+            raise TooLarge(f"a line of the commit exceeds {max_line_bytes} bytes: send larger files by LFS.")
+    if buffer.strip():
+        yield bytes(buffer)

@@ -1,6 +1,6 @@
-"""Routes that bring files in: how to send each, and the commit.
+"""Routes that add files: the upload mode of each file, and the commit itself.
 
-Holds at most one small file in memory per request.
+A request holds at most one small file in memory.
 """
 
 from __future__ import annotations
@@ -13,25 +13,33 @@ from fastapi.concurrency import run_in_threadpool
 from pathspec import GitIgnoreSpec
 from pydantic import ValidationError
 
-from adapterhub.hubserver.errors import Refusal, UploadMismatch
+from adapterhub.hubserver.errors import HubServerError, UploadMismatch
 from adapterhub.hubserver.names import check_path, pull_number
-from adapterhub.hubserver.routes.bodies import lines
+from adapterhub.hubserver.routes.bodies import iter_lines
 from adapterhub.hubserver.routes.dependencies import (
     REPO,
     BaseUrl,
-    Contributable,
-    Hub,
-    HubHere,
-    Part,
+    ContributableRepo,
+    HubDep,
+    HubServices,
+    PathSegment,
     User,
     check_can_write,
 )
 from adapterhub.hubserver.schemas import hub as schemas
-from adapterhub.hubserver.storage.commits import Change, Commit, DeleteFile, DeleteFolder, FileEntry, NewCommit, PutFile
+from adapterhub.hubserver.storage.commit import (
+    Change,
+    DeleteFile,
+    DeleteFolder,
+    NewCommit,
+    PutFile,
+    RepoCommit,
+    RepoFile,
+)
 from adapterhub.hubserver.storage.store import Repo
 
 MAX_REGULAR_BYTES = 10 << 20
-"""files up to this size travel inside the commit; larger ones by LFS"""
+"""Largest file that a commit request itself carries, in bytes; larger files are sent by LFS."""
 MAX_COMMIT_BYTES = 1 << 30
 _MAX_LINE_BYTES = MAX_REGULAR_BYTES * 4 // 3 + (64 << 10)
 
@@ -39,27 +47,29 @@ router = APIRouter()
 
 
 @router.post(REPO + "/preupload/{revision}")
-def preupload(request: schemas.Preupload, repo: Contributable, revision: Part, hub: HubHere) -> schemas.PreuploadReply:
-    """Say for each file how to send it, and what is there now so that unchanged files stay at home."""
+def preupload(
+    request: schemas.Preupload, repo: ContributableRepo, revision: PathSegment, hub: HubDep
+) -> schemas.PreuploadReply:
+    """Return the upload mode of each file, and its current content id, so that clients can skip unchanged files."""
     head = hub.store.commit_at(repo, revision)
     ignored = _ignore_rules(request, head, hub)
     return schemas.PreuploadReply(files=[_upload_mode(file, head, ignored) for file in request.files])
 
 
-def _ignore_rules(request: schemas.Preupload, head: Commit, hub: Hub) -> GitIgnoreSpec:
-    """The rules of the `.gitignore` that comes with the upload, else of the one that is here."""
-    text, kept = request.git_ignore, head.files.get(".gitignore")
-    if text is None and kept is not None:
-        text = hub.catalog.describing_bytes(kept).decode("utf-8", "replace")
+def _ignore_rules(request: schemas.Preupload, head: RepoCommit, hub: HubServices) -> GitIgnoreSpec:
+    """Return the rules of the `.gitignore` in the request, or else of the one in the repository."""
+    text, stored = request.git_ignore, head.files.get(".gitignore")
+    if text is None and stored is not None:
+        text = hub.catalog.metadata_bytes(stored).decode("utf-8", "replace")
     try:
         return GitIgnoreSpec.from_lines((text or "").splitlines())
     except ValueError as error:
-        raise Refusal(f"the .gitignore cannot be read: {error}") from None
+        raise HubServerError(f"the .gitignore cannot be parsed: {error}") from None
 
 
-def _upload_mode(file: schemas.PreuploadFile, head: Commit, ignored: GitIgnoreSpec) -> schemas.PreuploadAnswer:
+def _upload_mode(file: schemas.PreuploadFile, head: RepoCommit, ignored: GitIgnoreSpec) -> schemas.PreuploadFileReply:
     current = head.files.get(check_path(file.path))
-    return schemas.PreuploadAnswer(
+    return schemas.PreuploadFileReply(
         path=file.path,
         upload_mode="regular" if file.size <= MAX_REGULAR_BYTES else "lfs",
         should_ignore=ignored.match_file(file.path),
@@ -70,14 +80,14 @@ def _upload_mode(file: schemas.PreuploadFile, head: Commit, ignored: GitIgnoreSp
 @router.post(REPO + "/commit/{branch}", max_body_size=MAX_COMMIT_BYTES)
 async def commit(
     request: Request,
-    repo: Contributable,
-    branch: Part,
+    repo: ContributableRepo,
+    branch: PathSegment,
     user: User,
-    hub: HubHere,
+    hub: HubDep,
     base_url: BaseUrl,
     create_pr: str = "",
 ) -> schemas.CommitReply:
-    """Lines of JSON: a header, then the changes in order."""
+    """Make a commit from JSON lines: a header, then the changes in order."""
     pull = pull_number(branch)
     if pull is not None:
         author = (await run_in_threadpool(hub.discussions.get, repo, pull)).author
@@ -86,7 +96,7 @@ async def commit(
     elif not create_pr:
         check_can_write(user, repo.repo_id.namespace)
     header, changes, small_bytes = None, list[Change](), 0
-    async for line in lines(request, max_line_bytes=_MAX_LINE_BYTES):
+    async for line in iter_lines(request, max_line_bytes=_MAX_LINE_BYTES):
         parsed = _parse_line(line)
         if isinstance(parsed, schemas.HeaderLine):
             header = parsed.value
@@ -96,14 +106,14 @@ async def commit(
             if isinstance(change, PutFile) and change.entry.sha256 is None:
                 small_bytes += change.entry.size
     if header is None:
-        raise Refusal("the commit has no header line.")
+        raise HubServerError("the commit has no header line: expected a line with the key 'header'.")
     await run_in_threadpool(hub.quotas.check, repo.repo_id, added_bytes=small_bytes)
     new = NewCommit(user.user, header.summary, header.description, header.parent_commit)
     return await run_in_threadpool(_commit, hub, repo, branch, changes, new, f"{base_url}/{repo.id}", bool(create_pr))
 
 
 def _commit(
-    hub: Hub, repo: Repo, branch: str, changes: list[Change], new: NewCommit, address: str, is_new_pull: bool
+    hub: HubServices, repo: Repo, branch: str, changes: list[Change], new: NewCommit, address: str, is_new_pull: bool
 ) -> schemas.CommitReply:
     repo_id, base = repo.repo_id, branch.removeprefix("refs/heads/")
     pull_url, number = None, pull_number(branch)
@@ -131,20 +141,22 @@ def _parse_line(line: bytes) -> schemas.HeaderLine | schemas.ChangeLine:
         return schemas.COMMIT_LINE.validate_json(line)
     except ValidationError as error:
         fault = error.errors()[0]
-        raise Refusal(f"a line of the commit cannot be read: {fault['loc']}: {fault['msg']}") from None
+        raise HubServerError(f"a line of the commit cannot be parsed: {fault['loc']}: {fault['msg']}") from None
 
 
-def _change(line: schemas.ChangeLine, hub: Hub, repo: Repo) -> Change:
-    """Store what the line carries, return what it changes."""
+def _change(line: schemas.ChangeLine, hub: HubServices, repo: Repo) -> Change:
+    """Store the file in the line, if there is one, and return the change."""
     check_path(line.value.path.rstrip("/"))
     match line:
         case schemas.FileLine(value=file):
             data = _content(file)
-            return PutFile(file.path, FileEntry(blob=hub.store.objects.put_blob(data), size=len(data)))
+            return PutFile(file.path, RepoFile(blob=hub.store.objects.put_blob(data), size=len(data)))
         case schemas.LfsFileLine(value=file):
             entry = hub.store.lfs_entry(repo.repo_id, file.oid)
             if file.size not in (None, entry.size):
-                raise UploadMismatch(f"{file.path!r} has {entry.size} bytes here, not the announced {file.size}.")
+                raise UploadMismatch(
+                    f"{file.path!r} was uploaded with {entry.size} bytes, but the commit announced {file.size}."
+                )
             return PutFile(file.path, entry)
         case schemas.DeletedFileLine(value=gone):
             return DeleteFile(gone.path)
@@ -158,4 +170,4 @@ def _content(file: schemas.CommitFile) -> bytes:
     try:
         return base64.b64decode(file.content, validate=True)
     except binascii.Error as error:
-        raise Refusal(f"the content of {file.path!r} is not base64: {error}") from None
+        raise HubServerError(f"the content of {file.path!r} is not base64: {error}") from None

@@ -1,4 +1,4 @@
-"""Who may see and change what, as dependencies of the routes. Knows no request or reply shapes."""
+"""Dependencies of the routes: the services, the caller, and the repository in the path with the access checked."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from starlette.convertors import IntegerConvertor, StringConvertor, register_url
 from adapterhub.hubserver.auth.tickets import Signer
 from adapterhub.hubserver.auth.tokens import Account, Tokens
 from adapterhub.hubserver.errors import (
+    AccessNeedsToken,
     AccessNotGranted,
-    AccessNotGrantedToAnybody,
     InvalidToken,
-    LoginNeeded,
-    NoWriteRight,
-    RepoHidden,
-    RepoMissing,
+    RepoNeedsToken,
+    RepoNotFound,
+    TokenRequired,
+    WriteForbidden,
 )
 from adapterhub.hubserver.names import MAX_NUMBER, RepoId
-from adapterhub.hubserver.storage.catalog import Catalog
-from adapterhub.hubserver.storage.discussions import Discussions
+from adapterhub.hubserver.storage.catalog import RepoCatalog
+from adapterhub.hubserver.storage.discussion_store import DiscussionStore
 from adapterhub.hubserver.storage.quotas import Quotas
 from adapterhub.hubserver.storage.store import HubStore, Repo
-from adapterhub.hubserver.xet.store import XetStore
+from adapterhub.hubserver.xet.xorb_store import XorbStore
 
 READ = ["GET", "HEAD"]
-"""Mirrors ask HEAD of every page they GET."""
+"""Methods of a route that only reads: clients send HEAD to every address that they GET."""
 
 
 class _Kinds(StringConvertor):
@@ -41,7 +41,7 @@ class _Prefix(StringConvertor):
 
 
 class _Number(IntegerConvertor):
-    # As many digits as MAX_NUMBER has; longer ones name nothing.
+    # As many digits as MAX_NUMBER; a longer number cannot exist.
     regex = "[0-9]{1,9}"
 
 
@@ -50,9 +50,9 @@ register_url_convertor("number", _Number())
 register_url_convertor("prefix", _Prefix())
 
 REPO = "/api/{kinds:kinds}/{namespace}/{name}"
-"""How the address of everything about a repository begins."""
+"""Prefix of the API routes of a repository."""
 FILES = "/{prefix:prefix}{namespace}/{name}"
-"""How the address of its files and pages begins."""
+"""Prefix of the routes of a repository's files and pages."""
 
 
 def _decoded(part: str) -> str:
@@ -60,42 +60,42 @@ def _decoded(part: str) -> str:
 
 
 PageNumber = Annotated[int, Query(ge=0, le=MAX_NUMBER)]
-"""counted from 0"""
+"""Page number, from 0."""
 
-Part = Annotated[str, AfterValidator(_decoded)]
-"""One part of the path; routing happened on the raw path, so a branch `a/b` (`a%2Fb`) is one part."""
+PathSegment = Annotated[str, AfterValidator(_decoded)]
+"""One decoded segment of the path; routing uses the raw path, so a branch `a/b` (`a%2Fb`) is one segment."""
 
 
 @dataclass(frozen=True)
-class Hub:
-    """Everything the routes need, made once by the app factory."""
+class HubServices:
+    """The services that the routes use, created once by the application factory."""
 
     store: HubStore
-    catalog: Catalog
-    discussions: Discussions
+    catalog: RepoCatalog
+    discussions: DiscussionStore
     quotas: Quotas
-    xet: XetStore
+    xet: XorbStore
     tokens: Tokens
     signer: Signer
     public_url: str | None
-    """the address clients use, when a proxy stands before us"""
+    """The server's URL as clients see it, if a proxy stands in front."""
 
 
-def _hub(request: Request) -> Hub:
-    hub: Hub = request.app.state.hub
+def _hub(request: Request) -> HubServices:
+    hub: HubServices = request.app.state.hub
     return hub
 
 
-HubHere = Annotated[Hub, Depends(_hub)]
+HubDep = Annotated[HubServices, Depends(_hub)]
 
 
-def _caller(request: Request, hub: HubHere) -> Account | None:
+def _caller(request: Request, hub: HubDep) -> Account | None:
     caller = _account(request, hub)
     request.state.user = caller.user if caller is not None else None
     return caller
 
 
-def _account(request: Request, hub: Hub) -> Account | None:
+def _account(request: Request, hub: HubServices) -> Account | None:
     header = request.headers.get("authorization")
     if header is None:
         return None
@@ -106,19 +106,21 @@ def _account(request: Request, hub: Hub) -> Account | None:
 
 
 Caller = Annotated[Account | None, Depends(_caller)]
-"""None: no token was sent"""
+"""The account of the request's token; None without a token."""
 
 
 def _user(caller: Caller) -> Account:
     if caller is None:
-        raise LoginNeeded("this needs a token: send 'Authorization: Bearer ...' (HF_TOKEN for most clients).")
+        raise TokenRequired(
+            "the request has no token: send 'Authorization: Bearer ...' (most clients read it from HF_TOKEN)."
+        )
     return caller
 
 
 User = Annotated[Account, Depends(_user)]
 
 
-def _base_url(request: Request, hub: HubHere) -> str:
+def _base_url(request: Request, hub: HubDep) -> str:
     return (hub.public_url or str(request.base_url)).rstrip("/")
 
 
@@ -126,11 +128,12 @@ BaseUrl = Annotated[str, Depends(_base_url)]
 
 
 def can_see(caller: Account | None, repo: Repo) -> bool:
+    """Return whether the caller can see the repository: always, unless it is private."""
     return not repo.private or (caller is not None and caller.is_member_of(repo.repo_id.namespace))
 
 
 def can_read_files(caller: Account | None, repo: Repo) -> bool:
-    """Whether somebody who sees the repository may have its files: all may, unless it is gated."""
+    """Return whether a caller who can see the repository can also read its files: always, unless it is gated."""
     if repo.gated is None or (caller is not None and caller.is_member_of(repo.repo_id.namespace)):
         return True
     request = repo.access.get(caller.user) if caller is not None else None
@@ -138,79 +141,81 @@ def can_read_files(caller: Account | None, repo: Repo) -> bool:
 
 
 def check_can_write(user: Account, namespace: str) -> None:
-    """Raises NoWriteRight."""
+    """Check that the account can write to repositories of `namespace`. Raises WriteForbidden."""
     check_is_writer(user)
     if not user.can_write(namespace):
-        raise NoWriteRight(f"'{user.user}' may not write below '{namespace}/'.")
+        raise WriteForbidden(
+            f"'{user.user}' cannot write to repositories of '{namespace}': ask the hub's administrator."
+        )
 
 
 def check_is_writer(user: Account) -> None:
-    """Raises NoWriteRight for a token that only reads."""
+    """Check that the token's role allows writing. Raises WriteForbidden."""
     if not user.is_writer:
-        raise NoWriteRight(f"the token of '{user.user}' can only read; this needs one with the role 'write'.")
+        raise WriteForbidden(f"the token of '{user.user}' is read-only: use a token with the role 'write'.")
 
 
-def find_repo(hub: Hub, caller: Account | None, *, repo_id: RepoId) -> Repo:
-    """The repository, if there is one for this caller. Raises RepoMissing, or RepoHidden for callers without a token.
+def find_repo(hub: HubServices, caller: Account | None, *, repo_id: RepoId) -> Repo:
+    """Return the repository if the caller can see it. Raises RepoNotFound, or RepoNeedsToken without a token.
 
-    A hidden repository and a missing one give the same answer.
+    A private repository and one that does not exist give the same error.
     """
     try:
         repo = hub.store.repo(repo_id)
-    except RepoMissing:
+    except RepoNotFound:
         repo = None
     if repo is not None and can_see(caller, repo):
         return repo
     if caller is None:
-        raise RepoHidden(f"no public repository {repo_id} here; if it is private, send a token.")
-    raise RepoMissing(f"no repository {repo_id} here that '{caller.user}' can see.")
+        raise RepoNeedsToken(f"no public repository {repo_id} on this hub: send a token if it is private.")
+    raise RepoNotFound(f"no repository {repo_id} on this hub that '{caller.user}' can see: check the name.")
 
 
-def _addressed(request: Request, namespace: Part, name: Part) -> RepoId:
+def _addressed(request: Request, namespace: PathSegment, name: PathSegment) -> RepoId:
     kinds = request.path_params.get("kinds") or request.path_params.get("prefix") or ""
     return RepoId(namespace, name, "dataset" if kinds.startswith("datasets") else "model")
 
 
 AddressedRepo = Annotated[RepoId, Depends(_addressed)]
-"""The name in the path, whether or not there is such a repository"""
+"""The repository id in the path, whether or not the repository exists."""
 
 
-def _visible(repo_id: AddressedRepo, hub: HubHere, caller: Caller) -> Repo:
+def _visible(repo_id: AddressedRepo, hub: HubDep, caller: Caller) -> Repo:
     return find_repo(hub, caller, repo_id=repo_id)
 
 
-Visible = Annotated[Repo, Depends(_visible)]
-"""The repository in the path; the caller may know of it, and of its files' names"""
+VisibleRepo = Annotated[Repo, Depends(_visible)]
+"""The repository in the path, if the caller can see it and the names of its files."""
 
 
-def _readable(repo: Visible, caller: Caller) -> Repo:
+def _readable(repo: VisibleRepo, caller: Caller) -> Repo:
     if can_read_files(caller, repo):
         return repo
     if caller is None:
-        raise AccessNotGrantedToAnybody(f"{repo.id} is gated: send a token of somebody who was granted access.")
+        raise AccessNeedsToken(f"{repo.id} is gated: send the token of a user who was granted access.")
     raise AccessNotGranted(
-        f"{repo.id} is gated and '{caller.user}' has not been granted access: ask for it with "
-        f"POST /{repo.id}/ask-access, or ask its owner."
+        f"{repo.id} is gated and '{caller.user}' has not been granted access: request it with "
+        f"POST /{repo.id}/ask-access, or ask the owner."
     )
 
 
-Readable = Annotated[Repo, Depends(_readable)]
-"""The repository in the path; the caller may have its files"""
+ReadableRepo = Annotated[Repo, Depends(_readable)]
+"""The repository in the path, if the caller can read its files."""
 
 
-def _contributable(repo: Readable, user: User) -> Repo:
+def _contributable(repo: ReadableRepo, user: User) -> Repo:
     check_is_writer(user)
     return repo
 
 
-Contributable = Annotated[Repo, Depends(_contributable)]
-"""The repository in the path; the caller may propose changes to it"""
+ContributableRepo = Annotated[Repo, Depends(_contributable)]
+"""The repository in the path, if the caller can open pull requests."""
 
 
-def _writable(repo: Visible, user: User) -> Repo:
+def _writable(repo: VisibleRepo, user: User) -> Repo:
     check_can_write(user, repo.repo_id.namespace)
     return repo
 
 
-Writable = Annotated[Repo, Depends(_writable)]
-"""The repository in the path; the caller may change it"""
+WritableRepo = Annotated[Repo, Depends(_writable)]
+"""The repository in the path, if the caller can write to it."""

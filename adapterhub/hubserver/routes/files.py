@@ -1,4 +1,4 @@
-"""Routes that read files: listings and downloads. Changes nothing."""
+"""Routes that read files: listings and downloads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from urllib.parse import parse_qs
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse
 
-from adapterhub.hubserver.errors import EntryMissing, Refusal
-from adapterhub.hubserver.routes.dependencies import FILES, READ, REPO, HubHere, Part, Readable, Visible
+from adapterhub.hubserver.errors import EntryNotFound, HubServerError
+from adapterhub.hubserver.routes.dependencies import FILES, READ, REPO, HubDep, PathSegment, ReadableRepo, VisibleRepo
 from adapterhub.hubserver.schemas import hub as schemas
 from adapterhub.hubserver.storage.catalog import tree_file
-from adapterhub.hubserver.storage.commits import Commit
+from adapterhub.hubserver.storage.commit import RepoCommit
 
 router = APIRouter()
 _MAX_FORM_FIELDS = 10_000
@@ -26,11 +26,11 @@ class _Download(FileResponse):
 TreeEntry = schemas.TreeFile | schemas.TreeFolder
 
 
-def _tree(commit: Commit, folder: str) -> list[TreeEntry]:
-    """All files and folders below a folder ('' is the root), by path. Raises EntryMissing."""
+def _tree(commit: RepoCommit, folder: str) -> list[TreeEntry]:
+    """Return all files and folders below a folder ('' is the root), sorted by path. Raises EntryNotFound."""
     folders = commit.folders()
     if folder not in folders:
-        raise EntryMissing(f"no folder {folder!r} at commit {commit.sha}.", commit_sha=commit.sha)
+        raise EntryNotFound(f"no folder {folder!r} at commit {commit.sha}.", commit_sha=commit.sha)
     prefix = f"{folder}/" if folder else ""
     entries: list[TreeEntry] = [tree_file(path, entry) for path, entry in commit.files_under(folder).items()]
     entries += [
@@ -41,7 +41,10 @@ def _tree(commit: Commit, folder: str) -> list[TreeEntry]:
 
 @router.api_route(REPO + "/tree/{revision}", methods=READ)
 @router.api_route(REPO + "/tree/{revision}/{path:path}", methods=READ)
-def list_tree(repo: Visible, revision: Part, hub: HubHere, path: Part = "", recursive: bool = False) -> list[TreeEntry]:
+def list_tree(
+    repo: VisibleRepo, revision: PathSegment, hub: HubDep, path: PathSegment = "", recursive: bool = False
+) -> list[TreeEntry]:
+    """Return the files and folders in a folder, or at any depth below it if `recursive`."""
     folder = path.strip("/")
     entries = _tree(hub.store.commit_at(repo, revision), folder)
     return entries if recursive else [entry for entry in entries if entry.path.rpartition("/")[0] == folder]
@@ -51,26 +54,26 @@ async def _form_paths(request: Request) -> list[str]:
     try:
         form = parse_qs((await request.body()).decode(), max_num_fields=_MAX_FORM_FIELDS)
     except ValueError as error:
-        raise Refusal(f"the form cannot be read: {error}") from None
+        raise HubServerError(f"the form cannot be parsed: {error}") from None
     return form.get("paths", [])
 
 
 @router.post(REPO + "/paths-info/{revision}")
 def paths_info(
-    repo: Visible, revision: Part, hub: HubHere, paths: Annotated[list[str], Depends(_form_paths)]
+    repo: VisibleRepo, revision: PathSegment, hub: HubDep, paths: Annotated[list[str], Depends(_form_paths)]
 ) -> list[TreeEntry]:
-    """The entries among the asked paths that exist."""
+    """Return the entries of those requested paths that exist."""
     asked = {path.strip("/") for path in paths}
     return [entry for entry in _tree(hub.store.commit_at(repo, revision), "") if entry.path in asked]
 
 
 @router.api_route(FILES + "/resolve/{revision}/{path:path}", methods=READ)
-def download(repo: Readable, revision: Part, path: Part, hub: HubHere) -> FileResponse:
-    """A file's bytes, whole or by Range. The browser is told to run nothing in it."""
+def download(repo: ReadableRepo, revision: PathSegment, path: PathSegment, hub: HubDep) -> FileResponse:
+    """Send a file, whole or by Range, with headers that forbid a browser to execute it."""
     commit = hub.store.commit_at(repo, revision)
     entry = commit.file(path)
     if not hub.store.can_read(repo.repo_id, entry):
-        raise EntryMissing(f"{path!r} was removed from {repo.id} for good.", commit_sha=commit.sha)
+        raise EntryNotFound(f"{path!r} was permanently deleted from {repo.id}.", commit_sha=commit.sha)
     headers = {
         "ETag": f'"{entry.content_id}"',
         "X-Repo-Commit": commit.sha,

@@ -1,4 +1,4 @@
-"""Routes of gated repositories: who asked for the files, and who may have them."""
+"""Routes of gated repositories: access requests and their approval."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Literal
 
 from fastapi import APIRouter
 
-from adapterhub.hubserver.errors import Refusal
+from adapterhub.hubserver.errors import HubServerError
 from adapterhub.hubserver.names import check_namespace
-from adapterhub.hubserver.routes.dependencies import FILES, READ, REPO, HubHere, User, Visible, Writable
-from adapterhub.hubserver.schemas import discussions as discussion_schemas
+from adapterhub.hubserver.routes.dependencies import FILES, READ, REPO, HubDep, User, VisibleRepo, WritableRepo
+from adapterhub.hubserver.schemas import community
 from adapterhub.hubserver.schemas import hub as schemas
 from adapterhub.hubserver.storage.store import Repo
 
@@ -17,8 +17,8 @@ router = APIRouter()
 
 
 @router.post(FILES + "/ask-access")
-def ask_access(repo: Visible, user: User, hub: HubHere) -> None:
-    """Ask for the files; where the gate is automatic, one gets them."""
+def ask_access(repo: VisibleRepo, user: User, hub: HubDep) -> None:
+    """Request access to the files; a repository gated as 'auto' grants it at once."""
     _check_is_gated(repo)
     if user.user not in repo.access:
         status: Literal["accepted", "pending"] = "accepted" if repo.gated == "auto" else "pending"
@@ -26,12 +26,11 @@ def ask_access(repo: Visible, user: User, hub: HubHere) -> None:
 
 
 @router.api_route(REPO + "/user-access-request/{status}", methods=READ)
-def list_requests(
-    repo: Writable, status: Literal["pending", "accepted", "rejected"]
-) -> list[discussion_schemas.AccessItem]:
+def list_requests(repo: WritableRepo, status: Literal["pending", "accepted", "rejected"]) -> list[community.AccessItem]:
+    """Return the access requests with a status."""
     return [
-        discussion_schemas.AccessItem(
-            user=discussion_schemas.AccessPerson(user=user, fullname=user),
+        community.AccessItem(
+            user=community.AccessPerson(user=user, fullname=user),
             request_id=user,
             status=request.status,
             timestamp=schemas.iso_time(request.time_s),
@@ -42,24 +41,26 @@ def list_requests(
 
 
 @router.post(REPO + "/user-access-request/grant")
-def grant(request: discussion_schemas.AccessGrant, repo: Writable, hub: HubHere) -> dict[str, bool]:
+def grant(request: community.AccessGrant, repo: WritableRepo, hub: HubDep) -> dict[str, bool]:
+    """Grant access to a user, whether or not the user has requested it."""
     _check_is_gated(repo)
     known = repo.access.get(request.user)
     if known is not None and known.status == "accepted":
-        raise Refusal(f"'{request.user}' has access to {repo.id} already.")
+        raise HubServerError(f"'{request.user}' already has access to {repo.id}.")
     hub.store.set_access(repo.repo_id, check_namespace(request.user), status="accepted")
     return {"success": True}
 
 
 @router.post(REPO + "/user-access-request/handle")
-def decide(request: discussion_schemas.AccessDecision, repo: Writable, hub: HubHere) -> None:
+def decide(request: community.AccessDecision, repo: WritableRepo, hub: HubDep) -> None:
+    """Change the status of a user's access request."""
     _check_is_gated(repo)
     user = request.user or request.request_id
     if user is None or user not in repo.access:
-        raise Refusal(f"'{user}' did not ask for access to {repo.id}.")
+        raise HubServerError(f"'{user}' has not requested access to {repo.id}: grant it directly instead.")
     hub.store.set_access(repo.repo_id, user, status=request.status)
 
 
 def _check_is_gated(repo: Repo) -> None:
     if repo.gated is None:
-        raise Refusal(f"{repo.id} is not gated: everybody who sees it may have its files.")
+        raise HubServerError(f"{repo.id} is not gated: everyone who can see it can read its files.")

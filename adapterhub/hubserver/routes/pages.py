@@ -19,10 +19,10 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from adapterhub import __version__
-from adapterhub.hubserver.routes.dependencies import FILES, READ, Caller, Hub, HubHere, Visible, can_see
+from adapterhub.hubserver.routes.dependencies import FILES, READ, Caller, HubDep, HubServices, VisibleRepo, can_see
 from adapterhub.hubserver.storage.cards import CARD_NAME
-from adapterhub.hubserver.storage.catalog import Query as ModelQuery
-from adapterhub.hubserver.storage.commits import Commit
+from adapterhub.hubserver.storage.catalog import RepoQuery
+from adapterhub.hubserver.storage.commit import RepoCommit
 from adapterhub.hubserver.storage.store import DEFAULT_BRANCH, Repo
 
 router = APIRouter()
@@ -45,7 +45,7 @@ _TEMPLATES = Environment(
 @router.api_route("/", methods=READ)
 def list_page(
     request: Request,
-    hub: HubHere,
+    hub: HubDep,
     caller: Caller,
     search: str = "",
     base: str = "",
@@ -60,7 +60,7 @@ def list_page(
         }
         return JSONResponse(identity)
     tags = (f"base_model:{base}",) if base else ()
-    query = ModelQuery(tags, search=search or None, limit=_PAGE_SIZE, skip=skip)
+    query = RepoQuery(tags, search=search or None, limit=_PAGE_SIZE, skip=skip)
     page = hub.catalog.page(query, can_see=lambda repo: can_see(caller, repo))
     models = [
         {
@@ -82,7 +82,7 @@ def unknown() -> None:
 
 
 @router.api_route(FILES, methods=READ)
-def repository_page(request: Request, repo: Visible, hub: HubHere, revision: str = DEFAULT_BRANCH) -> HTMLResponse:
+def repository_page(request: Request, repo: VisibleRepo, hub: HubDep, revision: str = DEFAULT_BRANCH) -> HTMLResponse:
     """Return the page of a repository at a revision: its card, files, base and history."""
     commit = hub.store.commit_at(repo, revision)
     facts = hub.catalog.facts_at(commit)
@@ -110,16 +110,16 @@ def _page(template: str, **values: object) -> HTMLResponse:
     return HTMLResponse(_TEMPLATES.get_template(template).render(values), headers=_HEADERS)
 
 
-def _card(hub: Hub, commit: Commit) -> Markup | None:
+def _card(hub: HubServices, commit: RepoCommit) -> Markup | None:
     entry = commit.files.get(CARD_NAME)
     if entry is None:
         return None
-    text = hub.catalog.describing_bytes(entry).decode("utf-8", "replace")
+    text = hub.catalog.metadata_bytes(entry).decode("utf-8", "replace")
     # Safe as markup: markdown-it escapes HTML in the text, and leaves links to scripts as text.
     return Markup(_MARKDOWN.render(_YAML_HEAD.sub("", text, count=1)))  # noqa: S704
 
 
-def _files(repo: Repo, commit: Commit) -> list[dict[str, str]]:
+def _files(repo: Repo, commit: RepoCommit) -> list[dict[str, str]]:
     return [
         {"path": path, "size": f"{entry.size:,}", "href": f"/{repo.id}/resolve/{commit.sha}/{quote(path)}"}
         for path, entry in commit.files.items()

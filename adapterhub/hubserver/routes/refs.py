@@ -1,4 +1,4 @@
-"""Routes about versions: branches, tags, commits, and rewriting them. Touches no file bytes."""
+"""Routes of branches, tags and commits, and of rewriting history."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from adapterhub.hubserver.routes.dependencies import (
     READ,
     REPO,
     BaseUrl,
-    Hub,
-    HubHere,
+    HubDep,
+    HubServices,
     PageNumber,
-    Part,
+    PathSegment,
     User,
-    Visible,
-    Writable,
+    VisibleRepo,
+    WritableRepo,
 )
 from adapterhub.hubserver.schemas import hub as schemas
-from adapterhub.hubserver.storage.commits import Commit
+from adapterhub.hubserver.storage.commit import RepoCommit
 from adapterhub.hubserver.storage.history import remove_objects, squash
 from adapterhub.hubserver.storage.store import DEFAULT_BRANCH, Repo
 
@@ -29,7 +29,8 @@ _MAX_COMMITS = 1000
 
 
 @router.api_route(REPO + "/refs", methods=READ)
-def list_refs(repo: Visible, hub: HubHere, include_prs: bool = False) -> schemas.Refs:
+def list_refs(repo: VisibleRepo, hub: HubDep, include_prs: bool = False) -> schemas.Refs:
+    """Return all branches and tags, and pull requests if `include_prs`."""
     pulls = [one for one in hub.discussions.all(repo) if one.is_pull] if include_prs else []
     return schemas.Refs(
         branches=[_ref("heads", name, sha) for name, sha in repo.branches.items()],
@@ -46,14 +47,14 @@ def _ref(kind: str, name: str, sha: str) -> schemas.Ref:
 def list_commits(
     request: Request,
     response: Response,
-    repo: Visible,
-    revision: Part,
-    hub: HubHere,
+    repo: VisibleRepo,
+    revision: PathSegment,
+    hub: HubDep,
     base_url: BaseUrl,
     p: PageNumber = 0,
     limit: Annotated[int, Query(ge=1, le=_MAX_COMMITS)] = _MAX_COMMITS,
 ) -> list[schemas.CommitItem]:
-    """Newest first, a page at a time."""
+    """Return one page of the commits of a revision, newest first."""
     page = list(islice(hub.store.history(repo, revision), p * limit, (p + 1) * limit + 1))
     if len(page) > limit:
         address = request.url.include_query_params(p=p + 1)
@@ -61,45 +62,52 @@ def list_commits(
     return [_commit_item(commit) for commit in page[:limit]]
 
 
-def _commit_item(commit: Commit) -> schemas.CommitItem:
+def _commit_item(commit: RepoCommit) -> schemas.CommitItem:
     return schemas.CommitItem(
         id=commit.sha,
         title=commit.title,
         message=commit.description,
         date=schemas.iso_time(commit.time_s),
         authors=[schemas.CommitAuthor(user=commit.author)],
-        formatted=schemas.CommitWords(title=commit.title, message=commit.description),
+        formatted=schemas.FormattedCommit(title=commit.title, message=commit.description),
     )
 
 
 @router.post(REPO + "/branch/{branch}")
-def create_branch(request: schemas.NewBranch, repo: Writable, branch: Part, hub: HubHere) -> None:
+def create_branch(request: schemas.NewBranch, repo: WritableRepo, branch: PathSegment, hub: HubDep) -> None:
+    """Create a branch."""
     hub.store.create_branch(repo.repo_id, branch, start=request.starting_point or DEFAULT_BRANCH)
 
 
 @router.delete(REPO + "/branch/{branch}")
-def delete_branch(repo: Writable, branch: Part, hub: HubHere) -> None:
+def delete_branch(repo: WritableRepo, branch: PathSegment, hub: HubDep) -> None:
+    """Delete a branch."""
     hub.store.delete_branch(repo.repo_id, branch)
 
 
 @router.post(REPO + "/tag/{revision}")
-def create_tag(request: schemas.NewTag, repo: Writable, revision: Part, hub: HubHere) -> None:
+def create_tag(request: schemas.NewTag, repo: WritableRepo, revision: PathSegment, hub: HubDep) -> None:
+    """Create a tag."""
     hub.store.create_tag(repo.repo_id, request.tag, target=revision)
 
 
 @router.delete(REPO + "/tag/{tag}")
-def delete_tag(repo: Writable, tag: Part, hub: HubHere) -> None:
+def delete_tag(repo: WritableRepo, tag: PathSegment, hub: HubDep) -> None:
+    """Delete a tag."""
     hub.store.delete_tag(repo.repo_id, tag)
 
 
 @router.post(REPO + "/super-squash/{branch}")
-def super_squash(request: schemas.SquashBranch, repo: Writable, branch: Part, user: User, hub: HubHere) -> None:
+def super_squash(
+    request: schemas.SquashBranch, repo: WritableRepo, branch: PathSegment, user: User, hub: HubDep
+) -> None:
+    """Replace the history of a branch by one commit."""
     squash(hub.store, repo.repo_id, branch, author=user.user, message=request.message)
 
 
 @router.api_route(REPO + "/lfs-files", methods=READ)
-def list_lfs_files(repo: Writable, hub: HubHere) -> list[schemas.LfsFile]:
-    """Every large object of the repository, also of older commits; its name is the newest it had."""
+def list_lfs_files(repo: WritableRepo, hub: HubDep) -> list[schemas.LfsFile]:
+    """Return all large objects of the repository, including older commits, each with its most recent file name."""
     names: dict[str, tuple[str, str, str]] = {}
     for kind, refs in (("heads", repo.branches), ("tags", repo.tags)):
         for ref, sha in refs.items():
@@ -114,7 +122,7 @@ def list_lfs_files(repo: Writable, hub: HubHere) -> list[schemas.LfsFile]:
     return files
 
 
-def _note_names(hub: Hub, repo: Repo, sha: str, ref: str, names: dict[str, tuple[str, str, str]]) -> None:
+def _note_names(hub: HubServices, repo: Repo, sha: str, ref: str, names: dict[str, tuple[str, str, str]]) -> None:
     for commit in hub.store.history(repo, sha):
         for path, entry in commit.files.items():
             if entry.sha256 is not None:
@@ -122,7 +130,7 @@ def _note_names(hub: Hub, repo: Repo, sha: str, ref: str, names: dict[str, tuple
 
 
 @router.post(REPO + "/lfs-files/batch")
-def delete_lfs_files(request: schemas.LfsFilesBatch, repo: Writable, hub: HubHere) -> None:
-    """Large objects gone for good from this repository; the disk is freed by `adapterhub hub gc`."""
+def delete_lfs_files(request: schemas.LfsFilesBatch, repo: WritableRepo, hub: HubDep) -> None:
+    """Permanently delete large objects from the repository; `adapterhub hub gc` then frees the disk space."""
     deletions = request.deletions
     remove_objects(hub.store, repo.repo_id, deletions.sha, is_rewriting=deletions.rewrite_history)

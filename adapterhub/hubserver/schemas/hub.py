@@ -1,6 +1,6 @@
-"""The shapes of requests and replies, field by field as Hub clients send and expect them. Holds no logic.
+"""Schemas of the Hub API: requests and responses, field by field.
 
-Requests ignore fields they do not know: clients add some with every version.
+Requests ignore unknown fields, because clients add fields with every version.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pydantic.alias_generators import to_camel
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Size = Annotated[int, Field(ge=0)]
-"""bytes"""
+"""Size, in bytes."""
 
 
 def iso_time(time_s: int) -> str:
-    """Seconds since 1970 as the Hub writes times."""
+    """Return a time, given in seconds since 1970, in the Hub's format."""
     return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
-class Shape(BaseModel):
-    """Fields are spelt in camel case on the way."""
+class HubSchema(BaseModel):
+    """Base class of the schemas: field names are in camel case in JSON."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True)
 
@@ -30,135 +30,187 @@ class Shape(BaseModel):
 # Requests
 
 
-class RepoName(Shape):
+class RepoName(HubSchema):
+    """The name, owner and type of a repository."""
+
     name: str
     organization: str | None = None
     type: str | None = None
 
 
 class CreateRepo(RepoName):
+    """Request to create a repository."""
+
     visibility: Literal["public", "private"] | None = None
     private: bool = False
-    """the older way to say it"""
+    """Older form of `visibility`."""
 
 
-class Settings(Shape):
+class Settings(HubSchema):
+    """Request to change the settings of a repository."""
+
     visibility: Literal["public", "private"] | None = None
     private: bool | None = None
     gated: Literal["auto", "manual", False] | None = None
 
 
-class MoveRepo(Shape):
+class MoveRepo(HubSchema):
+    """Request to move a repository."""
+
     from_repo: str
     to_repo: str
     type: str | None = None
 
 
-class DuplicateRepo(Shape):
+class DuplicateRepo(HubSchema):
+    """Request to copy a repository."""
+
     repository: str
     visibility: Literal["public", "private"] | None = None
 
 
-class SquashBranch(Shape):
+class SquashBranch(HubSchema):
+    """Request to squash a branch."""
+
     message: str = Field(default="Super-squash branch using huggingface_hub", max_length=1000)
 
 
-class LfsDeletions(Shape):
+class LfsDeletions(HubSchema):
+    """The LFS objects to delete permanently."""
+
     sha: list[_Sha256] = Field(max_length=1000)
     rewrite_history: bool = True
 
 
-class LfsFilesBatch(Shape):
+class LfsFilesBatch(HubSchema):
+    """Request to delete LFS objects permanently."""
+
     deletions: LfsDeletions
 
 
-class NewBranch(Shape):
+class NewBranch(HubSchema):
+    """Request to create a branch."""
+
     starting_point: str | None = None
 
 
-class NewTag(Shape):
+class NewTag(HubSchema):
+    """Request to create a tag."""
+
     tag: str
 
 
-class Card(Shape):
+class Card(HubSchema):
+    """Request to check a model card."""
+
     content: str
 
 
-class PreuploadFile(Shape):
+class PreuploadFile(HubSchema):
+    """Path and size of a file to upload."""
+
     path: str
     size: _Size
 
 
-class Preupload(Shape):
+class Preupload(HubSchema):
+    """Request for the upload modes of files."""
+
     files: list[PreuploadFile] = Field(max_length=256)
     git_ignore: str | None = Field(default=None, max_length=100_000)
 
 
-class LfsObject(Shape):
+class LfsObject(HubSchema):
+    """The sha256 and size of an LFS object."""
+
     oid: _Sha256
     size: _Size
 
 
-class LfsBatch(Shape):
+class LfsBatch(HubSchema):
+    """Request for the upload URLs of LFS objects."""
+
     operation: Literal["upload"]
     transfers: list[str] = ["basic"]
     objects: list[LfsObject] = Field(max_length=1000)
 
 
-class LfsPart(Shape):
+class LfsPart(HubSchema):
+    """A part of an LFS object that was uploaded."""
+
     part_number: int
     etag: str
 
 
-class LfsParts(Shape):
+class LfsParts(HubSchema):
+    """Request to finish an upload in parts."""
+
     oid: _Sha256
     parts: list[LfsPart] = Field(max_length=10_000)
 
 
-class CommitHeader(Shape):
+class CommitHeader(HubSchema):
+    """Message and expected parent of a commit."""
+
     summary: str = Field(min_length=1, max_length=1000)
     description: str = Field(default="", max_length=100_000)
     parent_commit: str | None = Field(default=None, pattern=r"^[A-Fa-f0-9]{5,40}$")
 
 
-class CommitFile(Shape):
+class CommitFile(HubSchema):
+    """A file that the commit request carries."""
+
     path: str
     content: str
     encoding: Literal["base64", "utf-8"] = "utf-8"
 
 
-class CommitLfsFile(Shape):
+class CommitLfsFile(HubSchema):
+    """A file that was uploaded by LFS or Xet."""
+
     path: str
     algo: Literal["sha256"] = "sha256"
     oid: _Sha256
     size: _Size | None = None
 
 
-class CommitPath(Shape):
+class CommitPath(HubSchema):
+    """The path of a file or folder to delete."""
+
     path: str
 
 
-class HeaderLine(Shape):
+class HeaderLine(HubSchema):
+    """The line of a commit request with the commit header."""
+
     key: Literal["header"]
     value: CommitHeader
 
 
-class FileLine(Shape):
+class FileLine(HubSchema):
+    """The line of a commit request that adds a file."""
+
     key: Literal["file"]
     value: CommitFile
 
 
-class LfsFileLine(Shape):
+class LfsFileLine(HubSchema):
+    """The line of a commit request that adds an uploaded file."""
+
     key: Literal["lfsFile"]
     value: CommitLfsFile
 
 
-class DeletedFileLine(Shape):
+class DeletedFileLine(HubSchema):
+    """The line of a commit request that deletes a file."""
+
     key: Literal["deletedFile"]
     value: CommitPath
 
 
-class DeletedFolderLine(Shape):
+class DeletedFolderLine(HubSchema):
+    """The line of a commit request that deletes a folder."""
+
     key: Literal["deletedFolder"]
     value: CommitPath
 
@@ -167,27 +219,35 @@ ChangeLine = FileLine | LfsFileLine | DeletedFileLine | DeletedFolderLine
 COMMIT_LINE: TypeAdapter[HeaderLine | ChangeLine] = TypeAdapter(
     Annotated[HeaderLine | ChangeLine, Field(discriminator="key")]
 )
-"""One line of a commit request"""
+"""Validator of one line of a commit request."""
 
 
-# Replies
+# Responses
 
 
-class OrgReply(Shape):
+class OrgReply(HubSchema):
+    """A team of the user."""
+
     name: str
 
 
-class AccessToken(Shape):
+class AccessToken(HubSchema):
+    """Name and role of the token."""
+
     display_name: str
     role: str
 
 
-class WhoamiAuth(Shape):
+class WhoamiAuth(HubSchema):
+    """How the request was authenticated."""
+
     type: str = "access_token"
     access_token: AccessToken
 
 
-class Whoami(Shape):
+class Whoami(HubSchema):
+    """The user of the token."""
+
     type: str = "user"
     name: str
     fullname: str
@@ -195,55 +255,73 @@ class Whoami(Shape):
     auth: WhoamiAuth
 
 
-class RepoUrl(Shape):
+class RepoUrl(HubSchema):
+    """URL and name of a new repository."""
+
     url: str
     name: str
 
 
-class SettingsReply(Shape):
+class SettingsReply(HubSchema):
+    """The settings after a change."""
+
     private: bool
     gated: Literal["auto", "manual", False]
 
 
-class DuplicateReply(Shape):
+class DuplicateReply(HubSchema):
+    """URL of a copied repository."""
+
     url: str
     files_copy_pending: bool = False
 
 
-class LfsFile(Shape):
+class LfsFile(HubSchema):
+    """An LFS object of a repository."""
+
     file_oid: str
-    """sha256"""
+    """The object's sha256, in hex."""
     filename: str
     oid: str
-    """git id of the pointer"""
+    """The git blob id of the LFS pointer."""
     pushed_at: str
     ref: str | None
     size: int
 
 
-class SiblingLfs(Shape):
+class SiblingLfs(HubSchema):
+    """LFS data of a file."""
+
     sha256: str
     size: int
     pointer_size: int
 
 
-class Sibling(Shape):
+class Sibling(HubSchema):
+    """A file in the description of a repository."""
+
     rfilename: str
     size: int | None = None
     blob_id: str | None = None
     lfs: SiblingLfs | None = None
 
 
-class BaseModelName(Shape):
+class BaseModelName(HubSchema):
+    """The id of a base model."""
+
     id: str
 
 
-class BaseModels(Shape):
+class BaseModels(HubSchema):
+    """The base models of a model, and its relation to them."""
+
     relation: str
     models: list[BaseModelName]
 
 
-class Model(Shape):
+class Model(HubSchema):
+    """The description of a repository."""
+
     id: str
     model_id: str
     author: str
@@ -263,13 +341,17 @@ class Model(Shape):
     siblings: list[Sibling] | None = None
 
 
-class TreeLfs(Shape):
+class TreeLfs(HubSchema):
+    """LFS data of a file in a tree listing."""
+
     oid: str
     size: int
     pointer_size: int
 
 
-class TreeFile(Shape):
+class TreeFile(HubSchema):
+    """A file in a tree listing."""
+
     type: Literal["file"] = "file"
     path: str
     oid: str
@@ -277,109 +359,147 @@ class TreeFile(Shape):
     lfs: TreeLfs | None = None
 
 
-class TreeFolder(Shape):
+class TreeFolder(HubSchema):
+    """A folder in a tree listing."""
+
     type: Literal["directory"] = "directory"
     path: str
     oid: str
     size: int = 0
 
 
-class Ref(Shape):
+class Ref(HubSchema):
+    """A branch, tag or pull request."""
+
     name: str
     ref: str
     target_commit: str
 
 
-class Refs(Shape):
+class Refs(HubSchema):
+    """All refs of a repository."""
+
     branches: list[Ref]
     tags: list[Ref]
     converts: list[Ref] = []
     pull_requests: list[Ref] = []
 
 
-class CommitAuthor(Shape):
+class CommitAuthor(HubSchema):
+    """The author of a commit."""
+
     user: str
 
 
-class CommitWords(Shape):
+class FormattedCommit(HubSchema):
+    """Title and message of a commit."""
+
     title: str
     message: str
 
 
-class CommitItem(Shape):
+class CommitItem(HubSchema):
+    """A commit in the history."""
+
     id: str
     title: str
     message: str
     date: str
     authors: list[CommitAuthor]
-    formatted: CommitWords | None = None
+    formatted: FormattedCommit | None = None
 
 
-class CardFault(Shape):
+class CardFault(HubSchema):
+    """A fault in a model card."""
+
     message: str
 
 
-class CardReport(Shape):
+class CardReport(HubSchema):
+    """The faults of a model card."""
+
     errors: list[CardFault] = []
     warnings: list[CardFault] = []
 
 
-class PreuploadAnswer(Shape):
+class PreuploadFileReply(HubSchema):
+    """The upload mode of a file."""
+
     path: str
     upload_mode: Literal["lfs", "regular"]
     should_ignore: bool = False
     oid: str | None
-    """content id of the file as it is now"""
+    """Content id of the file in the repository; None if there is no such file."""
 
 
-class PreuploadReply(Shape):
-    files: list[PreuploadAnswer]
+class PreuploadReply(HubSchema):
+    """The upload modes of files."""
+
+    files: list[PreuploadFileReply]
 
 
-class LfsAction(Shape):
+class LfsAction(HubSchema):
+    """A URL of the LFS protocol."""
+
     href: str
     header: dict[str, str] = {}
 
 
-class LfsActions(Shape):
+class LfsActions(HubSchema):
+    """The URLs to upload and verify an object."""
+
     upload: LfsAction
     verify: LfsAction
 
 
-class LfsFault(Shape):
+class LfsFault(HubSchema):
+    """The reason why an object cannot be uploaded."""
+
     code: int
     message: str
 
 
-class LfsAnswer(Shape):
+class LfsObjectReply(HubSchema):
+    """The upload URLs of an object, or an error."""
+
     oid: str
     size: int
     actions: LfsActions | None = None
-    """None: the repository has the object"""
+    """Upload URLs; None if the repository already has the object."""
     error: LfsFault | None = None
 
 
-class LfsReply(Shape):
+class LfsReply(HubSchema):
+    """The upload URLs of a batch of objects."""
+
     transfer: str = "basic"
-    objects: list[LfsAnswer]
+    objects: list[LfsObjectReply]
 
 
-class XetToken(Shape):
+class XetToken(HubSchema):
+    """URL and token for Xet uploads."""
+
     access_token: str
     exp: int
     cas_url: str
 
 
 class XorbReply(BaseModel):
+    """Response to a xorb."""
+
     was_inserted: bool
 
 
 class ShardReply(BaseModel):
+    """Response to a shard."""
+
     result: int
-    """0: known before, 1: taken in"""
+    """0 if the shard was known before, 1 if it was stored."""
 
 
-class CommitReply(Shape):
+class CommitReply(HubSchema):
+    """Response to a commit."""
+
     success: bool = True
     commit_oid: str
     commit_url: str

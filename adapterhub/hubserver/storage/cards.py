@@ -1,7 +1,4 @@
-"""What a repository says about itself: the YAML head of its README and its adapter_config.json, as tags.
-
-Knows no HTTP and no store.
-"""
+"""Metadata of a repository: the YAML header of its README.md and its adapter_config.json, as tags."""
 
 from __future__ import annotations
 
@@ -12,53 +9,53 @@ from typing import Any
 
 import yaml
 
-from adapterhub.hubserver.errors import BadCard, BadName
+from adapterhub.hubserver.errors import InvalidCard, InvalidName
 from adapterhub.hubserver.names import RepoId
 
 CARD_NAME = "README.md"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
-MAX_DESCRIBING_BYTES = 1 << 20
-"""a README or adapter_config.json larger than this is not read for tags"""
+MAX_METADATA_BYTES = 1 << 20
+"""Largest README.md or adapter_config.json that is read for tags, in bytes."""
 _HEAD = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _MAX_HEAD = 64 << 10
 _MAX_DEPTH = 20
 
 
 def parse_card(text: str) -> dict[str, Any]:
-    """The YAML head of a model card, or {} when there is none. Raises BadCard with the line of the fault."""
+    """Return the YAML header of a model card, or {} if there is none. Raises InvalidCard with the line of the fault."""
     head = _HEAD.match(text)
     if head is None:
         return {}
     if len(head[1]) > _MAX_HEAD:
-        raise BadCard(f"the YAML head is longer than {_MAX_HEAD} characters.")
+        raise InvalidCard(f"the YAML header has {len(head[1])} characters: expected at most {_MAX_HEAD}.")
     try:
-        _check_is_modest(head[1])
+        _check_cost(head[1])
         card = yaml.safe_load(head[1])
-        # Through JSON and back: dates become text, and what JSON cannot say is found here.
+        # Convert to JSON and back: dates become text, and values that JSON does not have raise an error here.
         plain = json.loads(json.dumps(card, default=str, allow_nan=False))
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        raise BadCard(f"the YAML head cannot be read: {' '.join(str(error).split())}") from None
+        raise InvalidCard(f"the YAML header cannot be parsed: {' '.join(str(error).split())}") from None
     if plain is not None and not isinstance(plain, dict):
-        raise BadCard("the YAML head must be a mapping (key: value).")
+        raise InvalidCard("the YAML header is not a mapping: expected lines of 'key: value'.")
     return plain or {}
 
 
-def _check_is_modest(head: str) -> None:
-    """Raises BadCard for what is small as text but costly to read: found before it is built."""
+def _check_cost(head: str) -> None:
+    """Refuse YAML that is short but expensive to parse, before it is parsed. Raises InvalidCard."""
     depth = 0
     for event in yaml.parse(head, Loader=yaml.SafeLoader):
-        # An alias lets a few lines stand for gigabytes once written out as JSON.
+        # With aliases, a few lines can expand to gigabytes of JSON.
         if isinstance(event, yaml.AliasEvent):
-            raise BadCard("the YAML head uses an alias (*name); write the value out.")
+            raise InvalidCard("the YAML header uses an alias (*name): write the value out.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         # 5,000 open brackets took 10 s of a core.
         if depth > _MAX_DEPTH:
-            raise BadCard(f"the YAML head is nested more than {_MAX_DEPTH} deep.")
+            raise InvalidCard(f"the YAML header is nested too deeply: expected at most {_MAX_DEPTH} levels.")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What lists are filtered by and what a model's page tells."""
+    """The metadata of a repository, for filters and for its page."""
 
     card: dict[str, Any] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
@@ -66,12 +63,15 @@ class Facts:
     pipeline_tag: str | None = None
     base_models: tuple[str, ...] = ()
     relation: str | None = None
-    """how it comes from its base models: adapter, finetune, merge or quantized"""
+    """Relation to the base models: adapter, finetune, merge or quantized."""
     adapter_config: dict[str, Any] = field(default_factory=dict)
 
 
 def facts_of(*, card_bytes: bytes | None, config_bytes: bytes | None, has_safetensors: bool) -> Facts:
-    """Facts from a README.md and an adapter_config.json (None: there is none); what cannot be read is left out."""
+    """Read the metadata from a README.md and an adapter_config.json; None stands for a file that does not exist.
+
+    Files that cannot be parsed are ignored.
+    """
     is_adapter = config_bytes is not None
     card, config = _card_or_empty(card_bytes or b""), _json_or_empty(config_bytes or b"")
     library = _text(card.get("library_name")) or ("peft" if is_adapter else None)
@@ -80,7 +80,7 @@ def facts_of(*, card_bytes: bytes | None, config_bytes: bytes | None, has_safete
     relation = _text(card.get("base_model_relation")) or ("adapter" if is_adapter else "finetune")
     tags = [
         *([library] if library else []),
-        # PEFT's own push writes a card that says "transformers".
+        # The card that PEFT's push_to_hub writes has the library "transformers".
         *(["peft"] if is_adapter else []),
         *(["safetensors"] if has_safetensors else []),
         *_texts(card.get("tags")),
@@ -105,7 +105,7 @@ def facts_of(*, card_bytes: bytes | None, config_bytes: bytes | None, has_safete
 def _card_or_empty(data: bytes) -> dict[str, Any]:
     try:
         return parse_card(data.decode("utf-8", "replace"))
-    except BadCard:
+    except InvalidCard:
         return {}
 
 
@@ -127,8 +127,8 @@ def _texts(value: object) -> list[str]:
 
 
 def _repo_names(value: object) -> list[str]:
-    """`owner/name` only: PEFT also writes folders of the training machine here, which nobody should see as a tag."""
+    """Return the value if it is `owner/name`: PEFT also writes folders of the training machine here."""
     try:
         return [str(RepoId.parse(value))] if isinstance(value, str) else []
-    except BadName:
+    except InvalidName:
         return []

@@ -1,4 +1,4 @@
-"""Which models there are and what is told of each: filters, sorting, replies. Knows no users' rights and no routes."""
+"""The catalog of repositories: filters, sorting, pages, and the description of each repository."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from adapterhub.hubserver.errors import RevisionMissing
+from adapterhub.hubserver.errors import RevisionNotFound
 from adapterhub.hubserver.names import Kind
 from adapterhub.hubserver.schemas import hub as schemas
-from adapterhub.hubserver.storage.cards import ADAPTER_CONFIG_NAME, CARD_NAME, MAX_DESCRIBING_BYTES, Facts, facts_of
-from adapterhub.hubserver.storage.commits import Commit, FileEntry
+from adapterhub.hubserver.storage.cards import ADAPTER_CONFIG_NAME, CARD_NAME, MAX_METADATA_BYTES, Facts, facts_of
+from adapterhub.hubserver.storage.commit import RepoCommit, RepoFile
 from adapterhub.hubserver.storage.store import DEFAULT_BRANCH, HubStore, Repo
 
 MAX_PAGE = 1000
 
 
 @dataclass(frozen=True)
-class Query:
-    """Which models, or data sets, to list; every condition must hold."""
+class RepoQuery:
+    """A query for models or data sets; a repository must meet every condition."""
 
     tags: tuple[str, ...] = ()
     author: str | None = None
     search: str | None = None
-    """part of `namespace/name`, in any case"""
+    """Part of `namespace/name`, in upper or lower case."""
     sort: str | None = None
-    """`createdAt`; anything else is by last change, as nothing else is counted here. Newest first"""
+    """`createdAt`; any other value sorts by last change. Newest first."""
     limit: int = MAX_PAGE
     skip: int = 0
     kind: Kind = "model"
@@ -35,31 +35,33 @@ class Query:
 
 @dataclass(frozen=True)
 class Page:
-    models: tuple[tuple[Repo, Commit], ...]
+    """One page of the repositories that match a query."""
+
+    models: tuple[tuple[Repo, RepoCommit], ...]
     next_skip: int | None
-    """None: this is the last page"""
+    """Offset of the next page; None on the last page."""
 
 
-class Catalog:
-    """Reads descriptions out of a store and remembers them by content."""
+class RepoCatalog:
+    """Lists the repositories of a store; caches their metadata by content."""
 
     def __init__(self, store: HubStore) -> None:
         self._store = store
         self._facts = lru_cache(maxsize=4096)(self._read_facts)
 
-    def page(self, query: Query, *, can_see: Callable[[Repo], bool]) -> Page:
-        """One page of the models that match."""
+    def page(self, query: RepoQuery, *, can_see: Callable[[Repo], bool]) -> Page:
+        """Return one page of the repositories that match."""
         found = [
             (repo, commit)
             for repo, commit in self._heads(query.kind)
-            if can_see(repo) and _is_asked(repo, query) and set(query.tags) <= set(self.facts_at(commit).tags)
+            if can_see(repo) and _matches(repo, query) and set(query.tags) <= set(self.facts_at(commit).tags)
         ]
         found.sort(key=lambda model: model[0].created_s if query.sort == "createdAt" else model[1].time_s, reverse=True)
         end = query.skip + query.limit
         return Page(tuple(found[query.skip : end]), end if end < len(found) else None)
 
-    def model(self, repo: Repo, commit: Commit, *, siblings: list[schemas.Sibling] | None = None) -> schemas.Model:
-        """What is told of a model at a commit."""
+    def model(self, repo: Repo, commit: RepoCommit, *, siblings: list[schemas.Sibling] | None = None) -> schemas.Model:
+        """Return the description of a repository at a commit."""
         facts = self.facts_at(commit)
         bases = [schemas.BaseModelName(id=name) for name in facts.base_models]
         return schemas.Model(
@@ -81,35 +83,35 @@ class Catalog:
             siblings=siblings,
         )
 
-    def _heads(self, kind: Kind) -> Iterator[tuple[Repo, Commit]]:
+    def _heads(self, kind: Kind) -> Iterator[tuple[Repo, RepoCommit]]:
         for repo in self._store.repos(kind):
-            # Somebody may delete one while we look.
-            with contextlib.suppress(RevisionMissing):
+            # A repository may be deleted at the same time.
+            with contextlib.suppress(RevisionNotFound):
                 yield repo, self._store.commit_at(repo, DEFAULT_BRANCH)
 
-    def facts_at(self, commit: Commit) -> Facts:
-        """What the card and the adapter's config say at a commit."""
+    def facts_at(self, commit: RepoCommit) -> Facts:
+        """Return the metadata of the model card and the adapter's config at a commit."""
         has_safetensors = any(path.endswith(".safetensors") for path in commit.files)
         return self._facts(commit.files.get(CARD_NAME), commit.files.get(ADAPTER_CONFIG_NAME), has_safetensors)
 
-    def _read_facts(self, card: FileEntry | None, config: FileEntry | None, has_safetensors: bool) -> Facts:
+    def _read_facts(self, card: RepoFile | None, config: RepoFile | None, has_safetensors: bool) -> Facts:
         return facts_of(
-            card_bytes=None if card is None else self.describing_bytes(card),
-            config_bytes=None if config is None else self.describing_bytes(config),
+            card_bytes=None if card is None else self.metadata_bytes(card),
+            config_bytes=None if config is None else self.metadata_bytes(config),
             has_safetensors=has_safetensors,
         )
 
-    def describing_bytes(self, entry: FileEntry) -> bytes:
-        """What a small file says that describes the others; nothing for one that is too large to be read.
+    def metadata_bytes(self, entry: RepoFile) -> bytes:
+        """Return the bytes of a small metadata file; b"" if it is too large.
 
-        Nor for a large object of any size: it may have been removed from this repository for good.
+        Also b"" for an LFS file of any size, which may have been permanently deleted from the repository.
         """
-        if entry.sha256 is not None or entry.size > MAX_DESCRIBING_BYTES:
+        if entry.sha256 is not None or entry.size > MAX_METADATA_BYTES:
             return b""
         return self._store.path_of(entry).read_bytes()
 
 
-def _is_asked(repo: Repo, query: Query) -> bool:
+def _matches(repo: Repo, query: RepoQuery) -> bool:
     if query.author is not None and repo.repo_id.namespace != query.author:
         return False
     if query.gated is not None and query.gated is (repo.gated is None):
@@ -117,28 +119,28 @@ def _is_asked(repo: Repo, query: Query) -> bool:
     return query.search is None or query.search.lower() in repo.id.lower()
 
 
-def sibling_names(commit: Commit) -> list[schemas.Sibling]:
-    """The files of a commit, by name only."""
+def sibling_names(commit: RepoCommit) -> list[schemas.Sibling]:
+    """Return the names of the files of a commit."""
     return [schemas.Sibling(rfilename=path) for path in commit.files]
 
 
-def sibling_details(commit: Commit) -> list[schemas.Sibling]:
-    """The files of a commit, with sizes and ids."""
+def sibling_details(commit: RepoCommit) -> list[schemas.Sibling]:
+    """Return the files of a commit, with sizes and ids."""
     return [
         schemas.Sibling(rfilename=path, size=entry.size, blob_id=entry.blob, lfs=_sibling_lfs(entry))
         for path, entry in commit.files.items()
     ]
 
 
-def tree_file(path: str, entry: FileEntry) -> schemas.TreeFile:
-    """One file as a line of a tree listing."""
+def tree_file(path: str, entry: RepoFile) -> schemas.TreeFile:
+    """Return one file as an entry of a tree listing."""
     lfs = None
     if entry.sha256 is not None:
         lfs = schemas.TreeLfs(oid=entry.sha256, size=entry.size, pointer_size=entry.pointer_size)
     return schemas.TreeFile(path=path, oid=entry.blob, size=entry.size, lfs=lfs)
 
 
-def _sibling_lfs(entry: FileEntry) -> schemas.SiblingLfs | None:
+def _sibling_lfs(entry: RepoFile) -> schemas.SiblingLfs | None:
     if entry.sha256 is None:
         return None
     return schemas.SiblingLfs(sha256=entry.sha256, size=entry.size, pointer_size=entry.pointer_size)
@@ -146,5 +148,5 @@ def _sibling_lfs(entry: FileEntry) -> schemas.SiblingLfs | None:
 
 def _peft_config(facts: Facts) -> dict[str, object] | None:
     keys = ("base_model_name_or_path", "task_type", "peft_type")
-    told = {key: facts.adapter_config[key] for key in keys if isinstance(facts.adapter_config.get(key), str)}
-    return {"peft": told} if told else None
+    values = {key: facts.adapter_config[key] for key in keys if isinstance(facts.adapter_config.get(key), str)}
+    return {"peft": values} if values else None

@@ -1,4 +1,4 @@
-"""One discussion or pull request as a value, and what happens in it. Knows no disk, no refs and no HTTP."""
+"""Discussions, pull requests and their events as immutable values."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adapterhub.hubserver.storage.commits import Commit
+from adapterhub.hubserver.storage.commit import RepoCommit
 
 Status = Literal["draft", "open", "closed", "merged"]
 
 
 class Event(BaseModel):
-    """Something that happened, in the words of the protocol."""
+    """An event of a discussion, with the field names of the Hub API."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,33 +22,38 @@ class Event(BaseModel):
     type: Literal["comment", "status-change", "title-change", "commit"]
     author: str
     time_s: int
-    """seconds since 1970"""
+    """Time of the event, in seconds since 1970."""
     data: dict[str, Any]
-    """what clients read of an event of this type"""
+    """The fields of an event of this type."""
 
     @classmethod
-    def made(cls, type: Literal["comment", "status-change", "title-change", "commit"], author: str, data: Any) -> Event:
-        """An event of now."""
+    def create(
+        cls, type: Literal["comment", "status-change", "title-change", "commit"], author: str, data: Any
+    ) -> Event:
+        """Return an event with a new id and the current time."""
         return cls(id=secrets.token_hex(12), type=type, author=author, time_s=int(time.time()), data=data)
 
     @classmethod
     def comment(cls, text: str, *, author: str) -> Event:
-        return cls.made("comment", author, {"edited": False, "hidden": False, "text": text})
+        """Return a new comment."""
+        return cls.create("comment", author, {"edited": False, "hidden": False, "text": text})
 
     @classmethod
-    def commit(cls, commit: Commit) -> Event:
-        return cls.made("commit", commit.author, {"subject": commit.title, "oid": commit.sha})
+    def commit(cls, commit: RepoCommit) -> Event:
+        """Return the event that a commit was added to a pull request."""
+        return cls.create("commit", commit.author, {"subject": commit.title, "oid": commit.sha})
 
     def edited(self, text: str) -> Event:
+        """Return the comment with another text."""
         return self.model_copy(update={"data": {**self.data, "edited": True, "text": text}})
 
     def hidden(self) -> Event:
-        """The text is dropped for good."""
+        """Return the comment without its text."""
         return self.model_copy(update={"data": {**self.data, "hidden": True, "text": ""}})
 
 
 class Discussion(BaseModel):
-    """A discussion, or a pull request when it has a base."""
+    """A discussion, or a pull request if it has a base."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,23 +61,26 @@ class Discussion(BaseModel):
     title: str
     author: str
     created_s: int
-    """seconds since 1970"""
+    """Creation time, in seconds since 1970."""
     status: Status
     base: str | None
-    """the branch a pull request is for"""
+    """Target branch of a pull request."""
     start: str | None
-    """commit of the base when it was opened"""
+    """Commit of the target branch when the pull request was opened."""
     head: str | None
-    """its newest commit"""
+    """Most recent commit of the pull request."""
     merge_commit: str | None = None
     events: tuple[Event, ...]
 
     @property
     def is_pull(self) -> bool:
+        """Return whether this is a pull request."""
         return self.base is not None
 
-    def merged(self, sha: str) -> Discussion:
+    def as_merged(self, sha: str) -> Discussion:
+        """Return a copy with the status merged."""
         return self.model_copy(update={"status": "merged", "merge_commit": sha})
 
     def with_event(self, event: Event, **changes: str) -> Discussion:
+        """Return a copy with one more event and changed fields."""
         return self.model_copy(update={"events": (*self.events, event), **changes})

@@ -1,4 +1,4 @@
-"""Git's own ids of blobs, trees and commits, computed from bytes. Knows no disk, no refs and no LFS transfer.
+"""Git object ids of blobs, trees and commits, computed without git.
 
 Formats: git-scm.com/book, "Git Internals - Git Objects"; LFS pointers: the git-lfs specification, docs/spec.md.
 """
@@ -18,12 +18,12 @@ def _object_id(kind: str, body: bytes) -> str:
 
 
 def blob_id(data: bytes) -> str:
-    """Id of a file with these bytes (`git hash-object`), 40 hex digits."""
+    """Return the blob id of a file with these bytes, in hex (`git hash-object`)."""
     return _object_id("blob", data)
 
 
 def lfs_pointer(sha256: str, size_bytes: int) -> bytes:
-    """The small text git keeps in place of an LFS file."""
+    """Return the LFS pointer, the small text file that git stores in place of an LFS file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size_bytes}\n".encode()
 
 
@@ -32,7 +32,7 @@ def _parent(path: str) -> str:
 
 
 def _folder_id(children: Mapping[str, tuple[str, str]]) -> str:
-    """Id of one folder; git sorts by bytes, and a folder as if its name ended in a slash."""
+    """Return the id of one folder. Git sorts entries by bytes, and a folder as if its name ended in a slash."""
 
     def order(name: str) -> bytes:
         return (name + "/" if children[name][0] == _FOLDER_MODE else name).encode()
@@ -45,7 +45,10 @@ def _folder_id(children: Mapping[str, tuple[str, str]]) -> str:
 
 
 def tree_ids(blobs: Mapping[str, str]) -> dict[str, str]:
-    """Ids of all folders, from file path -> blob id; the root folder is '' (`git mktree`, from the leaves up)."""
+    """Return the ids of all folders; the root is '' (`git mktree`, from the leaves up).
+
+    `blobs` maps file paths to blob ids.
+    """
     folders: dict[str, dict[str, tuple[str, str]]] = {"": {}}
     for path, oid in blobs.items():
         folder = _parent(path)
@@ -63,9 +66,10 @@ def tree_ids(blobs: Mapping[str, str]) -> dict[str, str]:
 
 
 def commit_id(tree: str, parents: Sequence[str], *, author: str, time_s: int, message: str) -> str:
-    """Id of a commit (`git commit-tree` with author = committer, in UTC); `message` ends in a newline.
+    """Return the id of a commit (`git commit-tree` with author = committer, in UTC).
 
-    `time_s`: seconds since 1970. `author`: a user name, which also makes up the address git asks for.
+    `time_s`: seconds since 1970. `author`: a user name; the email address that git requires is derived from it.
+    `message` ends in a newline.
     """
     signature = f"{author} <{author}@localhost> {time_s} +0000"
     lines = [f"tree {tree}", *(f"parent {sha}" for sha in parents)]

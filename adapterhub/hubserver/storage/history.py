@@ -1,4 +1,4 @@
-"""Rewriting what was: a branch made one commit, large files removed from all commits. Knows no users and no HTTP."""
+"""History rewriting: squash a branch into one commit, remove large files from all commits."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import time
 from collections.abc import Callable, Collection
 
 from adapterhub.hubserver.names import RepoId
-from adapterhub.hubserver.storage.commits import Commit
+from adapterhub.hubserver.storage.commit import RepoCommit
 from adapterhub.hubserver.storage.store import HubStore, Repo
 
 
-def squash(store: HubStore, repo_id: RepoId, branch: str, *, author: str, message: str) -> Commit:
-    """Make a branch one commit without parents. Raises RevisionMissing, RepoMissing."""
+def squash(store: HubStore, repo_id: RepoId, branch: str, *, author: str, message: str) -> RepoCommit:
+    """Replace the history of a branch by one commit without parents. Raises RevisionNotFound, RepoNotFound."""
     with store.locked(repo_id):
         repo = store.repo(repo_id)
         if branch not in repo.branches:
-            raise repo.missing(branch)
+            raise repo.revision_not_found(branch)
         head = store.commit_at(repo, f"refs/heads/{branch}")
-        only = Commit.create(head.files, (), author=author, title=message, time_s=int(time.time()))
+        only = RepoCommit.create(head.files, (), author=author, title=message, time_s=int(time.time()))
         store.save_commit(repo_id, only)
         store.save(repo.model_copy(update={"branches": {**repo.branches, branch: only.sha}}))
     return only
 
 
 def remove_objects(store: HubStore, repo_id: RepoId, sha256s: Collection[str], *, is_rewriting: bool) -> None:
-    """Make large objects unreadable in a repository, for good; `is_rewriting`: as if no commit ever had them.
+    """Permanently delete large objects from a repository.
 
-    Raises RepoMissing.
+    With `is_rewriting`, all commits are replaced by commits without these files. Raises RepoNotFound.
     """
     with store.locked(repo_id):
         repo = store.repo(repo_id)
@@ -42,24 +42,26 @@ def remove_objects(store: HubStore, repo_id: RepoId, sha256s: Collection[str], *
 
 
 def _rewriter(store: HubStore, repo: Repo, sha256s: frozenset[str]) -> Callable[[str], str]:
-    """Commit id -> id of the same commit without those objects."""
+    """Return a function from a commit id to the id of the same commit without those objects."""
     known: dict[str, str] = {}
 
     def rewritten(sha: str) -> str:
-        line = []
+        chain = []
         for commit in store.history(repo, sha):
-            line.append(commit)
+            chain.append(commit)
             if commit.sha in known:
                 break
-        for commit in reversed(line):
+        for commit in reversed(chain):
             known.setdefault(commit.sha, _without(store, repo, commit, sha256s, known).sha)
         return known[sha]
 
     return rewritten
 
 
-def _without(store: HubStore, repo: Repo, commit: Commit, sha256s: frozenset[str], known: dict[str, str]) -> Commit:
-    new = Commit.create(
+def _without(
+    store: HubStore, repo: Repo, commit: RepoCommit, sha256s: frozenset[str], known: dict[str, str]
+) -> RepoCommit:
+    new = RepoCommit.create(
         {path: entry for path, entry in commit.files.items() if entry.sha256 not in sha256s},
         tuple(known[parent] for parent in commit.parents),
         author=commit.author,

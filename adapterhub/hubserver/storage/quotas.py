@@ -1,4 +1,4 @@
-"""How much may be kept, and whether more fits. Knows no routes."""
+"""Storage limits: the quotas of repositories and owners, and the free disk space."""
 
 from __future__ import annotations
 
@@ -16,40 +16,41 @@ PART_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What a hub is set to keep; None: no limit."""
+    """The storage limits of a hub; None stands for no limit."""
 
     repo_bytes: int | None = None
+    """Quota of one repository, in bytes."""
     owner_bytes: int | None = None
-    """of all repositories below one name"""
+    """Quota of all repositories of one owner, in bytes."""
     free_bytes: int = 256 << 20
-    """what uploads leave free on the disk"""
+    """Disk space that uploads leave free, in bytes."""
     part_bytes: int = PART_BYTES
-    """larger objects may be sent by LFS in parts of this size"""
+    """Part size of LFS uploads in parts, in bytes; smaller objects are sent as a whole."""
 
 
 class Quotas:
-    """Asks before bytes are taken in."""
+    """Checks the limits of a hub before bytes are stored."""
 
     def __init__(self, store: HubStore, root: Path, limits: Limits) -> None:
         self._store, self._root = store, root
         self.limits = limits
 
     def check(self, repo_id: RepoId, *, added_bytes: int) -> None:
-        """Both of the below."""
-        self.check_disk(coming_bytes=added_bytes)
-        self.check_kept(repo_id, added_bytes=added_bytes)
+        """Check disk space and quotas. Raises StorageFull, QuotaExceeded."""
+        self.check_disk(added_bytes=added_bytes)
+        self.check_quota(repo_id, added_bytes=added_bytes)
 
-    def check_disk(self, *, coming_bytes: int) -> None:
-        """Raises StorageFull when the disk would have less than `free_bytes` left."""
+    def check_disk(self, *, added_bytes: int) -> None:
+        """Check that the disk has `free_bytes` left after the upload. Raises StorageFull."""
         free = shutil.disk_usage(self._root).free
-        if coming_bytes + self.limits.free_bytes > free:
+        if added_bytes + self.limits.free_bytes > free:
             raise StorageFull(
-                f"the hub's disk has {free / 1e6:.0f} MB free and keeps {self.limits.free_bytes / 1e6:.0f} MB of them: "
-                f"{coming_bytes / 1e6:.0f} MB do not fit. Free some space (adapterhub hub gc)."
+                f"{added_bytes / 1e6:.0f} MB do not fit on the hub's disk: {free / 1e6:.0f} MB are free, of which "
+                f"{self.limits.free_bytes / 1e6:.0f} MB are reserved. Free some space (adapterhub hub gc)."
             )
 
-    def check_kept(self, repo_id: RepoId, *, added_bytes: int) -> None:
-        """Raises QuotaExceeded, whether the bytes are on the disk yet or not."""
+    def check_quota(self, repo_id: RepoId, *, added_bytes: int) -> None:
+        """Check the quotas of the repository and its owner. Raises QuotaExceeded."""
         if self.limits.repo_bytes is not None:
             _check(
                 str(repo_id), self._store.stored_bytes(self._store.repo(repo_id)), added_bytes, self.limits.repo_bytes
@@ -65,6 +66,6 @@ class Quotas:
 def _check(whose: str, stored: int, added: int, limit: int) -> None:
     if stored + added > limit:
         raise QuotaExceeded(
-            f"{whose} holds {stored / 1e6:.1f} MB of its {limit / 1e6:.1f} MB; {added / 1e6:.1f} MB more do not fit. "
-            "Delete files for good (permanently_delete_lfs_files), or ask whoever runs the hub for more."
+            f"{added / 1e6:.1f} MB do not fit: {whose} uses {stored / 1e6:.1f} MB of its {limit / 1e6:.1f} MB. "
+            "Delete files permanently (permanently_delete_lfs_files), or ask the hub's administrator for more."
         )

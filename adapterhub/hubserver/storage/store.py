@@ -1,8 +1,8 @@
-"""Repositories on disk: refs, commits and who has shown which large object. Knows no users' rights and no HTTP.
+"""Repositories on disk: refs, settings, commits, and the large objects that were uploaded to each.
 
-Below the root: `objects/` (bytes), `repos/<namespace>/<name>/` (data sets: `datasets/...`) with `repo.json` (the refs,
-written last), `commits/<sha>.json`, `discussions/<n>.json` and `lfs/<sha256>` (empty marks), `locks/`, and `uploads/`
-and `trash/` for what is under way.
+Below the root: `objects/` (file contents), `repos/<namespace>/<name>/` (data sets: `datasets/...`) with `repo.json`
+(refs and settings, written last), `commits/<sha>.json`, `discussions/<n>.json` and `lfs/<sha256>` (empty marker files),
+`locks/`, `uploads/` and `trash/`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pydantic import BaseModel, ConfigDict
 from adapterhub.files import write_atomic
 from adapterhub.hubserver.errors import (
     AlreadyExists,
-    Refusal,
-    RepoMissing,
-    RevisionMissing,
+    HubServerError,
+    RepoNotFound,
+    RevisionNotFound,
     StaleParent,
     StoreBusy,
     UploadMismatch,
 )
 from adapterhub.hubserver.names import Kind, RepoId, check_ref, is_commit_sha, pull_number
-from adapterhub.hubserver.storage.commits import Change, Commit, FileEntry, NewCommit, files_after
+from adapterhub.hubserver.storage.commit import Change, NewCommit, RepoCommit, RepoFile, files_after
 from adapterhub.hubserver.storage.discussion import Discussion
 from adapterhub.hubserver.storage.git_ids import blob_id, lfs_pointer
-from adapterhub.hubserver.storage.objects import ObjectStore, touched
+from adapterhub.hubserver.storage.objects import ObjectStore, touch_if_exists
 
 DEFAULT_BRANCH = "main"
 RefKind = Literal["branches", "tags"]
@@ -45,46 +45,51 @@ AccessStatus = Literal["pending", "accepted", "rejected"]
 
 
 class AccessRequest(BaseModel):
-    """What became of somebody's wish to have the files of a gated repository."""
+    """A user's request for access to a gated repository, and its status."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     status: AccessStatus
     time_s: int
-    """seconds since 1970"""
+    """Time of the last change of the status, in seconds since 1970."""
 
 
 class Repo(BaseModel):
-    """What `repo.json` holds: a moment's view of a repository."""
+    """The contents of `repo.json`: a repository's refs and settings at one moment."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
     private: bool
     created_s: int
-    """seconds since 1970"""
+    """Creation time, in seconds since 1970."""
     branches: dict[str, str]
-    """name -> commit sha"""
+    """Commit id of each branch."""
     tags: dict[str, str]
-    """name -> commit sha"""
+    """Commit id of each tag."""
     gated: Gate | None = None
-    """its files are for those who asked: who asks gets them ('auto'), or an owner decides ('manual')"""
+    """How access to the files is granted: on request ('auto'), by the owner ('manual'), or to everyone (None)."""
     access: dict[str, AccessRequest] = {}
-    """user -> what became of the wish"""
+    """Access request of each user."""
     merged: dict[int, str] = {}
-    """number of a pull request -> the commit it became; written together with the branch"""
+    """Merge commit of each merged pull request; written together with the branch."""
     blob_bytes: int = 0
-    """of all small files that were ever committed, for quotas"""
+    """Size of all small files that were ever committed, in bytes, for the quota."""
 
     @property
     def repo_id(self) -> RepoId:
+        """The repository's id."""
         return RepoId.parse(self.id)
 
     def refs(self, kind: RefKind) -> dict[str, str]:
+        """Return the branches or the tags, with their commit ids."""
         return self.branches if kind == "branches" else self.tags
 
     def sha_of(self, revision: str) -> str:
-        """Commit of a branch, a tag, `refs/heads/...`, `refs/tags/...` or a full commit id. Raises RevisionMissing."""
+        """Return the commit id of a branch, a tag, `refs/heads/...`, `refs/tags/...` or a full commit id.
+
+        Raises RevisionNotFound.
+        """
         branch, tag = revision.removeprefix("refs/heads/"), revision.removeprefix("refs/tags/")
         if branch in self.branches:
             return self.branches[branch]
@@ -92,20 +97,21 @@ class Repo(BaseModel):
             return self.tags[tag]
         if is_commit_sha(revision):
             return revision
-        raise self.missing(revision)
+        raise self.revision_not_found(revision)
 
-    def grown(self, head: Commit, commit: Commit) -> Repo:
-        """With the small files counted that a commit brought."""
+    def with_blob_bytes(self, head: RepoCommit, commit: RepoCommit) -> Repo:
+        """Return a copy whose `blob_bytes` includes the small files that `commit` adds to `head`."""
         added = sum(e.size for p, e in commit.files.items() if e.sha256 is None and head.files.get(p) != e)
         return self.model_copy(update={"blob_bytes": self.blob_bytes + added})
 
-    def missing(self, revision: str) -> RevisionMissing:
+    def revision_not_found(self, revision: str) -> RevisionNotFound:
+        """Return the error for an unknown revision, which lists the known ones."""
         known = ", ".join([*self.branches, *self.tags][:10])
-        return RevisionMissing(f"{self.id} has no revision {revision!r}; it has {known}.")
+        return RevisionNotFound(f"{self.id} has no revision {revision!r}: expected one of {known}.")
 
 
 class HubStore:
-    """All repositories below one folder; several processes may use the same folder at once."""
+    """All repositories below one folder; several processes can use the same folder at the same time."""
 
     def __init__(self, root: Path) -> None:
         self.objects = ObjectStore(root)
@@ -114,12 +120,12 @@ class HubStore:
         self._trash = root / "trash"
         for folder in (*self._repos.values(), self._locks, self._trash):
             folder.mkdir(parents=True, exist_ok=True)
-        # A commit never changes, so its record can be kept once read.
+        # Commits are immutable, so they can be cached.
         self._read_commit = lru_cache(maxsize=256)(_read_commit)
 
     def create_repo(self, repo_id: RepoId, *, author: str, private: bool = False) -> Repo:
-        """Make a repository with one empty commit on `main`. Raises AlreadyExists."""
-        first = Commit.create({}, (), author=author, title="initial commit", time_s=int(time.time()))
+        """Create a repository with one empty commit on `main`. Raises AlreadyExists."""
+        first = RepoCommit.create({}, (), author=author, title="initial commit", time_s=int(time.time()))
         repo = Repo(
             id=str(repo_id),
             private=private,
@@ -129,14 +135,14 @@ class HubStore:
         )
         with self.locked(repo_id):
             if (self.folder(repo_id) / "repo.json").exists():
-                raise AlreadyExists(f"the repository {repo_id} exists already.")
+                raise AlreadyExists(f"the repository {repo_id} already exists: choose another name.")
             (self.folder(repo_id) / "lfs").mkdir(parents=True, exist_ok=True)
             self.save_commit(repo_id, first)
             self.save(repo)
         return repo
 
     def delete_repo(self, repo_id: RepoId) -> None:
-        """Remove a repository; the objects stay. Raises RepoMissing."""
+        """Delete a repository; its objects remain until garbage collection. Raises RepoNotFound."""
         with self.locked(repo_id):
             self.repo(repo_id)
             trash = self._trash / secrets.token_hex(8)
@@ -144,32 +150,32 @@ class HubStore:
         shutil.rmtree(trash, ignore_errors=True)
 
     def repo(self, repo_id: RepoId) -> Repo:
-        """The repository as it is now. Raises RepoMissing."""
+        """Return the current state of a repository. Raises RepoNotFound."""
         try:
             repo = Repo.model_validate_json((self.folder(repo_id) / "repo.json").read_bytes())
         except FileNotFoundError:
-            raise RepoMissing(f"no repository {repo_id} here.") from None
-        # The folder says the name: moving a repository is one rename.
+            raise RepoNotFound(f"no repository {repo_id} on this hub: check the name.") from None
+        # The name is that of the folder, so that moving a repository is one rename.
         return repo.model_copy(update={"id": str(repo_id)})
 
     def repos(self, kind: Kind, namespace: str = "*") -> Iterator[Repo]:
-        """All repositories of a kind, or those of one owner, by name."""
+        """Yield all repositories of a kind, or those of one owner, sorted by name."""
         for record in sorted(self._repos[kind].glob(f"{namespace}/*/repo.json")):
-            # Somebody may delete one while we look.
-            with contextlib.suppress(RepoMissing):
+            # A repository may be deleted at the same time.
+            with contextlib.suppress(RepoNotFound):
                 yield self.repo(RepoId(record.parent.parent.name, record.parent.name, kind))
 
     def move_repo(self, source: RepoId, target: RepoId) -> None:
-        """Give it another name or owner. Raises RepoMissing, AlreadyExists."""
+        """Change the name or owner of a repository. Raises RepoNotFound, AlreadyExists."""
         with self._both_locked(source, target):
             self.repo(source)
             self.folder(target).parent.mkdir(parents=True, exist_ok=True)
             self.folder(source).rename(self.folder(target))
 
     def duplicate_repo(self, source: RepoId, target: RepoId, *, private: bool) -> None:
-        """Copy a repository with its history and its gate, without its discussions and whom it let in.
+        """Copy a repository with its history and settings, but without its discussions and access grants.
 
-        Raises RepoMissing, AlreadyExists.
+        Raises RepoNotFound, AlreadyExists.
         """
         with self._both_locked(source, target):
             copy = self.repo(source).model_copy(
@@ -182,26 +188,26 @@ class HubStore:
             self.save(copy)
 
     def change(self, repo_id: RepoId, **changes: object) -> None:
-        """Set fields of the repository's record: `private`, `gated`. Raises RepoMissing."""
+        """Change the settings `private` and `gated`. Raises RepoNotFound."""
         with self.locked(repo_id):
             self.save(self.repo(repo_id).model_copy(update=changes))
 
     def set_access(self, repo_id: RepoId, user: str, *, status: AccessStatus) -> None:
-        """Note what became of somebody's wish to have the files. Raises RepoMissing."""
+        """Set the status of a user's access request. Raises RepoNotFound."""
         with self.locked(repo_id):
             repo = self.repo(repo_id)
             request = AccessRequest(status=status, time_s=int(time.time()))
             self.save(repo.model_copy(update={"access": {**repo.access, user: request}}))
 
-    def commit_at(self, repo: Repo, revision: str) -> Commit:
-        """The commit a revision names. Raises RevisionMissing."""
+    def commit_at(self, repo: Repo, revision: str) -> RepoCommit:
+        """Return the commit of a revision. Raises RevisionNotFound."""
         path = self._commit_path(repo.repo_id, self._sha_of(repo, revision))
         try:
-            # Asked each time: the record may be remembered from a repository of this name that was deleted.
+            # Checked each time: the cache may have it from a deleted repository with the same name.
             path.stat()
             return self._read_commit(path)
         except FileNotFoundError:
-            raise repo.missing(revision) from None
+            raise repo.revision_not_found(revision) from None
 
     def _sha_of(self, repo: Repo, revision: str) -> str:
         number = pull_number(revision)
@@ -211,49 +217,49 @@ class HubStore:
             record = self.folder(repo.repo_id) / "discussions" / f"{number}.json"
             head = Discussion.model_validate_json(record.read_bytes()).head
         except FileNotFoundError:
-            raise repo.missing(revision) from None
+            raise repo.revision_not_found(revision) from None
         if head is None:
-            raise repo.missing(revision)
+            raise repo.revision_not_found(revision)
         return head
 
-    def history(self, repo: Repo, revision: str) -> Iterator[Commit]:
-        """The commit and its ancestors, newest first. Raises RevisionMissing."""
+    def history(self, repo: Repo, revision: str) -> Iterator[RepoCommit]:
+        """Yield the commit of a revision and its ancestors, newest first. Raises RevisionNotFound."""
         commit = self.commit_at(repo, revision)
         yield commit
         while commit.parents:
             commit = self.commit_at(repo, commit.parents[0])
             yield commit
 
-    def commit(self, repo_id: RepoId, branch: str, *, changes: Iterable[Change], new: NewCommit) -> Commit:
-        """Add a commit to a branch; when nothing changes, return the head as it is.
+    def commit(self, repo_id: RepoId, branch: str, *, changes: Iterable[Change], new: NewCommit) -> RepoCommit:
+        """Add a commit to a branch and return it; without changes, return the branch's current commit.
 
-        Raises StaleParent, RepoMissing, RevisionMissing, BadName and EntryMissing.
+        Raises StaleParent, RepoNotFound, RevisionNotFound, InvalidName and EntryNotFound.
         """
         with self.locked(repo_id):
             repo = self.repo(repo_id)
             if branch not in repo.branches:
-                raise repo.missing(branch)
+                raise repo.revision_not_found(branch)
             head = self.commit_at(repo, f"refs/heads/{branch}")
             commit = self.add_commit(repo, head, changes=changes, new=new)
             if commit != head:
                 branches = {**repo.branches, branch: commit.sha}
-                self.save(repo.grown(head, commit).model_copy(update={"branches": branches}))
+                self.save(repo.with_blob_bytes(head, commit).model_copy(update={"branches": branches}))
         return commit
 
-    def add_commit(self, repo: Repo, head: Commit, *, changes: Iterable[Change], new: NewCommit) -> Commit:
-        """Write the commit after `head`, which no ref names yet; `head` itself when nothing changes.
+    def add_commit(self, repo: Repo, head: RepoCommit, *, changes: Iterable[Change], new: NewCommit) -> RepoCommit:
+        """Write the commit that follows `head`, without moving a ref, and return it; `head` without changes.
 
-        The caller holds the lock. Raises StaleParent, BadName and EntryMissing.
+        The caller holds the lock. Raises StaleParent, InvalidName and EntryNotFound.
         """
         if new.parent is not None and not head.sha.startswith(new.parent.lower()):
             raise StaleParent(
-                f"{repo.id} is at {head.sha}, not at the expected parent {new.parent}: somebody committed first. "
-                "Look at their change and try again."
+                f"{repo.id} is at commit {head.sha}: expected {new.parent}, because another commit came first. "
+                "Review that commit and try again."
             )
         files = files_after(head, changes)
         if files == head.files:
             return head
-        commit = Commit.create(
+        commit = RepoCommit.create(
             files,
             (head.sha,),
             author=new.author,
@@ -265,45 +271,45 @@ class HubStore:
         return commit
 
     def create_branch(self, repo_id: RepoId, branch: str, *, start: str) -> None:
-        """Raises BadName, AlreadyExists, RevisionMissing, RepoMissing."""
+        """Create a branch at a revision. Raises InvalidName, AlreadyExists, RevisionNotFound, RepoNotFound."""
         self._add_ref(repo_id, "branches", name=branch, target=start)
 
     def create_tag(self, repo_id: RepoId, tag: str, *, target: str) -> None:
-        """Raises BadName, AlreadyExists, RevisionMissing, RepoMissing."""
+        """Create a tag at a revision. Raises InvalidName, AlreadyExists, RevisionNotFound, RepoNotFound."""
         self._add_ref(repo_id, "tags", name=tag, target=target)
 
     def delete_branch(self, repo_id: RepoId, branch: str) -> None:
-        """Raises RevisionMissing, RepoMissing, and Refusal for the default branch."""
+        """Delete a branch. Raises RevisionNotFound, RepoNotFound, and HubServerError for the default branch."""
         if branch == DEFAULT_BRANCH:
-            raise Refusal(f"the branch '{DEFAULT_BRANCH}' cannot be deleted: every repository has it.")
+            raise HubServerError(f"the branch '{DEFAULT_BRANCH}' cannot be deleted: it is the default branch.")
         self._drop_ref(repo_id, "branches", name=branch)
 
     def delete_tag(self, repo_id: RepoId, tag: str) -> None:
-        """Raises RevisionMissing, RepoMissing."""
+        """Delete a tag. Raises RevisionNotFound, RepoNotFound."""
         self._drop_ref(repo_id, "tags", name=tag)
 
     def mark_lfs(self, repo_id: RepoId, sha256: str) -> None:
-        """Note that somebody uploaded this object's bytes to this repository. Raises RepoMissing."""
+        """Record that an object was uploaded to a repository. Raises RepoNotFound."""
         try:
             self._lfs_mark(repo_id, sha256).touch()
         except FileNotFoundError:
-            raise RepoMissing(f"no repository {repo_id} here.") from None
+            raise RepoNotFound(f"no repository {repo_id} on this hub: check the name.") from None
 
     def has_lfs(self, repo_id: RepoId, sha256: str) -> bool:
-        """Whether the object's bytes were uploaded to this very repository; mark and object count as young again.
+        """Return whether an object was uploaded to this repository, and reset its age for garbage collection.
 
-        Objects are shared on disk, but knowing a sha256 must not be enough to read another repository's file.
+        Repositories share objects on disk, but to know a sha256 must not be enough to read another repository's file.
         """
-        return touched(self._lfs_mark(repo_id, sha256)) and self.objects.touch_lfs(sha256)
+        return touch_if_exists(self._lfs_mark(repo_id, sha256)) and self.objects.touch_lfs(sha256)
 
-    def can_read(self, repo_id: RepoId, entry: FileEntry) -> bool:
-        """Whether the bytes of a file may be had from this repository."""
+    def can_read(self, repo_id: RepoId, entry: RepoFile) -> bool:
+        """Return whether the bytes of a file can be read from this repository."""
         return entry.sha256 is None or self._lfs_mark(repo_id, entry.sha256).exists()
 
     def lfs_marks(self, repo_id: RepoId) -> dict[str, tuple[int, float]]:
-        """sha256 of every object uploaded to this repository -> its bytes, and when it was last sent or asked for.
+        """Return size and time of last use of every object uploaded to a repository, by sha256.
 
-        The time is in seconds since 1970.
+        Sizes are in bytes, times in seconds since 1970.
         """
         found = {}
         for mark in (self.folder(repo_id) / "lfs").glob("*"):
@@ -312,22 +318,22 @@ class HubStore:
         return found
 
     def drop_lfs(self, repo_id: RepoId, sha256: str) -> None:
-        """Forget that the object was uploaded here; it cannot be read from this repository any more."""
+        """Remove an object from a repository, so that it cannot be read from it any more."""
         self._lfs_mark(repo_id, sha256).unlink(missing_ok=True)
 
     def stored_bytes(self, repo: Repo) -> int:
-        """What a quota counts: large objects once each, and every small file ever committed."""
+        """Return the size that counts for quotas: each large object once, and every small file ever committed."""
         return repo.blob_bytes + sum(size for size, _ in self.lfs_marks(repo.repo_id).values())
 
-    def lfs_entry(self, repo_id: RepoId, sha256: str) -> FileEntry:
-        """The entry of an uploaded object. Raises UploadMismatch when it was never uploaded here."""
+    def lfs_entry(self, repo_id: RepoId, sha256: str) -> RepoFile:
+        """Return the entry of an uploaded object. Raises UploadMismatch if it was not uploaded to this repository."""
         if not self.has_lfs(repo_id, sha256):
-            raise UploadMismatch(f"the object {sha256} was never uploaded to {repo_id}; upload it, then commit.")
+            raise UploadMismatch(f"the object {sha256} was never uploaded to {repo_id}: upload it, then commit.")
         size = self.objects.lfs_path(sha256).stat().st_size
-        return FileEntry(blob=blob_id(lfs_pointer(sha256, size)), size=size, sha256=sha256)
+        return RepoFile(blob=blob_id(lfs_pointer(sha256, size)), size=size, sha256=sha256)
 
-    def path_of(self, entry: FileEntry) -> Path:
-        """Where the bytes of a file lie."""
+    def path_of(self, entry: RepoFile) -> Path:
+        """Return the path of a file's bytes."""
         if entry.sha256 is not None:
             return self.objects.lfs_path(entry.sha256)
         return self.objects.blob_path(entry.blob)
@@ -337,7 +343,7 @@ class HubStore:
             repo = self.repo(repo_id)
             refs = repo.refs(kind)
             if check_ref(name) in refs:
-                raise AlreadyExists(f"{repo_id} already has '{name}' among its {kind}, at {refs[name]}.")
+                raise AlreadyExists(f"{repo_id} already has '{name}' in its {kind}, at commit {refs[name]}.")
             sha = self.commit_at(repo, target).sha
             self.save(repo.model_copy(update={kind: {**refs, name: sha}}))
 
@@ -346,20 +352,23 @@ class HubStore:
             repo = self.repo(repo_id)
             refs = repo.refs(kind)
             if name not in refs:
-                raise repo.missing(name)
+                raise repo.revision_not_found(name)
             left = {ref: sha for ref, sha in refs.items() if ref != name}
             self.save(repo.model_copy(update={kind: left}))
 
     @contextlib.contextmanager
     def locked(self, repo_id: RepoId) -> Iterator[None]:
-        """One writer per repository, over all processes. The lock outlives the repository's folder."""
+        """Hold the write lock of a repository, across all processes. Raises StoreBusy.
+
+        The lock file is not in the repository's folder, which may be deleted or moved.
+        """
         path = self._locks / f"{repo_id}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, timeout=_LOCK_TIMEOUT_S)
         try:
             lock.acquire()
         except Timeout:
-            raise StoreBusy(f"{repo_id} was busy for {_LOCK_TIMEOUT_S:.0f} s; try again.") from None
+            raise StoreBusy(f"{repo_id} was locked by other writers for {_LOCK_TIMEOUT_S:.0f} s: try again.") from None
         try:
             yield
         finally:
@@ -367,16 +376,16 @@ class HubStore:
 
     @contextlib.contextmanager
     def _both_locked(self, source: RepoId, target: RepoId) -> Iterator[None]:
-        """For what makes `target` out of `source`. Raises AlreadyExists."""
-        # Always in the same order, or two who swap names would wait for each other.
+        """Hold the locks of a repository and of the name it is moved or copied to. Raises AlreadyExists."""
+        # Always in the same order, so that two moves in opposite directions cannot deadlock.
         first, second = sorted((source, target), key=str)
         with self.locked(first), self.locked(second) if first != second else contextlib.nullcontext():
             if (self.folder(target) / "repo.json").exists():
-                raise AlreadyExists(f"the repository {target} exists already.")
+                raise AlreadyExists(f"the repository {target} already exists: choose another name.")
             yield
 
     def folder(self, repo_id: RepoId) -> Path:
-        """Where everything of a repository but its objects lies."""
+        """Return the folder of a repository; its objects are stored elsewhere."""
         return self._repos[repo_id.kind] / repo_id.namespace / repo_id.name
 
     def _commit_path(self, repo_id: RepoId, sha: str) -> Path:
@@ -386,13 +395,13 @@ class HubStore:
         return self.folder(repo_id) / "lfs" / sha256
 
     def save(self, repo: Repo) -> None:
-        """Write the refs and settings; the caller holds the lock."""
+        """Write the refs and settings of a repository. The caller holds the lock."""
         write_atomic(self.folder(repo.repo_id) / "repo.json", repo.model_dump_json(indent=1))
 
-    def save_commit(self, repo_id: RepoId, commit: Commit) -> None:
-        """Write a commit that no ref names yet."""
+    def save_commit(self, repo_id: RepoId, commit: RepoCommit) -> None:
+        """Write a commit, without moving a ref."""
         write_atomic(self._commit_path(repo_id, commit.sha), commit.model_dump_json())
 
 
-def _read_commit(path: Path) -> Commit:
-    return Commit.model_validate_json(path.read_bytes())
+def _read_commit(path: Path) -> RepoCommit:
+    return RepoCommit.model_validate_json(path.read_bytes())

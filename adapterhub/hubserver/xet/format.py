@@ -1,7 +1,6 @@
-"""What a Xet client sends: xorbs (packed chunks) and shards (which chunks, in which order, make which file).
+"""Parsers of the Xet formats: xorbs (packed chunks) and shards (files as lists of chunks), from untrusted input.
 
-Reads the formats bit by bit without trusting them; knows no disk layout and no HTTP. Formats: the Xet protocol
-specification, huggingface.co/docs/xet, "Xorb Format" and "Shard Format".
+Formats: the Xet protocol specification, huggingface.co/docs/xet, "Xorb Format" and "Shard Format".
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import lz4.frame
 from adapterhub.hubserver.errors import UploadMismatch
 
 MAX_XORB_BYTES = (64 << 20) + (1 << 20)
-"""a xorb holds 64 MiB of chunks before packing; packing may add a little"""
+"""Largest xorb, in bytes: 64 MiB of chunks, plus what compression may add."""
 MAX_SHARD_BYTES = 64 << 20
 _MAX_CHUNK = 128 << 10
 _MAX_CHUNKS = 8 << 10
@@ -29,43 +28,44 @@ _PLAIN, _LZ4, _GROUPED_LZ4 = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Where one chunk lies in a xorb, and how it is packed."""
+class XorbChunk:
+    """The position of one chunk in a xorb, and its compression scheme."""
 
     start: int
     packed_size: int
     scheme: int
     raw_size: int
-    """bytes once unpacked"""
+    """Size after decompression, in bytes."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """A run of chunks of one xorb."""
+    """A range of chunks of one xorb."""
 
     xorb: str
     first: int
     end: int
-    """one past the last chunk"""
+    """Index after the last chunk."""
     size_bytes: int
-    """of the run, unpacked"""
+    """Size of the range after decompression, in bytes."""
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A file as its terms, in order."""
+    """A file as a sequence of terms."""
 
     sha256: str
     terms: tuple[Term, ...]
 
     @property
     def size_bytes(self) -> int:
+        """Size of the file, in bytes."""
         return sum(term.size_bytes for term in self.terms)
 
 
-def xorb_chunks(xorb: BinaryIO) -> list[Chunk]:
-    """The chunks of a xorb, in order. Raises UploadMismatch for what is not one."""
-    chunks: list[Chunk] = []
+def xorb_chunks(xorb: BinaryIO) -> list[XorbChunk]:
+    """Return the chunks of a xorb, in order. Raises UploadMismatch if it is not a valid xorb."""
+    chunks: list[XorbChunk] = []
     position = xorb.seek(0)
     size = xorb.seek(0, 2)
     while position < size:
@@ -75,7 +75,7 @@ def xorb_chunks(xorb: BinaryIO) -> list[Chunk]:
             break
         if len(header) < _CHUNK_HEADER:
             raise UploadMismatch(f"the xorb ends inside the header of chunk {len(chunks)}.")
-        chunk = Chunk(
+        chunk = XorbChunk(
             start=position + _CHUNK_HEADER,
             packed_size=int.from_bytes(header[1:4], "little"),
             scheme=header[4],
@@ -85,34 +85,34 @@ def xorb_chunks(xorb: BinaryIO) -> list[Chunk]:
         if header[0] != 0 or chunk.scheme not in (_PLAIN, _LZ4, _GROUPED_LZ4) or chunk.raw_size > _MAX_CHUNK:
             raise UploadMismatch(f"chunk {len(chunks)} of the xorb has an unknown header ({header.hex()}).")
         if position > size or len(chunks) == _MAX_CHUNKS:
-            raise UploadMismatch(f"chunk {len(chunks)} of the xorb reaches beyond its end, or it has too many chunks.")
+            raise UploadMismatch(f"chunk {len(chunks)} is beyond the end of the xorb, or the xorb has too many chunks.")
         chunks.append(chunk)
     if not chunks:
-        raise UploadMismatch("the xorb holds no chunk.")
+        raise UploadMismatch("the xorb has no chunks: expected at least one.")
     return chunks
 
 
-def unpacked(chunk: Chunk, packed: bytes) -> bytes:
-    """A chunk's own bytes. Raises UploadMismatch; never makes more than the header announced."""
+def unpack(chunk: XorbChunk, packed: bytes) -> bytes:
+    """Return the decompressed bytes of a chunk, at most as many as its header announced. Raises UploadMismatch."""
     raw = packed if chunk.scheme == _PLAIN else _unpack_lz4(packed, limit=chunk.raw_size)
     if len(raw) != chunk.raw_size:
-        raise UploadMismatch(f"a chunk unpacks to {len(raw)} bytes, not the announced {chunk.raw_size}.")
-    return _ungrouped(raw) if chunk.scheme == _GROUPED_LZ4 else raw
+        raise UploadMismatch(f"a chunk unpacks to {len(raw)} bytes: announced were {chunk.raw_size}.")
+    return _ungroup(raw) if chunk.scheme == _GROUPED_LZ4 else raw
 
 
 def _unpack_lz4(packed: bytes, *, limit: int) -> bytes:
     unpacker = lz4.frame.LZ4FrameDecompressor()
     try:
         raw: bytes = unpacker.decompress(packed, max_length=limit)
-        # The end mark may still be unread when the last byte is out.
+        # After the last byte of data, the end mark may still be unread.
         more = b"" if unpacker.eof else unpacker.decompress(b"", max_length=1)
     except RuntimeError as error:
         raise UploadMismatch(f"a chunk is not an LZ4 frame: {error}") from None
     return raw + more
 
 
-def _ungrouped(grouped: bytes) -> bytes:
-    """Undo byte grouping: first came all bytes at places 0, 4, 8 ..., then those at 1, 5, 9 ..., and so on."""
+def _ungroup(grouped: bytes) -> bytes:
+    """Undo byte grouping: the bytes at offsets 0, 4, 8 ... come first, then those at 1, 5, 9 ..., and so on."""
     raw = bytearray(len(grouped))
     start = 0
     for place in range(4):
@@ -123,15 +123,15 @@ def _ungrouped(grouped: bytes) -> bytes:
 
 
 def hash_text(raw: bytes) -> str:
-    """A 32-byte hash as Xet writes it: four little-endian 64-bit numbers in hex."""
+    """Return a 32-byte hash in Xet's notation: four little-endian 64-bit numbers in hex."""
     return "".join(f"{part:016x}" for part in struct.unpack("<4Q", raw))
 
 
 def shard_files(shard: BinaryIO) -> Iterator[ShardFile]:
-    """The files a shard describes. Raises UploadMismatch for what is not a shard, or a file without its sha256."""
+    """Yield the files that a shard describes. Raises UploadMismatch for an invalid shard, or a file without sha256."""
     head = shard.read(_ENTRY)
     if len(head) < _ENTRY or not head.startswith(_SHARD_MARK):
-        raise UploadMismatch("this is not a Xet shard.")
+        raise UploadMismatch("the body is not a Xet shard: its first bytes are not those of a shard.")
     while (start := _entry(shard))[:32] != b"\xff" * 32:
         flags, count = struct.unpack_from("<II", start, 32)
         terms = tuple(_term(_entry(shard)) for _ in range(count))
@@ -139,14 +139,14 @@ def shard_files(shard: BinaryIO) -> Iterator[ShardFile]:
             for _ in range(count):
                 _entry(shard)
         if not flags & _HAS_SHA256:
-            raise UploadMismatch("a file in the shard comes without its sha256: update the client (hf_xet).")
+            raise UploadMismatch("a file in the shard has no sha256: update the client (hf_xet).")
         yield ShardFile(sha256=hash_text(_entry(shard)[:32]), terms=terms)
 
 
 def _entry(shard: BinaryIO) -> bytes:
     entry = shard.read(_ENTRY)
     if len(entry) < _ENTRY:
-        raise UploadMismatch("the shard ends in the middle of an entry.")
+        raise UploadMismatch("the shard ends in the middle of an entry: send it again.")
     return entry
 
 

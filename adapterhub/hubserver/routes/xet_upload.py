@@ -1,6 +1,6 @@
-"""Routes of the Xet protocol, as far as uploads need it: a token, packed chunks, and which file they make.
+"""Routes of the Xet upload protocol: a token, xorbs (packed chunks) and shards (files as lists of chunks).
 
-A file sent this way becomes an ordinary LFS object; downloads never need Xet.
+An uploaded file becomes an ordinary LFS object; downloads do not use Xet.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from fastapi.concurrency import run_in_threadpool
 from adapterhub.hubserver.auth.tickets import XET_LIFETIME_S, XetTicket
 from adapterhub.hubserver.errors import InvalidToken
 from adapterhub.hubserver.names import PULL_PREFIX
-from adapterhub.hubserver.routes.bodies import pour
+from adapterhub.hubserver.routes.bodies import stream_body
 from adapterhub.hubserver.routes.dependencies import (
     READ,
     REPO,
     BaseUrl,
-    Contributable,
-    Hub,
-    HubHere,
-    Part,
+    ContributableRepo,
+    HubDep,
+    HubServices,
+    PathSegment,
     User,
     check_can_write,
 )
@@ -36,15 +36,15 @@ router = APIRouter()
 
 @router.api_route(REPO + "/xet-write-token/{revision}", methods=READ)
 def write_token(
-    repo: Contributable,
-    revision: Part,
+    repo: ContributableRepo,
+    revision: PathSegment,
     user: User,
     response: Response,
-    hub: HubHere,
+    hub: HubDep,
     base_url: BaseUrl,
     create_pr: str = "",
 ) -> schemas.XetToken:
-    """Where to send chunks, and the token for it; said in headers and in the body."""
+    """Return the URL for chunks and a token for it, both in the headers and in the body."""
     if not create_pr and not revision.startswith(PULL_PREFIX):
         check_can_write(user, repo.repo_id.namespace)
     ticket = XetTicket(repo.repo_id, user.user, int(time.time()) + XET_LIFETIME_S)
@@ -55,7 +55,7 @@ def write_token(
     return reply
 
 
-def _ticket(request: Request, hub: HubHere) -> XetTicket:
+def _ticket(request: Request, hub: HubDep) -> XetTicket:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         raise InvalidToken
@@ -68,35 +68,35 @@ Ticket = Annotated[XetTicket, Depends(_ticket)]
 
 
 @router.post("/v1/xorbs/default/{xorb}", max_body_size=MAX_XORB_BYTES)
-async def receive_xorb(request: Request, xorb: Part, ticket: Ticket, hub: HubHere) -> schemas.XorbReply:
-    """Packed chunks, kept for the files that name them."""
+async def receive_xorb(request: Request, xorb: PathSegment, ticket: Ticket, hub: HubDep) -> schemas.XorbReply:
+    """Store a xorb for the files that will refer to its chunks."""
     announced = int(request.headers.get("content-length", 0))
     await run_in_threadpool(hub.quotas.check, ticket.repo_id, added_bytes=announced)
     with contextlib.closing(hub.xet.begin_xorb(ticket.user, xorb)) as spool:
-        await pour(request, spool.write)
-        await run_in_threadpool(_keep_xorb, spool)
+        await stream_body(request, spool.write)
+        await run_in_threadpool(_publish_xorb, spool)
     return schemas.XorbReply(was_inserted=True)
 
 
-def _keep_xorb(spool: Spool) -> None:
+def _publish_xorb(spool: Spool) -> None:
     xorb_chunks(spool.file)
-    spool.keep()
+    spool.publish()
 
 
 @router.post("/v1/shards", max_body_size=MAX_SHARD_BYTES)
-async def receive_shard(request: Request, ticket: Ticket, hub: HubHere) -> schemas.ShardReply:
-    """Which files the chunks make: each is put together, checked and stored."""
+async def receive_shard(request: Request, ticket: Ticket, hub: HubDep) -> schemas.ShardReply:
+    """Rebuild, check and store each file that a shard describes."""
     with contextlib.closing(hub.xet.begin_shard()) as spool:
-        await pour(request, spool.write)
-        await run_in_threadpool(_take_in, spool, ticket, hub)
+        await stream_body(request, spool.write)
+        await run_in_threadpool(_store_files, spool, ticket, hub)
     return schemas.ShardReply(result=1)
 
 
-def _take_in(spool: Spool, ticket: XetTicket, hub: Hub) -> None:
+def _store_files(spool: Spool, ticket: XetTicket, hub: HubServices) -> None:
     hub.store.repo(ticket.repo_id)
     spool.file.seek(0)
     for file in shard_files(spool.file):
-        # Sent again, as clients do: putting it together would change nothing.
+        # Clients send shards again; the repository has the file already.
         if hub.store.has_lfs(ticket.repo_id, file.sha256):
             continue
         hub.quotas.check(ticket.repo_id, added_bytes=file.size_bytes)

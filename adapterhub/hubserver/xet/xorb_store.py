@@ -1,7 +1,7 @@
-"""Xorbs on disk, kept a while so that clients need not send the same chunks twice; files rebuilt from them.
+"""Xorbs on disk, which clients do not need to send again, and files that are rebuilt from them.
 
-Knows no repositories and no HTTP. A xorb lies under the user who sent it, so that nobody can spoil another's by
-sending other bytes under its name. What others sent is used only to rebuild a file whose sha256 the asker knows too.
+A xorb is stored under the user who sent it, so that no user can replace the chunks of another one. Chunks of other
+users are used only to rebuild a file whose sha256 the client has sent.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from adapterhub.hubserver.storage.objects import ObjectStore, Spool
 from adapterhub.hubserver.xet.format import (
     MAX_SHARD_BYTES,
     MAX_XORB_BYTES,
-    Chunk,
     ShardFile,
     Term,
-    unpacked,
+    XorbChunk,
+    unpack,
     xorb_chunks,
 )
 
-KEPT_S = 30 * 24 * 3600
-"""Clients remember for three weeks which chunks they have sent, and fail when those are gone."""
+XORB_LIFETIME_S = 30 * 24 * 3600
+"""How long unused xorbs are stored, in seconds: clients cache for three weeks which chunks they have sent."""
 _HASH = re.compile(r"[0-9a-f]{64}")
-_PIECE = 1 << 20
+_BLOCK_BYTES = 1 << 20
 
 
-class XetStore:
-    """`xet/<user>/<hash>` below one folder."""
+class XorbStore:
+    """The xorbs below one folder: `xet/<user>/<hash>`."""
 
     def __init__(self, root: Path, objects: ObjectStore) -> None:
         self._xorbs = root / "xet"
@@ -42,33 +42,33 @@ class XetStore:
         self._chunks = lru_cache(maxsize=64)(_read_chunks)
 
     def begin_xorb(self, user: str, xorb: str) -> Spool:
-        """Open the way in for one xorb; the caller closes it. Raises UploadMismatch for what cannot be a hash."""
+        """Open a temporary file for a xorb; the caller closes it. Raises UploadMismatch for an invalid hash."""
         if _HASH.fullmatch(xorb) is None:
-            raise UploadMismatch(f"{xorb!r} is not the hash of a xorb.")
-        return self._objects.begin_spool(self._xorbs / user / xorb, max_bytes=MAX_XORB_BYTES)
+            raise UploadMismatch(f"invalid hash {xorb!r} of a xorb: expected 64 hex digits.")
+        return self._objects.open_spool(self._xorbs / user / xorb, max_bytes=MAX_XORB_BYTES)
 
     def begin_shard(self) -> Spool:
-        """Open the way in for one shard, which is read once and never kept; the caller closes it."""
-        return self._objects.begin_spool(self._xorbs, max_bytes=MAX_SHARD_BYTES)
+        """Open a temporary file for a shard, which is parsed and not stored; the caller closes it."""
+        return self._objects.open_spool(self._xorbs, max_bytes=MAX_SHARD_BYTES)
 
     def rebuild(self, file: ShardFile, *, user: str) -> None:
-        """Put a file together and store it as an object, after checking its sha256.
+        """Rebuild a file from its chunks, check its sha256 and store it as an object.
 
-        Raises UploadMismatch when chunks are missing or make another file.
+        Raises UploadMismatch if chunks are missing or the sha256 differs.
         """
         with contextlib.closing(self._objects.begin_upload(file.sha256, size_bytes=file.size_bytes)) as upload:
-            held = bytearray()
+            buffer = bytearray()
             for term in file.terms:
                 for raw in self._raw_chunks(term, user=user):
-                    held += raw
-                    if len(held) >= _PIECE:
-                        upload.write(bytes(held))
-                        held.clear()
-            upload.write(bytes(held))
+                    buffer += raw
+                    if len(buffer) >= _BLOCK_BYTES:
+                        upload.write(bytes(buffer))
+                        buffer.clear()
+            upload.write(bytes(buffer))
             upload.finish()
 
-    def sweep(self, *, older_than_s: float = KEPT_S) -> int:
-        """Remove xorbs neither sent nor used for so long; returns their bytes."""
+    def remove_unused(self, *, older_than_s: float = XORB_LIFETIME_S) -> int:
+        """Delete xorbs that were last sent or used longer ago than `older_than_s`. Return their size in bytes."""
         limit, freed = time.time() - older_than_s, 0
         for path in self._xorbs.glob("*/*"):
             with contextlib.suppress(FileNotFoundError):
@@ -82,8 +82,10 @@ class XetStore:
         path = self._find(term.xorb, user=user)
         chunks = self._chunks(path)
         if not term.first < term.end <= len(chunks):
-            raise UploadMismatch(f"the xorb {term.xorb} has {len(chunks)} chunks, not {term.first} to {term.end}.")
-        # Used again: kept for longer.
+            raise UploadMismatch(
+                f"the xorb {term.xorb} has {len(chunks)} chunks: the shard refers to chunks {term.first} to {term.end}."
+            )
+        # Reset its age: the xorb is in use.
         os.utime(path)
         with path.open("rb") as xorb:
             for chunk in chunks[term.first : term.end]:
@@ -96,17 +98,17 @@ class XetStore:
         found = next(self._xorbs.glob(f"*/{xorb}"), None)
         if found is None:
             raise UploadMismatch(
-                f"the xorb {xorb} is not here (any more). The client believes it sent it before: delete its cache "
-                "(~/.cache/huggingface/xet) and upload again."
+                f"the xorb {xorb} is not on this hub (any more), but the client's cache lists it as sent: delete the "
+                "cache (~/.cache/huggingface/xet) and upload again."
             )
         return found
 
 
-def _read_chunks(path: Path) -> list[Chunk]:
+def _read_chunks(path: Path) -> list[XorbChunk]:
     with path.open("rb") as xorb:
         return xorb_chunks(xorb)
 
 
-def _read_chunk(xorb: BinaryIO, chunk: Chunk) -> bytes:
+def _read_chunk(xorb: BinaryIO, chunk: XorbChunk) -> bytes:
     xorb.seek(chunk.start)
-    return unpacked(chunk, xorb.read(chunk.packed_size))
+    return unpack(chunk, xorb.read(chunk.packed_size))

@@ -1,4 +1,4 @@
-"""Commits as values: which files, from which parents, by whom; and how changes make the next one. Knows no disk."""
+"""Commits as immutable values, and the changes that lead from one commit to the next."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from adapterhub.hubserver.errors import BadName, EntryMissing
+from adapterhub.hubserver.errors import EntryNotFound, InvalidName
 from adapterhub.hubserver.names import check_path
 from adapterhub.hubserver.storage.git_ids import commit_id, lfs_pointer, tree_ids
 
 
-class FileEntry(BaseModel):
-    """One file at one commit."""
+class RepoFile(BaseModel):
+    """The entry of one file in a commit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     blob: str
-    """git blob id: of the file, or of the LFS pointer that stands for it"""
+    """Git blob id of the file, or of the LFS pointer in its place."""
     size: int
-    """bytes of the file itself"""
+    """Size of the file itself, in bytes."""
     sha256: str | None = None
-    """set for LFS files"""
+    """The file's sha256, in hex; None for files that are not stored by LFS."""
 
     @property
     def content_id(self) -> str:
-        """Changes exactly when the bytes change: sha256 for LFS files, git blob id for others."""
+        """An id of the file's bytes: the sha256 of an LFS file, the git blob id of any other."""
         return self.sha256 or self.blob
 
     @property
     def pointer_size(self) -> int:
-        """Bytes of the LFS pointer; 0 for other files."""
+        """Size of the LFS pointer, in bytes; 0 for other files."""
         return len(lfs_pointer(self.sha256, self.size)) if self.sha256 is not None else 0
 
 
-class Commit(BaseModel):
-    """A state of a whole repository; `sha` is the id git computes for it."""
+class RepoCommit(BaseModel):
+    """A snapshot of a whole repository; `sha` is the commit id that git computes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,21 +46,21 @@ class Commit(BaseModel):
     title: str
     description: str
     time_s: int
-    """seconds since 1970"""
-    files: dict[str, FileEntry]
+    """Commit time, in seconds since 1970."""
+    files: dict[str, RepoFile]
 
     @classmethod
     def create(
         cls,
-        files: Mapping[str, FileEntry],
+        files: Mapping[str, RepoFile],
         parents: tuple[str, ...],
         *,
         author: str,
         title: str,
         description: str = "",
         time_s: int,
-    ) -> Commit:
-        """Make the commit and compute its id."""
+    ) -> RepoCommit:
+        """Create a commit and compute its id."""
         tree = tree_ids({path: entry.blob for path, entry in files.items()})[""]
         message = f"{title}\n\n{description}\n" if description else f"{title}\n"
         return cls(
@@ -74,55 +74,62 @@ class Commit(BaseModel):
         )
 
     def folders(self) -> dict[str, str]:
-        """Folder path -> git tree id; the root is ''."""
+        """Return a mapping from folder path to git tree id; the root is ''."""
         return tree_ids({path: entry.blob for path, entry in self.files.items()})
 
-    def file(self, path: str) -> FileEntry:
-        """The entry of one file. Raises EntryMissing."""
+    def file(self, path: str) -> RepoFile:
+        """Return the entry of one file. Raises EntryNotFound."""
         if path not in self.files:
-            raise EntryMissing(f"no file {path!r} at commit {self.sha}.", commit_sha=self.sha)
+            raise EntryNotFound(f"no file {path!r} at commit {self.sha}.", commit_sha=self.sha)
         return self.files[path]
 
-    def files_under(self, folder: str) -> dict[str, FileEntry]:
-        """All files below a folder ('' is the root), at any depth."""
+    def files_under(self, folder: str) -> dict[str, RepoFile]:
+        """Return all files below a folder ('' is the root), at any depth."""
         prefix = f"{folder}/" if folder else ""
         return {path: entry for path, entry in self.files.items() if path.startswith(prefix)}
 
 
 @dataclass(frozen=True)
 class NewCommit:
-    """What is said of a commit that is about to be made."""
+    """The author, message and expected parent of a commit to create."""
 
     author: str
     title: str
     description: str = ""
     parent: str | None = None
-    """the (possibly shortened) commit the branch must be at: compare and swap"""
+    """Commit id, or a prefix of it, at which the branch must be (compare-and-swap)."""
 
 
 @dataclass(frozen=True)
 class PutFile:
+    """Add or replace a file."""
+
     path: str
-    entry: FileEntry
+    entry: RepoFile
 
 
 @dataclass(frozen=True)
 class DeleteFile:
+    """Delete a file."""
+
     path: str
 
 
 @dataclass(frozen=True)
 class DeleteFolder:
+    """Delete a folder with all files in it."""
+
     path: str
 
 
 Change = PutFile | DeleteFile | DeleteFolder
 
 
-def files_after(head: Commit, changes: Iterable[Change]) -> dict[str, FileEntry]:
-    """The files of `head` with the changes made in order.
+def files_after(head: RepoCommit, changes: Iterable[Change]) -> dict[str, RepoFile]:
+    """Apply the changes to the files of `head`, in order.
 
-    Raises BadName for an unsafe path or a file where a folder is, EntryMissing for deleting what is not there.
+    Raises InvalidName for an unsafe path or for a file with the path of a folder, EntryNotFound for a deletion of
+    something that does not exist.
     """
     files = dict(head.files)
     for change in changes:
@@ -138,18 +145,18 @@ def files_after(head: Commit, changes: Iterable[Change]) -> dict[str, FileEntry]
     return files
 
 
-def _drop(files: dict[str, FileEntry], paths: list[str], *, head: Commit, path: str) -> None:
+def _drop(files: dict[str, RepoFile], paths: list[str], *, head: RepoCommit, path: str) -> None:
     if not paths:
-        # Clients look for the first words to add a hint about files and folders.
-        raise EntryMissing(f"A file with this name doesn't exist: {path!r}", commit_sha=head.sha)
+        # Clients recognize the first words and add a hint about files and folders.
+        raise EntryNotFound(f"A file with this name doesn't exist: {path!r}", commit_sha=head.sha)
     for found in paths:
         del files[found]
 
 
-def _check_no_file_is_a_folder(files: Mapping[str, FileEntry]) -> None:
+def _check_no_file_is_a_folder(files: Mapping[str, RepoFile]) -> None:
     for path in files:
         folder = path.rpartition("/")[0]
         while folder:
             if folder in files:
-                raise BadName(f"{folder!r} is a file, so {path!r} cannot be below it; delete the file first.")
+                raise InvalidName(f"cannot add {path!r}: {folder!r} is a file. Delete the file first.")
             folder = folder.rpartition("/")[0]

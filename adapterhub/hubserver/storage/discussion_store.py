@@ -1,7 +1,7 @@
-"""Discussions and pull requests: one record each, beside the repository they belong to. Knows no users' rights.
+"""Discussions and pull requests on disk: one JSON file each, in the folder of their repository.
 
-A pull request is a line of commits of its own (`refs/pr/N`) from where its base was when it was opened. Merging makes
-one commit of all its changes. That it is merged is written together with the branch, in `repo.json`.
+A pull request is a sequence of commits (`refs/pr/N`) on top of its target branch at the time it was opened. A merge is
+one commit with all the changes. That it is merged is written with the branch, in `repo.json`.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adapterhub.files import write_atomic
-from adapterhub.hubserver.errors import DiscussionMissing, MergeConflict, Refusal
+from adapterhub.hubserver.errors import DiscussionNotFound, HubServerError, MergeConflict
 from adapterhub.hubserver.names import RepoId
-from adapterhub.hubserver.storage.commits import Change, Commit, FileEntry, NewCommit, files_after
+from adapterhub.hubserver.storage.commit import Change, NewCommit, RepoCommit, RepoFile, files_after
 from adapterhub.hubserver.storage.discussion import Discussion, Event
 from adapterhub.hubserver.storage.git_ids import lfs_pointer
 from adapterhub.hubserver.storage.store import HubStore, Repo
 
-_MAX_DIFFED = 1 << 20
-"""a larger file is named in a diff, not shown"""
+_MAX_DIFF_BYTES = 1 << 20
+"""Largest file that a diff shows, in bytes; of a larger file it shows the name."""
 
 
-class Discussions:
+class DiscussionStore:
     """All discussions of all repositories of a store."""
 
     def __init__(self, store: HubStore) -> None:
         self._store = store
 
     def all(self, repo: Repo) -> list[Discussion]:
-        """Newest first."""
+        """Return all discussions of a repository, newest first."""
         numbers = sorted((int(path.stem) for path in self._folder(repo.repo_id).glob("*.json")), reverse=True)
         return [self.get(repo, number) for number in numbers]
 
     def get(self, repo: Repo, num: int) -> Discussion:
-        """Raises DiscussionMissing."""
+        """Return one discussion. Raises DiscussionNotFound."""
         try:
             found = Discussion.model_validate_json(self._path(repo.repo_id, num).read_bytes())
         except FileNotFoundError:
-            raise DiscussionMissing(f"{repo.id} has no discussion or pull request {num}.") from None
-        return found.merged(repo.merged[num]) if num in repo.merged else found
+            raise DiscussionNotFound(f"{repo.id} has no discussion or pull request {num}.") from None
+        return found.as_merged(repo.merged[num]) if num in repo.merged else found
 
     def open(
         self,
@@ -54,9 +54,9 @@ class Discussions:
         base: str = "main",
         first: tuple[Iterable[Change], NewCommit] | None = None,
     ) -> Discussion:
-        """Start a discussion, or a pull request towards the branch `base`; `first`: its first commit.
+        """Open a discussion, or a pull request for the branch `base` with `first` as its first commit.
 
-        Raises what `HubStore.commit` raises.
+        Raises whatever `HubStore.commit` raises.
         """
         with self._store.locked(repo_id):
             repo = self._store.repo(repo_id)
@@ -66,7 +66,7 @@ class Discussions:
             events = [Event.comment(description, author=author)] if description else []
             if first is not None and start is not None:
                 head = self._store.add_commit(repo, start, changes=first[0], new=first[1])
-                self._store.save(repo.grown(start, head))
+                self._store.save(repo.with_blob_bytes(start, head))
                 events.append(Event.commit(head))
             numbers = [int(path.stem) for path in self._folder(repo_id).glob("*.json")]
             made = Discussion(
@@ -83,59 +83,70 @@ class Discussions:
             self._save(repo_id, made)
         return made
 
-    def commit(self, repo_id: RepoId, num: int, *, changes: Iterable[Change], new: NewCommit) -> Commit:
-        """Add a commit to a pull request. Raises what `HubStore.commit` raises, and Refusal when it is not open."""
+    def commit(self, repo_id: RepoId, num: int, *, changes: Iterable[Change], new: NewCommit) -> RepoCommit:
+        """Add a commit to a pull request.
+
+        Raises HubServerError if it is not open, and whatever `HubStore.commit` raises.
+        """
         with self._store.locked(repo_id):
             repo = self._store.repo(repo_id)
             pull = self._open_pull(repo, num)
             head = self._store.commit_at(repo, f"refs/pr/{num}")
             commit = self._store.add_commit(repo, head, changes=changes, new=new)
             if commit != head:
-                self._store.save(repo.grown(head, commit))
+                self._store.save(repo.with_blob_bytes(head, commit))
                 self._save(repo_id, pull.with_event(Event.commit(commit), head=commit.sha))
         return commit
 
     def comment(self, repo_id: RepoId, num: int, *, text: str, author: str) -> Event:
-        """Raises DiscussionMissing."""
+        """Add a comment. Raises DiscussionNotFound."""
         return self._add(repo_id, num, Event.comment(text, author=author))
 
     def rename(self, repo_id: RepoId, num: int, *, title: str, author: str) -> Event:
-        """Raises DiscussionMissing."""
+        """Change the title. Raises DiscussionNotFound."""
         before = self.get(self._store.repo(repo_id), num).title
-        event = Event.made("title-change", author, {"from": before, "to": title})
+        event = Event.create("title-change", author, {"from": before, "to": title})
         return self._add(repo_id, num, event, title=title)
 
     def edit_comment(self, repo_id: RepoId, num: int, *, event_id: str, text: str | None, author: str) -> Event:
-        """Change the text of one's own comment; None hides it. Raises DiscussionMissing."""
+        """Change the text of the author's own comment; None hides it. Raises DiscussionNotFound."""
         with self._store.locked(repo_id):
             found = self.get(self._store.repo(repo_id), num)
             old = next((e for e in found.events if e.id == event_id and e.type == "comment"), None)
             if old is None or old.author != author:
-                raise DiscussionMissing(f"'{author}' wrote no comment {event_id} in discussion {num}.")
+                raise DiscussionNotFound(
+                    f"discussion {num} has no comment {event_id} by '{author}': only the author can edit a comment."
+                )
             new = old.hidden() if text is None else old.edited(text)
             events = tuple(new if event is old else event for event in found.events)
             self._save(repo_id, found.model_copy(update={"events": events}))
         return new
 
     def set_status(self, repo_id: RepoId, num: int, *, status: str, author: str) -> Event:
-        """Open or close. Raises DiscussionMissing, and Refusal for what is merged."""
+        """Open or close a discussion. Raises DiscussionNotFound, and HubServerError for a merged pull request."""
         if num in self._store.repo(repo_id).merged:
-            raise Refusal(f"pull request {num} is merged; that cannot be undone.")
+            raise HubServerError(f"pull request {num} is merged: it cannot be opened or closed any more.")
         if status not in ("open", "closed"):
-            raise Refusal(f"{status!r} is not a status to set: use 'open' or 'closed'.")
-        return self._add(repo_id, num, Event.made("status-change", author, {"status": status}), status=status)
+            raise HubServerError(f"invalid status {status!r}: expected 'open' or 'closed'.")
+        return self._add(repo_id, num, Event.create("status-change", author, {"status": status}), status=status)
 
-    def merge(self, repo_id: RepoId, num: int, *, author: str) -> Commit:
-        """Make one commit of a pull request on its base. Raises MergeConflict, Refusal when it is not open."""
+    def merge(self, repo_id: RepoId, num: int, *, author: str) -> RepoCommit:
+        """Merge a pull request into its target branch as one commit.
+
+        Raises MergeConflict, and HubServerError if it is not open.
+        """
         with self._store.locked(repo_id):
             repo = self._store.repo(repo_id)
             pull = self._open_pull(repo, num)
             conflicts = self.conflicts(repo, pull)
             if conflicts:
-                raise MergeConflict(f"both sides changed {', '.join(conflicts[:10])}; update the pull request first.")
+                raise MergeConflict(
+                    f"the pull request and its target branch both changed {', '.join(conflicts[:10])}: "
+                    "update the pull request first."
+                )
             base = self._store.commit_at(repo, f"refs/heads/{pull.base}")
             title = f"{pull.title} (#{num})"
-            merged = Commit.create(
+            merged = RepoCommit.create(
                 self._merged_files(repo, pull), (base.sha,), author=author, title=title, time_s=int(time.time())
             )
             self._store.save_commit(repo_id, merged)
@@ -150,7 +161,7 @@ class Discussions:
         return merged
 
     def conflicts(self, repo: Repo, pull: Discussion) -> list[str]:
-        """Files that the pull request and its base changed in different ways since it was opened."""
+        """Return the files that the pull request and its target branch changed in different ways."""
         start, theirs = self._files(repo, pull.start), self._files(repo, pull.head)
         ours = self._files(repo, f"refs/heads/{pull.base}")
         return sorted(
@@ -160,12 +171,12 @@ class Discussions:
         )
 
     def diff(self, repo: Repo, pull: Discussion) -> str:
-        """What a pull request changes, as git shows it; large files by their pointer."""
+        """Return the changes of a pull request as a git diff; of an LFS file it shows the pointer."""
         start, head = self._files(repo, pull.start), self._files(repo, pull.head)
         changed = sorted(path for path in {*start, *head} if start.get(path) != head.get(path))
         return "".join(self._file_diff(path, start.get(path), head.get(path)) for path in changed)
 
-    def _file_diff(self, path: str, old: FileEntry | None, new: FileEntry | None) -> str:
+    def _file_diff(self, path: str, old: RepoFile | None, new: RepoFile | None) -> str:
         before, after = self._text(old), self._text(new)
         title = f"diff --git a/{path} b/{path}\n"
         if before is None or after is None:
@@ -174,19 +185,19 @@ class Discussions:
         lines = difflib.unified_diff(before.splitlines(), after.splitlines(), *names, lineterm="")
         return title + "".join(f"{line}\n" for line in lines)
 
-    def _text(self, entry: FileEntry | None) -> str | None:
-        """None: not to be shown as text."""
+    def _text(self, entry: RepoFile | None) -> str | None:
+        """Return the file as text, or None if it is too large or not text."""
         if entry is None:
             return ""
         if entry.sha256 is not None:
             return lfs_pointer(entry.sha256, entry.size).decode()
-        if entry.size > _MAX_DIFFED:
+        if entry.size > _MAX_DIFF_BYTES:
             return None
         with contextlib.suppress(UnicodeDecodeError):
             return self._store.path_of(entry).read_bytes().decode()
         return None
 
-    def _merged_files(self, repo: Repo, pull: Discussion) -> dict[str, FileEntry]:
+    def _merged_files(self, repo: Repo, pull: Discussion) -> dict[str, RepoFile]:
         start, theirs = self._files(repo, pull.start), self._files(repo, pull.head)
         base = self._store.commit_at(repo, f"refs/heads/{pull.base}")
         files = dict(base.files)
@@ -194,17 +205,19 @@ class Discussions:
             if start.get(path) != theirs.get(path):
                 files.pop(path, None)
                 files |= {path: theirs[path]} if path in theirs else {}
-        # The same checks as for any commit: a file here, a folder of that name there.
+        # The same checks as for any commit: one side may add a file, the other a folder with its name.
         return files_after(base.model_copy(update={"files": files}), ())
 
-    def _files(self, repo: Repo, revision: str | None) -> dict[str, FileEntry]:
+    def _files(self, repo: Repo, revision: str | None) -> dict[str, RepoFile]:
         assert revision is not None
         return self._store.commit_at(repo, revision).files
 
     def _open_pull(self, repo: Repo, num: int) -> Discussion:
         found = self.get(repo, num)
         if found.base is None or found.status not in ("open", "draft"):
-            raise Refusal(f"{num} of {repo.id} is not an open pull request: it is {found.status}.")
+            raise HubServerError(
+                f"discussion {num} of {repo.id} is not an open pull request: its status is {found.status}."
+            )
         return found
 
     def _add(self, repo_id: RepoId, num: int, event: Event, **changes: str) -> Event:
