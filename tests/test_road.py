@@ -284,11 +284,11 @@ def test_votes_are_lines_that_ratings_and_trainers_read(
         ask_two(page, f"Who are you, number {number}?")
         vote(page, verdict)
         expect(page.locator("#ratings tbody tr")).to_have_count(2)
-    verdicts = _exported(served, "verdicts", tmp_path)
-    assert len(verdicts) == len({line["id"] for line in verdicts}) == 4
-    assert [line["winner"] for line in verdicts] == ["a", "tie", "tie", "b"]
-    assert all({line["model_a"], line["model_b"]} == set(NAMES) for line in verdicts)
-    rated = json.loads(run("ratings", str(tmp_path / "verdicts.jsonl"), "--json", home=served.home).stdout)
+    rows = _exported(served, "votes", tmp_path)
+    assert len(rows) == len({line["id"] for line in rows}) == 4
+    assert [line["winner"] for line in rows] == ["a", "tie", "tie", "b"]
+    assert all({line["model_a"], line["model_b"]} == set(NAMES) for line in rows)
+    rated = json.loads(run("ratings", str(tmp_path / "votes.jsonl"), "--json", home=served.home).stdout)
     shown = page.locator("#ratings tbody tr").all_inner_texts()
     assert [line.split("\t")[:2] for line in shown] == [
         [one["model"], f"{one['rating']:.0f}"] for one in rated["ratings"]

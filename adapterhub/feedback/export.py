@@ -6,27 +6,27 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from adapterhub.feedback.store import Correction, ExportFormat, Thumb, Vote, outcome_of
+from adapterhub.feedback.store import Correction, ExportFormat, Thumb, Vote, winner_of
 
 
-def exported(rows: Iterable[Vote | Thumb | Correction], form: ExportFormat) -> list[dict[str, Any]]:
-    """Rows for a trainer: TRL's conversational `dpo`, `kto` and `sft`, or `verdicts` for `adapterhub ratings`."""
-    turn = {"dpo": _pairs, "kto": _labels, "sft": _examples, "verdicts": _verdict_rows}[form]
-    return [line for row in rows for line in turn(row)]
+def export_rows(rows: Iterable[Vote | Thumb | Correction], form: ExportFormat) -> list[dict[str, Any]]:
+    """Convert feedback to rows: TRL's conversational `dpo`, `kto` and `sft`, or `votes` for `adapterhub ratings`."""
+    convert = {"dpo": _preference_rows, "kto": _label_rows, "sft": _chat_rows, "votes": _vote_rows}[form]
+    return [line for row in rows for line in convert(row)]
 
 
-def _verdict_rows(row: Vote | Thumb | Correction) -> Iterator[dict[str, Any]]:
+def _vote_rows(row: Vote | Thumb | Correction) -> Iterator[dict[str, Any]]:
     if isinstance(row, Vote):
-        yield {"id": row.battle, "model_a": row.a.model, "model_b": row.b.model, "winner": outcome_of(row)}
+        yield {"id": row.battle, "model_a": row.a.model, "model_b": row.b.model, "winner": winner_of(row)}
 
 
-def _pairs(row: Vote | Thumb | Correction) -> Iterator[dict[str, Any]]:
-    better, worse = _better_and_worse(row)
-    if better and worse and better != worse:
-        yield {"prompt": _prompt(row), "chosen": _said(better), "rejected": _said(worse)}
+def _preference_rows(row: Vote | Thumb | Correction) -> Iterator[dict[str, Any]]:
+    chosen, rejected = _chosen_and_rejected(row)
+    if chosen and rejected and chosen != rejected:
+        yield {"prompt": _prompt(row), "chosen": _assistant_message(chosen), "rejected": _assistant_message(rejected)}
 
 
-def _better_and_worse(row: Vote | Thumb | Correction) -> tuple[str | None, str | None]:
+def _chosen_and_rejected(row: Vote | Thumb | Correction) -> tuple[str | None, str | None]:
     if isinstance(row, Correction):
         return row.text, row.answer.text
     if isinstance(row, Vote) and row.winner in ("a", "b"):
@@ -34,35 +34,35 @@ def _better_and_worse(row: Vote | Thumb | Correction) -> tuple[str | None, str |
     return None, None
 
 
-def _labels(row: Vote | Thumb | Correction) -> Iterator[dict[str, Any]]:
+def _label_rows(row: Vote | Thumb | Correction) -> Iterator[dict[str, Any]]:
     labelled: list[tuple[str | None, bool]]
     if isinstance(row, Thumb):
         labelled = [(row.answer.text, row.thumb == "up")]
     elif isinstance(row, Vote) and row.winner == "both_bad":
         labelled = [(row.a.text, False), (row.b.text, False)]
     else:
-        better, worse = _better_and_worse(row)
-        labelled = [(better, True), (worse, False)]
+        chosen, rejected = _chosen_and_rejected(row)
+        labelled = [(chosen, True), (rejected, False)]
     for text, label in labelled:
         if text:
-            yield {"prompt": _prompt(row), "completion": _said(text), "label": label}
+            yield {"prompt": _prompt(row), "completion": _assistant_message(text), "label": label}
 
 
-def _examples(row: Vote | Thumb | Correction) -> Iterator[dict[str, Any]]:
+def _chat_rows(row: Vote | Thumb | Correction) -> Iterator[dict[str, Any]]:
     is_liked = isinstance(row, Thumb) and row.thumb == "up"
-    good = row.answer.text if isinstance(row, Thumb) and is_liked else _better_and_worse(row)[0]
+    good = row.answer.text if isinstance(row, Thumb) and is_liked else _chosen_and_rejected(row)[0]
     if good:
-        yield {"messages": [*_prompt(row), *_said(good)]}
+        yield {"messages": [*_prompt(row), *_assistant_message(good)]}
 
 
 def _prompt(row: Vote | Thumb | Correction) -> list[dict[str, str]]:
     return [message.model_dump() for message in row.messages]
 
 
-def _said(text: str) -> list[dict[str, str]]:
+def _assistant_message(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
 def to_jsonl(lines: Sequence[dict[str, Any]]) -> str:
-    """JSONL."""
+    """Return the rows as JSONL text."""
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

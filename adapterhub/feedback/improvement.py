@@ -1,4 +1,4 @@
-"""How the next adapter learns from feedback: the recipe that command and server share."""
+"""The recipe that trains an adapter further on feedback, for the command line and the server."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from adapterhub.adapter import Adapter
 
 
 class Method(StrEnum):
+    """The preference objective of the training run."""
+
     dpo = "dpo"
     kto = "kto"
     orpo = "orpo"
@@ -18,18 +20,21 @@ class Method(StrEnum):
 
 @dataclass(frozen=True)
 class Improvement:
-    """How a candidate is trained from feedback; each default is written here and nowhere else."""
+    """The settings of a training run on feedback, with all their defaults."""
 
     method: Method = Method.dpo
     steps: int = 20
     batch_size: int = 4
-    """comparisons in a step"""
+    """Preference pairs per optimizer step."""
     learning_rate: float = 5e-4
     held_out: float = 0.25
-    """share of the questions that is measured on"""
+    """Fraction of the prompts that is held out for evaluation."""
 
     def recipe(self, adapter: Adapter, *, base: str, store: Path | None = None) -> str:
-        """TOML of a run that goes on from `adapter`, on the feedback in `store` (None: this machine's)."""
+        """Return the recipe, in TOML, of a run that starts from `adapter` and trains on the feedback in `store`.
+
+        `store` None stands for this machine's feedback.
+        """
         # A JSON string is a TOML basic string.
         name, base, start = map(json.dumps, (adapter.manifest.name, base, adapter.digest))
         path = f"path = {json.dumps(str(store.absolute()))}\n" if store else ""

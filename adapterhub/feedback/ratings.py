@@ -1,4 +1,4 @@
-"""Ratings of systems from pairwise verdicts: Elo over random orderings, and Bradley-Terry. Knows no engine.
+"""Ratings of models from pairwise votes: Bradley-Terry, and Elo averaged over random orderings.
 
 Elo              R_a += K (S_a - 1 / (1 + 10^((R_b - R_a) / 400)))          Elo 1978; arXiv 2305.14314, section 5.1
 Bradley-Terry    P(a beats b) = 1 / (1 + 10^((R_b - R_a) / 400))            Bradley & Terry 1952, fitted by Newton
@@ -18,31 +18,33 @@ import numpy.typing as npt
 
 from adapterhub.errors import DatasetError, UsageError
 
-Method = Literal["bt", "elo"]
-Outcome = Literal["a", "b", "tie"]
+RatingMethod = Literal["bt", "elo"]
+Winner = Literal["a", "b", "tie"]
 Floats = npt.NDArray[np.float64]
 
 _SCALE = 400 / np.log(10)
-"""rating points of one unit of log-odds"""
+"""Rating points per unit of log-odds."""
 _Z = 1.959964
-"""standard deviations of a 95 % interval"""
+"""Half-width of a 95 % interval, in standard deviations."""
 _CHUNK = 1000
-"""orderings played at once: what fits the processor's caches"""
+"""Orderings computed at once: as many as fit the processor's caches."""
 _MAX_FAULTS = 5
-VERDICTS: dict[str, Outcome] = {"a": "a", "b": "b", "tie": "tie"}
+WINNER_CODES: dict[str, Winner] = {"a": "a", "b": "b", "tie": "tie"}
 FIELDS = {"model_a": "model_a", "model_b": "model_b", "winner": "winner"}
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PairwiseVote:
+    """A vote between two models."""
+
     model_a: str
     model_b: str
-    winner: Outcome
+    winner: Winner
 
 
 @dataclass(frozen=True)
 class Rating:
-    """In rating points; `low` and `high` bound 95 %."""
+    """A model's rating and its 95 % interval, in rating points."""
 
     model: str
     rating: float
@@ -53,7 +55,7 @@ class Rating:
 
 @dataclass(frozen=True)
 class HeadToHead:
-    """What `a` did against `b`."""
+    """The results of `a` against `b`."""
 
     a: str
     b: str
@@ -64,64 +66,69 @@ class HeadToHead:
 
 @dataclass(frozen=True)
 class Ratings:
-    """Best first. `notes` say what a reader must know before comparing."""
+    """All ratings, best first; `notes` list the reasons why some cannot be compared."""
 
-    method: Method
+    method: RatingMethod
     ratings: tuple[Rating, ...]
     head_to_head: tuple[HeadToHead, ...]
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class VerdictFile:
-    """What files of verdicts held."""
+class VoteFile:
+    """The votes in the files that were read, and notes about dropped rows."""
 
-    verdicts: tuple[Verdict, ...]
+    votes: tuple[PairwiseVote, ...]
     notes: tuple[str, ...] = ()
 
 
 @dataclass
-class _Reading:
-    """What reading has found so far."""
+class _VoteReader:
+    """The state of reading vote files."""
 
-    verdicts: list[Verdict] = field(default_factory=list)
+    votes: list[PairwiseVote] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     unparsed: Counter[str] = field(default_factory=Counter)
     idle: set[str] = field(default_factory=set)
-    """systems of rows that were dropped"""
+    """Models of dropped rows."""
     ids: set[str] = field(default_factory=set)
     num_repeated: int = 0
 
 
-def read_verdicts(
-    paths: Sequence[Path], *, fields: Mapping[str, str] = FIELDS, verdicts: Mapping[str, Outcome] = VERDICTS
-) -> VerdictFile:
-    """JSONL rows with two models and a winner, under other names and codes where `fields` and `verdicts` say so.
+def read_votes(
+    paths: Sequence[Path], *, fields: Mapping[str, str] = FIELDS, codes: Mapping[str, Winner] = WINNER_CODES
+) -> VoteFile:
+    """Read JSONL rows with two models and a winner.
 
-    Rows whose verdict is no known code are counted and dropped, and so are later rows with an `id` seen before. Raises
-    DatasetError with file and line of each row that is no verdict at all.
+    `fields` maps the three field names to those of the files, `codes` the files' winner codes to ours. Rows with an
+    unknown winner code are counted and dropped, and so are rows that repeat the `id` of an earlier row. Raises
+    DatasetError, which names file and line of each row that is not a vote.
     """
-    found = _Reading()
+    found = _VoteReader()
     for path in paths:
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise DatasetError(f"{path} cannot be read ({error}): expected a UTF-8 JSONL file of verdicts.") from error
+            raise DatasetError(f"{path} cannot be read ({error}): expected a UTF-8 JSONL file of votes.") from error
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                _read_row(line, f"{path.name}:{number}", {**FIELDS, **fields}, verdicts, found)
+                _read_row(line, f"{path.name}:{number}", {**FIELDS, **fields}, codes, found)
     if found.faults:
         more = len(found.faults) - _MAX_FAULTS
         listed = "; ".join(found.faults[:_MAX_FAULTS]) + (f"; and {more} more" if more > 0 else "")
-        raise DatasetError(f"these rows are no verdicts: {listed}. Correct them, or leave them out.")
-    if not found.verdicts:
-        dropped = f" ({sum(found.unparsed.values())} rows had none of {', '.join(verdicts)})" if found.unparsed else ""
-        raise DatasetError(f"no verdict was found{dropped}: expected rows with model_a, model_b and winner.")
-    return VerdictFile(tuple(found.verdicts), tuple(_reading_notes(found)))
+        raise DatasetError(f"{len(found.faults)} rows are not votes: {listed}. Correct or remove them.")
+    if not found.votes:
+        dropped = (
+            f" ({sum(found.unparsed.values())} rows had none of the winner codes {', '.join(codes)})"
+            if found.unparsed
+            else ""
+        )
+        raise DatasetError(f"no votes found{dropped}: expected rows with model_a, model_b and winner.")
+    return VoteFile(tuple(found.votes), tuple(_reading_notes(found)))
 
 
 def _read_row(
-    line: str, where: str, fields: Mapping[str, str], verdicts: Mapping[str, Outcome], found: _Reading
+    line: str, where: str, fields: Mapping[str, str], codes: Mapping[str, Winner], found: _VoteReader
 ) -> None:
     try:
         row = json.loads(line)
@@ -142,38 +149,38 @@ def _read_row(
             return
         found.ids.add(str(name))
     code = str(row[fields["winner"]])
-    if code not in verdicts:
+    if code not in codes:
         found.unparsed[code] += 1
         found.idle.update(map(str, names))
         return
-    found.verdicts.append(Verdict(str(names[0]), str(names[1]), verdicts[code]))
+    found.votes.append(PairwiseVote(str(names[0]), str(names[1]), codes[code]))
 
 
-def _reading_notes(found: _Reading) -> Iterable[str]:
+def _reading_notes(found: _VoteReader) -> Iterable[str]:
     if found.unparsed:
         listed = ", ".join(f"{code!r} {count}" for code, count in found.unparsed.most_common(5))
-        yield f"{sum(found.unparsed.values())} rows were dropped: their verdict is no known code ({listed})"
+        yield f"{sum(found.unparsed.values())} rows were dropped because of an unknown winner code ({listed})"
     if found.num_repeated:
-        yield f"{found.num_repeated} rows were dropped: they repeat the id of an earlier one"
-    playing = {name for verdict in found.verdicts for name in (verdict.model_a, verdict.model_b)}
+        yield f"{found.num_repeated} rows were dropped because they repeat the id of an earlier row"
+    playing = {name for vote in found.votes for name in (vote.model_a, vote.model_b)}
     if idle := sorted(found.idle - playing):
-        yield f"not rated, for no verdict on it was kept: {', '.join(idle)}"
+        yield f"not rated, because all their votes were dropped: {', '.join(idle)}"
 
 
 def rate(
-    verdicts: Sequence[Verdict], method: Method = "bt", *, k: float = 32, start: float = 1000, orderings: int = 10_000,
-    seed: int = 0,
+    votes: Sequence[PairwiseVote], method: RatingMethod = "bt", *, k: float = 32, start: float = 1000,
+    orderings: int = 10_000, seed: int = 0,
 ) -> Ratings:  # fmt: skip
-    """Ratings around `start`. `k`, `orderings` and `seed` are Elo's. Raises UsageError for impossible options."""
-    if not verdicts:
+    """Compute ratings with mean `start`; `k`, `orderings` and `seed` apply to Elo. Raises UsageError."""
+    if not votes:
         return Ratings(method, (), ())
     if orderings < 1 or not 0 < k < np.inf:
-        raise UsageError(f"orderings {orderings} and k {k:g} must be above 0.")
-    names = sorted({name for verdict in verdicts for name in (verdict.model_a, verdict.model_b)})
+        raise UsageError(f"invalid orderings {orderings} or k {k:g}: expected numbers above 0.")
+    names = sorted({name for vote in votes for name in (vote.model_a, vote.model_b)})
     places = {name: place for place, name in enumerate(names)}
-    a = np.array([places[verdict.model_a] for verdict in verdicts])
-    b = np.array([places[verdict.model_b] for verdict in verdicts])
-    score = np.array([{"a": 1.0, "b": 0.0, "tie": 0.5}[verdict.winner] for verdict in verdicts])
+    a = np.array([places[vote.model_a] for vote in votes])
+    b = np.array([places[vote.model_b] for vote in votes])
+    score = np.array([{"a": 1.0, "b": 0.0, "tie": 0.5}[vote.winner] for vote in votes])
     wins = np.zeros((len(names), len(names)))  # wins[i, j]: points of i against j
     np.add.at(wins, (a, b), score)
     np.add.at(wins, (b, a), 1 - score)
@@ -189,26 +196,26 @@ def rate(
             if not is_bounded:
                 notes.append(
                     f"among {', '.join(names[i] for i in group)} some only won or only lost, and have no finite "
-                    "rating: shown is the one that two drawn games against each opponent would give"
+                    "rating: the ratings shown include two extra draws against each opponent"
                 )
     games = np.bincount(np.concatenate([a, b]), minlength=len(names))
     rated = [
         Rating(name, float(middle[i]), float(low[i]), float(high[i]), int(games[i])) for i, name in enumerate(names)
     ]
     rated.sort(key=lambda one: (-one.rating, one.model))
-    return Ratings(method, tuple(rated), tuple(_head_to_head(verdicts)), tuple(notes))
+    return Ratings(method, tuple(rated), tuple(_head_to_head(votes)), tuple(notes))
 
 
 def _elo(
     a: npt.NDArray[np.int64], b: npt.NDArray[np.int64], score: Floats, count: int, *, k: float, start: float,
     orderings: int, seed: int,
 ) -> tuple[Floats, Floats, Floats]:  # fmt: skip
-    """Mean, 2.5 % and 97.5 % of each system's final rating over random orderings, played many at once."""
-    dice = np.random.default_rng(seed)
+    """Return mean, 2.5 % and 97.5 % quantile of each model's final rating over random orderings."""
+    rng = np.random.default_rng(seed)
     final = np.empty((orderings, count))
     for first in range(0, orderings, _CHUNK):
         chunk = min(_CHUNK, orderings - first)
-        order = dice.permuted(np.tile(np.arange(len(a), dtype=np.int32), (chunk, 1)), axis=1).T
+        order = rng.permuted(np.tile(np.arange(len(a), dtype=np.int32), (chunk, 1)), axis=1).T
         ratings = np.full(chunk * count, float(start))
         rows = np.arange(chunk) * count
         for games in order:
@@ -223,10 +230,11 @@ def _elo(
 
 
 def _bradley_terry(wins: Floats) -> tuple[tuple[Floats, Floats, Floats], bool]:
-    """Ratings around 0 with 95 % intervals, of systems that are all compared somehow; were they finite?
+    """Return ratings with mean 0 and 95 % intervals of a connected group, and whether the ratings are finite.
 
-    The likelihood has a finite maximum only when each system can be reached from each by wins (Ford 1957); else a drawn
-    pair of games is added wherever two met. Intervals are Wald's, from the inverse of the information matrix.
+    The likelihood has a finite maximum only if each model can be reached from each other one by wins (Ford 1957); else
+    two draws are added for each pair that was compared. The intervals are Wald's, from the inverse of the information
+    matrix.
     """
     count = len(wins)
     is_bounded = len(_groups(wins > 0, is_directed=True)) == 1
@@ -239,7 +247,7 @@ def _bradley_terry(wins: Floats) -> tuple[tuple[Floats, Floats, Floats], bool]:
         weight = played * chance * (1 - chance)
         information = np.diag(weight.sum(axis=1)) - weight
         gradient = wins.sum(axis=1) - (played * chance).sum(axis=1)
-        # The information is singular along a common shift, which changes nothing.
+        # The information matrix is singular along a common shift, which does not change the likelihood.
         step = np.linalg.pinv(information, hermitian=True) @ gradient
         strength += np.clip(step, -2, 2)
         if np.abs(step).max() < 1e-10:
@@ -251,7 +259,7 @@ def _bradley_terry(wins: Floats) -> tuple[tuple[Floats, Floats, Floats], bool]:
 
 
 def _groups(reaches: npt.NDArray[np.bool_], *, is_directed: bool = False) -> list[list[int]]:
-    """Sets of systems that all reach one another."""
+    """Return the sets of models that all reach one another."""
     closure = reaches | reaches.T if not is_directed else reaches.copy()
     closure |= np.eye(len(reaches), dtype=bool)
     for through in range(len(reaches)):
@@ -270,22 +278,22 @@ def _groups(reaches: npt.NDArray[np.bool_], *, is_directed: bool = False) -> lis
 def _group_notes(names: Sequence[str], groups: Sequence[Sequence[int]]) -> Iterable[str]:
     if len(groups) > 1:
         listed = "; ".join(", ".join(names[place] for place in group) for group in groups)
-        yield f"no verdict connects these groups, and ratings compare only within each: {listed}"
+        yield f"no votes connect these groups, so ratings can be compared only within a group: {listed}"
 
 
-def _head_to_head(verdicts: Sequence[Verdict]) -> Iterable[HeadToHead]:
+def _head_to_head(votes: Sequence[PairwiseVote]) -> Iterable[HeadToHead]:
     counts: dict[tuple[str, str], Counter[str]] = {}
-    for verdict in verdicts:
-        pair = (verdict.model_a, verdict.model_b)
+    for vote in votes:
+        pair = (vote.model_a, vote.model_b)
         a, b = sorted(pair)
-        winner = verdict.winner if pair == (a, b) else {"a": "b", "b": "a", "tie": "tie"}[verdict.winner]
+        winner = vote.winner if pair == (a, b) else {"a": "b", "b": "a", "tie": "tie"}[vote.winner]
         counts.setdefault((a, b), Counter())[winner] += 1
     for (a, b), count in sorted(counts.items()):
         yield HeadToHead(a, b, count["a"], count["b"], count["tie"])
 
 
-def described(ratings: Ratings) -> dict[str, Any]:
-    """As JSON, for the command and the API alike."""
+def ratings_dict(ratings: Ratings) -> dict[str, Any]:
+    """Return the ratings as JSON values, for the command line and the API."""
     return {
         "method": ratings.method,
         "ratings": [

@@ -1,7 +1,7 @@
-"""What people said of answers: votes, thumbs and corrections, appended to one SQLite file; and what they teach.
+"""User feedback in one SQLite file: votes, thumbs and corrections, and the battles that votes are about.
 
-A row is on disk when `add` returns (write-ahead log, synchronised at each commit). Rows belong to the key that sent
-them, of which only a digest is kept, and are deleted for good when that key asks.
+A row is on disk when `add` returns (write-ahead log, synchronized at each commit). A row belongs to the API key that
+sent it, of which only a digest is stored; that key can delete it permanently.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from adapterhub.errors import Conflict, ServeError, ServerBusy, UsageError
-from adapterhub.feedback.ratings import Outcome, Verdict, rate
+from adapterhub.feedback.ratings import PairwiseVote, Winner, rate
 from adapterhub.files import raise_storage_full
 
 STORE_NAME = "feedback.sqlite"
-"""in the folder of user data"""
-ExportFormat = Literal["dpo", "kto", "sft", "verdicts"]
+"""Name of the file in the user data folder."""
+ExportFormat = Literal["dpo", "kto", "sft", "votes"]
 _MAX_CHARACTERS = 200_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS battles (id TEXT PRIMARY KEY, a TEXT, b TEXT);
@@ -37,45 +37,55 @@ CREATE TABLE IF NOT EXISTS feedback (
 """
 
 
-class _Closed(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Message(_Closed):
+class PromptMessage(_StrictModel):
+    """A message of the conversation before the answer."""
+
     role: str = Field(max_length=40)
     content: str = Field(max_length=_MAX_CHARACTERS)
 
 
-class AnswerGiven(_Closed):
+class FeedbackAnswer(_StrictModel):
+    """An answer that feedback is about."""
+
     model: str = Field(min_length=1, max_length=500)
     digest: str | None = Field(None, max_length=500)
     text: str = Field(max_length=_MAX_CHARACTERS)
 
 
-class _About(_Closed):
-    messages: list[Message] = Field(min_length=1, max_length=1000)
-    """what was asked, without the answer"""
+class _AboutPrompt(_StrictModel):
+    messages: list[PromptMessage] = Field(min_length=1, max_length=1000)
+    """The conversation, without the answer."""
 
 
-class Vote(_About):
+class Vote(_AboutPrompt):
+    """A vote between the two answers of a battle."""
+
     kind: Literal["vote"]
     battle: str = Field(max_length=100)
-    a: AnswerGiven
-    b: AnswerGiven
+    a: FeedbackAnswer
+    b: FeedbackAnswer
     winner: Literal["a", "b", "tie", "both_bad"]
 
 
-class Thumb(_About):
+class Thumb(_AboutPrompt):
+    """A thumb up or down for an answer."""
+
     kind: Literal["thumb"]
-    answer: AnswerGiven
+    answer: FeedbackAnswer
     thumb: Literal["up", "down"]
 
 
-class Correction(_About):
+class Correction(_AboutPrompt):
+    """A better text for an answer."""
+
     kind: Literal["correction"]
-    answer: AnswerGiven
+    answer: FeedbackAnswer
     text: str = Field(min_length=1, max_length=_MAX_CHARACTERS)
-    """what the answer should have been"""
+    """The corrected answer."""
 
 
 Feedback = Annotated[Vote | Thumb | Correction, Field(discriminator="kind")]
@@ -83,8 +93,8 @@ _FEEDBACK: TypeAdapter[Vote | Thumb | Correction] = TypeAdapter(Feedback)
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A row, as its sender sees it again."""
+class StoredFeedback:
+    """The id, kind and creation time of a stored row; the time is in seconds since 1970."""
 
     id: str
     kind: str
@@ -92,82 +102,91 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Battle:
+class ArenaBattle:
+    """Two models whose answers are to be compared."""
+
     id: str
     a: str
     b: str
 
 
 class FeedbackStore:
-    """One file, any number of processes. Every method opens it anew: there is nothing to lose when one is killed.
+    """The feedback in one file, which any number of processes can use; each method opens the file and closes it.
 
-    Every method raises StorageFull, ServerBusy while others write for half a minute, and ServeError for a file that
+    Every method raises StorageFull, ServerBusy if other processes write for more than 30 s, and ServeError if the file
     cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def add(self, given: Vote | Thumb | Correction, *, owner: str) -> Kept:
-        """Raises Conflict for a second vote on a battle, UsageError for a vote that fits no battle."""
-        kept = Kept(f"fb-{secrets.token_hex(8)}", given.kind, int(time.time()))
+    def add(self, feedback: Vote | Thumb | Correction, *, owner: str) -> StoredFeedback:
+        """Store feedback. Raises Conflict for a second vote on a battle, UsageError for a vote on an unknown battle."""
+        stored = StoredFeedback(f"fb-{secrets.token_hex(8)}", feedback.kind, int(time.time()))
         with self._open() as db:
-            battle = given.battle if isinstance(given, Vote) else None
-            if isinstance(given, Vote):
-                self._check_battle(db, given)
+            battle = feedback.battle if isinstance(feedback, Vote) else None
+            if isinstance(feedback, Vote):
+                self._check_battle(db, feedback)
             try:
                 db.execute(
                     "INSERT INTO feedback (id, created, owner, kind, battle, body) VALUES (?, ?, ?, ?, ?, ?)",
-                    (kept.id, kept.created, owner, kept.kind, battle, given.model_dump_json()),
+                    (stored.id, stored.created, owner, stored.kind, battle, feedback.model_dump_json()),
                 )
             except sqlite3.IntegrityError:
-                raise Conflict(f"there is a vote on battle {battle} already: it stays, a vote counts once.") from None
-        return kept
+                raise Conflict(
+                    f"battle {battle} already has a vote: a battle counts one vote. Begin a new battle."
+                ) from None
+        return stored
 
-    def begin_battle(self, models: Sequence[str]) -> Battle:
-        """A pair to judge, drawn where a vote teaches most, on random sides. Raises UsageError for fewer than two."""
+    def begin_battle(self, models: Sequence[str]) -> ArenaBattle:
+        """Choose two models, in random order, whose comparison is the most informative.
+
+        Raises UsageError for fewer than two models.
+        """
         if len(set(models)) < 2:
-            raise UsageError(f"a battle needs two models, there are {len(set(models))}: load another adapter.")
-        pair = list(_draw(sorted(set(models)), self.verdicts()))
+            raise UsageError(f"a battle needs two models: {len(set(models))} available. Load another adapter.")
+        pair = list(_choose_pair(sorted(set(models)), self.pairwise_votes()))
         random.shuffle(pair)
-        battle = Battle(f"bt-{secrets.token_hex(8)}", *pair)
+        battle = ArenaBattle(f"bt-{secrets.token_hex(8)}", *pair)
         with self._open() as db:
             db.execute("INSERT INTO battles (id, a, b) VALUES (?, ?, ?)", (battle.id, battle.a, battle.b))
         return battle
 
-    def of(self, owner: str | None = None) -> list[tuple[Kept, Vote | Thumb | Correction]]:
-        """Rows in the order they came; with `owner`, that key's alone."""
-        where, given = ("", ()) if owner is None else (" WHERE owner = ?", (owner,))
+    def rows(self, owner: str | None = None) -> list[tuple[StoredFeedback, Vote | Thumb | Correction]]:
+        """Return all rows in the order of arrival, or those of one key."""
+        where, parameters = ("", ()) if owner is None else (" WHERE owner = ?", (owner,))
         with self._open() as db:
-            rows = db.execute(f"SELECT id, kind, created, body FROM feedback{where} ORDER BY number", given).fetchall()  # noqa: S608
-        return [(Kept(row[0], row[1], row[2]), _FEEDBACK.validate_json(row[3])) for row in rows]
+            query = f"SELECT id, kind, created, body FROM feedback{where} ORDER BY number"  # noqa: S608
+            rows = db.execute(query, parameters).fetchall()
+        return [(StoredFeedback(row[0], row[1], row[2]), _FEEDBACK.validate_json(row[3])) for row in rows]
 
     def delete(self, owner: str, name: str | None = None) -> int:
-        """Forget one row of a key's, or all; returns how many there were."""
-        one, given = ("", (owner,)) if name is None else (" AND id = ?", (owner, name))
+        """Permanently delete one row of a key, or all of them. Return the number of rows deleted."""
+        condition, parameters = ("", (owner,)) if name is None else (" AND id = ?", (owner, name))
         with self._open() as db:
             db.execute("PRAGMA secure_delete = ON")
-            return db.execute(f"DELETE FROM feedback WHERE owner = ?{one}", given).rowcount  # noqa: S608
+            return db.execute(f"DELETE FROM feedback WHERE owner = ?{condition}", parameters).rowcount  # noqa: S608
 
     def counts(self) -> dict[str, int]:
+        """Return the number of rows of each kind."""
         with self._open() as db:
             return dict(db.execute("SELECT kind, COUNT(*) FROM feedback GROUP BY kind ORDER BY kind"))
 
-    def verdicts(self) -> list[Verdict]:
-        """Votes as ratings take them; two bad answers are a tie."""
+    def pairwise_votes(self) -> list[PairwiseVote]:
+        """Return all votes for `ratings.rate`; a vote for 'both bad' counts as a tie."""
         with self._open() as db:
             rows = db.execute("SELECT body FROM feedback WHERE kind = 'vote' ORDER BY number").fetchall()
         votes = (Vote.model_validate_json(body) for (body,) in rows)
-        return [Verdict(one.a.model, one.b.model, outcome_of(one)) for one in votes]
+        return [PairwiseVote(one.a.model, one.b.model, winner_of(one)) for one in votes]
 
     def _check_battle(self, db: sqlite3.Connection, vote: Vote) -> None:
         found = db.execute("SELECT a, b FROM battles WHERE id = ?", (vote.battle,)).fetchone()
         if found is None:
-            raise UsageError(f"there is no battle {vote.battle!r}: POST /v1/arena/battles begins one.")
+            raise UsageError(f"unknown battle {vote.battle!r}: begin one with POST /v1/arena/battles.")
         if (vote.a.model, vote.b.model) != tuple(found):
             raise UsageError(
-                f"battle {vote.battle} is between {found[0]} and {found[1]}, the vote between {vote.a.model} and "
-                f"{vote.b.model}."
+                f"the vote is between {vote.a.model} and {vote.b.model}: battle {vote.battle} is between {found[0]} "
+                f"and {found[1]}, in this order."
             )
 
     @contextmanager
@@ -183,11 +202,11 @@ class FeedbackStore:
                         _forget_owners_of_battles(db)
                         yield db
             except sqlite3.Error as error:
-                raise _ours(error, self.path) from error
+                raise _convert_error(error, self.path) from error
 
 
 def _forget_owners_of_battles(db: sqlite3.Connection) -> None:
-    """An earlier version wrote down who began a battle, which nobody could have deleted."""
+    """Delete the owners of battles, which an earlier version stored and no user could delete."""
     if db.execute("SELECT 1 FROM pragma_table_info('battles') WHERE name = 'owner'").fetchone() is None:
         return
     if db.execute("SELECT 1 FROM battles WHERE owner IS NOT NULL LIMIT 1").fetchone() is not None:
@@ -195,47 +214,51 @@ def _forget_owners_of_battles(db: sqlite3.Connection) -> None:
         db.execute("UPDATE battles SET owner = NULL WHERE owner IS NOT NULL")
 
 
-def _ours(error: sqlite3.Error, path: Path) -> Exception:
-    """What SQLite met, as ours; a full disk as the system's own error, for raise_storage_full."""
+def _convert_error(error: sqlite3.Error, path: Path) -> Exception:
+    """Return our error for an SQLite error; for a full disk an OSError, which `raise_storage_full` converts."""
     name = getattr(error, "sqlite_errorname", "")
     if name.startswith("SQLITE_FULL"):
         return OSError(errno.ENOSPC, str(error))
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return ServerBusy(f"{path} is being written by others: try again.")
+        return ServerBusy(f"{path} is locked by other writers: try again.")
     return ServeError(
-        f"the feedback in {path} cannot be read or written ({error}): see to the file's rights, or move it away to "
-        "begin a new one."
+        f"the feedback in {path} cannot be read or written ({error}): check the file's permissions, or move the file "
+        "away to start a new one."
     )
 
 
 def owner_of(authorization: str | None) -> str:
-    """What is kept of a key: enough to know it again, too little to use it."""
+    """Return a digest of the API key, which identifies the key but does not reveal it."""
     key = (authorization or "").partition(" ")[2].strip()
     return hashlib.sha256(b"adapterhub feedback\0" + key.encode()).hexdigest()[:32]
 
 
 def actor_of(authorization: str | None) -> str | None:
-    """Who a history says it was: as much of a key as tells it from others. None: this process."""
+    """Return a short name of the API key for histories and logs; None without a key."""
     return f"key {owner_of(authorization)[:8]}" if authorization else None
 
 
-def outcome_of(vote: Vote) -> Outcome:
+def winner_of(vote: Vote) -> Winner:
+    """Return the winner of a vote; 'both bad' counts as a tie."""
     return "tie" if vote.winner == "both_bad" else vote.winner
 
 
-def _draw(models: Sequence[str], verdicts: Sequence[Verdict]) -> tuple[str, str]:
-    """A pair, likelier the closer its ratings and the fewer its games: p (1 - p) / (1 + n) is what a game tells."""
+def _choose_pair(models: Sequence[str], votes: Sequence[PairwiseVote]) -> tuple[str, str]:
+    """Draw a pair of models; its weight is p (1 - p) / (1 + n) for win probability p and n votes so far.
+
+    Pairs with similar ratings and few votes are drawn more often: their votes are the most informative.
+    """
     names = set(models)
-    relevant = [verdict for verdict in verdicts if {verdict.model_a, verdict.model_b} <= names]
+    relevant = [vote for vote in votes if {vote.model_a, vote.model_b} <= names]
     rated = {one.model: one.rating for one in rate(relevant).ratings}
     games: dict[frozenset[str], int] = {}
-    for verdict in relevant:
-        pair = frozenset((verdict.model_a, verdict.model_b))
+    for vote in relevant:
+        pair = frozenset((vote.model_a, vote.model_b))
         games[pair] = games.get(pair, 0) + 1
     pairs = list(combinations(models, 2))
 
-    def worth(a: str, b: str) -> float:
+    def weight(a: str, b: str) -> float:
         chance = 1 / (1 + 10 ** ((rated.get(b, 1000.0) - rated.get(a, 1000.0)) / 400))
         return chance * (1 - chance) / (1 + games.get(frozenset((a, b)), 0))
 
-    return random.choices(pairs, [worth(a, b) for a, b in pairs])[0]  # noqa: S311 (no secret)
+    return random.choices(pairs, [weight(a, b) for a, b in pairs])[0]  # noqa: S311 (no secret)

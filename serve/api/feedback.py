@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapterhub.feedback.ratings import Method, described, rate
+from adapterhub.feedback.ratings import RatingMethod, rate, ratings_dict
 from adapterhub.feedback.store import Feedback, FeedbackStore, owner_of
 from serve.api.route import ApiRoute
 
@@ -37,7 +37,7 @@ def feedback_routes(store: FeedbackStore, served: Callable[[list[str] | None], l
 
     @router.get("/feedback")
     async def mine(authorization: Authorization = None) -> Response:
-        rows = await asyncio.to_thread(store.of, owner_of(authorization))
+        rows = await asyncio.to_thread(store.rows, owner_of(authorization))
         return JSONResponse({"data": [{**vars(kept), **given.model_dump()} for kept, given in rows]})
 
     @router.delete("/feedback")
@@ -59,9 +59,11 @@ def feedback_routes(store: FeedbackStore, served: Callable[[list[str] | None], l
         return JSONResponse({"battle": battle.id, "a": battle.a, "b": battle.b}, status_code=201)
 
     @router.get("/ratings")
-    async def ratings(method: Method = "bt", orderings: Annotated[int, Query(ge=1, le=10_000)] = 1000) -> Response:
+    async def ratings(
+        method: RatingMethod = "bt", orderings: Annotated[int, Query(ge=1, le=10_000)] = 1000
+    ) -> Response:
         def work() -> dict[str, Any]:
-            return described(rate(store.verdicts(), method, orderings=orderings))
+            return ratings_dict(rate(store.pairwise_votes(), method, orderings=orderings))
 
         return JSONResponse(await asyncio.to_thread(work))
 

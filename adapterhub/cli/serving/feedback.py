@@ -24,7 +24,15 @@ class _Format(StrEnum):
     dpo = "dpo"
     kto = "kto"
     sft = "sft"
-    verdicts = "verdicts"
+    votes = "votes"
+
+
+def _parse_format(text: str) -> _Format:
+    """Return the format; `verdicts` is the old name of `votes`."""
+    try:
+        return _Format("votes" if text == "verdicts" else text)
+    except ValueError:
+        raise typer.BadParameter(f"unknown format {text!r}: expected {', '.join(_Format)}.") from None
 
 
 Store = Annotated[
@@ -35,16 +43,22 @@ Store = Annotated[
 @feedback.command()
 def export(
     form: Annotated[
-        _Format, typer.Option("--format", help="dpo, kto or sft for `train` and TRL; verdicts for `ratings`.")
+        _Format,
+        typer.Option(
+            "--format",
+            parser=_parse_format,
+            metavar="dpo|kto|sft|votes",
+            help="dpo, kto or sft for `train` and TRL; votes for `ratings`.",
+        ),
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A JSONL file [default: stdout].")] = None,
     store: Store = None,
 ) -> None:
     """Write feedback as training data."""
-    from adapterhub.feedback.export import exported, to_jsonl
+    from adapterhub.feedback.export import export_rows, to_jsonl
     from adapterhub.files import write_atomic
 
-    lines = exported((given for _, given in open_store(store).of()), form.value)
+    lines = export_rows((given for _, given in open_store(store).rows()), form.value)
     if output is None:
         typer.echo(to_jsonl(lines), nl=False)
     else:

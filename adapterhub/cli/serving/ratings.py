@@ -1,4 +1,4 @@
-"""The verb that rates systems from verdicts."""
+"""The command `ratings`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adapterhub.cli.app import app
 from adapterhub.cli.options import AsJson, say, table
 
 if TYPE_CHECKING:
-    from adapterhub.feedback.ratings import Outcome
+    from adapterhub.feedback.ratings import Winner
 
 
 class _Method(StrEnum):
@@ -34,24 +34,26 @@ def ratings(
     fields: Annotated[
         str | None, typer.Option(metavar="NAME=THEIRS,...", help="Other field names, e.g. winner=verdict.")
     ] = None,
-    verdicts: Annotated[
-        str | None, typer.Option(metavar="CODE=a|b|tie,...", help="Other verdict codes, e.g. A=a,B=b,C=tie.")
+    winner_codes: Annotated[
+        str | None,
+        typer.Option(metavar="CODE=a|b|tie,...", help="Meaning of other winner codes, such as A=a,B=b,C=tie."),
     ] = None,
+    verdicts: Annotated[str | None, typer.Option(hidden=True, help="Old name of --winner-codes.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw ratings and intervals.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rate systems from pairwise verdicts, with 95 % intervals."""
-    from adapterhub.feedback.ratings import described, rate, read_verdicts
+    """Rate models from pairwise votes, with 95 % intervals."""
+    from adapterhub.feedback.ratings import rate, ratings_dict, read_votes
 
-    read = read_verdicts(files, fields=_fields(fields), verdicts=_codes(verdicts))
-    found = rate(read.verdicts, method.value, k=k, start=start, orderings=orderings, seed=seed)
+    read = read_votes(files, fields=_fields(fields), codes=_codes(winner_codes, verdicts))
+    found = rate(read.votes, method.value, k=k, start=start, orderings=orderings, seed=seed)
     if plot is not None:
         from adapterhub.feedback.ratings_plot import plot_ratings
 
         plot_ratings(found, plot)
     notes = (*read.notes, *found.notes)
     if as_json:
-        typer.echo(json.dumps(described(found) | {"notes": notes}, indent=1))
+        typer.echo(json.dumps(ratings_dict(found) | {"notes": notes}, indent=1))
         return
     table(
         [
@@ -59,7 +61,7 @@ def ratings(
              "games": one.games}
             for one in found.ratings
         ],
-        False, empty="no verdicts",
+        False, empty="no votes",
     )  # fmt: skip
     typer.echo()
     table([vars(one) | {key: str(vars(one)[key]) for key in ("wins", "losses", "ties")} for one in found.head_to_head],
@@ -90,13 +92,14 @@ def _fields(text: str | None) -> dict[str, str]:
     return found
 
 
-def _codes(text: str | None) -> dict[str, Outcome]:
+def _codes(text: str | None, old: str | None) -> dict[str, Winner]:
     from adapterhub.errors import UsageError
-    from adapterhub.feedback.ratings import VERDICTS
+    from adapterhub.feedback.ratings import WINNER_CODES
 
-    found: dict[str, Outcome] = {}
-    for code, meaning in _pairs(text, "--verdicts").items():
-        if meaning not in VERDICTS:
-            raise UsageError(f"--verdicts {code}={meaning}: expected a, b or tie after '='.")
-        found[code] = VERDICTS[meaning]
-    return found or dict(VERDICTS)
+    option, given = ("--winner-codes", text) if text is not None else ("--verdicts", old)
+    found: dict[str, Winner] = {}
+    for code, meaning in _pairs(given, option).items():
+        if meaning not in WINNER_CODES:
+            raise UsageError(f"{option} {code}={meaning}: expected a, b or tie after '='.")
+        found[code] = WINNER_CODES[meaning]
+    return found or dict(WINNER_CODES)

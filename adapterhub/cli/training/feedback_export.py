@@ -43,14 +43,14 @@ def feedback_exported(
 
 def _export(recipe: Recipe, data: FeedbackData, place: Path) -> None:
     from adapterhub.errors import UsageError
-    from adapterhub.feedback.export import exported, to_jsonl
+    from adapterhub.feedback.export import export_rows, to_jsonl
     from adapterhub.feedback.store import ExportFormat
     from adapterhub.files import expanded, write_atomic
 
     method = recipe.preference.method if recipe.preference else None
     form: ExportFormat = "sft" if method is None else "kto" if method == "kto" else "dpo"
     store = recipe.folder / expanded(data.path) if data.path else None
-    lines = exported((given for _, given in open_store(store).of()), form)
+    lines = export_rows((given for _, given in open_store(store).rows()), form)
     if not lines:
         wanted = "to learn" if method is None else "to compare"
         raise UsageError(f"the feedback holds nothing {wanted} yet: votes with a winner and corrections do.")

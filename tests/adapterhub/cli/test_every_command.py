@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from adapterhub.cli.examples import EXAMPLES
 from adapterhub.cli.main import app
-from adapterhub.feedback.store import STORE_NAME, AnswerGiven, FeedbackStore, Message, Thumb
+from adapterhub.feedback.store import STORE_NAME, FeedbackAnswer, FeedbackStore, PromptMessage, Thumb
 from adapterhub.package.layout import open_adapter
 from adapterhub.registry.registry import Registry
 
@@ -79,8 +79,8 @@ def test_json_parses(name: str, home: Path, tmp_path: Path) -> None:
     votes.write_text(
         '{"model_a": "x", "model_b": "y", "winner": "a"}\n{"model_a": "y", "model_b": "x", "winner": "a"}\n'
     )
-    answer = AnswerGiven(model="x", text="Hi")
-    thumb = Thumb(kind="thumb", messages=[Message(role="user", content="?")], answer=answer, thumb="up")
+    answer = FeedbackAnswer(model="x", text="Hi")
+    thumb = Thumb(kind="thumb", messages=[PromptMessage(role="user", content="?")], answer=answer, thumb="up")
     FeedbackStore(home / STORE_NAME).add(thumb, owner="me")
     done = run_any(*JSON_IN[name].format(votes=votes).split(), home=home)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Ratings: by hand, by what must not change them, and by strengths that are known."""
+"""Ratings: computed by hand, invariances, and known strengths."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typer.testing import CliRunner
 
 from adapterhub.cli.main import app
 from adapterhub.errors import AdapterHubError, DatasetError, UsageError
-from adapterhub.feedback.ratings import Ratings, Verdict, rate, read_verdicts
+from adapterhub.feedback.ratings import PairwiseVote, Ratings, rate, read_votes
 
 
 def by_name(found: Ratings) -> dict[str, float]:
     return {one.model: one.rating for one in found.ratings}
 
 
-def played(strengths: dict[str, float], games: int, seed: int = 0, ties: float = 0.0) -> list[Verdict]:
+def played(strengths: dict[str, float], games: int, seed: int = 0, ties: float = 0.0) -> list[PairwiseVote]:
     """Games between random pairs, won as the strengths (rating points) say."""
     dice = np.random.default_rng(seed)
     names = list(strengths)
-    verdicts = []
+    votes = []
     for _ in range(games):
         a, b = (names[place] for place in dice.choice(len(names), 2, replace=False))
         chance = 1 / (1 + 10 ** ((strengths[b] - strengths[a]) / 400))
         winner = "tie" if dice.random() < ties else "a" if dice.random() < chance else "b"
-        verdicts.append(Verdict(a, b, winner))  # type: ignore[arg-type]
-    return verdicts
+        votes.append(PairwiseVote(a, b, winner))  # type: ignore[arg-type]
+    return votes
 
 
 KNOWN = {"ada": 1200.0, "bea": 1050.0, "cy": 1000.0, "dan": 900.0, "eve": 850.0}
@@ -37,37 +37,37 @@ GAMES = played(KNOWN, 3000, ties=0.1)
 
 def test_one_game_of_elo_by_hand() -> None:
     """Equal ratings: the winner takes half of K."""
-    found = rate([Verdict("x", "y", "a")], "elo", orderings=3)
+    found = rate([PairwiseVote("x", "y", "a")], "elo", orderings=3)
     assert by_name(found) == {"x": 1016.0, "y": 984.0}
-    assert by_name(rate([Verdict("x", "y", "tie")], "elo", orderings=3)) == {"x": 1000.0, "y": 1000.0}
+    assert by_name(rate([PairwiseVote("x", "y", "tie")], "elo", orderings=3)) == {"x": 1000.0, "y": 1000.0}
 
 
 def test_two_games_of_elo_by_hand() -> None:
     """The second win is worth K (1 - 1 / (1 + 10^(-32 / 400)))."""
-    found = rate([Verdict("x", "y", "a"), Verdict("y", "x", "b")], "elo", orderings=4, k=32, start=1000)
+    found = rate([PairwiseVote("x", "y", "a"), PairwiseVote("y", "x", "b")], "elo", orderings=4, k=32, start=1000)
     assert by_name(found)["x"] == pytest.approx(1016 + 32 * (1 - 1 / (1 + 10 ** (-32 / 400))))
 
 
 def test_elo_averages_over_orderings_by_hand() -> None:
     """A win and a loss: in either order the last game weighs more; the mean over both orders is even."""
-    found = rate([Verdict("x", "y", "a"), Verdict("x", "y", "b")], "elo", orderings=4000)
+    found = rate([PairwiseVote("x", "y", "a"), PairwiseVote("x", "y", "b")], "elo", orderings=4000)
     assert by_name(found)["x"] == pytest.approx(1000, abs=0.1)
     last = 32 / (1 + 10 ** (-32 / 400)) - 16  # what the loser of the last game ends below the start
     rated = found.ratings[0]
     assert (rated.low, rated.high) == pytest.approx((1000 - last, 1000 + last))
 
 
-def test_bradley_terry_of_two_systems_is_the_log_odds() -> None:
-    verdicts = [Verdict("x", "y", "a")] * 30 + [Verdict("y", "x", "a")] * 10
-    found = by_name(rate(verdicts))
+def test_bradley_terry_of_two_models_is_the_log_odds() -> None:
+    votes = [PairwiseVote("x", "y", "a")] * 30 + [PairwiseVote("y", "x", "a")] * 10
+    found = by_name(rate(votes))
     assert found["x"] - found["y"] == pytest.approx(400 * np.log10(3))
     assert found["x"] + found["y"] == pytest.approx(2000)
 
 
-def test_the_interval_of_two_systems_by_hand() -> None:
+def test_the_interval_of_two_models_by_hand() -> None:
     """n games won with chance p: the difference has variance 1 / (n p q), each rating a quarter of it."""
-    verdicts = [Verdict("x", "y", "a")] * 30 + [Verdict("x", "y", "b")] * 10
-    one = rate(verdicts).ratings[0]
+    votes = [PairwiseVote("x", "y", "a")] * 30 + [PairwiseVote("x", "y", "b")] * 10
+    one = rate(votes).ratings[0]
     deviation = np.sqrt(1 / (40 * 0.75 * 0.25)) / 2 * 400 / np.log(10)
     assert one.high - one.rating == pytest.approx(1.959964 * deviation)
     assert one.games == 40
@@ -76,7 +76,7 @@ def test_the_interval_of_two_systems_by_hand() -> None:
 @pytest.mark.parametrize("method", ["bt", "elo"])
 def test_names_do_not_matter(method: str) -> None:
     renamed = {"ada": "z", "bea": "y", "cy": "x", "dan": "w", "eve": "v"}
-    other = [Verdict(renamed[one.model_a], renamed[one.model_b], one.winner) for one in GAMES[:300]]
+    other = [PairwiseVote(renamed[one.model_a], renamed[one.model_b], one.winner) for one in GAMES[:300]]
     found, again = (by_name(rate(games, method, orderings=50)) for games in (GAMES[:300], other))  # type: ignore[arg-type]
     for name, rating in found.items():
         assert again[renamed[name]] == pytest.approx(rating, abs=1e-6)
@@ -85,7 +85,7 @@ def test_names_do_not_matter(method: str) -> None:
 @pytest.mark.parametrize("method", ["bt", "elo"])
 def test_sides_do_not_matter(method: str) -> None:
     flipped = {"a": "b", "b": "a", "tie": "tie"}
-    turned = [Verdict(one.model_b, one.model_a, flipped[one.winner]) for one in GAMES[:300]]  # type: ignore[arg-type]
+    turned = [PairwiseVote(one.model_b, one.model_a, flipped[one.winner]) for one in GAMES[:300]]  # type: ignore[arg-type]
     found, again = (by_name(rate(games, method, orderings=50)) for games in (GAMES[:300], turned))  # type: ignore[arg-type]
     assert found == pytest.approx(again)
 
@@ -115,13 +115,13 @@ def test_more_orderings_than_are_played_at_once() -> None:
 
 
 def test_groups_that_never_met_are_said_and_rated_apart() -> None:
-    found = rate([Verdict("a1", "a2", "a"), Verdict("a1", "a2", "b"), Verdict("b1", "b2", "tie")])
+    found = rate([PairwiseVote("a1", "a2", "a"), PairwiseVote("a1", "a2", "b"), PairwiseVote("b1", "b2", "tie")])
     assert any("a1, a2; b1, b2" in note for note in found.notes)
     assert by_name(found) == pytest.approx(dict.fromkeys(("a1", "a2", "b1", "b2"), 1000.0))
 
 
 def test_a_one_sided_tournament_has_finite_ratings_and_a_note() -> None:
-    found = rate([Verdict("x", "y", "a")] * 9 + [Verdict("y", "z", "a"), Verdict("y", "z", "b")])
+    found = rate([PairwiseVote("x", "y", "a")] * 9 + [PairwiseVote("y", "z", "a"), PairwiseVote("y", "z", "b")])
     assert any("only won or only lost" in note for note in found.notes)
     assert all(np.isfinite([one.low, one.high]).all() for one in found.ratings)
     assert found.ratings[0].model == "x"
@@ -138,32 +138,30 @@ def row(a: str, b: str, winner: str, **more: object) -> dict[str, object]:
 
 def test_other_names_and_codes(tmp_path: Path) -> None:
     file = write(tmp_path / "v", {"x": "p", "y": "q", "verdict": "A"}, {"x": "p", "y": "q", "verdict": "?"})
-    read = read_verdicts(
-        [file], fields={"model_a": "x", "model_b": "y", "winner": "verdict"}, verdicts={"A": "a", "B": "b"}
-    )
-    assert read.verdicts == (Verdict("p", "q", "a"),)
+    read = read_votes([file], fields={"model_a": "x", "model_b": "y", "winner": "verdict"}, codes={"A": "a", "B": "b"})
+    assert read.votes == (PairwiseVote("p", "q", "a"),)
     assert any("1 rows were dropped" in note and "'?' 1" in note for note in read.notes)
 
 
-def test_repeated_ids_and_systems_without_a_verdict_are_said(tmp_path: Path) -> None:
+def test_repeated_ids_and_models_without_a_vote_are_noted(tmp_path: Path) -> None:
     rows = [row("p", "q", "a", id=1), row("p", "q", "b", id=1), row("p", "lost", "error")]
-    read = read_verdicts([write(tmp_path / "v", *rows)])
-    assert len(read.verdicts) == 1
+    read = read_votes([write(tmp_path / "v", *rows)])
+    assert len(read.votes) == 1
     assert any("repeat the id" in note for note in read.notes)
     assert any(note.endswith(": lost") for note in read.notes)
 
 
-def test_rows_that_are_no_verdicts_are_named_by_line(tmp_path: Path) -> None:
+def test_rows_that_are_not_votes_are_named_by_line(tmp_path: Path) -> None:
     file = write(tmp_path / "v.jsonl", row("p", "q", "a"), "{", row("p", "p", "a"), {"model_a": "p"}, "[1]")
     with pytest.raises(DatasetError) as caught:
-        read_verdicts([file])
+        read_votes([file])
     for where in ("v.jsonl:2", "v.jsonl:3", "v.jsonl:4", "v.jsonl:5"):
         assert where in str(caught.value)
 
 
-def test_no_verdict_at_all_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no verdict was found"):
-        read_verdicts([write(tmp_path / "v", row("p", "q", "maybe"))])
+def test_files_without_votes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no votes found"):
+        read_votes([write(tmp_path / "v", row("p", "q", "maybe"))])
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -184,7 +182,8 @@ def test_the_command(tmp_path: Path) -> None:
     [
         (["--fields", "winner"], "not NAME=VALUE"),
         (["--fields", "who=x"], "expected model_a"),
-        (["--verdicts", "A=left"], "expected a, b or tie"),
+        (["--winner-codes", "A=left"], "--winner-codes A=left: expected a, b or tie"),
+        (["--verdicts", "A=left"], "--verdicts A=left: expected a, b or tie"),
         (["--method", "elo", "--k", "0"], "above 0"),
     ],
 )
@@ -196,7 +195,17 @@ def test_options_that_make_no_sense(tmp_path: Path, options: list[str], said: st
     assert said in str(outcome.exception)
 
 
+def test_the_old_name_of_the_winner_codes_is_accepted(tmp_path: Path) -> None:
+    file = write(tmp_path / "v", row("p", "q", "L"), row("p", "q", "R"))
+    new, old = (
+        CliRunner().invoke(app, ["ratings", str(file), "--json", option, "L=a,R=b"])
+        for option in ("--winner-codes", "--verdicts")
+    )
+    assert json.loads(new.stdout)["head_to_head"] == [{"a": "p", "b": "q", "wins": 1, "losses": 1, "ties": 0}]
+    assert new.stdout == old.stdout
+
+
 def test_a_text_with_a_line_end_of_its_own_is_one_row(tmp_path: Path) -> None:
     file = tmp_path / "v.jsonl"
     file.write_text(json.dumps(row("p", "q", "a", text="x\u2028y\u0085z"), ensure_ascii=False), encoding="utf-8")
-    assert read_verdicts([file]).verdicts == (Verdict("p", "q", "a"),)
+    assert read_votes([file]).votes == (PairwiseVote("p", "q", "a"),)

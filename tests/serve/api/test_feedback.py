@@ -24,7 +24,7 @@ from adapterhub.adapter import BaseName
 from adapterhub.bases.store import pull_base
 from adapterhub.cli.main import app
 from adapterhub.errors import AdapterHubError, Conflict, ServeError, ServerBusy, StorageFull, UsageError
-from adapterhub.feedback.export import exported
+from adapterhub.feedback.export import export_rows
 from adapterhub.feedback.store import Correction, FeedbackStore, Vote
 from serve.api.auth import ApiKeys
 
@@ -54,16 +54,16 @@ def voted(store: FeedbackStore, winner: str, owner: str = "me") -> Vote:
 
 def test_a_vote_counts_once(store: FeedbackStore) -> None:
     cast = voted(store, "a")
-    with pytest.raises(Conflict, match="a vote counts once"):
+    with pytest.raises(Conflict, match="a battle counts one vote"):
         store.add(cast.model_copy(update={"winner": "b"}), owner="somebody else")
-    assert [given.winner for _, given in store.of() if isinstance(given, Vote)] == ["a"]
+    assert [given.winner for _, given in store.rows() if isinstance(given, Vote)] == ["a"]
 
 
 def test_a_vote_must_fit_its_battle(store: FeedbackStore) -> None:
-    with pytest.raises(UsageError, match="there is no battle"):
+    with pytest.raises(UsageError, match="unknown battle"):
         store.add(vote("bt-made-up", "a"), owner="me")
     battle = store.begin_battle(["captain", "poet"])
-    with pytest.raises(UsageError, match="the vote between"):
+    with pytest.raises(UsageError, match="the vote is between"):
         store.add(vote(battle.id, "a", "captain", "stranger"), owner="me")
     with pytest.raises(UsageError, match="needs two models"):
         store.begin_battle(["captain", "captain"])
@@ -90,7 +90,7 @@ def test_votes_race_and_one_wins(store: FeedbackStore) -> None:
 
 def test_a_key_sees_and_deletes_its_own(store: FeedbackStore) -> None:
     mine, theirs = store.add(thumb(), owner="me"), store.add(correction("Avast!"), owner="them")
-    assert [kept for kept, _ in store.of("me")] == [mine]
+    assert [kept for kept, _ in store.rows("me")] == [mine]
     assert store.delete("me", theirs.id) == 0
     assert store.delete("them") == 1
     assert store.counts() == {"thumb": 1}
@@ -133,7 +133,7 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
     told += writer.stdout.read().split()[:-1]  # the last line may be torn
     writer.wait()
     writer.stdout.close()
-    assert set(told) <= {kept.id for kept, _ in FeedbackStore(path).of()}
+    assert set(told) <= {kept.id for kept, _ in FeedbackStore(path).rows()}
 
 
 @contextmanager
@@ -171,8 +171,8 @@ def test_file_that_another_writes(store: FeedbackStore, monkeypatch: pytest.Monk
 
 def test_file_that_is_no_database(store: FeedbackStore) -> None:
     store.path.write_bytes(b"Avast! " * 1000)
-    for act in (store.counts, store.verdicts, store.of):
-        with pytest.raises(ServeError, match=r"feedback\.sqlite cannot be read or written .*move it away"):
+    for act in (store.counts, store.pairwise_votes, store.rows):
+        with pytest.raises(ServeError, match=r"feedback\.sqlite cannot be read or written .*move the file away"):
             act()
 
 
@@ -187,7 +187,7 @@ def test_battles_of_an_earlier_version(store: FeedbackStore) -> None:
         db.execute("CREATE TABLE battles (id TEXT PRIMARY KEY, created INTEGER, owner TEXT, a TEXT, b TEXT)")
         db.execute("INSERT INTO battles VALUES ('bt-1', 1, 'the digest of a key', 'captain', 'poet')")
     voted(store, "a")
-    assert len(store.verdicts()) == 1
+    assert len(store.pairwise_votes()) == 1
     with closing(sqlite3.connect(store.path)) as db:
         assert db.execute("SELECT DISTINCT owner FROM battles").fetchall() == [(None,)]
     assert b"the digest of a key" not in store.path.read_bytes()
@@ -198,23 +198,23 @@ def test_ratings_read_votes_alone(store: FeedbackStore) -> None:
     store.add(thumb(), owner="me")
     with closing(sqlite3.connect(store.path)) as db, db:
         db.execute("UPDATE feedback SET body = 'torn' WHERE kind = 'thumb'")
-    assert len(store.verdicts()) == 1
+    assert len(store.pairwise_votes()) == 1
 
 
 def test_formats_for_trainers() -> None:
     rows = [vote("1", "a"), vote("2", "tie"), vote("3", "both_bad"), thumb("up"), thumb("down"), correction()]
     said = {text: [{"role": "assistant", "content": text}] for text in ("from a", "from b", "Aye.", "Aye, captain.")}
-    assert exported(rows, "dpo") == [
+    assert export_rows(rows, "dpo") == [
         {"prompt": ASKED, "chosen": said["from a"], "rejected": said["from b"]},
         {"prompt": ASKED, "chosen": said["Aye, captain."], "rejected": said["Aye."]},
     ]
-    labels = [(line["completion"][0]["content"], line["label"]) for line in exported(rows, "kto")]
+    labels = [(line["completion"][0]["content"], line["label"]) for line in export_rows(rows, "kto")]
     assert labels == [
         ("from a", True), ("from b", False), ("from a", False), ("from b", False), ("Aye.", True), ("Aye.", False),
         ("Aye, captain.", True), ("Aye.", False),
     ]  # fmt: skip
-    assert [line["messages"][-1]["content"] for line in exported(rows, "sft")] == ["from a", "Aye.", "Aye, captain."]
-    assert [line["winner"] for line in exported(rows, "verdicts")] == ["a", "tie", "tie"]
+    assert [line["messages"][-1]["content"] for line in export_rows(rows, "sft")] == ["from a", "Aye.", "Aye, captain."]
+    assert [line["winner"] for line in export_rows(rows, "votes")] == ["a", "tie", "tie"]
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
@@ -225,7 +225,7 @@ def test_our_trainer_reads_what_is_exported(tmp_path: Path, method: str) -> None
     from train.data.readers import read_rows
 
     tokenizer = AutoTokenizer.from_pretrained(pull_base(BaseName.parse("smollm2-135m-instruct")).path)
-    lines = exported([vote("1", "a"), correction(), thumb("down")], method)  # type: ignore[arg-type]
+    lines = export_rows([vote("1", "a"), correction(), thumb("down")], method)  # type: ignore[arg-type]
     (tmp_path / "f.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = read_comparisons(
         read_rows(tmp_path / "f.jsonl"), tokenizer, name="feedback", method=method,  # type: ignore[arg-type]
@@ -243,6 +243,18 @@ def test_the_command_exports_and_counts(store: FeedbackStore, tmp_path: Path) ->
     assert "correction" in CliRunner().invoke(app, ["feedback", "stats", *where]).stdout
     missing = CliRunner().invoke(app, ["feedback", "stats", "--store", str(tmp_path / "no")])
     assert isinstance(missing.exception, AdapterHubError)
+
+
+def test_the_old_name_of_the_votes_format_is_accepted(store: FeedbackStore) -> None:
+    voted(store, "a")
+    where = ["--store", str(store.path)]
+    new, old = (
+        CliRunner().invoke(app, ["feedback", "export", "--format", name, *where]) for name in ("votes", "verdicts")
+    )
+    assert json.loads(new.stdout)["winner"] == "a"
+    assert new.stdout == old.stdout
+    unknown = CliRunner().invoke(app, ["feedback", "export", "--format", "csv", *where])
+    assert (unknown.exit_code, "expected dpo, kto, sft, votes" in unknown.output) == (2, True)
 
 
 # Over HTTP
