@@ -1,28 +1,32 @@
-"""A recipe's TOML and a form over it: changing a field changes its line and leaves the rest as the author wrote it.
+"""Read and edit the fields of a recipe's TOML; edits keep the author's comments and order.
 
-What a recipe means, and whether it makes sense, is for the API to say.
+The API validates recipes; this module only knows where each field is.
 """
 
 from __future__ import annotations
 
-import re
 import tomllib
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
+
+import tomlkit
+from tomlkit import TOMLDocument
+from tomlkit.exceptions import TOMLKitError
 
 from adapterhub.errors import RecipeError
 
 
 @dataclass(frozen=True)
 class Field:
-    """One line of a recipe; `section` is empty for the lines before the first section."""
+    """A field of the form: a key of the recipe; `section` is empty for keys before the first section."""
 
     section: str
     key: str
     label: str
     is_number: bool = True
     instead_of: str | None = None
-    """another key of the section, which cannot stand beside this one"""
+    """Key of the same section that excludes this one."""
 
 
 FIELDS = (
@@ -38,11 +42,11 @@ FIELDS = (
 
 
 def read_fields(recipe: str) -> list[Any]:
-    """The value of each of FIELDS, None where the recipe does not say. Raises RecipeError for what is no TOML."""
+    """Return the value of each of FIELDS, None for keys that the recipe leaves out. Raises RecipeError."""
     try:
         found = tomllib.loads(recipe)
     except (ValueError, RecursionError) as error:  # tomllib's own, a number too long, brackets too deep
-        raise RecipeError(f"this is not TOML: {error}.") from error
+        raise _not_toml(error) from error
     sections = [found if not field.section else found.get(field.section) for field in FIELDS]
     return [
         section.get(field.key) if isinstance(section, dict) else None
@@ -51,41 +55,46 @@ def read_fields(recipe: str) -> list[Any]:
 
 
 def with_field(recipe: str, field: Field, value: Any) -> str:
-    """The recipe with one field set; None or an empty text removes its line."""
-    before, body, after = _section(recipe, field.section)
+    """Return the recipe with one field set; None or an empty text removes the key.
+
+    Raises RecipeError for a text that is not TOML, or whose section is not a table.
+    """
+    try:
+        document = tomlkit.parse(recipe)
+    except (TOMLKitError, ValueError, RecursionError) as error:
+        raise _not_toml(error) from error
     if value is None or value == "":
-        return before + _without(body, field.key) + after
+        _section(document, field.section).pop(field.key, None)
+        return tomlkit.dumps(document)
+    section = _section(document, field.section, create=True)
     if field.instead_of:
-        body = _without(body, field.instead_of)
-    line = f"{field.key} = {_toml(value, field)}"
-    written, count = _line(field.key).subn(lambda found: line + (found["comment"] or "") + "\n", body, count=1)
-    return before + (written if count else f"{body.rstrip()}\n{line}\n\n".lstrip("\n")) + after
+        section.pop(field.instead_of, None)
+    section[field.key] = _toml_value(value, field)
+    return tomlkit.dumps(document)
 
 
-def _section(recipe: str, name: str) -> tuple[str, str, str]:
-    """The recipe cut in three: what stands before the section, the section, what follows it."""
-    recipe = recipe if recipe.endswith("\n") else f"{recipe}\n"
-    heads = list(re.finditer(r"^\[(.+?)\][^\n]*\n", recipe, re.MULTILINE))
-    starts = [(head[1], head.end()) for head in heads] if name else [("", 0)]
-    start = next((end for section, end in starts if section == name), None)
-    if start is None:
-        return f"{recipe.rstrip()}\n\n[{name}]\n", "", ""
-    end = next((head.start() for head in heads if head.start() >= start), len(recipe))
-    return recipe[:start], recipe[start:end], recipe[end:]
+def _section(document: TOMLDocument, name: str, *, create: bool = False) -> MutableMapping[str, Any]:
+    """Return a section of the document, or the document for an empty name; an absent one is empty, or created."""
+    if not name:
+        return document
+    if name not in document:
+        if not create:
+            return {}
+        if document:
+            document.add(tomlkit.nl())
+        document[name] = tomlkit.table()
+    section = document[name]
+    if not isinstance(section, MutableMapping):
+        raise RecipeError(f"{name!r} in the recipe is not a table: expected a section [{name}]. Correct the recipe.")
+    return section
 
 
-def _line(key: str) -> re.Pattern[str]:
-    value = r"""(?:"(?:\\.|[^"\\\n])*"|'[^'\n]*'|[^\n#"'])*?"""  # a # between quotes begins no comment
-    return re.compile(rf"^{key}[ \t]*={value}(?P<comment>[ \t]*#[^\n]*)?[ \t]*(?:\n|\Z)", re.MULTILINE)
+def _not_toml(error: Exception) -> RecipeError:
+    return RecipeError(f"the recipe is not TOML ({error}): expected keys and sections. Correct the text.")
 
 
-def _without(body: str, key: str) -> str:
-    return _line(key).sub("", body, count=1)
-
-
-def _toml(value: Any, field: Field) -> str:
-    if field.is_number:
-        number = float(value)
-        return str(int(number)) if number.is_integer() and field.key != "learning_rate" else repr(number)
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+def _toml_value(value: Any, field: Field) -> str | int | float:
+    if not field.is_number:
+        return str(value)
+    number = float(value)
+    return int(number) if number.is_integer() and field.key != "learning_rate" else number

@@ -1,6 +1,6 @@
-"""Recipes that learn from feedback: what a server collected becomes a file, and the recipe one that reads it.
+"""Export the feedback that a recipe learns from, and write a recipe that reads the export.
 
-The store goes on growing while a run trains; the file does not, so the run can be resumed and repeated.
+The feedback store may grow during a run; the export does not change, so the run can be resumed and repeated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterhub.cli.options import say
 from adapterhub.cli.serving.feedback import open_store
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 def feedback_exported(
     recipe: Recipe, path: Path, output: Path, *, is_plan: bool = False
 ) -> Iterator[tuple[Recipe, Path]]:
-    """(recipe, its file) to train with: those given, unless they learn from feedback. Then OUTPUT.toml, which reads
-    OUTPUT.jsonl, both written here; for a plan in a folder that is gone afterwards.
+    """Yield (recipe, its file) to train with: those given, unless the recipe learns from feedback.
 
-    A stopped run's are used again. Raises UsageError when no feedback was kept, or none of the kind that is learnt.
+    For feedback, write OUTPUT.jsonl with the export and OUTPUT.toml with the recipe, which reads it; for a plan, in a
+    temporary folder. A stopped run uses its own again. OUTPUT.toml keeps the comments and the order of `path`. Raises
+    UsageError when there is no feedback, or none that the recipe can learn from.
     """
     from train.loop.run_folder import run_path
     from train.recipe import FeedbackData, read_recipe
@@ -37,39 +38,45 @@ def feedback_exported(
         place = (Path(scratch) if is_plan else output.absolute().parent) / output.name
         written = place.with_name(f"{place.name}.toml")
         if is_plan or not (run_path(output).is_dir() and written.is_file()):
-            _export(recipe, recipe.data, place)
+            _export(recipe, recipe.data, path, place)
         yield read_recipe(written), written
 
 
-def _export(recipe: Recipe, data: FeedbackData, place: Path) -> None:
+def _export(recipe: Recipe, data: FeedbackData, path: Path, place: Path) -> None:
     from adapterhub.errors import UsageError
     from adapterhub.feedback.export import export_rows, to_jsonl
     from adapterhub.feedback.store import ExportFormat
     from adapterhub.files import expanded, write_atomic
 
     method = recipe.preference.method if recipe.preference else None
+    unit = "answers" if method is None else "labeled replies" if method == "kto" else "preference pairs"
     form: ExportFormat = "sft" if method is None else "kto" if method == "kto" else "dpo"
     store = recipe.folder / expanded(data.path) if data.path else None
     lines = export_rows((given for _, given in open_store(store).rows()), form)
     if not lines:
-        wanted = "to learn" if method is None else "to compare"
-        raise UsageError(f"the feedback holds nothing {wanted} yet: votes with a winner and corrections do.")
-    say(f"{len(lines)} {'answers' if method is None else 'comparisons'} from feedback")
+        raise UsageError(
+            f"the feedback store has no {unit} yet: expected votes with a winner, or corrections. Collect some first."
+        )
+    say(f"exported {len(lines)} {unit} from feedback")
     write_atomic(place.with_name(f"{place.name}.jsonl"), to_jsonl(lines))
-    write_atomic(place.with_name(f"{place.name}.toml"), _reading(recipe, data, f"{place.name}.jsonl").to_toml())
+    source = path.read_text(encoding="utf-8") if path.is_file() else recipe.to_toml()
+    text = _reading_file(source, recipe, f"{place.name}.jsonl")
+    write_atomic(place.with_name(f"{place.name}.toml"), text)
 
 
-def _reading(recipe: Recipe, data: FeedbackData, name: str) -> Recipe:
-    """The recipe over the file `name`; its other paths no longer start at the folder it lay in."""
+def _reading_file(text: str, recipe: Recipe, name: str) -> str:
+    """Return the recipe's TOML with the file `name` as its data, and with paths that hold in any folder."""
+    import tomlkit
+
     from adapterhub.adapter import AdapterRef
     from adapterhub.files import expanded
-    from train.recipe import FileData
 
-    kept = data.model_dump(exclude={"source", "path"})
-    if data.template and data.template.endswith(".jinja"):
-        kept["template"] = str((recipe.folder / expanded(data.template)).absolute())
-    changed: dict[str, object] = {"data": FileData(source="file", path=name, **kept)}
+    document: Any = tomlkit.parse(text)
+    document["data"].update({"source": "file", "path": name})
+    template = recipe.data.template
+    if template and template.endswith(".jinja"):
+        document["data"]["template"] = str((recipe.folder / expanded(template)).absolute())
     folder = AdapterRef.parse(recipe.start).folder if recipe.start else None
     if folder is not None:
-        changed["start"] = str((recipe.folder / expanded(folder)).absolute())
-    return recipe.model_copy(update=changed)
+        document["start"] = str((recipe.folder / expanded(folder)).absolute())
+    return tomlkit.dumps(document)

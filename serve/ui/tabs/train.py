@@ -129,7 +129,10 @@ class TrainTab:
         def changed(toml: str, value: Any) -> tuple[Any, ...]:
             command = _command(value) if field.key == "name" else gr.skip()
             emptied = (None,) if field.instead_of else ()
-            return (with_field(toml or "", field, value), command, *emptied)
+            try:
+                return (with_field(toml or "", field, value), command, *emptied)
+            except AdapterHubError:  # the text is not TOML, which `_read` reports
+                return (gr.skip(), gr.skip(), *(gr.skip() for _ in emptied))
 
         return changed
 

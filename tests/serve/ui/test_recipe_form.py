@@ -1,4 +1,4 @@
-"""The form over a recipe's text: one line changes, the rest stays, and what comes out is TOML."""
+"""The form over a recipe: one value changes, comments and order stay, and the result is TOML."""
 
 from __future__ import annotations
 
@@ -38,6 +38,44 @@ def test_recipe_that_is_empty() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["name = ", f"rank = {'[' * 100_000}", f"rank = {'1' * 5000}"])
-def test_text_that_is_no_toml(recipe: str) -> None:
+def test_text_that_is_not_toml(recipe: str) -> None:
     with pytest.raises(RecipeError, match="not TOML"):
         read_fields(recipe)
+
+
+@pytest.mark.parametrize("recipe", ["name = ", f"rank = {'[' * 100_000}"])
+def test_text_that_is_not_toml_is_not_edited(recipe: str) -> None:
+    with pytest.raises(RecipeError, match="not TOML"):
+        with_field(recipe, NAME, "x")
+
+
+@pytest.mark.parametrize("recipe", ["lora = 3\n", "[[lora]]\nrank = 4\n"])
+@pytest.mark.parametrize("value", [8, None])
+def test_section_that_is_not_a_table(recipe: str, value: int | None) -> None:
+    with pytest.raises(RecipeError, match=r"'lora' in the recipe is not a table: expected a section \[lora\]"):
+        with_field(recipe, RANK, value)
+
+
+COMMENTED = """\
+# My recipe.
+name = "captain"
+data.source = "shipped" # dotted
+train = { steps = 3, batch_size = 2 } # inline
+
+# What is adapted.
+[lora] # small
+rank = 4 # try 8
+  # indented
+alpha = 8
+"""
+
+
+def test_comments_and_order_stay() -> None:
+    edited = with_field(with_field(COMMENTED, RANK, 8), STEPS, 5)
+    assert edited == COMMENTED.replace("rank = 4", "rank = 8").replace("steps = 3", "steps = 5")
+    assert with_field(COMMENTED, ALPHA, None) == COMMENTED.replace("alpha = 8\n", "")
+
+
+def test_value_in_a_multiline_string_or_table() -> None:
+    text = 'name = "x"\nnote = """\nrank = 1\n[lora]\n"""\n\n[lora]\nrank = 2\n'
+    assert with_field(text, RANK, 8) == text.replace("rank = 2", "rank = 8")

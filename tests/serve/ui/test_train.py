@@ -54,7 +54,7 @@ def test_field_changes_its_line_and_nothing_else(train: Page) -> None:
     expect(_toml(train)).to_have_value(RECIPE.replace("rank = 16  #", "rank = 8  #"))
     train.get_by_role("spinbutton", name="Steps (instead of epochs)").fill("12")
     expect(_toml(train)).to_have_value(
-        RECIPE.replace("rank = 16  #", "rank = 8  #").replace("epochs = 1\n", "") + "steps = 12\n\n"
+        RECIPE.replace("rank = 16  #", "rank = 8  #").replace("epochs = 1\n", "") + "steps = 12\n"
     )
     expect(train.get_by_role("spinbutton", name="Epochs", exact=True)).to_have_value("")
 
@@ -64,7 +64,7 @@ def test_text_fills_the_fields_and_the_command(train: Page) -> None:
     expect(train.get_by_role("spinbutton", name="Alpha")).to_have_value("8")
     expect(train.locator("#command")).to_contain_text("adapterhub train sea-tales.toml")
     _paste(train, "name = ")
-    expect(train.get_by_text("this is not TOML")).to_be_visible()
+    expect(train.get_by_text("the recipe is not TOML")).to_be_visible()
 
 
 def test_plan_tells_memory_time_and_what_is_learnt(train: Page, api: FakeApi) -> None:

@@ -111,6 +111,17 @@ def test_paths_beside_the_recipe_still_lead_there(tmp_path: Path, store: Feedbac
         assert found.data.template == str(tmp_path / "there" / "mine.jinja")
 
 
+def test_the_exported_recipe_keeps_comments(tmp_path: Path, tiny_base: StoredBase, store: FeedbackStore) -> None:
+    path = recipe_of(tmp_path, tiny_base)
+    text = f"# From votes.\n{path.read_text()}".replace("rank = 4", "rank = 4 # small")
+    path.write_text(text)
+    with feedback_exported(read_recipe(path), path, tmp_path / "out") as (found, written):
+        source = 'source = "feedback"\n'
+        assert source in text
+        assert written.read_text().replace('path = "out.jsonl"\n', "") == text.replace(source, 'source = "file"\n')
+        assert found.data == FileData(source="file", path="out.jsonl", held_out=4)
+
+
 def test_no_feedback_was_ever_kept(tmp_path: Path, tiny_base: StoredBase, home: Path) -> None:
     path = recipe_of(tmp_path, tiny_base)
     with pytest.raises(UsageError, match="is not there"), feedback_exported(read_recipe(path), path, tmp_path / "out"):
@@ -121,7 +132,7 @@ def test_feedback_that_teaches_nothing(tmp_path: Path, tiny_base: StoredBase, st
     store.delete("o")
     path = recipe_of(tmp_path, tiny_base)
     with (
-        pytest.raises(UsageError, match="holds nothing to learn yet"),
+        pytest.raises(UsageError, match="the feedback store has no answers yet"),
         feedback_exported(read_recipe(path), path, tmp_path / "out"),
     ):
         pass
