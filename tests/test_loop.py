@@ -21,9 +21,9 @@ from tiny_models import free_port
 from adapterhub.adapter import AdapterRef, StoredBase
 from adapterhub.pack import pack
 from adapterhub.registry.registry import Registry
+from train import trainer
 from train.data.sources import read_chatterbot
 from train.recipe import Recipe
-from train.trainer import fit
 
 pytest_plugins = ["browser_fixtures"]
 pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
@@ -44,7 +44,7 @@ def at_home(home: Path, smollm2: StoredBase) -> Path:
         }
     )  # fmt: skip
     folder = home / "captain"
-    fit(recipe, smollm2, folder)
+    trainer.train(recipe, smollm2, folder)
     Registry(home).add(pack(folder, base=smollm2, name="captain"))
     return home
 

@@ -1,1 +1,1 @@
-"""Data set in, adapter folder out."""
+"""Train adapters: data sets, objectives, the training loop and run records."""

@@ -1,4 +1,4 @@
-"""What a recipe stands on: data as tokens, the tokenizer, the adapter it goes on from. Loads no weights."""
+"""Load what a run needs before the base's weights: tokenizer, chat template and tokenized data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.errors import BaseNotFound, IncompatibleBase, RecipeError
 from adapterhub.package.layout import check_base
 from train.data.chat_template import chat_template_of
-from train.data.preferences import read_comparisons
+from train.data.preferences import read_preferences
 from train.data.sources import read_source, rows_of
 from train.data.tokenization import prepare
 from train.model.lora import lora_of
@@ -25,17 +25,20 @@ from train.recipe import Recipe, RowData
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a run reads before it loads the base."""
+    """Everything that a run reads before it loads the base's weights."""
 
     objective: Objective
     tokenizer: Any
-    """with the chat template of the run"""
+    """Tokenizer of the base, with the chat template of the run."""
     stop: tuple[str, ...]
-    """strings that end an answer under that template"""
+    """Strings that end an answer under that template."""
 
 
 def load_inputs(recipe: Recipe, base: StoredBase, *, start: Adapter | None) -> Inputs:
-    """Tokenizer and data; seconds, no weights. Raises BaseNotFound, RecipeError, DatasetError, IncompatibleBase."""
+    """Load tokenizer and data, without weights, within seconds.
+
+    Raises BaseNotFound, RecipeError, DatasetError, IncompatibleBase.
+    """
     if start is not None and base.ref.fingerprint is not None:  # an outline has none
         check_base(start, base)
     chat = chat_template_of(recipe, start)
@@ -48,34 +51,42 @@ def load_inputs(recipe: Recipe, base: StoredBase, *, start: Adapter | None) -> I
 
 
 def _check_vocabulary(base: StoredBase, objective: Objective) -> None:
-    """Raises IncompatibleBase for tokens the base has no embedding for: training would end in an index out of range."""
+    """Check that the base has an embedding for every token: training would end in an index out of range.
+
+    Raises IncompatibleBase.
+    """
     try:
         size = json.loads((base.path / "config.json").read_bytes()).get("vocab_size")
     except (OSError, ValueError) as error:
-        raise BaseNotFound(f"{base.path} has no config.json that can be read: {error}") from error
+        raise BaseNotFound(
+            f"cannot read {base.path / 'config.json'} ({error}): expected the config of a model. Fetch the base again."
+        ) from error
     places = range(objective.num_samples)
     highest = max(max(sample.tokens) for place in places for sample in objective.samples_at(place))
     if isinstance(size, int) and highest >= size:
         raise IncompatibleBase(
-            f"the tokenizer at {base.path} gives token {highest}, the base has embeddings for {size}: its tokenizer "
-            "is another model's, or has tokens added that the base was never given; fetch the base again."
+            f"the tokenizer at {base.path} gives token {highest}: expected ids below {size}, the number of embeddings "
+            "of the base. The tokenizer is another model's or has tokens added to it: fetch the base again."
         )
 
 
 def load_tokenizer(base: StoredBase) -> Any:
-    """Raises BaseNotFound."""
+    """Load the base's tokenizer. Raises BaseNotFound."""
     try:
         return AutoTokenizer.from_pretrained(base.path)
     except (OSError, ValueError) as error:
-        raise BaseNotFound(f"{base.path} has no tokenizer that can be loaded: {error}") from error
+        raise BaseNotFound(
+            f"cannot load the tokenizer of {base.path} ({error}): expected a Hugging Face tokenizer. Fetch the base "
+            "again."
+        ) from error
 
 
 def _objective(recipe: Recipe, tokenizer: Any, stop: Sequence[str]) -> Objective:
-    """The recipe's data as tokens, and what to do with it. Raises DatasetError."""
+    """Tokenize the recipe's data and return it with its loss. Raises DatasetError."""
     data = recipe.data
     if recipe.preference and isinstance(data, RowData):
         name, rows, _ = rows_of(recipe)
-        comparisons = read_comparisons(
+        preferences = read_preferences(
             rows,
             tokenizer,
             name=name,
@@ -85,7 +96,7 @@ def _objective(recipe: Recipe, tokenizer: Any, stop: Sequence[str]) -> Objective
             seed=recipe.seed,
             on_fault=data.on_fault,
         )
-        return preference_objective(comparisons, recipe.preference)
+        return preference_objective(preferences, recipe.preference)
     prepared = prepare(
         read_source(recipe),
         tokenizer,
@@ -99,18 +110,20 @@ def _objective(recipe: Recipe, tokenizer: Any, stop: Sequence[str]) -> Objective
 
 
 def with_lora_of(recipe: Recipe, start: Adapter | None) -> Recipe:
-    """The recipe with [lora] as the adapter it goes on from has it. Raises RecipeError for contradictions."""
+    """Return the recipe with the [lora] section of its start adapter. Raises RecipeError for contradictions."""
     if recipe.start and start is None:
-        raise RecipeError(f"the recipe goes on from {recipe.start}, which was not given: resolve it and pass it on.")
+        raise RecipeError(
+            f"the recipe has start = {recipe.start!r}: expected that adapter as `start`. Resolve it and pass it."
+        )
     if start is None:
         return recipe
-    theirs = lora_of(start, dropout=recipe.lora.dropout)
-    if "lora" in recipe.model_fields_set and recipe.lora != theirs:
+    lora = lora_of(start, dropout=recipe.lora.dropout)
+    if "lora" in recipe.model_fields_set and recipe.lora != lora:
         raise RecipeError(
-            f"[lora] says rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, targets {recipe.lora.targets}; the "
-            f"adapter to go on from has rank {theirs.rank}, alpha {theirs.alpha:g}, targets {theirs.targets}: leave "
-            "[lora] out."
+            f"[lora] has rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, targets {recipe.lora.targets}: expected "
+            f"those of the start adapter, rank {lora.rank}, alpha {lora.alpha:g}, targets {lora.targets}. Leave [lora] "
+            "out."
         )
-    changed = recipe.model_copy(update={"lora": theirs})
+    changed = recipe.model_copy(update={"lora": lora})
     changed._folder = recipe.folder
     return changed

@@ -1,4 +1,4 @@
-"""The training run, from a recipe and a base to an adapter folder, in numbered paragraphs. Publishes nothing."""
+"""Train an adapter: from a recipe and a base to an adapter folder, in numbered steps."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from adapterhub.errors import DatasetError, OutputNotFresh, RunNotResumable, Usa
 from adapterhub.files import new_folder
 from adapterhub.package.layout import TEMPLATE_NAME, open_adapter
 from adapterhub.package.run_record import LOG_NAME, RECIPE_NAME, REPORT_NAME, RunEnd, RunStart, RunStep
-from train.distributed.world import World, current_world, held_bytes, shard_base
+from train.distributed.world import World, current_world, frozen_bytes, shard_base
 from train.inputs import Inputs, load_inputs, with_lora_of
-from train.loop.lora_init import start_lora
+from train.loop.lora_init import init_lora
 from train.loop.optimizer import make_optimizer
 from train.loop.progress import Progress, peak_memory_bytes, progress_on
 from train.loop.run_folder import Listener, RunFolder, check_fresh
-from train.loop.steps import TrainingLoop, check_bare, check_finite, log_answers
-from train.loop.stopping import stop_wishes
+from train.loop.steps import TrainingLoop, check_base_loss, check_finite_loss, log_answers
+from train.loop.stopping import stop_requests
 from train.model.fused_lora import fuse_lora
 from train.model.lora import continue_lora, lora_b_parameters, trainable
 from train.model.methods import adapter_disabled, attach, configure_forward, save_trained
@@ -43,19 +43,19 @@ from train.reporting.html_report import report
 _VERSIONS_OF = ("adapterhub", "torch", "transformers", "peft", "bitsandbytes")
 
 
-def fit(
+def train(
     recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None = None, progress: Progress | None = None,
     listen: Listener | None = None,
 ) -> RunEnd:  # fmt: skip
-    """Train the recipe's adapter, a new one or going on from `start`, into `output`, a folder that is new or empty.
+    """Train the recipe's adapter into `output`, a folder that is new or empty.
 
-    `output` appears only when complete; until then the run lives in a folder beside it (loop/run_folder.py) and can
-    be stopped and resumed. The same recipe, seed, machine and thread count give the same bytes, also when stopped
-    and resumed; torch's global seed is set. `progress` shows the run on stderr when not given; `listen` is called with
-    each event of the record.
+    Training starts from the adapter `start`, or from a new adapter. `output` appears only when the run is complete.
+    Until then the run works in a folder beside it (loop/run_folder.py) and can be stopped and resumed. The same
+    recipe, seed, machine and thread count give the same bytes, also for a run that was resumed. Sets torch's global
+    seed. `progress` defaults to output on stderr; `listen` is called with each event of the run record.
 
     Raises OutputNotFresh, RecipeError, DatasetError, BaseNotFound, IncompatibleBase, UsageError, StorageFull,
-    TrainingStopped after SIGINT or SIGTERM, and TrainingFailed when the loss is no number or memory runs out.
+    TrainingStopped after SIGINT or SIGTERM, and TrainingFailed for a non-finite loss or when memory runs out.
     """
     progress = progress or progress_on(sys.stderr)
     try:
@@ -66,7 +66,7 @@ def fit(
         memory = planned_memory(recipe, base, inputs.objective)
         with RunFolder.create(output, recipe, start=start) as run, memory_errors_named(memory):
             run.listen = listen
-            return _train(run, base, inputs, start, memory, progress)
+            return _train_in(run, base, inputs, start, memory, progress)
     finally:
         progress.close()
 
@@ -74,8 +74,11 @@ def fit(
 def resume(
     output: Path, base: StoredBase, *, progress: Progress | None = None, listen: Listener | None = None
 ) -> RunEnd:
-    """Go on with the run that was to become `output`, from its newest checkpoint. Raises as `fit` does, and
-    RunNotResumable when there is no such run, or data or base are no longer what it began with."""
+    """Resume the stopped run of `output` from its last checkpoint.
+
+    Raises what `train` raises, and RunNotResumable when there is no such run, or when the data, the base or the start
+    adapter has changed since the run began.
+    """
     progress = progress or progress_on(sys.stderr)
     try:
         with RunFolder.reopen(output) as run:
@@ -87,7 +90,7 @@ def resume(
             run.listen = listen
             memory = planned_memory(run.recipe, base, inputs.objective)
             with memory_errors_named(memory):
-                return _train(run, base, inputs, start, memory, progress)
+                return _train_in(run, base, inputs, start, memory, progress)
     finally:
         progress.close()
 
@@ -104,12 +107,12 @@ def _load(recipe: Recipe, base: StoredBase, start: Adapter | None, progress: Pro
     return inputs
 
 
-def _train(
+def _train_in(
     run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | None, memory: Sequence[MemoryItem],
     progress: Progress,
 ) -> RunEnd:  # fmt: skip
     recipe, objective = run.recipe, inputs.objective
-    # 2. The base, quantized, and on it the adapter: drawn from the seed, or the one to go on from.
+    # 2. The quantized base, and on it the adapter: drawn from the seed, or the one that training starts from.
     torch.manual_seed(recipe.seed)
     world = current_world()
     arguments = {"device": world.device, "tokenizer": inputs.tokenizer} | recipe.base_arguments()
@@ -117,49 +120,49 @@ def _train(
     _check_window(loaded, objective)
     if start is None:
         model = attach(loaded.model, recipe)
-        start_lora(model, recipe.lora, base=base.path, objective=objective)
+        init_lora(model, recipe.lora, base=base.path, objective=objective)
     else:
         model = configure_forward(continue_lora(loaded.model, start, dropout=recipe.lora.dropout), recipe)
     fuse_lora(model)
     optimizer, chosen = make_optimizer(trainable(model), recipe.train, lora_b_parameters=lora_b_parameters(model))
     check_room(run.output, trainable(model), recipe)
-    _say_model(model, (*loaded.choices, chosen), progress)
-    _divide(model, world, progress)
+    _report_model(model, (*loaded.choices, chosen), progress)
+    _shard(model, world, progress)
 
-    # 3. The record opens, or goes on where the newest checkpoint left it.
+    # 3. The run record: a new one, or that of the last checkpoint.
     _open_record(run, _start_event(recipe, loaded, inputs, start))
-    asked = recipe.train.prompts if recipe.train.sample_every else ()
-    prompts = FixedPrompts(asked, loaded.tokenizer, stop=inputs.stop)
+    texts = recipe.train.prompts if recipe.train.sample_every else ()
+    prompts = FixedPrompts(texts, loaded.tokenizer, stop=inputs.stop)
 
-    # 4. What the bare base and the start make of the held-out questions.
+    # 4. Held-out loss of the base, and of what training starts from.
     objective.set_reference(model)
     with adapter_disabled(model):
-        bare = objective.measure(model)
+        base_result = objective.evaluate(model)
         if run.newest is None:
             log_answers(run, 0, prompts.answer(model))
-    # Only preference tuning tells what training started from apart from the bare base.
-    is_other = start or recipe.lora.init == "loftq" or recipe.method in ("prompt", "prefix")
-    before = objective.measure(model) if recipe.preference and is_other else bare
-    _check_measures(recipe, bare)
-    check_bare(bare)
-    check_finite(run, "the adapter that training starts from", before)
+    # Only preference tuning reports the start apart from the base.
+    starts_elsewhere = start or recipe.lora.init == "loftq" or recipe.method in ("prompt", "prefix")
+    before = objective.evaluate(model) if recipe.preference and starts_elsewhere else base_result
+    _check_has_held_out(recipe, base_result)
+    check_base_loss(base_result)
+    check_finite_loss(run, "the start adapter", before)
 
     # 5. The steps.
-    course = TrainingLoop(run, model, optimizer, objective, base, progress, prompts)
-    with stop_wishes() as wish:
-        state = course.steps(course.restored(), wish)
+    loop = TrainingLoop(run, model, optimizer, objective, base, progress, prompts)
+    with stop_requests() as stop:
+        state = loop.run(loop.restore(), stop)
 
-    # 6. The same questions again, and the folder.
-    after = course.result(state)
-    check_finite(run, "the trained adapter", after)
+    # 6. Held-out loss of the result, and the output folder.
+    after = loop.final_result(state)
+    check_finite_loss(run, "the trained adapter", after)
     events = run.events()
-    taken = [event for event in events if isinstance(event, RunStep)]
+    steps = [event for event in events if isinstance(event, RunStep)]
     end = RunEnd(
         steps=state.step,
-        trained_tokens=sum(step.trained_tokens for step in taken),
-        seconds=round(sum(step.seconds for step in taken), 3),
+        trained_tokens=sum(step.trained_tokens for step in steps),
+        seconds=round(sum(step.seconds for step in steps), 3),
         peak_memory_bytes=_peak_bytes(model),
-        evaluations=objective.evaluations(base=bare, before=before, after=after),
+        evaluations=objective.evaluations(base=base_result, before=before, after=after),
         answers=prompts.answer(model),
     )
     run.log(end)
@@ -168,19 +171,19 @@ def _train(
 
 
 def _write_adapter_folder(run: RunFolder, model: Any, loaded: LoadedBase, page: str) -> None:
-    """The output, whole or not at all; then the run's own folder has served."""
+    """Write the output folder atomically, then remove the run's own folder."""
     with new_folder(run.output) as folder:
-        ours = folder.stat().st_ino
+        written = folder.stat().st_ino
         save_trained(model, folder, base=loaded.ref, tokenizer=loaded.tokenizer)
         (folder / TEMPLATE_NAME).write_text(loaded.tokenizer.get_chat_template(), encoding="utf-8")
         (folder / REPORT_NAME).write_text(page, encoding="utf-8")
         for name in (RECIPE_NAME, LOG_NAME):
             shutil.copyfile(run.path / name, folder / name)
-    # `new_folder` lets a folder win that appeared meanwhile; a run of hours must not be lost unsaid.
-    if not run.output.is_dir() or run.output.stat().st_ino != ours:
+    # `new_folder` keeps a folder that appeared in the meantime; the result of a long run must not be lost silently.
+    if not run.output.is_dir() or run.output.stat().st_ino != written:
         raise OutputNotFresh(
-            f"{run.output} was made by another process during the run: move it away, then `adapterhub train --resume "
-            f"{run.output}` writes this one."
+            f"another process created {run.output} during the run: expected it to stay absent. Move it away, then run "
+            f"`adapterhub train --resume {run.output}` to write this adapter."
         )
     run.remove()
 
@@ -192,32 +195,37 @@ def _open_record(run: RunFolder, start: RunStart) -> None:
         return
     began = events[0]
     if not isinstance(began, RunStart):
-        raise RunNotResumable(f"{run.path / LOG_NAME} has lost its beginning: train again into a fresh folder.")
+        raise RunNotResumable(
+            f"{run.path / LOG_NAME} does not begin with the start of a run: the file was changed. Train again into a "
+            "new folder."
+        )
     for what, then, now in (
         ("the data", began.data_sha256, start.data_sha256),
         ("the base", began.base_fingerprint, start.base_fingerprint),
-        ("the adapter to go on from", began.start_digest, start.start_digest),
+        ("the start adapter", began.start_digest, start.start_digest),
     ):
         if then != now:
             raise RunNotResumable(
-                f"{what} of {run.output} is no longer what the run began with ({then} then, {now} now): restore it, "
-                "or train again into a fresh folder."
+                f"{what} of {run.output} changed since the run began: expected {then}, found {now}. Restore it, or "
+                "train again into a new folder."
             )
 
 
-def _check_measures(recipe: Recipe, bare: EvalResult) -> None:
-    if not bare.tokens and (recipe.train.keep == "best" or recipe.train.patience):
-        raise DatasetError("keep = best and patience need held-out samples, and the split left none: raise held_out.")
+def _check_has_held_out(recipe: Recipe, base_result: EvalResult) -> None:
+    if not base_result.tokens and (recipe.train.keep == "best" or recipe.train.patience):
+        raise DatasetError(
+            'the split left no held-out samples: keep = "best" and patience need some. Raise held_out in [data].'
+        )
 
 
 def _check_window(loaded: LoadedBase, objective: Objective) -> None:
-    """A packed row's mask knows nothing of sliding windows, which matter only to samples longer than one."""
+    """Check that no sample exceeds the base's sliding window, which a packed row's mask does not apply."""
     window = getattr(loaded.model.config, "sliding_window", None)
     longest = objective.longest
     if window and longest > window:
         raise UsageError(
-            f"the base attends within {window} tokens and the longest sample has {longest}: "
-            f"set max_length = {window} or less."
+            f"the longest sample has {longest} tokens: the base attends within a sliding window of {window}. "
+            f"Set max_length = {window} or less in [data]."
         )
 
 
@@ -237,20 +245,20 @@ def _start_event(recipe: Recipe, loaded: LoadedBase, inputs: Inputs, start: Adap
     )
 
 
-def _say_model(model: Any, choices: Sequence[Choice], progress: Progress) -> None:
+def _report_model(model: Any, choices: Sequence[Choice], progress: Progress) -> None:
     for choice in choices:
         progress.say(str(choice))
     progress.say(f"{sum(parameter.numel() for parameter in trainable(model)):,} trainable parameters")
 
 
-def _divide(model: Any, world: World, progress: Progress) -> None:
-    """The base among the processes, when it is to be divided."""
+def _shard(model: Any, world: World, progress: Progress) -> None:
+    """Shard the base among the processes, where the run asks for it."""
     if world.size == 1:
         return
-    whole = held_bytes(model)
+    whole = frozen_bytes(model)
     shard_base(model, world)
-    held = held_bytes(model)
-    progress.say(f"{world.size} processes; of the base's {whole / 1e6:.1f} MB each holds {held / 1e6:.1f} MB")
+    part = frozen_bytes(model)
+    progress.say(f"{world.size} processes; of the base's {whole / 1e6:.1f} MB each holds {part / 1e6:.1f} MB")
 
 
 def _peak_bytes(model: Any) -> int:

@@ -1,4 +1,4 @@
-"""The chat template a run renders with, and the strings that end an answer under it: the base's, or a recipe's."""
+"""Choose the chat template of a run, and the strings that end an answer under it."""
 
 from __future__ import annotations
 
@@ -16,35 +16,37 @@ from adapterhub.package.layout import TEMPLATE_NAME
 from train.recipe import SHIPPED_TEMPLATES, Recipe
 
 _STOPS: dict[str, tuple[str, ...]] = {"guanaco": ("### Human:",)}
-"""Guanaco ends no turn with a special token: what follows an answer inside a conversation is the next question."""
+"""Stop strings of shipped templates. Guanaco ends no turn with a special token: the next question follows."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
+    """A chat template and its stop strings."""
+
     text: str | None
-    """Jinja; None: the base's own"""
+    """Jinja source; None: the base's own template."""
     stop: tuple[str, ...] = ()
-    """what a server stops at beside the tokenizer's end of text"""
+    """Strings at which a server stops, besides the tokenizer's EOS."""
 
 
 def chat_template_of(recipe: Recipe, start: Adapter | None) -> ChatTemplate:
-    """What the recipe says, else what the adapter to go on from was trained with, else the base's.
+    """Return the template of the recipe, else that of the start adapter, else the base's.
 
-    Raises RecipeError for a template that cannot be read, or is not the one of the adapter to go on from.
+    Raises RecipeError for a template that cannot be read, or that differs from the start adapter's.
     """
-    theirs = None
+    of_start = None
     if start is not None:
         text = (start.path / TEMPLATE_NAME).read_text(encoding="utf-8")
-        theirs = ChatTemplate(text, tuple(start.manifest.chat.stop))
+        of_start = ChatTemplate(text, tuple(start.manifest.chat.stop))
     if recipe.data.template is None:
-        own = theirs or ChatTemplate(None)
-        return ChatTemplate(own.text, recipe.data.stop if recipe.data.stop is not None else own.stop)
+        default = of_start or ChatTemplate(None)
+        return ChatTemplate(default.text, recipe.data.stop if recipe.data.stop is not None else default.stop)
     named = _named(recipe.data.template, recipe.folder)
     chosen = ChatTemplate(named.text, recipe.data.stop if recipe.data.stop is not None else named.stop)
-    if theirs is not None and chosen.text != theirs.text:
+    if of_start is not None and chosen.text != of_start.text:
         raise RecipeError(
-            f"template = {recipe.data.template!r} is not the template that the adapter to go on from was trained "
-            "with: leave template out."
+            f"template = {recipe.data.template!r} differs from the template of the start adapter: expected the same "
+            "one. Leave template out of [data]."
         )
     return chosen
 
@@ -58,7 +60,11 @@ def _named(name: str, folder: Path) -> ChatTemplate:
         text = path.read_text(encoding="utf-8")
         ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(f"template {path} cannot be read ({error}): expected a Jinja file.") from error
+        raise RecipeError(
+            f"cannot read template {path} ({error}): expected a Jinja file. Correct template in [data]."
+        ) from error
     except TemplateSyntaxError as error:
-        raise RecipeError(f"template {path} is not Jinja: line {error.lineno}: {error.message}.") from error
+        raise RecipeError(
+            f"invalid template {path}, line {error.lineno} ({error.message}): expected Jinja. Correct the file."
+        ) from error
     return ChatTemplate(text)

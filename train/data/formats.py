@@ -1,4 +1,4 @@
-"""What a row of each known data format says, and which format rows are in. Reads no file and knows no tokens."""
+"""Parse rows of the known data formats, and detect the format of rows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from train.data.conversation import (
     Source,
     Text,
     check_encodes,
+    counted,
     listed,
     messages_of,
 )
@@ -29,57 +30,60 @@ FormatName = Literal[
 ]  # fmt: skip
 OnFault = Literal["stop", "skip"]
 
-_Read = tuple[Message, ...] | str
-"""one conversation, or a text"""
+_Parsed = tuple[Message, ...] | str
+"""One conversation, or a text."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """`keys` are those a row must have; `read` gives the conversations of one, or raises ValueError."""
+    """A data format: the keys a row must have, and a parser of rows that raises ValueError."""
 
     keys: tuple[str, ...]
-    read: Callable[[dict[str, Any]], list[_Read]]
+    parse: Callable[[dict[str, Any]], list[_Parsed]]
 
 
-def examples_of(read: Rows, *, name: str, format: FormatName | None, on_fault: OnFault = "stop") -> Source:
-    """What the rows say, in the given format or in the one their first row shows.
+def examples_of(data: Rows, *, name: str, format: FormatName | None, on_fault: OnFault = "stop") -> Source:
+    """Parse rows in the given format, or in that of the first row.
 
-    Raises DatasetError when there is nothing, the format cannot be told, or with the first ten faults (file:line
-    each) and a count of the rest; with `on_fault` skip such rows are left out, and counted in the notes.
+    Raises DatasetError when there are no examples, when the format is unknown, and for faulty rows: the first ten
+    with file:line, and a count of the rest. With `on_fault` skip, faulty rows are left out and counted in the notes.
     """
-    rows, faults = list(read.rows), list(read.faults)
+    rows, faults = list(data.rows), list(data.faults)
     if rows:
         found = format or detect(rows[0], name)
         if found == "oasst1":
-            rows, of_trees = trees_of(rows)
-            faults += of_trees
+            rows, tree_faults = trees_of(rows)
+            faults += tree_faults
     num_empty = 0
     examples: list[Example] = []
     for row in rows:
         try:
-            said = _read_row(row.value, FORMATS[found])
+            parsed = _parse_row(row.value, FORMATS[found])
         except ValueError as error:
             faults.append(f"{row.where}: {error}")
             continue
-        num_empty += not said
-        for number, one in enumerate(said, start=1):
-            where = row.where if len(said) == 1 else f"{row.where}#{number}"
+        num_empty += not parsed
+        for number, one in enumerate(parsed, start=1):
+            where = row.where if len(parsed) == 1 else f"{row.where}#{number}"
             examples.append(Text(one, where) if isinstance(one, str) else Conversation(one, where))
     if faults and on_fault == "stop":
         raise DatasetError(
-            f'{name} has {listed(faults)}. Correct these rows, or leave them out with on_fault = "skip".'
+            f'{name} has {listed(faults)}. Correct these rows, or set on_fault = "skip" in [data] to leave them out.'
         )
     if not examples:
-        why = f"; {listed(faults)}" if faults else ""
-        raise DatasetError(f"{name} holds no conversation in {len(read.rows)} rows{why}.")
+        why = f" ({listed(faults)})" if faults else ""
+        raise DatasetError(
+            f"{name} has no conversation in {counted(len(data.rows), 'row')}{why}: expected at least one. Check path "
+            "and format in [data]."
+        )
     notes = [f"left out {listed(faults)}"] if faults else []
     if num_empty:
-        notes.append(f"{num_empty} rows hold no answer: left out")
+        notes.append(f"left out {counted(num_empty, 'row')} without an answer")
     return Source(name, tuple(examples), tuple(notes))
 
 
 def detect(row: Row, name: str) -> FormatName:
-    """The one format whose keys the row has, told by its text where several share them. Raises DatasetError."""
+    """Detect a row's format by its keys, and by its text where formats share keys. Raises DatasetError."""
     value = row.value
     for keys, found in _BY_KEYS:
         if all(key in value for key in keys):
@@ -87,24 +91,24 @@ def detect(row: Row, name: str) -> FormatName:
     if isinstance(text := value.get("text"), str):
         return next((found for mark, found in _BY_TEXT if re.search(mark, text)), "text")
     raise DatasetError(
-        f"{name}: the format of {row.where} cannot be told from its keys ({', '.join(map(str, value)) or 'none'}): say "
-        f"format = one of {', '.join(FORMATS)} in [data], or rename the keys."
+        f"{name}: unknown format of {row.where}, which has the keys {', '.join(map(str, value)) or '(none)'}: expected "
+        f"one of {', '.join(FORMATS)}. Set format in [data], or rename the keys."
     )
 
 
 def alpaca_input(instruction: str, given: str) -> str:
-    """The question of an Alpaca row, with its input under the heading of Alpaca's own prompt."""
+    """Return the question of an Alpaca row, with its input under Alpaca's heading `### Input:`."""
     return f"{instruction}\n\n### Input:\n{given}" if given.strip() else instruction
 
 
 def turns_of(text: str, mark: str, roles: dict[str, Role]) -> list[dict[str, str]]:
-    """`role` and `content` of what follows each match of `mark`, whose first group names who speaks.
+    """Split a text into messages at each match of `mark`, whose first group is a key of `roles`.
 
-    Text before the first mark is a system message. Raises ValueError when there is no mark.
+    Text before the first mark becomes a system message. Raises ValueError when there is no mark.
     """
     found = list(re.finditer(mark, text))
     if not found:
-        raise ValueError(f"no turn that begins with {' or '.join(roles)}")
+        raise ValueError(f"no turn begins with {' or '.join(roles)}")
     turns = []
     if before := text[: found[0].start()].strip():
         turns.append({"role": "system", "content": before})
@@ -115,14 +119,14 @@ def turns_of(text: str, mark: str, roles: dict[str, Role]) -> list[dict[str, str
 
 
 def hh_rlhf_turns(text: str) -> list[dict[str, str]]:
-    """Of Anthropic's dialogues. Raises ValueError."""
+    """Split a dialogue of Anthropic's hh-rlhf into messages. Raises ValueError."""
     return turns_of(text, r"(?:^|\n\n)(Human|Assistant):", {"Human": "user", "Assistant": "assistant"})
 
 
-def _read_row(value: dict[str, Any], format: Format) -> list[_Read]:
+def _parse_row(value: dict[str, Any], format: Format) -> list[_Parsed]:
     if missing := [key for key in format.keys if key not in value]:
-        raise ValueError(f"no {' and no '.join(map(repr, missing))}")
-    return format.read(value)
+        raise ValueError(f"missing key {' and '.join(map(repr, missing))}")
+    return format.parse(value)
 
 
 def _text_of(value: dict[str, Any], key: str, *, may_be_empty: bool = False) -> str:
@@ -130,29 +134,29 @@ def _text_of(value: dict[str, Any], key: str, *, may_be_empty: bool = False) -> 
     if may_be_empty and found is None:
         return ""
     if not isinstance(found, str):
-        raise ValueError(f"{key!r} is no text")
+        raise ValueError(f"{key!r} is not a string")
     if not found.strip() and not may_be_empty:
         raise ValueError(f"{key!r} is empty")
     check_encodes(found)
     return found
 
 
-def _asked(question: str, answer: str) -> tuple[Message, ...]:
+def _question_and_answer(question: str, answer: str) -> tuple[Message, ...]:
     return Message("user", question), Message("assistant", answer)
 
 
 def _without_last_question(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Guanaco's rows may end with a question nobody answered."""
+    """Remove the question without an answer that some of Guanaco's rows end with."""
     return turns[:-1] if turns and turns[-1]["role"] == "user" else turns
 
 
-def _chat(value: dict[str, Any]) -> list[_Read]:
+def _chat(value: dict[str, Any]) -> list[_Parsed]:
     if not isinstance(value["messages"], list):
-        raise ValueError("no list 'messages'")
+        raise ValueError("'messages' is not a list")
     return [messages_of(value["messages"])]
 
 
-def _chatml(value: dict[str, Any]) -> list[_Read]:
+def _chatml(value: dict[str, Any]) -> list[_Parsed]:
     text = _text_of(value, "text")
     turns = re.findall(r"<\|im_start\|>\s*(\w+)\n(.*?)<\|im_end\|>", text, re.DOTALL)
     rest = re.sub(r"<\|im_start\|>\s*\w+\n.*?<\|im_end\|>", "", text, flags=re.DOTALL).strip()
@@ -166,12 +170,12 @@ _SHAREGPT_ROLES: dict[str, Role] = {
 }  # fmt: skip
 
 
-def _sharegpt(value: dict[str, Any]) -> list[_Read]:
+def _sharegpt(value: dict[str, Any]) -> list[_Parsed]:
     return [messages_of(_from_value(value), roles=_SHAREGPT_ROLES)]
 
 
-def _vicuna(value: dict[str, Any]) -> list[_Read]:
-    """ShareGPT's, cleaned as for Vicuna: what comes before the first and after the last question's answer is cut."""
+def _vicuna(value: dict[str, Any]) -> list[_Parsed]:
+    """Parse a ShareGPT row, and cut what precedes the first question or follows the last answer, as Vicuna did."""
     turns = _from_value(value)
     roles = [_SHAREGPT_ROLES.get(str(turn["role"])) for turn in turns]
     if "user" not in roles:
@@ -185,55 +189,55 @@ def _vicuna(value: dict[str, Any]) -> list[_Read]:
 def _from_value(value: dict[str, Any]) -> list[dict[str, Any]]:
     turns = value["conversations"]
     if not isinstance(turns, list):
-        raise ValueError("no list 'conversations'")
-    if strange := [number for number, turn in enumerate(turns, start=1) if not isinstance(turn, dict)]:
-        raise ValueError(f"message {strange[0]} is no object")
+        raise ValueError("'conversations' is not a list")
+    if invalid := [number for number, turn in enumerate(turns, start=1) if not isinstance(turn, dict)]:
+        raise ValueError(f"message {invalid[0]} is not an object")
     return [{"role": turn.get("from"), "content": turn.get("value")} for turn in turns]
 
 
-def _alpaca(value: dict[str, Any]) -> list[_Read]:
+def _alpaca(value: dict[str, Any]) -> list[_Parsed]:
     given = _text_of(value, "input", may_be_empty=True)
-    return [_asked(alpaca_input(_text_of(value, "instruction"), given), _text_of(value, "output"))]
+    return [_question_and_answer(alpaca_input(_text_of(value, "instruction"), given), _text_of(value, "output"))]
 
 
-def _oasst1(value: dict[str, Any]) -> list[_Read]:
+def _oasst1(value: dict[str, Any]) -> list[_Parsed]:
     path = top_ranked(value)
     return [path] if path else []
 
 
-def _guanaco(value: dict[str, Any]) -> list[_Read]:
+def _guanaco(value: dict[str, Any]) -> list[_Parsed]:
     roles: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
     turns = _without_last_question(turns_of(_text_of(value, "text"), r"### (Human|Assistant):", roles))
     return [messages_of(turns)] if turns else []
 
 
-def _chip2(value: dict[str, Any]) -> list[_Read]:
+def _chip2(value: dict[str, Any]) -> list[_Parsed]:
     turns = turns_of(_text_of(value, "text"), r"<(human|bot)>:", {"human": "user", "bot": "assistant"})
     return [messages_of(turns)]
 
 
-def _self_instruct(value: dict[str, Any]) -> list[_Read]:
-    # The published completions carry GPT-3's end of text.
+def _self_instruct(value: dict[str, Any]) -> list[_Parsed]:
+    # The published completions end with GPT-3's EOS.
     answer = _text_of(value, "completion").strip().removesuffix("<|endoftext|>").strip()
     if not answer:
         raise ValueError("'completion' is empty")
-    return [_asked(_text_of(value, "prompt").strip(), answer)]
+    return [_question_and_answer(_text_of(value, "prompt").strip(), answer)]
 
 
-def _hh_rlhf(value: dict[str, Any]) -> list[_Read]:
+def _hh_rlhf(value: dict[str, Any]) -> list[_Parsed]:
     return [messages_of(hh_rlhf_turns(_text_of(value, "chosen")))]
 
 
-def _longform(value: dict[str, Any]) -> list[_Read]:
-    return [_asked(_text_of(value, "input"), _text_of(value, "output"))]
+def _longform(value: dict[str, Any]) -> list[_Parsed]:
+    return [_question_and_answer(_text_of(value, "input"), _text_of(value, "output"))]
 
 
-def _unnatural(value: dict[str, Any]) -> list[_Read]:
-    """Every instance, and those of the reformulated instructions in the full set (arXiv 2212.09689)."""
+def _unnatural(value: dict[str, Any]) -> list[_Parsed]:
+    """Parse every instance, and those of reformulated instructions in the full set (arXiv 2212.09689)."""
     instances = [*_list_of(value, "instances"), *_list_of(value, "reformulations")]
-    if strange := [number for number, one in enumerate(instances, start=1) if not isinstance(one, dict)]:
-        raise ValueError(f"instance {strange[0]} is no object")
-    return [_asked(_text_of(one, "instruction_with_input"), _text_of(one, "output")) for one in instances]
+    if invalid := [number for number, one in enumerate(instances, start=1) if not isinstance(one, dict)]:
+        raise ValueError(f"instance {invalid[0]} is not an object")
+    return [_question_and_answer(_text_of(one, "instruction_with_input"), _text_of(one, "output")) for one in instances]
 
 
 def _list_of(value: dict[str, Any], key: str) -> list[Any]:
@@ -242,13 +246,13 @@ def _list_of(value: dict[str, Any], key: str) -> list[Any]:
         try:
             found = json.loads(found)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{key!r} is no JSON list ({error})") from error
+            raise ValueError(f"{key!r} is not a JSON list ({error})") from error
     if not isinstance(found, list):
-        raise ValueError(f"{key!r} is no list")
+        raise ValueError(f"{key!r} is not a list")
     return found
 
 
-def _plain(value: dict[str, Any]) -> list[_Read]:
+def _plain(value: dict[str, Any]) -> list[_Parsed]:
     return [_text_of(value, "text")]
 
 

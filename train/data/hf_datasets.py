@@ -1,4 +1,7 @@
-"""Rows through the `datasets` library: sets of a Hub, by their names or the paper's, and folders. Its only door."""
+"""Read rows through the `datasets` library: data sets of a Hub, and local folders.
+
+The only module that imports `datasets`.
+"""
 
 from __future__ import annotations
 
@@ -20,45 +23,47 @@ from train.recipe import DatasetsData
 
 
 class KnownDataset(BaseModel):
-    """Where a set known by a short name is on the Hub, and the format of its rows."""
+    """Hub repository and row format of a data set that is known by a short name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     hub: str
     format: FormatName
     subset: str | None = None
     file: str | None = None
-    """one file of the repository; None: as the repository says"""
+    """File of the repository to read; None: the repository's default."""
 
 
 def known_dataset(name: str) -> KnownDataset | None:
+    """Return the data set known by this short name, or None."""
     return _known().get(name)
 
 
 def read_dataset(data: DatasetsData, *, folder: Path) -> Rows:
-    """All rows of one split. A path that starts with `.`, `/` or `~` is a folder, `./` meaning the recipe's `folder`.
+    """Read all rows of one split.
 
-    Raises DatasetError when the library is not installed, the Hub cannot be reached, or there is no such set or split.
+    A path that starts with `.`, `/` or `~` is a local folder, relative to `folder`. Raises DatasetError when the
+    library is not installed, the Hub does not answer, or the data set or split does not exist.
     """
     try:
         import datasets
     except ImportError as error:
         raise DatasetError(
-            'source = "datasets" needs the library of that name: run `pip install datasets`, or take the files '
-            'themselves with source = "file".'
+            'the library `datasets` is not installed: source = "datasets" needs it. Run `pip install datasets`, or '
+            'read files with source = "file".'
         ) from error
     datasets.disable_progress_bars()
     try:
-        # Rows are read here: a damaged file or a missing decoder shows only then.
+        # All rows are read here: a damaged file or a missing decoder shows only then.
         return Rows(tuple(_rows(_load(datasets, data, folder), data.path)), ())
     except (ConnectionError, httpx.TransportError) as error:
         raise DatasetError(
-            f"data set {data.path} cannot be fetched, the Hub is not answering ({_first_line(error)}): try again "
-            'later, or copy the set here and name its folder (path = "./FOLDER").'
+            f"cannot fetch data set {data.path} ({_first_line(error)}): expected an answer from the Hub. Try again "
+            'later, or use a local copy with path = "./FOLDER".'
         ) from error
     except (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
         raise DatasetError(
-            f"data set {data.path} (subset {data.subset or 'default'}, split {data.split}) cannot be read: "
-            f"{_first_line(error)}. Check path, subset and split."
+            f"cannot read data set {data.path} ({_first_line(error)}): expected subset {data.subset or 'default'}, "
+            f"split {data.split}. Check path, subset and split in [data]."
         ) from error
 
 
@@ -68,7 +73,7 @@ def _load(datasets: Any, data: DatasetsData, folder: Path) -> Any:
         if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
             return _split_of(datasets.load_from_disk(str(place)), data.split)
         if not place.is_dir():
-            raise FileNotFoundError(f"{place} is no folder")
+            raise FileNotFoundError(f"{place} is not a folder")
         return datasets.load_dataset(str(place), data.subset, split=data.split)
     known = known_dataset(data.path)
     if known is None:
@@ -79,7 +84,7 @@ def _load(datasets: Any, data: DatasetsData, folder: Path) -> Any:
 
 
 def _split_of(saved: Any, split: str) -> Any:
-    """A folder made by `save_to_disk` holds one split, or several by name."""
+    """Return one split of a folder made by `save_to_disk`, which has one split or several by name."""
     if not isinstance(saved, dict):
         return saved
     if split not in saved:

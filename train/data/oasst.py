@@ -1,6 +1,6 @@
-"""OpenAssistant's message trees, and the one conversation each gives: the top-ranked reply at every level.
+"""Select one conversation from each OpenAssistant message tree: the top-ranked reply at every level.
 
-That is the step Guanaco's data were made by (arXiv 2305.14314, appendix B.1); OASST1 is arXiv 2304.07327.
+Guanaco's data were selected this way (arXiv 2305.14314, appendix B.1); OASST1 is arXiv 2304.07327.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 def trees_of(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """(trees, faults) of flat messages, `message_id` and `parent_id` saying how they hang together.
+    """Build trees from flat messages by `message_id` and `parent_id`; return (trees, faults).
 
-    Rows that are trees already (`{"prompt": {..., "replies": [...]}}`) are left as they are.
+    Rows that are trees already (`{"prompt": {..., "replies": [...]}}`) do not change.
     """
     flat = [row for row in rows if "prompt" not in row.value]
     trees = [row for row in rows if "prompt" in row.value]
@@ -27,9 +27,9 @@ def trees_of(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     for row in flat:
         name = row.value.get("message_id")
         if not isinstance(name, str):
-            faults.append(f"{row.where}: message_id {name!r} is no text")
+            faults.append(f"{row.where}: message_id {name!r} is not a string")
         elif name in nodes:
-            faults.append(f"{row.where}: message_id {name!r} is there twice")
+            faults.append(f"{row.where}: duplicate message_id {name!r}")
         else:
             nodes[name] = row.value | {"replies": []}
             named.append((row, name))
@@ -38,7 +38,7 @@ def trees_of(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
         if isinstance(parent, str) and parent in nodes:
             nodes[parent]["replies"].append(nodes[name])
         elif parent:
-            faults.append(f"{row.where}: its parent {parent} is not in the data")
+            faults.append(f"{row.where}: parent {parent} is not in the data")
     reached: set[str] = set()
     for row, name in named:
         if not row.value.get("parent_id"):
@@ -46,7 +46,7 @@ def trees_of(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
             reached |= _names_below(root)
             trees.append(Row(row.where, {"prompt": root, "tree_state": row.value.get("tree_state")}))
     if not faults:
-        faults += [f"{row.where}: it hangs on no prompt" for row, name in named if name not in reached]
+        faults += [f"{row.where}: no prompt above it" for row, name in named if name not in reached]
     return trees, faults
 
 
@@ -60,10 +60,10 @@ def _names_below(root: dict[str, Any]) -> set[str]:
 
 
 def top_ranked(tree: dict[str, Any]) -> tuple[Message, ...]:
-    """The path of best replies from the prompt down to the last assistant's; empty when nobody answered.
+    """Return the path of top-ranked replies from the prompt to the last assistant's; empty without an answer.
 
-    Deleted and rejected messages do not count, nor do trees that are not ready. Of replies without a rank the first
-    stands. Raises ValueError for what is no tree.
+    Skips deleted and rejected messages, and trees that are not ready. Of replies without a rank, takes the first.
+    Raises ValueError for a row that is not a tree.
     """
     node = tree.get("prompt")
     if tree.get("tree_state") not in (None, "ready_for_export"):
@@ -71,7 +71,7 @@ def top_ranked(tree: dict[str, Any]) -> tuple[Message, ...]:
     path: list[dict[str, Any]] = []
     while node is not None:
         if not isinstance(node, dict):
-            raise ValueError("a reply is no object")
+            raise ValueError("a reply is not an object")
         role = node.get("role")
         if not isinstance(role, str) or role not in _ROLES:
             raise ValueError(f"role {role!r} is neither prompter nor assistant")
@@ -84,19 +84,19 @@ def top_ranked(tree: dict[str, Any]) -> tuple[Message, ...]:
 
 def _best(replies: Any) -> Any:
     if not isinstance(replies, list):
-        raise ValueError("replies are no list")
-    standing = [
+        raise ValueError("'replies' is not a list")
+    valid = [
         reply
         for reply in replies
         if not isinstance(reply, dict) or not (reply.get("deleted") or reply.get("review_result") is False)
     ]
-    return min(standing, key=_rank, default=None)
+    return min(valid, key=_rank, default=None)
 
 
 def _rank(reply: Any) -> float:
-    """0 is best; a reply without a rank comes after those that have one, in the order of the data."""
+    """Return the rank, 0 the best; a reply without one sorts after all others, in the order of the data."""
     rank = reply.get("rank") if isinstance(reply, dict) else None
     try:
         return float("inf") if rank is None else float(rank)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"rank {rank!r} is no number") from error
+        raise ValueError(f"rank {rank!r} is not a number") from error

@@ -1,4 +1,4 @@
-"""Several samples in one row without padding, their common beginning computed once. Tensors, but no model."""
+"""Pack several samples into one row, without padding and with their common prefix once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from train.data.tokenization import Sample
 
 @dataclass(frozen=True)
 class Row:
-    """One forward pass: the samples' common prefix, then what each adds to it, end to end.
+    """Input of one forward pass: the samples' common prefix, then the rest of each, end to end.
 
-    `input_ids` and `position_ids` are [1, N]; `mask` [1, 1, N, N] is added to attention scores; `targets` [T]
-    are the trained tokens, `keep` [T] the places in the row whose logits predict them, and `owners` [T] the
-    samples they belong to.
+    `input_ids` and `position_ids` are [1, N]; `mask` [1, 1, N, N] is added to attention scores. `targets` [T] are the
+    trained tokens, `keep` [T] the positions in the row whose logits predict them, and `owners` [T] the indices of
+    their samples.
     """
 
     input_ids: torch.Tensor
@@ -28,10 +28,10 @@ class Row:
 
 
 def pack(samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype) -> Row:
-    """Samples end to end, each seeing itself and the common prefix only: the same loss as one by one.
+    """Pack samples end to end; each attends to itself and the common prefix only, so losses do not change.
 
-    Chat samples open with the same system message. Its keys and values depend on nothing after it, so one
-    copy serves all samples of the row, forward and backward. `dtype` is the one attention computes in.
+    Chat samples often begin with the same system message. Its keys and values do not depend on what follows, so one
+    copy serves all samples of the row, forward and backward. `dtype` is that of attention.
     """
     prefix = common_prefix(samples)
     tokens, positions, owners = list(samples[0].tokens[:prefix]), list(range(prefix)), [-1] * prefix
@@ -58,7 +58,7 @@ def pack(samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype)
 
 
 def common_prefix(samples: Sequence[Sample]) -> int:
-    """Tokens that all samples begin with, none of them trained, leaving each sample at least one of its own."""
+    """Return the length of the untrained prefix that all samples share, leaving each at least one token of its own."""
     first = samples[0]
     limit = min(len(sample.tokens) for sample in samples) - 1
     for place in range(limit):
@@ -68,9 +68,9 @@ def common_prefix(samples: Sequence[Sample]) -> int:
 
 
 def _mask(owners: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where a token may look (its own sample or the prefix, not ahead), else the most negative number.
+    """Return a mask with 0 where a token may attend (prefix and own sample, not ahead), else the lowest number.
 
-    Additive rather than boolean: eager attention would add a boolean mask as zeros and ones, silently.
+    Additive, since eager attention would silently add a boolean mask as zeros and ones.
     """
     visible = (owners[:, None] == owners[None, :]) | (owners[None, :] < 0)
     mask = torch.zeros(visible.shape, dtype=dtype, device=owners.device)

@@ -1,6 +1,6 @@
-"""Rows of a data set from files (JSONL, JSON, CSV, TSV, text, each also gzipped), every one with its line.
+"""Read rows with their line numbers from JSONL, JSON, CSV, TSV and text files, gzipped or not.
 
-Knows file formats; what a row means is train/data/formats.py's.
+train/data/formats.py parses the rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from adapterhub.errors import DatasetError
 
 @dataclass(frozen=True)
 class Row:
-    """One row and its place, `file:line`."""
+    """A row and its place, `file:line`."""
 
     where: str
     value: dict[str, Any]
@@ -30,22 +30,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
+    """Rows of a file, and the faults of its other lines."""
+
     rows: tuple[Row, ...]
     faults: tuple[str, ...]
-    """lines that are no row, each `file:line: what is wrong`"""
+    """Lines that are not rows, each as `file:line: what is wrong`."""
 
 
 def read_rows(path: Path | Traversable) -> Rows:
-    """Every row of a file, in its order. Raises DatasetError for a file that cannot be read or is of no known kind."""
+    """Read all rows of a file in order. Raises DatasetError for a file that cannot be read or has an unknown suffix."""
     name = path.name.removesuffix(".gz")
     read = _READERS.get(f".{name.rpartition('.')[2].lower()}" if "." in name else "")
     if read is None:
-        raise DatasetError(f"{path} is of no kind that is read: expected one of {', '.join(_READERS)}, each also .gz.")
+        raise DatasetError(
+            f"unknown file type of {path}: expected {', '.join(_READERS)}, optionally with .gz. Convert or rename the "
+            "file."
+        )
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.name.endswith(".gz") else data).decode("utf-8-sig")
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DatasetError(f"{path} cannot be read as a data set ({error}): expected UTF-8 text.") from error
+        raise DatasetError(
+            f"cannot read {path} ({error}): expected UTF-8 text. Check path in [data], and the file."
+        ) from error
     rows, faults = [], []
     for line, value in read(text):
         where = f"{path.name}:{line}"
@@ -56,12 +63,12 @@ def read_rows(path: Path | Traversable) -> Rows:
     return Rows(tuple(rows), tuple(faults))
 
 
-_Read = Iterator[tuple[int, dict[str, Any] | str]]
-"""(line, the row or what is wrong with it)"""
+_Lines = Iterator[tuple[int, dict[str, Any] | str]]
+"""Pairs of a line number and the row, or what is wrong with it."""
 
 
-def _jsonl(text: str) -> _Read:
-    # Not splitlines: JSON strings may hold U+2028 and its like as they are.
+def _jsonl(text: str) -> _Lines:
+    # Not splitlines: JSON strings may contain U+2028 and other line separators.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, _object(line)
@@ -75,8 +82,8 @@ def _object(line: str) -> dict[str, Any] | str:
     return raw if isinstance(raw, dict) else "not a JSON object"
 
 
-def _json(text: str) -> _Read:
-    """A list of objects, read one by one so that each keeps its line; or one object."""
+def _json(text: str) -> _Lines:
+    """Parse one object, or a list of objects one by one, so that each has its line."""
     decoder, place, line, end = json.JSONDecoder(), _skip(text, 0), 1, 0
     is_list = text[place : place + 1] == "["
     place = _skip(text, place + 1) if is_list else place
@@ -92,12 +99,12 @@ def _json(text: str) -> _Read:
         if is_list and text[place : place + 1] == ",":
             place = _skip(text, place + 1)
         elif text[place : place + 1] not in ("]", ""):
-            yield line + text.count("\n", end, place), "not JSON (expected a comma and the next object of the list)"
+            yield line + text.count("\n", end, place), "not JSON (expected a comma and the next object)"
             return
     if is_list and place >= len(text):
         yield line, "not JSON (the list does not end)"
     elif (rest := _skip(text, place + is_list)) < len(text):
-        yield line + text.count("\n", end, rest), "not JSON (something follows its end)"
+        yield line + text.count("\n", end, rest), "not JSON (unexpected text after the end)"
 
 
 def _skip(text: str, place: int) -> int:
@@ -106,10 +113,10 @@ def _skip(text: str, place: int) -> int:
     return place
 
 
-def _table(delimiter: str) -> Callable[[str], _Read]:
-    def read(text: str) -> _Read:
+def _table(delimiter: str) -> Callable[[str], _Lines]:
+    def read(text: str) -> _Lines:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        # The library's own limit, 131,072, is for the whole process and shorter than some texts.
+        # The limit of the csv module, 131,072, applies to the whole process and is shorter than some texts.
         csv.field_size_limit(max(csv.field_size_limit(), len(text)))
         header: list[str] = []
         before = 0
@@ -121,7 +128,7 @@ def _table(delimiter: str) -> Callable[[str], _Read]:
                 if not header:
                     header = [cell.strip() for cell in cells]
                 elif len(cells) != len(header):
-                    yield line, f"{len(cells)} columns, the first line names {len(header)}"
+                    yield line, f"{len(cells)} columns, expected {len(header)} as in the first line"
                 else:
                     yield line, dict(zip(header, cells, strict=True))
         except csv.Error as error:
@@ -133,8 +140,8 @@ def _table(delimiter: str) -> Callable[[str], _Read]:
 _CHATML_TURN = re.compile(r"<\|im_start\|>.*?<\|im_end\|>", re.DOTALL)
 
 
-def _text(text: str) -> _Read:
-    """One text a paragraph; in a ChatML file, one conversation up to a blank line between turns."""
+def _text(text: str) -> _Lines:
+    """Split into paragraphs; split a ChatML file into conversations, at blank lines between turns."""
     if not _CHATML_TURN.search(text):
         for found in re.finditer(r"\S(?:.|\n(?!\s*\n))*", text):
             yield 1 + text.count("\n", 0, found.start()), {"text": found.group().rstrip()}
@@ -149,7 +156,7 @@ def _text(text: str) -> _Read:
     yield 1 + text.count("\n", 0, _skip(text, begin)), {"text": text[begin:].strip()}
 
 
-_READERS: dict[str, Callable[[str], _Read]] = {
+_READERS: dict[str, Callable[[str], _Lines]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,

@@ -1,4 +1,4 @@
-"""From conversations to token samples: duplicates, split, chat template, which tokens are trained. No tensors."""
+"""Turn conversations into token samples: remove duplicates, split, render, mark the trained tokens."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from adapterhub.errors import DatasetError
-from train.data.conversation import Conversation, Example, Source, Text, listed
+from train.data.conversation import Conversation, Example, Source, Text, counted, listed
 from train.recipe import LossOn
 
-_CUT = "samples were cut at max_length = {max_length} tokens"
-_UNTRAINED = "samples have no trained token left and were left out"
+_CUT, _UNTRAINED = "cut", "untrained"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation as tokens; `trained[i]` says that token i is a target. The first never is."""
+    """A conversation as tokens; `trained[i]` marks token i as a target. The first token never is."""
 
     tokens: tuple[int, ...]
     trained: tuple[bool, ...]
 
     @property
     def num_trained(self) -> int:
+        """Number of trained tokens."""
         return sum(self.trained)
 
     def cut(self, length: int) -> Sample:
-        """Its first `length` tokens."""
+        """Return the first `length` tokens."""
         return Sample(self.tokens[:length], self.trained[:length])
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """What a run trains and measures on, and what was left out on the way (in words)."""
+    """Training and held-out samples of a run, with notes about what was left out."""
 
     name: str
     train: tuple[Sample, ...]
@@ -43,25 +43,27 @@ class TokenData:
     notes: tuple[str, ...]
     num_cut: int = 0
     num_untrained: int = 0
-    """left out, for no trained token was left in them"""
+    """Number of samples left out because no trained token remained."""
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens to train on, trained or not."""
         return sum(len(sample.tokens) for sample in self.train)
 
     @property
     def num_trained(self) -> int:
+        """Number of trained tokens."""
         return sum(sample.num_trained for sample in self.train)
 
     @property
     def digest(self) -> str:
-        """Hex sha256 over the JSON of both parts' tokens and marks: equal exactly when the run's input is."""
-        part = [[[s.tokens, [int(mark) for mark in s.trained]] for s in side] for side in (self.train, self.held_out)]
-        return hashlib.sha256(json.dumps(part, separators=(",", ":")).encode()).hexdigest()
+        """Hex sha256 over the JSON of both splits' tokens and masks: equal exactly when the run's input is."""
+        splits = [[[s.tokens, [int(mark) for mark in s.trained]] for s in part] for part in (self.train, self.held_out)]
+        return hashlib.sha256(json.dumps(splits, separators=(",", ":")).encode()).hexdigest()
 
 
 class ChatTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer used here."""
+    """The part of a Hugging Face tokenizer that is used here."""
 
     chat_template: Any
     bos_token_id: int | None
@@ -86,54 +88,62 @@ def prepare(
     seed: int,
     stop: Sequence[str] = (),
 ) -> TokenData:
-    """Drop duplicates, split by question, tokenize. `held_out` is a fraction below 1, else a count of questions.
+    """Remove duplicates, split by question, and tokenize.
 
-    `stop` are strings that end an answer under the chat template. Raises DatasetError for a split that leaves nothing
-    to train on, conversations the chat template cannot render turn by turn, and data with no trained token.
+    `held_out` is a fraction of the questions when below 1, else their number. `stop` are strings that end an answer
+    under the chat template. Raises DatasetError for a split that leaves nothing to train on, for conversations that
+    the chat template cannot render turn by turn, and for data without a trained token.
     """
     if loss_on != "all" and any(isinstance(example, Text) for example in source.examples):
-        raise DatasetError(f'{source.name} is plain text, which has no answers: set loss_on = "all" in [train].')
+        raise DatasetError(
+            f'{source.name} is plain text: loss_on = "{loss_on}" needs answers. Set loss_on = "all" in [train].'
+        )
     distinct = drop_duplicates(source.examples)
-    sides = split(distinct, held_out=held_out, seed=seed)
+    splits = split(distinct, held_out=held_out, seed=seed)
     notes = [*source.notes]
     if dropped := len(source.examples) - len(distinct):
-        notes.append(f"{dropped} conversations ask what another one asks: left out before the split")
-    found = Counter[str]()
-    train, measured = (_tokenize_all(side, tokenizer, loss_on, max_length, stop, found) for side in sides)
+        notes.append(f"left out {counted(dropped, 'conversation')} with the same questions as another one")
+    counts = Counter[str]()
+    train, test = (_tokenize_all(part, tokenizer, loss_on, max_length, stop, counts) for part in splits)
     if not train:
         raise DatasetError(
-            f"{source.name}: no sample has a trained token (max_length = {max_length}): raise max_length, or check "
-            "that the conversations hold answers of the assistant."
+            f"no sample of {source.name} has a trained token at max_length = {max_length}: expected at least one. "
+            "Raise max_length in [data], or check that the conversations have answers."
         )
-    notes += [f"{count} {what.format(max_length=max_length)}" for what, count in found.items() if count]
-    return TokenData(source.name, train, measured, tuple(notes), found[_CUT], found[_UNTRAINED])
+    if num_cut := counts[_CUT]:
+        notes.append(f"cut {counted(num_cut, 'sample')} at max_length = {max_length} tokens")
+    if num_untrained := counts[_UNTRAINED]:
+        notes.append(f"left out {counted(num_untrained, 'sample')} without a trained token")
+    return TokenData(source.name, train, test, tuple(notes), num_cut, num_untrained)
 
 
 def drop_duplicates(examples: Iterable[Example]) -> list[Example]:
-    """The first example of each distinct text of system and user, letter case and punctuation aside."""
+    """Keep the first example of each system and user text, ignoring letter case and punctuation."""
     first: dict[str, Example] = {}
     for example in examples:
-        first.setdefault("\n".join(map(_normalised, _asked(example))), example)
+        first.setdefault("\n".join(map(_normalized, _prompt_texts(example))), example)
     return list(first.values())
 
 
 def split(examples: Sequence[Example], *, held_out: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out). The order of sha256(seed, first question) decides, whatever the order of the file.
+    """Split by question; return (training examples, held-out examples).
 
-    Conversations that open with the same question stay on one side. Raises DatasetError when nothing is left.
+    The order of sha256(seed, first question) decides, so the order of the file does not matter. Conversations with the
+    same first question stay in one split. Raises DatasetError when nothing is left to train on.
     """
     openings = [_opening(example) for example in examples]
     questions = sorted(set(openings), key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
     count = round(held_out * len(questions)) if held_out < 1 else int(held_out)
     if count >= len(questions):
         raise DatasetError(
-            f"held_out = {held_out:g} leaves nothing to train on: the data has {len(questions)} distinct questions."
+            f"held_out = {held_out:g} leaves nothing to train on: expected fewer than the {len(questions)} distinct "
+            "questions of the data. Lower held_out in [data]."
         )
-    measured = set(questions[:count])
-    sides: tuple[list[Example], list[Example]] = [], []
+    held_out_questions = set(questions[:count])
+    splits: tuple[list[Example], list[Example]] = [], []
     for example, opening in zip(examples, openings, strict=True):
-        sides[opening in measured].append(example)
-    return sides
+        splits[opening in held_out_questions].append(example)
+    return splits
 
 
 def tokenize(
@@ -141,15 +151,15 @@ def tokenize(
 ) -> Sample:
     """Render with the chat template and mark the trained tokens.
 
-    The prompt of an answer (all before it, and the template's opening of an answer) must be a prefix of the whole,
-    token for token: what follows it, up to and including the answer's end, is trained. So the mark needs no knowledge
-    of the template. The end is a special token, or, under a template that ends only the last answer with one, the
-    stop string after it. Raises ValueError when the template is not like that.
+    The prompt of an answer (all before it, and the generation prompt) must be a prefix of the whole, token for token.
+    What follows it, up to and including the end of the answer, is trained. So no knowledge of the template is needed.
+    The end is a special token, or the stop string after the answer, under a template that ends only the last answer
+    with a special token. Raises ValueError for templates that do not render this way.
     """
     messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
     tokens = _render(tokenizer, messages, is_prompt=False)
     if tokens[:2] == [tokenizer.bos_token_id] * 2:
-        raise ValueError("the chat template renders the beginning-of-text token twice")
+        raise ValueError("the chat template renders BOS twice")
     if loss_on == "all":
         _end_of_turn(tokens, 1, tokenizer)
         return Sample(tuple(tokens), (False, *[True] * (len(tokens) - 1)))
@@ -173,19 +183,19 @@ def tokenize(
 
 
 def tokenize_text(text: Text, tokenizer: ChatTokenizer, *, length: int) -> list[Sample]:
-    """A text with its beginning and its end, all of it trained, in pieces of `length` tokens. Raises ValueError."""
+    """Tokenize a text with BOS and EOS into chunks of `length` tokens, all of them trained. Raises ValueError."""
     if tokenizer.eos_token_id is None:
-        raise ValueError("the base's tokenizer has no end of text, so the model would never stop")
+        raise ValueError("the base's tokenizer has no EOS, so the model would never stop")
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     tokens = (*first, *tokenizer(text.content, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
-    # A piece begins with the last token of the one before: only what comes first in a sample is not trained.
-    pieces = [tokens[start : start + length] for start in range(0, len(tokens) - 1, length - 1)]
-    return [Sample(piece, (False, *[True] * (len(piece) - 1))) for piece in pieces]
+    # Chunks overlap by one token, since the first token of a sample is not trained.
+    chunks = [tokens[start : start + length] for start in range(0, len(tokens) - 1, length - 1)]
+    return [Sample(chunk, (False, *[True] * (len(chunk) - 1))) for chunk in chunks]
 
 
 def _tokenize_all(
     examples: Sequence[Example], tokenizer: ChatTokenizer, loss_on: LossOn, max_length: int, stop: Sequence[str],
-    found: Counter[str],
+    counts: Counter[str],
 ) -> tuple[Sample, ...]:  # fmt: skip
     check_has_template(tokenizer)
     samples: list[Sample] = []
@@ -200,31 +210,31 @@ def _tokenize_all(
             faults.append(f"{example.where}: {error}")
             continue
         if len(sample.tokens) > max_length:
-            found[_CUT] += 1
+            counts[_CUT] += 1
             sample = sample.cut(max_length)
         if sample.num_trained:
             samples.append(sample)
         else:
-            found[_UNTRAINED] += 1
+            counts[_UNTRAINED] += 1
     check_rendered(faults)
     return tuple(samples)
 
 
 def check_has_template(tokenizer: ChatTokenizer) -> None:
-    """Raises DatasetError."""
+    """Check that the tokenizer has a chat template. Raises DatasetError."""
     if not tokenizer.chat_template:
         raise DatasetError(
-            'the base has no chat template: set template in [data] ("guanaco", "alpaca", or a .jinja file), or use an '
-            "instruction-tuned base."
+            "the base has no chat template: expected one, or template in [data]. Set template to guanaco, alpaca or a "
+            ".jinja file, or use an instruction-tuned base."
         )
 
 
 def check_rendered(faults: list[str]) -> None:
-    """Raises DatasetError with what the chat template could not render."""
+    """Raise DatasetError when the chat template could not render some conversations."""
     if faults:
         raise DatasetError(
-            f"the chat template cannot render this data turn by turn, {listed(faults)}. "
-            'Set loss_on = "last", give each conversation one answer only, or use another template.'
+            f"the chat template cannot render this data turn by turn: {listed(faults)}. "
+            'Set loss_on = "last" in [train], keep one answer per conversation, or use another template.'
         )
 
 
@@ -234,16 +244,17 @@ def _render(tokenizer: ChatTokenizer, messages: list[dict[str, str]], *, is_prom
             messages, add_generation_prompt=is_prompt, tokenize=True, return_dict=False
         )
     except Exception as error:  # Jinja templates raise what they like (raise_exception, undefined names)
-        raise ValueError(f"the chat template refuses it ({error})") from error
+        raise ValueError(f"the chat template raised an error ({error})") from error
     return list(rendered)
 
 
-def _check_prefix(start: list[int], whole: list[int], otherwise: str) -> None:
+def _check_prefix(start: list[int], whole: list[int], message: str) -> None:
     if whole[: len(start)] != start:
-        raise ValueError(otherwise)
+        raise ValueError(message)
 
 
 def special_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
+    """Return the ids of the tokenizer's special tokens, added ones included."""
     return frozenset(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
@@ -251,22 +262,22 @@ def _end_at_stop(
     messages: Sequence[dict[str, str]], place: int, tokens: list[int], start: int, tokenizer: ChatTokenizer,
     stop: Sequence[str],
 ) -> int:  # fmt: skip
-    """Index after the stop string that follows answer `place`, whose first token is `start`."""
+    """Return the index after the stop string that follows answer `place`, whose first token is `start`."""
     text = str(tokenizer.apply_chat_template(list(messages), tokenize=False))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if list(encoded["input_ids"]) != tokens:
-        raise ValueError("the chat template's text has other tokens than its own")
+        raise ValueError("the rendered text does not tokenize to the rendered tokens")
     offsets = encoded["offset_mapping"]
     answer = messages[place]["content"].strip()
     begin = text.find(answer, offsets[start][0])
     ends = [at + len(one) for one in stop if begin >= 0 and (at := text.find(one, begin + len(answer))) >= 0]
     if not ends:
-        raise ValueError(f"the chat template puts none of {', '.join(map(repr, stop))} after message {place + 1}")
+        raise ValueError(f"the chat template renders none of {', '.join(map(repr, stop))} after message {place + 1}")
     return next((at for at, (first, _) in enumerate(offsets) if first >= min(ends)), len(tokens))
 
 
 def _end_of_turn(whole: list[int], start: int, tokenizer: ChatTokenizer) -> int:
-    """Index after the turn's last special token; only white space may follow it."""
+    """Return the index after the turn's last special token; only white space may follow it."""
     special = special_ids(tokenizer)
     for end in range(len(whole), start, -1):
         if whole[end - 1] in special:
@@ -276,7 +287,7 @@ def _end_of_turn(whole: list[int], start: int, tokenizer: ChatTokenizer) -> int:
     raise ValueError("the chat template ends an answer with no special token, so the model would never stop")
 
 
-def _asked(example: Example) -> Iterator[str]:
+def _prompt_texts(example: Example) -> Iterator[str]:
     if isinstance(example, Text):
         yield example.content
     else:
@@ -285,10 +296,10 @@ def _asked(example: Example) -> Iterator[str]:
 
 def _opening(example: Example) -> str:
     if isinstance(example, Text):
-        return _normalised(example.content)
-    return next(_normalised(message.content) for message in example.messages if message.role == "user")
+        return _normalized(example.content)
+    return next(_normalized(message.content) for message in example.messages if message.role == "user")
 
 
-def _normalised(text: str) -> str:
+def _normalized(text: str) -> str:
     words = "".join(letter if letter.isalnum() else " " for letter in text.casefold()).split()
     return " ".join(words) or text

@@ -1,4 +1,4 @@
-"""Starting several processes that train one adapter, by torchrun. Trains nothing itself."""
+"""Start several processes that train one adapter, through torchrun."""
 
 from __future__ import annotations
 
@@ -14,50 +14,61 @@ from dataclasses import dataclass
 from adapterhub.errors import TrainingFailed, TrainingStopped, UsageError
 
 _RESTARTS = 2
-"""of all processes together after one of them died, each from the newest checkpoint"""
+"""Maximum number of restarts of all processes after one died, each from the last checkpoint."""
 _MMAP_BYTES = 1 << 20
-"""glibc gives blocks above this back at once; its defaults quadrupled the peak of loading a base (measured)"""
+"""Size above which glibc returns blocks at once; its defaults quadrupled the peak of loading a base (measured)."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes, and where they meet."""
+    """Number of processes and machines, and their rendezvous."""
 
     processes: int
-    """on this machine: one for each GPU, or shares of the CPU's cores"""
+    """Number of processes on this machine: one for each GPU, or several that share the CPU's cores."""
     nodes: str = "1"
-    """machines: a number, or `least:most`"""
+    """Number of machines: `N`, or `MIN:MAX`."""
     rendezvous: str | None = None
-    """host:port of one of the machines; None: this machine only"""
+    """Rendezvous endpoint `HOST:PORT`, on one of the machines; None: this machine only."""
 
     def __post_init__(self) -> None:
         if self.processes < 1:
-            raise UsageError(f"--launch {self.processes}: expected at least one process.")
+            raise UsageError(
+                f"invalid --launch {self.processes}: expected at least 1 process. Give the number of GPUs, or of "
+                "processes that share the CPU."
+            )
         if self.nodes != "1" and self.rendezvous is None:
-            raise UsageError("several --nodes meet at one of them: give --rendezvous HOST:PORT on each.")
+            raise UsageError(
+                f"--nodes {self.nodes} without --rendezvous: expected the machine where all meet. Give --rendezvous "
+                "HOST:PORT, the same on each machine."
+            )
         if self.rendezvous is not None and not re.fullmatch(r".+:[1-9]\d{0,4}", self.rendezvous):
-            raise UsageError(f"--rendezvous {self.rendezvous}: expected HOST:PORT, the same on each machine.")
+            raise UsageError(
+                f"invalid --rendezvous {self.rendezvous!r}: expected HOST:PORT. Give the same one on each machine."
+            )
         if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", self.nodes):
-            raise UsageError(f"--nodes {self.nodes}: expected a number of machines, or least:most.")
+            raise UsageError(
+                f"invalid --nodes {self.nodes!r}: expected a number of machines, or MIN:MAX. Give for example "
+                "--nodes 2."
+            )
 
     @property
     def is_on_loopback(self) -> bool:
-        """Do all processes run here, so that nothing may listen beyond this machine?"""
+        """Whether all processes run on this machine, so that nothing needs to listen beyond it."""
         host = (self.rendezvous or "127.0.0.1:0").rpartition(":")[0].strip("[]")
         return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 def command(launch: Launch, arguments: Sequence[str]) -> list[str]:
-    """torchrun's command line around `adapterhub` with these arguments.
+    """Return the torchrun command line that runs `adapterhub` with these arguments.
 
-    -P keeps the current folder off the module path, where a user may keep a train.py of their own.
+    -P keeps the current folder off the module path: a user may have a train.py there.
     """
     python = [sys.executable, "-P"]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", launch.rendezvous or "127.0.0.1:0"]
     if launch.is_on_loopback:
         rendezvous += ["--local-addr", "127.0.0.1"]
     elif launch.rendezvous is not None:
-        # torchrun compares names to find out who opens the store; an address of this machine may not be its name's.
+        # torchrun compares host names to decide who opens the store, and misses other addresses of this machine.
         rendezvous += ["--rdzv-conf", f"is_host={int(_is_here(launch.rendezvous.rpartition(':')[0]))}"]
     return [
         *python, "-m", "torch.distributed.run", "--nnodes", launch.nodes, "--nproc-per-node", str(launch.processes),
@@ -67,7 +78,7 @@ def command(launch: Launch, arguments: Sequence[str]) -> list[str]:
 
 
 def _is_here(host: str) -> bool:
-    """Is `host` this machine? Only its own addresses can be bound."""
+    """Return whether `host` is this machine: only its own addresses can be bound."""
     try:
         address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(address[0], address[1]) as probe:
@@ -78,25 +89,28 @@ def _is_here(host: str) -> bool:
 
 
 def environment(launch: Launch, given: Mapping[str, str]) -> dict[str, str]:
-    """What the processes need beside `given`, which wins."""
+    """Return the environment of the processes: our defaults, overridden by `given`."""
     threads = max(1, (os.cpu_count() or 1) // launch.processes)
-    ours = {
+    defaults = {
         "OMP_NUM_THREADS": str(threads),
         "MALLOC_MMAP_THRESHOLD_": str(_MMAP_BYTES),
         "MALLOC_TRIM_THRESHOLD_": str(_MMAP_BYTES),
-        # Without it restarted processes read the addresses of dead ones: 6 of 16 restarts worked, with it all 16.
+        # Without it restarted processes read the addresses of dead ones: 6 of 16 restarts worked; with it, all 16.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "PYTHONHASHSEED": "0",
     }
     if launch.is_on_loopback and sys.platform == "linux":
-        ours["GLOO_SOCKET_IFNAME"] = "lo"
-    return ours | dict(given)
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    return defaults | dict(given)
 
 
 def run(launch: Launch, arguments: Sequence[str]) -> None:
-    """Run to the end. Raises TrainingFailed when processes fail more often than they are restarted, and
-    TrainingStopped after SIGINT or SIGTERM, once the processes have written a checkpoint."""
-    # A session of its own: Ctrl-C reaches this process alone, and each worker gets one signal instead of two.
+    """Start the processes and wait for them.
+
+    Raises TrainingFailed when they fail after the last restart, and TrainingStopped after SIGINT or SIGTERM, once the
+    processes have written a checkpoint.
+    """
+    # A session of its own: Ctrl-C reaches only this process, so each worker gets one signal instead of two.
     process = subprocess.Popen(
         command(launch, arguments), env=environment(launch, os.environ), start_new_session=True
     )  # fmt: skip
@@ -105,12 +119,14 @@ def run(launch: Launch, arguments: Sequence[str]) -> None:
     except KeyboardInterrupt as error:
         process.send_signal(signal.SIGTERM)
         process.wait()
-        raise TrainingStopped("stopped; the same command goes on from the newest checkpoint.") from error
+        raise TrainingStopped(
+            "stopped by SIGINT or SIGTERM: the processes wrote a checkpoint. Run the same command again to resume."
+        ) from error
     except BaseException:
         process.kill()
         raise
     if code:
         raise TrainingFailed(
-            f"the training processes ended with status {code}, after {_RESTARTS} restarts at most: the reason stands "
-            "above; the same command goes on from the newest checkpoint."
+            f"the training processes ended with status {code}, after at most {_RESTARTS} restarts: expected status 0. "
+            "See the reason above; run the same command again to resume from the last checkpoint."
         )

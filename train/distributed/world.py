@@ -1,7 +1,7 @@
-"""Several processes training one adapter: who takes which samples, sums of gradients, a base in shards.
+"""Distribute one training run over processes: samples, gradient sums, a sharded base.
 
-The base is divided among the processes (FSDP, or whole in each), the adapter is whole in all of them. So optimizer,
-checkpoints and what is saved are those of a single process. Starts no processes.
+The base is sharded (FSDP) or whole in each process; the adapter is whole in all of them. So optimizer, checkpoints
+and output are those of a single process.
 """
 
 from __future__ import annotations
@@ -16,55 +16,57 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-_PATIENCE = timedelta(minutes=30)
-"""for the slowest process between two meetings: loading and quantizing a large base"""
+_TIMEOUT = timedelta(minutes=30)
+"""Maximum wait for the slowest process at a collective: it may load and quantize a large base."""
 
 
 Shards = Literal["device", "host"]
-"""where the parts of a divided base live: with the processor that computes, or in host memory until their layer does"""
+"""Where the shards of the base live: on the device, or in host memory until their layer is computed."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together; alone by default."""
+    """This process's place in the process group; a single process by default."""
 
     rank: int = 0
     size: int = 1
     shards: Shards | None = None
-    """None: the base is whole in each process"""
+    """Where the shards of the base live; None: the base is whole in each process."""
 
     @property
-    def division(self) -> str:
-        """Of the base among the processes, in words behind their number."""
-        where = {None: "", "device": ", base divided among them", "host": ", base divided among them in host memory"}
-        return where[self.shards]
+    def sharding(self) -> str:
+        """How the base is sharded, as a phrase that follows the number of processes."""
+        phrases = {None: "", "device": ", base sharded", "host": ", base sharded in host memory"}
+        return phrases[self.shards]
 
     @property
     def device(self) -> str | None:
-        """The GPU this process owns; None: whatever a single process would choose."""
+        """GPU of this process; None: whatever a single process would choose."""
         if self.size == 1 or not torch.cuda.is_available():
             return None
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
     def share(self, rows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """This process's part of a step's forward passes, as many for each process: shards are gathered together.
+        """Return this process's part of a step's forward passes.
 
-        A process without a sample of its own takes the first one; `sum_gradients` then gives it no weight.
+        Every process gets the same number of passes, since gathering shards is a collective. A process without a
+        sample of its own takes the first one; `sum_gradients` then gives it weight 0.
         """
         if self.size == 1:
             return rows
         places = [place for row in rows for place in row]
-        mine = places[self.rank :: self.size] or places[:1]
+        own = places[self.rank :: self.size] or places[:1]
         num_rows = max(1, min(len(rows), len(places) // self.size))
-        return [mine[number::num_rows] for number in range(num_rows)]
+        return [own[number::num_rows] for number in range(num_rows)]
 
     def has_own(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Return whether the step has a sample of this process's own."""
         return self.rank < sum(map(len, rows))
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], loss: float, *, weight: float) -> float:
-        """Replace gradients, and return the loss, by the mean over processes weighted by `weight` (tokens).
+        """Average gradients and loss over the processes, weighted by `weight` (tokens); return the loss.
 
-        One flat fp32 sum: traffic is the adapter's size, once a step.
+        One flat fp32 sum: the traffic is the size of the adapter, once a step.
         """
         if self.size == 1:
             return loss
@@ -82,21 +84,22 @@ class World:
             start += parameter.numel()
         return float(numbers[0]) / total
 
-    def any(self, wish: bool) -> bool:
-        """Whether some process says so: all of them go the same way."""
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is set in any process, so that all take the same branch."""
         if self.size == 1:
-            return wish
-        said = torch.tensor([float(wish)], device=self.device or "cpu")
-        dist.all_reduce(said, op=dist.ReduceOp.MAX)
-        return bool(said.item())
+            return flag
+        value = torch.tensor([float(flag)], device=self.device or "cpu")
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
 
     def barrier(self) -> None:
+        """Wait until every process has come here."""
         if self.size > 1:
             self.any(False)
 
 
-_ALONE = World()
-_current = _ALONE
+_SINGLE = World()
+_current = _SINGLE
 
 
 def current_world() -> World:
@@ -104,38 +107,39 @@ def current_world() -> World:
 
 
 def is_worker() -> bool:
-    """Was this process started by torchrun?"""
+    """Return whether torchrun started this process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @contextmanager
-def joined(*, shards: Shards | None) -> Iterator[World]:
-    """The world that torchrun's environment describes, until it is left."""
+def process_group(*, shards: Shards | None) -> Iterator[World]:
+    """Join the process group that torchrun's environment describes; leave it at the end."""
     global _current
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    dist.init_process_group(backend, timeout=_TIMEOUT)
     _current = World(dist.get_rank(), dist.get_world_size(), shards)
     if _current.device:
         torch.cuda.set_device(_current.device)
     try:
         yield _current
     finally:
-        _current = _ALONE
+        _current = _SINGLE
         dist.destroy_process_group()
 
 
 def shard_base(model: Any, world: World) -> None:
-    """Divide each layer's frozen weights among the processes; adapters stay whole (PyTorch's FSDP2).
+    """Shard each layer's frozen weights among the processes (PyTorch's FSDP2); adapters stay whole.
 
-    Codes stay bytes: no floating-point type has to be declared for them, and quantization constants, 1.6 % of the
-    base, stay with each process. Embedding and head are left whole, since gathering them takes more than they do.
+    NF4 codes stay bytes, so no floating-point storage type has to be declared for them. Each process keeps the
+    quantization constants, 1.6 % of the base. Embedding and head stay whole: gathering them takes more memory than
+    they do.
     """
     if world.shards is None or world.size == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-    # A GPU reads pinned memory by itself. Without one, the parts are in host memory anyhow.
+    # A GPU reads pinned memory directly. Without one, the shards are in host memory anyway.
     offload = CPUOffloadPolicy(pin_memory=world.device is not None) if world.shards == "host" else OffloadPolicy()
     mesh = init_device_mesh("cuda" if world.device else "cpu", (world.size,))
     for layer in _decoder_layers(model):
@@ -143,13 +147,13 @@ def shard_base(model: Any, world: World) -> None:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, offload_policy=offload, ignored_params=adapters)
 
 
-def held_bytes(model: Any) -> int:
-    """Bytes of the frozen weights that this process holds."""
+def frozen_bytes(model: Any) -> int:
+    """Return the size of this process's part of the frozen weights, in bytes."""
     return sum(_local(parameter).nbytes for parameter in model.parameters() if not parameter.requires_grad)
 
 
 def _decoder_layers(model: Any) -> Sequence[torch.nn.Module]:
-    """The longest list of modules of one kind: a decoder's layers."""
+    """Return the decoder's layers: the longest ModuleList of the model."""
     found = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return max(found, key=len)
 

@@ -1,4 +1,4 @@
-"""The optimizer a recipe asks for, and its state as plain tensors, so that it can be kept without pickle."""
+"""Create the optimizer of a recipe; save and load its state as safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def make_optimizer(
     *,
     lora_b_parameters: Sequence[torch.nn.Parameter] = (),
 ) -> tuple[torch.optim.Optimizer, Choice]:
-    """The optimizer, and what was chosen with the reason. Paged ones exist on CUDA only: elsewhere unpaged.
+    """Return the optimizer, and the choice with its reason. Paged optimizers exist on CUDA only: else unpaged.
 
-    `lora_b_parameters` are those of the parameters that LoRA+ trains faster (`set_rate`).
+    `lora_b_parameters` are those of `parameters` that LoRA+ trains at a higher rate (`set_learning_rate`).
     """
     bits: Any = 8 if train.optimizer.endswith("8bit") else 32
     is_paged = train.optimizer.startswith("paged")
@@ -47,7 +47,8 @@ def make_optimizer(
     return chosen, Choice("optimizer", value, reason)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of A, and of B times the LoRA+ ratio."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate_ratio", 1.0)
 
@@ -65,7 +66,7 @@ def _groups(
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Every tensor of the state to safetensors, every number to JSON."""
+    """Write every tensor of the state to safetensors and every number to JSON."""
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, float] = {}
     for place, parameter in enumerate(_parameters(optimizer)):
@@ -81,7 +82,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """The reverse, into an optimizer of the same kind over the same parameters."""
+    """Load what `save_optimizer` wrote into an optimizer of the same kind over the same parameters."""
     numbers = json.loads((folder / _NUMBERS).read_text())
     parameters = _parameters(optimizer)
     with safe_open(folder / _TENSORS, framework="pt", device="cpu") as file:
@@ -96,16 +97,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
 def _fill(optimizer: Any, place: int, parameter: torch.nn.Parameter, state: dict[str, Any]) -> None:
     if hasattr(optimizer, "init_state"):
-        # bitsandbytes: its own buffers, which are paged where that was asked for, then our values in them.
+        # bitsandbytes allocates its own buffers, paged ones where asked for; the values are copied into them.
         parameter.grad = torch.zeros_like(parameter)
         optimizer.init_state(optimizer.param_groups[0], parameter, 0, place)
         parameter.grad = None
-    ours = optimizer.state[parameter]
+    current = optimizer.state[parameter]
     for name, value in state.items():
-        if isinstance(ours.get(name), torch.Tensor):
-            ours[name].copy_(value)
+        if isinstance(current.get(name), torch.Tensor):
+            current[name].copy_(value)
         else:
-            ours[name] = value.to(parameter.device) if isinstance(value, torch.Tensor) else value
+            current[name] = value.to(parameter.device) if isinstance(value, torch.Tensor) else value
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

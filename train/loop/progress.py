@@ -1,4 +1,4 @@
-"""What a person sees of a run, on stderr: a bar on a terminal, else a line now and then. Decides nothing."""
+"""Show the progress of a run on stderr: a progress bar on a terminal, else log lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adapterhub.package.run_record import RunStep
 
 
 class Progress(Protocol):
-    """What a run tells while it goes on."""
+    """Receiver of a run's messages and steps."""
 
     def say(self, line: str) -> None: ...
 
@@ -25,7 +25,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Shows nothing."""
+    """Progress that shows nothing."""
 
     def say(self, line: str) -> None:
         pass
@@ -38,7 +38,7 @@ class Silent:
 
 
 class Lines:
-    """A line for what is said, and one about every tenth of the steps: for logs."""
+    """Progress for logs: a line for each message, and one after about every tenth of the steps."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -55,7 +55,7 @@ class Lines:
 
 
 class TerminalBar:
-    """A progress bar with loss, speed, memory and the time left."""
+    """Progress bar with loss, speed, memory and remaining time."""
 
     def __init__(self, stream: TextIO) -> None:
         self._bar = Bar(
@@ -80,12 +80,12 @@ class TerminalBar:
 
 
 def progress_on(stream: TextIO) -> Progress:
-    """A bar when `stream` is a terminal, else lines."""
+    """Return a bar when `stream` is a terminal, else lines."""
     return TerminalBar(stream) if stream.isatty() else Lines(stream)
 
 
 def describe(done: RunStep) -> str:
-    """`loss 1.234  410 tokens/s (32 trained)  peak 1.9 GB`."""
+    """Format a step as `loss 1.234  410 tokens/s (32 trained)  peak 1.9 GB`."""
     seconds = max(done.seconds, 1e-9)
     return (
         f"loss {done.loss:.3f}  {done.tokens / seconds:.0f} tokens/s ({done.trained_tokens / seconds:.0f} trained)  "
@@ -94,9 +94,9 @@ def describe(done: RunStep) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has held (resident set)."""
+    """Return the peak resident set size of this process, in bytes."""
     try:
-        # Linux counts what the parent held until the program was loaded into getrusage's figure; not into this one.
+        # On Linux, getrusage counts the parent's memory before exec too; this figure does not.
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError):

@@ -1,12 +1,12 @@
-"""The folder a run works in until its adapter is complete: record, checkpoints, and who is writing. No tensors.
+"""The folder of a run that is not complete: run record, checkpoints and lock.
 
 OUTPUT.run/
-  recipe.toml  chat_template.jinja     what the adapter will carry
-  run.json                             where the recipe's relative paths start, the adapter it goes on from
-  train_log.jsonl                      start, each step, held-out losses
-  step-000040/                         the newest checkpoint: an adapter, optimizer state, state.json
-  best-000030/                         the adapter with the lowest held-out loss
-  lock                                 held by the process that trains
+  recipe.toml         the recipe, with every default written out
+  run.json            folder of the recipe's relative paths, folder of the start adapter
+  train_log.jsonl     run record: start, steps, held-out losses
+  step-000040/        last checkpoint: adapter, optimizer state, state.json
+  best-000030/        adapter with the lowest held-out loss
+  lock                locked by the process that trains
 """
 
 from __future__ import annotations
@@ -47,31 +47,36 @@ class _Closed(BaseModel):
 class _Run(_Closed):
     recipe_folder: str
     start: str | None
-    """folder of the adapter the run goes on from"""
+    """Folder of the start adapter; None: a new adapter."""
 
 
 class State(_Closed):
-    """Where a run stands at the end of a step; with weights and optimizer state, all that its rest depends on.
+    """State of a run after a step.
 
-    Order, learning rate and dropout of a step follow from the recipe and the step's number.
+    Together with weights and optimizer state it determines the rest of the run: samples, learning rate and dropout of
+    a step follow from the recipe and the number of the step.
     """
 
     step: int = 0
+    """Number of steps done."""
     best_loss: float | None = None
-    """lowest held-out loss so far"""
+    """Lowest held-out loss so far, in nats."""
     best_step: int = 0
+    """Step of the lowest held-out loss."""
     num_worse: int = 0
-    """held-out losses since the lowest"""
+    """Number of evaluations since the lowest held-out loss, for early stopping."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A complete checkpoint on disk."""
+
     path: Path
     state: State
 
 
 class RunFolder:
-    """Made by `create` or `reopen`, which hold its lock until they are left."""
+    """A run's folder and lock, from `create` or `reopen`; the lock is released when their context ends."""
 
     def __init__(self, output: Path, recipe: Recipe, start: Path | None) -> None:
         self.output = output
@@ -79,14 +84,14 @@ class RunFolder:
         self.recipe = recipe
         self.start = start
         self.listen: Listener | None = None
-        """called with each event that is logged"""
+        """Function called with each event that is logged."""
 
     @classmethod
     @contextmanager
     def create(cls, output: Path, recipe: Recipe, *, start: Adapter | None) -> Iterator[RunFolder]:
-        """A new run into `output`, new or empty. It leaves nothing behind if it ends without a checkpoint.
+        """Create the folder of a new run and lock it; remove it again if the run ends without a checkpoint.
 
-        Raises OutputNotFresh when something is there, or a run that can be resumed.
+        Raises OutputNotFresh when `output` is not new or empty, or has a run that can be resumed.
         """
         check_fresh(output)
         path = run_path(output)
@@ -94,30 +99,33 @@ class RunFolder:
         with _locked(path, output):
             if _newest(path) is not None:
                 raise OutputNotFresh(
-                    f"{path} holds a run that was stopped: go on with `adapterhub train --resume {output}`, or "
-                    "remove that folder."
+                    f"{path} holds a stopped run: expected none. Resume it with `adapterhub train --resume {output}`, "
+                    "or remove that folder."
                 )
-            _sweep(output)
+            _remove_leftovers(output)
             run = cls(output, recipe, start.path if start else None)
             write_atomic(path / RECIPE_NAME, recipe.to_toml())
-            written = _Run(
+            paths = _Run(
                 recipe_folder=str(recipe.folder.absolute()), start=str(start.path.absolute()) if start else None
             )
-            write_atomic(path / _RUN_NAME, written.model_dump_json(indent=1))
+            write_atomic(path / _RUN_NAME, paths.model_dump_json(indent=1))
             (path / LOG_NAME).unlink(missing_ok=True)
-            with run._dropped_if_empty():
+            with run._removed_if_empty():
                 yield run
 
     @classmethod
     @contextmanager
     def reopen(cls, output: Path) -> Iterator[RunFolder]:
-        """The run that was to become `output`. Raises RunNotResumable when there is none, or it goes on elsewhere."""
+        """Open and lock the stopped run of `output`.
+
+        Raises RunNotResumable when there is none, and OutputNotFresh when another process trains it.
+        """
         path = run_path(output)
         recipe, start = read_run(output)
         with _locked(path, output):
-            _sweep(output)
+            _remove_leftovers(output)
             run = cls(output, recipe, start)
-            with run._dropped_if_empty():
+            with run._removed_if_empty():
                 yield run
 
     @property
@@ -125,7 +133,7 @@ class RunFolder:
         return _newest(self.path)
 
     def events(self) -> list[RunEvent]:
-        """What the log says up to the newest checkpoint; steps after it will be taken again."""
+        """Return the log up to the last checkpoint and drop the rest: those steps are run again."""
         log = self.path / LOG_NAME
         if not log.is_file():
             return []
@@ -141,7 +149,7 @@ class RunFolder:
             self.listen(event)
 
     def save(self, state: State, write: Callable[[Path], None]) -> None:
-        """A checkpoint of `state`, which replaces older ones when it is complete; `write` fills its folder."""
+        """Write a checkpoint of `state`, then remove older ones; `write` fills its folder."""
         target = self.path / f"step-{state.step:06d}"
         if target.exists():
             return
@@ -153,7 +161,7 @@ class RunFolder:
                 shutil.rmtree(older)
 
     def save_best(self, step: int, write: Callable[[Path], None]) -> None:
-        """The weights with the lowest held-out loss so far. The one before stays until a checkpoint names this one."""
+        """Write the weights with the lowest held-out loss; older ones stay until a checkpoint names these."""
         target = self.best_at(step)
         shutil.rmtree(target, ignore_errors=True)
         with new_folder(target) as folder:
@@ -163,18 +171,18 @@ class RunFolder:
         return self.path / f"best-{step:06d}"
 
     def finished(self) -> RunEnd | None:
-        """How the run ended, if the output is already written and only this folder was left to be removed."""
+        """Return the end of the run if its output is written and only this folder remains, else None."""
         log = self.output / LOG_NAME
         if not log.is_file():
             return None
-        ours, theirs = read_run_events(self.path / LOG_NAME, is_whole=False), read_run_events(log)
-        return theirs[-1] if ours == theirs and isinstance(theirs[-1], RunEnd) else None
+        own, written = read_run_events(self.path / LOG_NAME, is_whole=False), read_run_events(log)
+        return written[-1] if own == written and isinstance(written[-1], RunEnd) else None
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
-    def _dropped_if_empty(self) -> Iterator[None]:
+    def _removed_if_empty(self) -> Iterator[None]:
         try:
             yield
         finally:
@@ -187,29 +195,35 @@ def run_path(output: Path) -> Path:
 
 
 def check_fresh(output: Path) -> None:
-    """Raises OutputNotFresh unless `output` is new or an empty folder."""
+    """Check that `output` is new or an empty folder. Raises OutputNotFresh."""
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
-        raise OutputNotFresh(f"{output} already exists: name a new folder, or move this one away first.")
+        raise OutputNotFresh(
+            f"{output} already exists: expected a new or empty folder. Choose another --output, or move it away."
+        )
 
 
 def read_run(output: Path) -> tuple[Recipe, Path | None]:
-    """(recipe, folder of the adapter it goes on from) of a run that can be resumed. Raises RunNotResumable."""
+    """Return (recipe, folder of the start adapter) of a run that can be resumed. Raises RunNotResumable."""
     path = run_path(output)
     try:
         raw = _Run.model_validate_json((path / _RUN_NAME).read_text())
     except (OSError, ValidationError) as error:
-        done = " (it is complete)" if (output / LOG_NAME).is_file() else ""
+        if (output / LOG_NAME).is_file():
+            raise RunNotResumable(
+                f"the run of {output} is complete: expected a stopped run in {path}. Train into a new folder instead."
+            ) from error
         raise RunNotResumable(
-            f"there is no run to resume at {output}{done}: expected {path}, which a stopped `adapterhub train` leaves."
+            f"{output} has no run to resume: expected {path}, which a stopped `adapterhub train` leaves. Give "
+            "--resume the output folder of the stopped run."
         ) from error
     recipe = read_recipe(path / RECIPE_NAME, folder=Path(raw.recipe_folder))
     return recipe, Path(raw.start) if raw.start else None
 
 
 def _newest(path: Path) -> Checkpoint | None:
-    """A folder with a step's name is complete: it got that name by a rename."""
+    """Return the last checkpoint. A folder with the name of a step is complete, since a rename gave it that name."""
     found = sorted(path.glob("step-*"))
     if not found:
         return None
@@ -222,8 +236,8 @@ def _step_of(event: RunEvent) -> int:
     return 0 if isinstance(event, RunStart) else 1 << 62
 
 
-def _sweep(output: Path) -> None:
-    """What a killed process left half-written; nobody else writes while we hold the lock."""
+def _remove_leftovers(output: Path) -> None:
+    """Remove what a killed process left half-written. Needs the lock."""
     for place in (output.parent.glob(f".{output.name}.*.tmp"), run_path(output).glob(".*.tmp")):
         for leftover in place:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -235,7 +249,10 @@ def _locked(path: Path, output: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise OutputNotFresh(f"{output} is being trained by another process: wait for it, or name another.") from error
+        raise OutputNotFresh(
+            f"another process is training {output}: expected one process per folder. Wait for it, or choose another "
+            "--output."
+        ) from error
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Which samples a step takes, and at which learning rate. Plain numbers, no tensors."""
+"""Choose the samples and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Iterator, Sequence
 from train.recipe import TrainSection
 
 _STEPS_SORTED = 50
-"""steps' worth of shuffled samples that are sorted by length together: the order stays mostly random"""
+"""Number of steps whose shuffled samples are sorted by length together: the order stays mostly random."""
 
 
 def step_batches(lengths: Sequence[int], *, train: TrainSection, seed: int) -> Iterator[list[list[int]]]:
-    """For each step, the sample indices of its forward passes. Every epoch has its own seeded order.
+    """Yield the sample indices of each forward pass, step by step. Every epoch has its own seeded order.
 
-    `lengths` are the samples' tokens; with `group_by_length` samples of similar length share a step. An epoch's last
-    step takes what is left; when the recipe counts steps, epochs go on until it is reached.
+    `lengths` are in tokens; with `group_by_length` samples of similar length share a step. The last step of an epoch
+    takes the samples that are left. A recipe that counts steps repeats epochs until it has enough.
     """
     per_step = train.batch_size * train.gradient_accumulation
     remaining = train.num_steps(len(lengths))
     epoch = 0
     while remaining:
-        for taken in _epoch(lengths, per_step, seed=f"{seed}:{epoch}", is_grouped=train.group_by_length)[:remaining]:
-            yield [taken[place : place + train.batch_size] for place in range(0, len(taken), train.batch_size)]
+        for step in _epoch(lengths, per_step, seed=f"{seed}:{epoch}", is_grouped=train.group_by_length)[:remaining]:
+            yield [step[place : place + train.batch_size] for place in range(0, len(step), train.batch_size)]
             remaining -= 1
         epoch += 1
 
 
 def _epoch(lengths: Sequence[int], per_step: int, *, seed: str, is_grouped: bool) -> list[list[int]]:
-    """The samples of each step of one epoch, all of them once."""
+    """Return the samples of each step of one epoch, each sample once."""
     draw = random.Random(seed)  # noqa: S311 - an order, not a secret
     order = list(range(len(lengths)))
     draw.shuffle(order)
@@ -38,7 +38,7 @@ def _epoch(lengths: Sequence[int], per_step: int, *, seed: str, is_grouped: bool
     window = per_step * _STEPS_SORTED
     ordered = [place for some in _chunks(order, window) for place in sorted(some, key=lambda place: -lengths[place])]
     steps = _chunks(ordered, per_step)
-    # Within a window steps would go from long to short, and the loss with them; an unfilled step stays the last.
+    # Within a window steps would run from long to short samples, and the loss with them; a short step stays last.
     whole = steps[: len(ordered) // per_step]
     draw.shuffle(whole)
     return [*whole, *steps[len(whole) :]]
@@ -49,7 +49,7 @@ def _chunks(places: Sequence[int], size: int) -> list[list[int]]:
 
 
 def learning_rate_at(step: int, *, of: int, train: TrainSection) -> float:
-    """The rate of step 1 ... `of`: a straight rise over the warm-up, then constant, or down to zero after the end."""
+    """Return the learning rate of step 1 to `of`: linear warm-up, then constant or decaying to zero after `of`."""
     if step <= train.warmup_steps:
         return train.learning_rate * step / (train.warmup_steps + 1)
     done = (step - train.warmup_steps - 1) / max(1, of - train.warmup_steps)

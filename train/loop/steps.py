@@ -1,4 +1,4 @@
-"""The steps of a run: taken, measured, kept, and gone on with after a stop. Builds no model and writes no output."""
+"""Run optimizer steps with evaluation, early stopping and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from adapterhub.errors import TrainingFailed, TrainingStopped
 from adapterhub.package.run_record import Answer, RunMeasured, RunSampled, RunStep
 from train.data.tokenization import Sample
 from train.distributed.world import current_world
-from train.loop.optimizer import load_optimizer, save_optimizer, set_rate
+from train.loop.optimizer import load_optimizer, save_optimizer, set_learning_rate
 from train.loop.progress import Progress
 from train.loop.run_folder import RunFolder, State
 from train.loop.schedule import learning_rate_at, step_batches
-from train.loop.stopping import StopWish
+from train.loop.stopping import StopRequest
 from train.model.lora import trainable
 from train.model.methods import load_trained, save_trained
 from train.objectives.base import EvalResult, Objective
 from train.objectives.sample_answers import FixedPrompts
 
 _ADAPTER = "adapter"
-"""folder of a checkpoint that holds the adapter, which `pack` takes"""
+"""Folder of a checkpoint that holds the adapter; `pack` accepts it."""
 
 
 class TrainingLoop:
-    """The steps of one run: what they work on, and how they are kept."""
+    """Run optimizer steps with evaluation, early stopping and checkpoints."""
 
     def __init__(
         self, run: RunFolder, model: Any, optimizer: torch.optim.Optimizer, objective: Objective, base: StoredBase,
@@ -43,52 +43,56 @@ class TrainingLoop:
         self._total = self._train.num_steps(objective.num_samples)
         self._world = current_world()
 
-    def restored(self) -> State:
-        """Model and optimizer as the newest checkpoint has them. The start of the run, when there is none."""
+    def restore(self) -> State:
+        """Load the last checkpoint into model and optimizer; return its state, or that of a new run."""
         newest = self._run.newest
         if newest is None:
             return State()
         load_trained(self._model, newest.path / _ADAPTER)
         load_optimizer(self._optimizer, newest.path)
-        self._progress.say(f"going on after step {newest.state.step} of {self._total}")
+        self._progress.say(f"resuming after step {newest.state.step} of {self._total}")
         return newest.state
 
-    def steps(self, state: State, wish: StopWish) -> State:
-        """Take the steps after `state`; each draws its order, rate and dropout from its number alone."""
+    def run(self, state: State, stop: StopRequest) -> State:
+        """Run the steps after `state` and return the last state.
+
+        Samples, learning rate and dropout of a step depend on the recipe and on its number only. Raises
+        TrainingStopped when `stop` is set, and TrainingFailed for non-finite numbers.
+        """
         self._model.train()
         batches = step_batches(self._objective.lengths(), train=self._train, seed=self._run.recipe.seed)
         for number, places in enumerate(batches, start=1):
             if number <= state.step:
                 continue
             if self._train.patience and state.num_worse >= self._train.patience:
-                self._progress.say(f"stopped early: no lower held-out loss than that of step {state.best_step}")
+                self._progress.say(f"early stopping: no held-out loss below that of step {state.best_step}")
                 break
-            if self._world.any(wish.is_made):
+            if self._world.any(stop.is_set):
                 self._stop(state)
             done = self._step(number, places, state)
             self._run.log(done)
             self._progress.step(done, of=self._total)
-            state = self._measured(state.model_copy(update={"step": number}))
+            state = self._evaluate(state.model_copy(update={"step": number}))
             if self._train.sample_every and number % self._train.sample_every == 0:
                 log_answers(self._run, number, self._prompts.answer(self._model))
             if self._train.checkpoint_every and number % self._train.checkpoint_every == 0:
                 self._save(state)
-        if not self._has_numbers():
-            self._back_to_best(state)
-        # Whatever writing the adapter meets, the steps are not lost.
+        if not self._has_finite_weights():
+            self._recover_best(state)
+        # A checkpoint first: if writing the adapter fails, no step is lost.
         self._save(state)
         return state
 
     def _step(self, number: int, places: Sequence[Sequence[int]], state: State) -> RunStep:
-        """Raises TrainingFailed when loss or gradient is no number; the weights then are still those of `state`."""
+        """Run one optimizer step. Raises TrainingFailed for a non-finite loss or gradient, before weights change."""
         started = time.perf_counter()
         torch.manual_seed(_seed_of_step(self._run.recipe.seed, number) + self._world.rank)
         rate = learning_rate_at(number, of=self._total, train=self._train)
-        set_rate(self._optimizer, rate)
-        mine = self._world.share(places)
-        weight = self._num_trained(mine) if self._world.has_own(places) else 0
+        set_learning_rate(self._optimizer, rate)
+        own = self._world.share(places)
+        weight = self._num_trained(own) if self._world.has_own(places) else 0
         parameters = trainable(self._model)
-        loss = self._objective.backward(self._model, mine)
+        loss = self._objective.backward(self._model, own)
         loss = self._world.sum_gradients(parameters, loss, weight=weight)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._train.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -111,48 +115,50 @@ class TrainingLoop:
     def _num_trained(self, places: Sequence[Sequence[int]]) -> int:
         return sum(sample.num_trained for sample in self._samples(places))
 
-    def _measured(self, state: State) -> State:
+    def _evaluate(self, state: State) -> State:
         every = self._train.evaluate_every
         if not every or state.step % every:
             return state
-        measured = self._objective.measure(self._model)
-        if not measured.tokens:
+        result = self._objective.evaluate(self._model)
+        if not result.tokens:
             return state
-        if not measured.is_finite:
-            self._progress.say(f"step {state.step}: the held-out loss is {measured.loss}: it counts as a worse one")
+        if not result.is_finite:
+            self._progress.say(f"step {state.step}: held-out loss {result.loss}: counts as no improvement")
             return state.model_copy(update={"num_worse": state.num_worse + 1})
-        self._run.log(RunMeasured(step=state.step, loss=measured.loss))
-        self._progress.say(f"step {state.step}: held-out loss {measured.loss:.3f}")
-        if state.best_loss is not None and measured.loss >= state.best_loss:
+        self._run.log(RunMeasured(step=state.step, loss=result.loss))
+        self._progress.say(f"step {state.step}: held-out loss {result.loss:.3f}")
+        if state.best_loss is not None and result.loss >= state.best_loss:
             return state.model_copy(update={"num_worse": state.num_worse + 1})
         if self._train.keep == "best":
             self._run.save_best(state.step, lambda folder: save_trained(self._model, folder, base=self._base.ref))
-        return state.model_copy(update={"best_loss": measured.loss, "best_step": state.step, "num_worse": 0})
+        return state.model_copy(update={"best_loss": result.loss, "best_step": state.step, "num_worse": 0})
 
-    def result(self, state: State) -> EvalResult:
-        """The final held-out figures, with the best weights back in the model when the recipe keeps those."""
-        after = self._objective.measure(self._model)
+    def final_result(self, state: State) -> EvalResult:
+        """Evaluate the weights to keep: the last, or the best when the recipe keeps those (loads them)."""
+        after = self._objective.evaluate(self._model)
         is_best = after.is_finite and (state.best_loss is None or after.loss <= state.best_loss)
         if is_best or self._train.keep == "last" or state.best_loss is None:
             return after
         self._load_best(state)
-        return self._objective.measure(self._model)
+        return self._objective.evaluate(self._model)
 
-    def _has_numbers(self) -> bool:
+    def _has_finite_weights(self) -> bool:
         return all(bool(parameter.isfinite().all()) for parameter in trainable(self._model))
 
-    def _back_to_best(self, state: State) -> None:
+    def _recover_best(self, state: State) -> None:
         if self._train.keep == "last" or state.best_loss is None:
-            raise TrainingFailed(f"after step {state.step} the weights are no numbers: {_advice(self._run)}")
+            raise TrainingFailed(
+                f"weights contain NaN or Inf after step {state.step}: expected finite numbers. {_advice(self._run)}"
+            )
         self._load_best(state)
 
     def _load_best(self, state: State) -> None:
         load_trained(self._model, self._run.best_at(state.best_step))
-        self._progress.say(f"kept: the weights of step {state.best_step}, with the lowest held-out loss")
+        self._progress.say(f"keeping the weights of step {state.best_step}, which have the lowest held-out loss")
 
     def _save(self, state: State) -> None:
-        """A checkpoint, unless the weights are no numbers: an older one is then the last that is good."""
-        if not self._has_numbers():
+        """Write a checkpoint, unless weights contain NaN or Inf: then keep the last good one."""
+        if not self._has_finite_weights():
             return
 
         def write(folder: Path) -> None:
@@ -167,10 +173,12 @@ class TrainingLoop:
             self._save(state)
         newest = self._run.newest
         if newest is None:
-            raise TrainingStopped(f"stopped after step {state.step} of {self._total}; nothing was kept.")
-        kept = "" if newest.state.step == state.step else f", of which {newest.state.step} are kept"
+            raise TrainingStopped(
+                f"stopped after step {state.step} of {self._total}: there is no checkpoint. Start the run again."
+            )
+        kept = "" if newest.state.step == state.step else f" with a checkpoint of step {newest.state.step}"
         raise TrainingStopped(
-            f"stopped after step {state.step} of {self._total}{kept}: go on with `adapterhub train --resume "
+            f"stopped after step {state.step} of {self._total}{kept}: resume with `adapterhub train --resume "
             f"{self._run.output}`."
         )
 
@@ -178,7 +186,8 @@ class TrainingLoop:
         if state.step:
             self._save(state)
         raise TrainingFailed(
-            f"at step {number} of {self._total} the loss is {loss} and the gradient norm {norm}: {_advice(self._run)}"
+            f"loss {loss} and gradient norm {norm} at step {number} of {self._total}: expected finite numbers. "
+            f"{_advice(self._run)}"
         )
 
 
@@ -187,25 +196,30 @@ def log_answers(run: RunFolder, step: int, answers: list[Answer]) -> None:
         run.log(RunSampled(step=step, answers=answers))
 
 
-def check_finite(run: RunFolder, what: str, measured: EvalResult) -> None:
-    """Raises TrainingFailed, with what to do, for a held-out loss of what was trained that is no number."""
-    if not measured.is_finite:
-        raise TrainingFailed(f"the held-out loss of {what} is {measured.loss}: {_advice(run)}")
+def check_finite_loss(run: RunFolder, what: str, result: EvalResult) -> None:
+    """Check that the held-out loss of trained weights is finite. Raises TrainingFailed."""
+    if not result.is_finite:
+        raise TrainingFailed(f"held-out loss of {what} is {result.loss}: expected a finite number. {_advice(run)}")
 
 
-def check_bare(measured: EvalResult) -> None:
-    """Raises TrainingFailed when the base by itself gives no number: no rate has made it so."""
-    if not measured.is_finite:
-        raise TrainingFailed(f"the held-out loss of the bare base is {measured.loss}: set compute_dtype to float32.")
+def check_base_loss(result: EvalResult) -> None:
+    """Check that the base without an adapter has a finite loss, which no learning rate affects.
+
+    Raises TrainingFailed.
+    """
+    if not result.is_finite:
+        raise TrainingFailed(
+            f"held-out loss of the base is {result.loss}: expected a finite number. Set compute_dtype to float32."
+        )
 
 
 def _advice(run: RunFolder) -> str:
-    """Against losses that are no numbers, and what is kept."""
+    """Return what to do about non-finite numbers, and the path of the last checkpoint."""
     newest, kept = run.newest, ""
     if newest is not None:
-        kept = f" The adapter as it was after step {newest.state.step} is kept: {newest.path / _ADAPTER}"
+        kept = f" The adapter of step {newest.state.step} is kept in {newest.path / _ADAPTER}"
     rate = run.recipe.train.learning_rate
-    return f"lower learning_rate (now {rate:g}), or set compute_dtype to float32.{kept}"
+    return f"Lower learning_rate (now {rate:g}), or set compute_dtype to float32.{kept}"
 
 
 def _seed_of_step(seed: int, number: int) -> int:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop, granted between two steps. Writes nothing."""
+"""Turn SIGINT and SIGTERM into a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-_ANSWER = b"stopping after this step, with a checkpoint; asking once more stops at once\n"
+_ANSWER = b"stopping after this step, with a checkpoint; a second signal stops at once\n"
 
 
 @dataclass
-class StopWish:
-    """Whether somebody asked the run to stop."""
+class StopRequest:
+    """Whether a signal asked the run to stop."""
 
-    is_made: bool = False
+    is_set: bool = False
 
 
 @contextmanager
-def stop_wishes() -> Iterator[StopWish]:
-    """The first signal is a wish; a second one interrupts as Ctrl-C always did."""
-    wish = StopWish()
+def stop_requests() -> Iterator[StopRequest]:
+    """Set the request at the first signal; raise KeyboardInterrupt at the second."""
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield wish  # Python delivers signals to the main thread only
+        yield request  # Python delivers signals to the main thread only
         return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if wish.is_made:
+        if request.is_set:
             raise KeyboardInterrupt
-        wish.is_made = True
+        request.is_set = True
         os.write(2, _ANSWER)  # print could be interrupted by itself here
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield wish
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,7 +1,8 @@
-"""A LoRA layer's product and its gradients as one operation, instead of PEFT's chain of them. Holds no weights.
+"""Compute a LoRA layer and its gradients as one operation, instead of PEFT's chain of operations.
 
-The input is kept once, as it came, for all layers that share it; A and B, fp32 as ever, are rounded to the dtype the
-base computes in when they are used; neither product nor sum is copied. In fp32 both ways differ by the order of sums.
+The input is kept once, in its own dtype, for all layers that share it. A and B stay fp32 and are rounded to the dtype
+of the base when they are used. Neither product nor sum is copied. In fp32 the results differ from PEFT's by the order
+of sums only.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ _NAME = "default"
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x W^T + bias + scaling (x A^T) B^T (LoRA, arXiv 2106.09685, section 4.1), W frozen and unpacked when used."""
+    """x W^T + bias + scaling (x A^T) B^T (LoRA, arXiv 2106.09685, section 4.1); frozen W is dequantized when used."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, dropped: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, layer: Any,
         scaling: float,
     ) -> torch.Tensor:  # fmt: skip
-        """`dropped` is x after dropout, which A sees instead of x; None: x itself."""
+        """Compute the layer's output; `dropped` is x after dropout, the input of A (None: x itself)."""
         rows = x.reshape(-1, x.shape[-1])
         seen = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
         low = seen @ a.to(x.dtype).T
@@ -53,11 +54,11 @@ class _LoraProduct(torch.autograd.Function):
 
 
 def fuse_lora(model: Any) -> int:
-    """Give PEFT's plain LoRA layers this product, and return how many there are; the others keep PEFT's own.
+    """Make PEFT's plain LoRA layers compute this product in training; return their number.
 
-    Plain is: on a linear layer in 4 bit or not quantized, without DoRA or another variant. Without gradients a layer
-    still takes PEFT's way, so that what is measured is what PEFT reloads (of an fp32 base, to the bit); so does fp16,
-    whose range is too small for the gradients.
+    A plain layer is a LoRA on a 4-bit or unquantized linear layer, without DoRA or another variant. Without gradients
+    every layer computes as in PEFT, so that the evaluated model is the one PEFT reloads (to the bit, for an fp32
+    base). So do fp16 models, because the range of fp16 is too small for the gradients.
     """
     if model.dtype == torch.float16:
         return 0

@@ -1,9 +1,8 @@
-"""What a run trains, by the recipe's method: how it is put on a base, kept, and written. Takes no step."""
+"""Attach, save and load what a run trains, by the recipe's method."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from train.recipe import Recipe
 
 
 def attach(model: Any, recipe: Recipe) -> Any:
-    """The model with what is to be trained, and nothing else, taking gradients. Raises RecipeError."""
+    """Attach what the recipe trains, and let only that take gradients; return the model. Raises RecipeError."""
     if recipe.method == "lora":
         found = add_lora(model, recipe.lora)
     elif recipe.method == "head":
-        # PEFT's way to train a module whole, with no low-rank layer beside it.
+        # PEFT trains a whole module only beside a LoRA: here a LoRA without layers.
         found = use_fp32_master_weights(get_peft_model(model, _head_config(model)))
     elif recipe.method == "full":
         found = model.requires_grad_(True)
@@ -42,7 +41,7 @@ def attach(model: Any, recipe: Recipe) -> Any:
 
 
 def configure_forward(model: Any, recipe: Recipe) -> Any:
-    """The model with what [train] asks of its forward pass."""
+    """Set NEFTune noise and activation checkpointing as [train] asks; return the model."""
     inner = bare_model(model)
     inner.get_input_embeddings().neftune_noise_alpha = recipe.train.neftune_alpha
     if recipe.train.activation_checkpointing:
@@ -51,12 +50,15 @@ def configure_forward(model: Any, recipe: Recipe) -> Any:
 
 
 def adapter_disabled(model: Any) -> AbstractContextManager[None]:
-    """While it lasts, the model is the base. Of a model trained whole: as it is, so before the first step only."""
-    return model.disable_adapter() if isinstance(model, PeftModel) else _as_it_is()
+    """Make the model compute what the base does, inside the context.
+
+    A model that is trained whole has no adapter to disable: it is the base only before the first step.
+    """
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
 def save_trained(model: Any, folder: Path, *, base: BaseRef, tokenizer: Any = None) -> None:
-    """An adapter as PEFT writes it; or the whole model as transformers does, a base for others with its tokenizer."""
+    """Write an adapter as PEFT does, or a whole model (and its tokenizer) as transformers does."""
     if isinstance(model, PeftModel):
         save_lora(model, folder, base=base)
         return
@@ -66,7 +68,7 @@ def save_trained(model: Any, folder: Path, *, base: BaseRef, tokenizer: Any = No
 
 
 def load_trained(model: Any, folder: Path) -> None:
-    """Put weights that `save_trained` wrote back, bit for bit."""
+    """Load the weights that `save_trained` wrote, bit for bit."""
     if isinstance(model, PeftModel):
         load_lora(model, folder)
         return
@@ -78,8 +80,3 @@ def load_trained(model: Any, folder: Path) -> None:
 def _head_config(model: Any) -> LoraConfig:
     name = leaf_name(model, model.get_output_embeddings())
     return LoraConfig(task_type="CAUSAL_LM", r=1, lora_alpha=1, target_modules=NO_LAYERS, modules_to_save=[name])
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield

@@ -1,4 +1,4 @@
-"""What a run minimises and how that is measured; learning to write the data's answers. Moves no weight."""
+"""The interface of a run's objective, and the result of an evaluation."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from adapterhub.package.manifest import Evaluation
-from train.data.preferences import Comparisons
+from train.data.preferences import PreferenceData
 from train.data.tokenization import Sample, TokenData
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What a model makes of what was held out."""
+    """Held-out loss and pair accuracy of a model."""
 
     loss: float
-    """the objective's own"""
+    """Held-out loss of the objective."""
     nats_per_token: float
+    """Mean negative log-likelihood, in nats per token."""
     tokens: int
-    """tokens `nats_per_token` is the mean over; 0: nothing is held out"""
+    """Number of tokens that `nats_per_token` averages over; 0: nothing is held out."""
     accuracy: float | None = None
-    """share of held-out pairs whose desirable reply is the likelier one, per token"""
+    """Pair accuracy: share of held-out pairs whose chosen reply has the higher log-likelihood per token."""
 
     @property
     def is_finite(self) -> bool:
@@ -30,9 +31,9 @@ class EvalResult:
 
 
 class Objective(Protocol):
-    """Data and loss of a run. Places are indices into its training samples; what data say of themselves is here."""
+    """Data and loss of a run. A place is an index into its training samples."""
 
-    _data: TokenData | Comparisons
+    _data: TokenData | PreferenceData
 
     @property
     def num_samples(self) -> int:
@@ -52,28 +53,30 @@ class Objective(Protocol):
 
     @property
     def num_left_out(self) -> tuple[int, int]:
-        """(samples cut, samples without a trained token)"""
+        """Number of samples that were cut, and of those without a trained token."""
         return self._data.num_cut, self._data.num_untrained
 
     @property
     def longest(self) -> int:
-        """tokens of the longest sample"""
+        """Length of the longest sample, in tokens."""
 
     def lengths(self) -> list[int]:
-        """tokens of each training sample"""
+        """Return the length of each training sample, in tokens."""
 
-    def describe(self) -> str: ...
+    def describe(self) -> str:
+        """Return one line about data and method, for the progress output."""
 
     def samples_at(self, place: int) -> Sequence[Sample]:
-        """What the model sees of one training sample: one text, or a pair."""
+        """Return the texts of one training sample: one, or the two of a pair."""
 
     def set_reference(self, model: Any) -> None:
-        """Called once, with the model as training starts from it."""
+        """Record the reference model's log-likelihoods; called once, before the first step."""
 
     def backward(self, model: Any, batches: Sequence[Sequence[int]]) -> float:
-        """Gradients of the mean loss over all batches together, which is returned."""
+        """Compute gradients of the mean loss over all batches together, and return that loss."""
 
-    def measure(self, model: Any) -> EvalResult: ...
+    def evaluate(self, model: Any) -> EvalResult:
+        """Evaluate the model on the held-out samples."""
 
     def evaluations(self, *, base: EvalResult, before: EvalResult, after: EvalResult) -> list[Evaluation]:
-        """In the record's words: the bare base, what training started from, and the result."""
+        """Return the entries of the run record: base, start of training, and result."""

@@ -1,4 +1,4 @@
-"""Loss on given samples: how training and measuring both call a model. Changes no weight."""
+"""Compute losses of given samples, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from train.data.tokenization import Sample
 from train.objectives.forward import token_losses
 
 _ROW_SAMPLES, _ROW_TOKENS, _ROW_TRAINED = 8, 2048, 512
-"""packed together when measuring, at most: samples; their tokens; those of them that need logits, by far the largest
-tensors then (a row of 2,048 logits over 128k words takes 1.6 GB). So measuring needs less than a step does."""
+"""Limits of a row in evaluation: samples, tokens, and tokens with logits, by far the largest tensors (2,048 rows of
+logits over a vocabulary of 128k take 1.6 GB). So an evaluation needs less memory than a step."""
 
 
 def row_loss(model: Any, row: Row) -> torch.Tensor:
@@ -23,14 +23,14 @@ def row_loss(model: Any, row: Row) -> torch.Tensor:
 
 
 def log_likelihoods(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
-    """[S] log-likelihood (nats, fp32) of each sample's trained tokens together, all samples in one row."""
+    """Return [S], the log-likelihood (nats, fp32) of each sample's trained tokens; all samples are one row."""
     row = pack(samples, device=model.device, dtype=model.dtype)
-    of_tokens = -token_losses(model, row)
-    return of_tokens.new_zeros(len(samples)).index_add(0, row.owners, of_tokens)
+    per_token = -token_losses(model, row)
+    return per_token.new_zeros(len(samples)).index_add(0, row.owners, per_token)
 
 
-def rows_to_measure(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
-    """Neighbours together, as many as memory should bear; a sample too long for that stands alone."""
+def eval_rows(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+    """Group neighbors into rows within the limits of memory; a sample beyond them is a row of its own."""
     row: list[Sample] = []
     for sample in samples:
         grown = [*row, sample]
@@ -47,10 +47,10 @@ def rows_to_measure(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
 
 
 def held_out_loss(model: Any, samples: Sequence[Sample]) -> tuple[float, int]:
-    """(mean loss per trained token in nats, number of those tokens), in eval mode and without gradients."""
+    """Return (mean loss per trained token in nats, number of those tokens), in eval mode and without gradients."""
     total, tokens = 0.0, 0
-    with measuring(model):
-        for together in rows_to_measure(samples):
+    with eval_mode(model):
+        for together in eval_rows(samples):
             row = pack(together, device=model.device, dtype=model.dtype)
             total += row_loss(model, row).item()
             tokens += len(row.targets)
@@ -58,9 +58,9 @@ def held_out_loss(model: Any, samples: Sequence[Sample]) -> tuple[float, int]:
 
 
 @contextmanager
-def measuring(model: Any) -> Iterator[None]:
-    """In eval mode and without gradients; the mode it was in comes back."""
-    # Not inference_mode: tensors a model caches there (rotary tables) could not take part in training later.
+def eval_mode(model: Any) -> Iterator[None]:
+    """Set eval mode without gradients; restore the model's mode at the end."""
+    # Not inference_mode: tensors that a model caches there (rotary tables) could not take part in training later.
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""One forward pass of a packed row, to the loss of each target: noise, soft prompts, and logits a few at a time."""
+"""Run one forward pass of a packed row, up to the loss of each target."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _ends_with_head: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def token_losses(model: Any, row: Row) -> torch.Tensor:
-    """[T] negative log-likelihood (nats, fp32) of the row's targets.
+    """Return [T], the negative log-likelihood (nats, fp32) of each target of the row.
 
-    Logits are computed at their places only, and in pieces: a piece's are dropped after its losses and computed again
-    for the gradient, so memory does not grow with the number of targets. A base that still works on its logits after
-    the head (soft caps, scales) has them computed in one piece, by itself.
+    Logits are computed for the targets only, and in chunks: those of a chunk are dropped after its losses and computed
+    again for the gradient, so memory does not grow with the number of targets. A base that transforms its logits
+    after the head (soft caps, scales) computes them itself, in one chunk.
     """
     inner = bare_model(model)
     inputs = _inputs(model, inner, row)
     keep = row.keep + (inputs["position_ids"].shape[1] - row.position_ids.shape[1])
-    if not _is_last(inner):
+    if not _head_is_last(inner):
         return _losses(inner(**inputs, logits_to_keep=keep).logits[0], row.targets)
     hidden: torch.Tensor = inner.get_decoder()(**inputs).last_hidden_state[0, keep]
     head = inner.get_output_embeddings()
@@ -35,14 +35,14 @@ def token_losses(model: Any, row: Row) -> torch.Tensor:
     def losses(part: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return _losses(head(part), targets)
 
-    pieces = list(zip(torch.split(hidden, size), torch.split(row.targets, size), strict=True))
-    if len(pieces) > 1 and torch.is_grad_enabled():
-        return torch.cat([checkpoint(losses, *piece, use_reentrant=False) for piece in pieces])
-    return torch.cat([losses(*piece) for piece in pieces])
+    chunks = list(zip(torch.split(hidden, size), torch.split(row.targets, size), strict=True))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])
+    return torch.cat([losses(*chunk) for chunk in chunks])
 
 
 def bare_model(model: Any) -> Any:
-    """transformers' own model, with the layers PEFT has put into it."""
+    """Return the transformers model inside PEFT's wrapper, with the adapter layers in it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -50,17 +50,18 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _is_last(inner: Any) -> bool:
-    """Is the head all there is between the decoder's output and the logits? Asked of the model itself, once."""
+def _head_is_last(inner: Any) -> bool:
+    """Return whether the logits are the head's output, unchanged. Tried on the model once."""
     if inner not in _ends_with_head:
         ids = torch.tensor([[1, 2, 3]], device=inner.device)
         was_training = inner.training
         inner.eval()
         with torch.no_grad():
             logits = inner(input_ids=ids, use_cache=False).logits
-            ours = inner.get_output_embeddings()(inner.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
+            hidden = inner.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            head_output = inner.get_output_embeddings()(hidden)
         inner.train(was_training)
-        _ends_with_head[inner] = torch.equal(logits, ours)
+        _ends_with_head[inner] = torch.equal(logits, head_output)
     return _ends_with_head[inner]
 
 
@@ -68,7 +69,7 @@ def _inputs(model: Any, inner: Any, row: Row) -> dict[str, Any]:
     inputs: dict[str, Any] = {"position_ids": row.position_ids, "attention_mask": row.mask, "use_cache": False}
     embedding = inner.get_input_embeddings()
     noise = getattr(embedding, "neftune_noise_alpha", 0.0) if model.training else 0.0
-    # PEFT turns a soft prompt off by putting the base's forward in its own place.
+    # PEFT disables a soft prompt by replacing its own forward by the base's.
     has_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     if not noise and not (has_prompt and model.forward.__self__ is model):
         return inputs | {"input_ids": row.input_ids}
@@ -80,8 +81,10 @@ def _inputs(model: Any, inner: Any, row: Row) -> dict[str, Any]:
 
 
 def _noise(embedded: torch.Tensor, positions: torch.Tensor, alpha: float) -> torch.Tensor:
-    """NEFTune (arXiv 2310.05914, algorithm 1): uniform within alpha / sqrt(L d), L the length of the token's sample;
-    the beginning that samples share has the first one's."""
+    """Return NEFTune noise (arXiv 2310.05914, algorithm 1): uniform within alpha / sqrt(L d).
+
+    L is the length of the token's sample; the common prefix takes that of the first sample.
+    """
     is_start = torch.cat([positions.new_zeros(1), (positions[1:] <= positions[:-1]).long()])
     is_end = torch.cat([is_start[1:], is_start.new_ones(1)]).bool()
     lengths = (positions[is_end] + 1)[is_start.cumsum(0)]
@@ -90,7 +93,7 @@ def _noise(embedded: torch.Tensor, positions: torch.Tensor, alpha: float) -> tor
 
 
 def _behind_prompt(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The row with the soft prompt before it, which every sample sees: tokens of its own, or keys and values."""
+    """Prepend the soft prompt, which every sample attends to, as embedded tokens or as keys and values."""
     config, mask = model.active_peft_config, inputs["attention_mask"]
     count = config.num_virtual_tokens
     prompt = model.get_prompt(batch_size=1)

@@ -1,4 +1,4 @@
-"""Preference tuning as objectives of a run: comparisons, a reference and one of the losses. Moves no weight."""
+"""Objectives of preference tuning: DPO and ORPO on preference pairs, KTO on labeled replies."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 import torch
 
 from adapterhub.package.manifest import Evaluation, Preference
-from train.data.preferences import Comparisons, Labelled, Pair
+from train.data.preferences import LabeledReply, PreferenceData, PreferencePair
 from train.data.tokenization import Sample
 from train.objectives.base import EvalResult, Objective
-from train.objectives.evaluation import log_likelihoods, measuring, rows_to_measure
+from train.objectives.evaluation import eval_mode, eval_rows, log_likelihoods
 from train.objectives.losses import dpo_loss, kto_drift, kto_loss, orpo_loss
 from train.recipe import PreferenceSection
 
 _Group = tuple[list[Sample], list[Sample]]
-"""(desirable, undesirable) replies, to be compared each with each"""
+"""(desirable, undesirable) replies; each of the first is compared with each of the second."""
 
 
-class _Compared(Objective):
-    """What both kinds of comparison share: data, words, and the reference's log-likelihoods.
+class _PreferenceObjective(Objective):
+    """Data, descriptions and reference log-likelihoods that both kinds of preference data share.
 
-    The reference is what training starts from, so one pass before the first step gives all that is needed of it:
-    no second model is held, and a step costs no more than with plain answers.
+    The reference model is what training starts from. One pass before the first step gives its log-likelihoods, so no
+    second model stays in memory, and a step costs no more than in supervised fine-tuning.
     """
 
-    _data: Comparisons
+    _data: PreferenceData
 
-    def __init__(self, data: Comparisons, section: PreferenceSection, *, num_held_out_pairs: int) -> None:
+    def __init__(self, data: PreferenceData, section: PreferenceSection, *, num_held_out_pairs: int) -> None:
         self._data = data
         self._section = section
         self._num_held_out_pairs = num_held_out_pairs
@@ -44,7 +44,11 @@ class _Compared(Objective):
 
     def describe(self) -> str:
         method = self._section.method.upper()
-        return f"{self._data.name}: {method} on {self.num_samples} comparisons, {len(self._data.held_out)} held out"
+        return f"{self._data.name}: {method} on {self.num_samples} {self._unit}, {len(self._data.held_out)} held out"
+
+    @property
+    def _unit(self) -> str:
+        return "labeled replies" if self._section.method == "kto" else "preference pairs"
 
     def samples_at(self, place: int) -> Sequence[Sample]:
         return self._data.train[place].samples
@@ -62,7 +66,7 @@ class _Compared(Objective):
         )
         return [
             Evaluation(
-                data=f"{self._data.name}, {len(self._data.held_out)} held-out comparisons",
+                data=f"{self._data.name}, {len(self._data.held_out)} held-out {self._unit}",
                 tokens=after.tokens,
                 base_loss=round(base.nats_per_token, 4),
                 adapter_loss=round(after.nats_per_token, 4),
@@ -71,12 +75,12 @@ class _Compared(Objective):
         ]
 
 
-class Pairs(_Compared):
-    """DPO or ORPO on pairs."""
+class PairObjective(_PreferenceObjective):
+    """DPO or ORPO on preference pairs."""
 
-    def __init__(self, data: Comparisons, section: PreferenceSection) -> None:
-        self._train = [pair for pair in data.train if isinstance(pair, Pair)]
-        self._held_out = [pair for pair in data.held_out if isinstance(pair, Pair)]
+    def __init__(self, data: PreferenceData, section: PreferenceSection) -> None:
+        self._train = [pair for pair in data.train if isinstance(pair, PreferencePair)]
+        self._held_out = [pair for pair in data.held_out if isinstance(pair, PreferencePair)]
         super().__init__(data, section, num_held_out_pairs=len(self._held_out))
 
     def set_reference(self, model: Any) -> None:
@@ -96,8 +100,8 @@ class Pairs(_Compared):
             total += loss.item()
         return total
 
-    def measure(self, model: Any) -> EvalResult:
-        """The chosen reply must be the likelier one per token, so that length alone decides nothing."""
+    def evaluate(self, model: Any) -> EvalResult:
+        """Evaluate; pair accuracy compares log-likelihoods per token, so that length does not decide."""
         if not self._held_out:
             return EvalResult(0.0, 0.0, 0)
         samples = _side_by_side(self._held_out)
@@ -112,7 +116,7 @@ class Pairs(_Compared):
             accuracy=float((chosen > rejected).float().mean()),
         )
 
-    def _losses(self, pairs: Sequence[Pair], found: torch.Tensor) -> torch.Tensor:
+    def _losses(self, pairs: Sequence[PreferencePair], found: torch.Tensor) -> torch.Tensor:
         samples = _side_by_side(pairs)
         if self._section.method == "orpo":
             return orpo_loss(*_per_token(found, samples).chunk(2), weight=self._section.beta)
@@ -120,12 +124,12 @@ class Pairs(_Compared):
         return dpo_loss(*(found - reference).chunk(2), beta=self._section.beta)
 
 
-class Labels(_Compared):
-    """KTO on labelled replies."""
+class KtoObjective(_PreferenceObjective):
+    """KTO on labeled replies."""
 
-    def __init__(self, data: Comparisons, section: PreferenceSection) -> None:
-        self._train = [item for item in data.train if isinstance(item, Labelled)]
-        self._held_out = [item for item in data.held_out if isinstance(item, Labelled)]
+    def __init__(self, data: PreferenceData, section: PreferenceSection) -> None:
+        self._train = [item for item in data.train if isinstance(item, LabeledReply)]
+        self._held_out = [item for item in data.held_out if isinstance(item, LabeledReply)]
         self._mismatched = _mismatched(self._train)
         self._mismatched_held_out = _mismatched(self._held_out)
         self._groups = _groups_of(self._held_out)
@@ -147,8 +151,8 @@ class Labels(_Compared):
             total += loss.item()
         return total
 
-    def measure(self, model: Any) -> EvalResult:
-        """Accuracy compares replies to the same prompt, and where no prompt has both kinds, all with all."""
+    def evaluate(self, model: Any) -> EvalResult:
+        """Evaluate; pair accuracy compares replies to one prompt, or all replies if no prompt has both labels."""
         desirable = [item.sample for item in self._held_out if item.is_desirable]
         if not self._num_held_out_pairs:
             return EvalResult(0.0, 0.0, 0)
@@ -161,14 +165,14 @@ class Labels(_Compared):
             loss=float(self._losses(self._held_out, values, drift).mean()),
             nats_per_token=-sum(found[sample] for sample in desirable) / tokens,
             tokens=tokens,
-            accuracy=_share_told_apart(self._groups, per_token),
+            accuracy=_pair_accuracy(self._groups, per_token),
         )
 
     def _drift(self, model: Any, samples: Sequence[Sample]) -> float:
         found = _all_log_likelihoods(model, samples)
         return kto_drift(torch.tensor([found[sample] - self._reference[sample] for sample in samples]))
 
-    def _losses(self, items: Sequence[Labelled], found: torch.Tensor, drift: float) -> torch.Tensor:
+    def _losses(self, items: Sequence[LabeledReply], found: torch.Tensor, drift: float) -> torch.Tensor:
         reference = found.new_tensor([self._reference[item.sample] for item in items])
         desirable = torch.tensor([item.is_desirable for item in items], device=found.device)
         section = self._section
@@ -176,11 +180,12 @@ class Labels(_Compared):
         return kto_loss(found - reference, desirable, beta=section.beta, drift=drift, weights=weights)
 
 
-def preference_objective(data: Comparisons, section: PreferenceSection) -> Pairs | Labels:
-    return Labels(data, section) if section.method == "kto" else Pairs(data, section)
+def preference_objective(data: PreferenceData, section: PreferenceSection) -> PairObjective | KtoObjective:
+    """Return the objective of the section's method."""
+    return KtoObjective(data, section) if section.method == "kto" else PairObjective(data, section)
 
 
-def _side_by_side(pairs: Sequence[Pair]) -> list[Sample]:
+def _side_by_side(pairs: Sequence[PreferencePair]) -> list[Sample]:
     return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
 
 
@@ -189,52 +194,52 @@ def _per_token(values: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
 
 
 def _all_log_likelihoods(model: Any, samples: Sequence[Sample]) -> dict[Sample, float]:
-    """In rows of replies to one prompt where they stand together, without gradients."""
+    """Return each sample's log-likelihood, without gradients; sorted, so that replies to one prompt share a row."""
     found: dict[Sample, float] = {}
     distinct = sorted(set(samples), key=lambda sample: (sample.tokens, sample.trained))
-    with measuring(model):
-        for row in rows_to_measure(distinct):
+    with eval_mode(model):
+        for row in eval_rows(distinct):
             found.update(zip(row, log_likelihoods(model, row).tolist(), strict=True))
     return found
 
 
-def _mismatched(items: Sequence[Labelled]) -> list[Sample]:
-    """Each prompt with the next reply that was given to another prompt, the first following the last."""
+def _mismatched(items: Sequence[LabeledReply]) -> list[Sample]:
+    """Return each prompt with the next reply to another prompt; the first follows the last."""
     prompts = [item.prompt for item in items]
     if len(set(prompts)) < 2:
         return [item.sample for item in items]
     other = [0] * len(items)
-    # Backwards each learns from the one after it; twice, since the last ones learn from the first.
+    # Backwards, each item copies from the one after it; twice, since the last items copy from the first.
     for place in reversed(range(2 * len(items))):
         here, after = place % len(items), (place + 1) % len(items)
         other[here] = after if prompts[after] != prompts[here] else other[after]
     return [_reply_to(prompts[here], items[there].sample, prompts[there]) for here, there in enumerate(other)]
 
 
-def _reply_to(prompt: tuple[int, ...], reply: Sample, asked: tuple[int, ...]) -> Sample:
-    start = len(asked)
+def _reply_to(prompt: tuple[int, ...], reply: Sample, own_prompt: tuple[int, ...]) -> Sample:
+    start = len(own_prompt)
     return Sample((*prompt, *reply.tokens[start:]), (*(False,) * len(prompt), *reply.trained[start:]))
 
 
-def _groups_of(items: Sequence[Labelled]) -> list[_Group]:
-    """One for each prompt that has both kinds of replies; one of all replies when none has."""
+def _groups_of(items: Sequence[LabeledReply]) -> list[_Group]:
+    """Return a group for each prompt that has both labels, or one group of all replies when no prompt has."""
     by_prompt: dict[tuple[int, ...], _Group] = {}
     for item in items:
-        better, worse = by_prompt.setdefault(item.prompt, ([], []))
-        (better if item.is_desirable else worse).append(item.sample)
-    sides = list(by_prompt.values())
-    every = [sample for better, _ in sides for sample in better], [sample for _, worse in sides for sample in worse]
-    return [side for side in sides if all(side)] or [every]
+        desirable, undesirable = by_prompt.setdefault(item.prompt, ([], []))
+        (desirable if item.is_desirable else undesirable).append(item.sample)
+    groups = list(by_prompt.values())
+    whole = [sample for group in groups for sample in group[0]], [sample for group in groups for sample in group[1]]
+    return [group for group in groups if all(group)] or [whole]
 
 
-def _share_told_apart(groups: Sequence[_Group], value: dict[Sample, float]) -> float:
-    """Of the pairs of each group, how many have the greater value on the desirable reply; sorted, not one by one."""
-    right = 0
-    for better, worse in groups:
-        known = sorted(value[sample] for sample in worse)
-        right += sum(bisect_left(known, value[sample]) for sample in better)
-    return right / _num_pairs(groups)
+def _pair_accuracy(groups: Sequence[_Group], value: dict[Sample, float]) -> float:
+    """Return the share of pairs whose desirable reply has the greater value; n log n, by bisection."""
+    correct = 0
+    for desirable, undesirable in groups:
+        values = sorted(value[sample] for sample in undesirable)
+        correct += sum(bisect_left(values, value[sample]) for sample in desirable)
+    return correct / _num_pairs(groups)
 
 
 def _num_pairs(groups: Sequence[_Group]) -> int:
-    return sum(len(better) * len(worse) for better, worse in groups)
+    return sum(len(desirable) * len(undesirable) for desirable, undesirable in groups)

@@ -1,4 +1,4 @@
-"""A model's answers to fixed prompts while it trains, to show what a loss cannot say. Changes no weight."""
+"""Sample a model's answers to fixed prompts during training."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from adapterhub.package.run_record import Answer
-from train.objectives.evaluation import measuring
+from train.objectives.evaluation import eval_mode
 
 NUM_TOKENS = 40
-"""of an answer, at most"""
+"""Maximum answer length, in tokens."""
 
 
 class FixedPrompts:
-    """The same questions every time, answered greedily: nothing is drawn, so no random state moves.
+    """Prompts that are answered greedily, so that no random state changes.
 
-    An answer ends at the first of the `stop` strings, as a server ends it.
+    An answer ends at the first of the `stop` strings, as in a server.
     """
 
     def __init__(self, prompts: Sequence[str], tokenizer: Any, *, stop: Sequence[str] = ()) -> None:
@@ -33,12 +33,12 @@ class FixedPrompts:
         ]
 
     def answer(self, model: Any) -> list[Answer]:
-        """Each prompt's answer by the model as it is now; an empty list without prompts."""
+        """Return the model's current answer to each prompt."""
         if not self._rows:
             return []
         batches = [[row] for row in self._rows] if _is_soft_prompt(model) else [self._rows]
-        with measuring(model), warnings.catch_warnings():
-            # What a soft prompt says of positions it would count by itself.
+        with eval_mode(model), warnings.catch_warnings():
+            # PEFT's soft prompts count positions themselves, and warn about those given.
             warnings.filterwarnings("ignore", message="Position ids are not supported")
             texts = [text for batch in batches for text in self._generate(model, batch)]
         return [
@@ -51,9 +51,9 @@ class FixedPrompts:
         pad = self._tokenizer.eos_token_id if pad is None else pad
         longest = max(map(len, rows))
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
-        seen = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
         out = model.generate(
-            input_ids=ids, attention_mask=seen, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=pad
+            input_ids=ids, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=pad
         )
         found: list[str] = self._tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         return found
@@ -63,6 +63,9 @@ class FixedPrompts:
 
 
 def _is_soft_prompt(model: Any) -> bool:
-    """Then a row must not be padded: PEFT counts positions from the padding on (it ignores those it is given)."""
+    """Return whether the model has a soft prompt.
+
+    Its rows must not be padded: PEFT ignores given positions and counts from the padding on.
+    """
     config = getattr(model, "active_peft_config", None)
     return config is not None and config.is_prompt_learning

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss of the assistant's tokens."""
+"""Supervised fine-tuning: the mean negative log-likelihood of the trained tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.objectives.evaluation import held_out_loss, row_loss
 
 
 class SftObjective(Objective):
-    """The mean negative log-likelihood of the trained tokens."""
+    """Objective of supervised fine-tuning."""
 
     _data: TokenData
 
@@ -41,7 +41,7 @@ class SftObjective(Objective):
         pass
 
     def backward(self, model: Any, batches: Sequence[Sequence[int]]) -> float:
-        """A mean of the batches' means would weigh tokens by how many share their batch; this does not."""
+        """Compute gradients of the mean over all trained tokens, not of the mean over batches' means."""
         rows = [[self._data.train[place] for place in places] for places in batches]
         num_trained = sum(sample.num_trained for row in rows for sample in row)
         total = 0.0
@@ -51,7 +51,7 @@ class SftObjective(Objective):
             total += loss.item()
         return total
 
-    def measure(self, model: Any) -> EvalResult:
+    def evaluate(self, model: Any) -> EvalResult:
         loss, tokens = held_out_loss(model, self._data.held_out)
         return EvalResult(loss, loss, tokens)
 

@@ -99,7 +99,7 @@ class Plan(_Closed):
 
 
 def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None = None) -> Plan:
-    """What `fit` would do with the same arguments. Raises RecipeError, DatasetError, BaseNotFound, UsageError,
+    """What `train` would do with the same arguments. Raises RecipeError, DatasetError, BaseNotFound, UsageError,
     IncompatibleBase."""
     recipe = with_lora_of(recipe, start)
     inputs = load_inputs(recipe, base, start=start)

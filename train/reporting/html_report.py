@@ -161,7 +161,7 @@ def _environment(loaded: LoadedBase) -> list[tuple[str, str]]:
     facts += [(choice.what, f"{choice.value} ({choice.reason})") for choice in loaded.choices]
     facts.append(("threads", str(torch.get_num_threads())))
     if world.size > 1:
-        facts.append(("processes", f"{world.size}{world.division}"))
+        facts.append(("processes", f"{world.size}{world.sharding}"))
     return facts
 
 

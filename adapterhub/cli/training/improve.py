@@ -39,9 +39,9 @@ def improve(
     from adapterhub.adapter import AdapterRef
     from adapterhub.cli.training.feedback_export import feedback_exported
     from adapterhub.pack import pack
+    from train import trainer
     from train.inputs import with_lora_of
     from train.recipe import Recipe
-    from train.trainer import fit
 
     adapter = resolved(ref)
     name = adapter.manifest.name
@@ -52,7 +52,7 @@ def improve(
     text = improvement.recipe(adapter, base=base.ref.id, store=store)
     wanted = Recipe.model_validate(tomllib.loads(text))
     with feedback_exported(with_lora_of(wanted, adapter), folder, folder) as (recipe, _):
-        end = fit(recipe, base, folder, start=adapter)
+        end = trainer.train(recipe, base, folder, start=adapter)
     candidate = pack(folder, base=base, name=name, licence=adapter.manifest.licence, report=say)
     is_better = _told(end)
     say(f"{adapter.digest} -> {candidate.digest}")

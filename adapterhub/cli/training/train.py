@@ -186,17 +186,17 @@ def _train_here(
     """In this process, which may be one of several; None when another one of them writes the adapter."""
     from adapterhub.errors import UsageError
     from train.distributed.world import is_worker
-    from train.worker import work
+    from train.worker import run_worker
 
     if is_worker():
-        return work(recipe, base, folder, start=start, shards=shards, report_to=report_to)
+        return run_worker(recipe, base, folder, start=start, shards=shards, report_to=report_to)
     if shards:
         raise UsageError("--shard divides the base among processes: give --launch N with it.")
+    from train import trainer
     from train.reporting.trackers import tracking
-    from train.trainer import fit
 
     with tracking(report_to, recipe) as listen:
-        return fit(recipe, base, folder, start=start, listen=listen)
+        return trainer.train(recipe, base, folder, start=start, listen=listen)
 
 
 def _bound_kernel_caches() -> None:

@@ -221,13 +221,13 @@ def test_formats_for_trainers() -> None:
 def test_our_trainer_reads_what_is_exported(tmp_path: Path, method: str) -> None:
     from transformers import AutoTokenizer
 
-    from train.data.preferences import read_comparisons
+    from train.data.preferences import read_preferences
     from train.data.readers import read_rows
 
     tokenizer = AutoTokenizer.from_pretrained(pull_base(BaseName.parse("smollm2-135m-instruct")).path)
     lines = export_rows([vote("1", "a"), correction(), thumb("down")], method)  # type: ignore[arg-type]
     (tmp_path / "f.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = read_comparisons(
+    found = read_preferences(
         read_rows(tmp_path / "f.jsonl"), tokenizer, name="feedback", method=method,  # type: ignore[arg-type]
         held_out=0.0, max_length=512, seed=0,
     )  # fmt: skip

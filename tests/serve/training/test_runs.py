@@ -180,7 +180,7 @@ def test_a_run_that_cannot_begin_says_why(folder: Path) -> None:
     async def test(client: httpx.AsyncClient) -> None:
         response = await client.post("/runs", json={"recipe": RECIPE.replace("data/lines", "data/none")})
         found = await until(client, response.json()["id"], lambda found: found["status"] == "failed")
-        assert "cannot be read as a data set" in found["message"]
+        assert "expected UTF-8 text" in found["message"]
         assert (found["steps"], found["output"]) == ([], None)
 
     run(folder, test)

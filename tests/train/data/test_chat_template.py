@@ -1,4 +1,4 @@
-"""Templates of a recipe's own: Guanaco's and Alpaca's against the texts they were published with; stop strings."""
+"""Chat templates of recipes: Guanaco's and Alpaca's against their published texts; stop strings."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_system_message_stands_before_the_first_question(tmp_path: Path, token
 
 def test_a_stop_string_the_template_never_writes(tmp_path: Path, tokenizer: Any) -> None:
     with_template(tmp_path, tokenizer, "guanaco")
-    with pytest.raises(ValueError, match="puts none of '### Question:' after message 2"):
+    with pytest.raises(ValueError, match="renders none of '### Question:' after message 2"):
         tokenize(conversation(text=GUANACO), tokenizer, loss_on="assistant", stop=("### Question:",))
 
 
@@ -173,10 +173,10 @@ def test_a_template_file_stands_beside_the_recipe(tmp_path: Path, tiny_base: Sto
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "cannot be read"),
-        (b"\xff\xfe", "cannot be read"),
-        (b"{{ " + b"(" * 10_000, "cannot be read"),
-        (b"{% for m in %}", "is not Jinja: line 1"),
+        (None, "cannot read template"),
+        (b"\xff\xfe", "cannot read template"),
+        (b"{{ " + b"(" * 10_000, "cannot read template"),
+        (b"{% for m in %}", "invalid template .*, line 1"),
     ],
 )
 def test_a_template_file_that_is_none(tmp_path: Path, content: bytes | None, words: str) -> None:
@@ -188,7 +188,7 @@ def test_a_template_file_that_is_none(tmp_path: Path, content: bytes | None, wor
 
 def test_a_base_without_a_template_needs_one_in_the_recipe(tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(DatasetError, match='set template in .data. \\("guanaco"'):
+    with pytest.raises(DatasetError, match="Set template to guanaco"):
         check_has_template(tokenizer)
 
 
@@ -206,7 +206,7 @@ def test_every_token_of_a_plain_text_but_the_first_is_trained_once(tokenizer: An
 
 def test_plain_text_with_a_tokenizer_that_has_no_end_of_text(tokenizer: Any) -> None:
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end of text"):
+    with pytest.raises(ValueError, match="no EOS"):
         tokenize_text(Text("Night.", "x:1"), tokenizer, length=20)
 
 
@@ -220,7 +220,7 @@ def test_a_text_file_is_split_and_learnt(tmp_path: Path, tiny_base: StoredBase) 
 def test_a_text_file_has_no_answers_to_train(tmp_path: Path, tiny_base: StoredBase) -> None:
     (tmp_path / "book.txt").write_text("Chapter one.\n\nChapter two.")
     recipe = make_recipe(tmp_path, data={"path": "book.txt"})
-    with pytest.raises(DatasetError, match="book.txt is plain text, which has no answers: set loss_on = .all."):
+    with pytest.raises(DatasetError, match="book.txt is plain text: .* needs answers. Set loss_on = .all."):
         load_inputs(recipe, tiny_base, start=None)
 
 
@@ -233,7 +233,7 @@ def test_the_resolved_recipe_keeps_template_and_stop(tmp_path: Path) -> None:
 
 @asynccontextmanager
 async def serving(base: StoredBase, registry: Registry, name: str) -> AsyncIterator[httpx.AsyncClient]:
-    """The real engine behind the real API."""
+    """Serve with the real engine behind the real API."""
     loaded = load_base(base, purpose="serve", dtype="float32")
     engine = LocalEngine(loaded)
     cache = AdapterCache(4, load=engine.load, unload=engine.unload)
@@ -283,11 +283,11 @@ def test_going_on_from_an_adapter_keeps_its_template_and_stop_string(tmp_path: P
     assert after.manifest.chat.template_sha256 == start.manifest.chat.template_sha256
 
 
-def test_another_template_than_that_of_the_adapter_to_go_on_from(tmp_path: Path, tiny_base: StoredBase) -> None:
+def test_another_template_than_that_of_the_start_adapter(tmp_path: Path, tiny_base: StoredBase) -> None:
     run(make_recipe(tmp_path), tiny_base, tmp_path / "a")
     start = pack(tmp_path / "a", base=tiny_base, name="chatml")
     recipe = make_recipe(tmp_path, data={"template": "guanaco"})
-    with pytest.raises(RecipeError, match="template = 'guanaco' is not the template that the adapter to go on from"):
+    with pytest.raises(RecipeError, match="template = 'guanaco' differs from the template of the start adapter"):
         chat_template_of(recipe, start)
 
 

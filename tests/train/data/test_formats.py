@@ -1,4 +1,4 @@
-"""Each data format on rows written as its authors publish them: what is read, what is told apart, what is refused."""
+"""Each data format on rows written as its authors publish them: parsing, detection and faults."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_plain_text_is_kept_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_format_is_told_by_its_first_row(name: FormatName) -> None:
+def test_a_format_is_detected_by_its_first_row(name: FormatName) -> None:
     # Vicuna's rows are ShareGPT's; only their cleaning differs, and that is asked for by name.
     assert detect(Row("x:1", ROWS[name][0]), "x") == ("sharegpt" if name == "vicuna" else name)
 
@@ -123,34 +123,34 @@ def test_an_alpaca_row_without_input_is_the_instruction_alone() -> None:
     assert said(read(row)) == [[(U, "Name a ship."), (A, "The Beagle.")]]
 
 
-def test_rows_whose_format_cannot_be_told() -> None:
+def test_rows_of_unknown_format() -> None:
     text = refusal({"question": "Hi?", "reply": "Ho."})
-    assert "the format of x:1 cannot be told from its keys (question, reply): say format = one of chat, chatml" in text
+    assert "unknown format of x:1, which has the keys question, reply: expected one of chat, chatml" in text
 
 
 @pytest.mark.parametrize(
     ("format", "row", "words"),
     [
         ("chatml", {"text": "<|im_start|>user\nHi?<|im_end|> and more"}, "text outside of turns: 'and more'"),
-        ("chatml", {"text": "<|im_start|>user\nHi?<|im_end|>"}, "no answer of the assistant at the end"),
+        ("chatml", {"text": "<|im_start|>user\nHi?<|im_end|>"}, "the last message is not the assistant's"),
         ("sharegpt", {"conversations": [{"from": "bard", "value": "x"}]}, "role 'bard', expected human, user, gpt"),
-        ("sharegpt", {"conversations": ["x"]}, "message 1 is no object"),
-        ("sharegpt", {"conversations": "x"}, "no list 'conversations'"),
-        ("sharegpt", ROWS["vicuna"][0], "message 1 is of the assistant, expected the user"),
-        ("alpaca", {"instruction": "Do.", "input": 5, "output": "Done."}, "'input' is no text"),
+        ("sharegpt", {"conversations": ["x"]}, "message 1 is not an object"),
+        ("sharegpt", {"conversations": "x"}, "'conversations' is not a list"),
+        ("sharegpt", ROWS["vicuna"][0], "message 1 has role assistant, expected user"),
+        ("alpaca", {"instruction": "Do.", "input": 5, "output": "Done."}, "'input' is not a string"),
         ("alpaca", {"instruction": " ", "output": "Done."}, "'instruction' is empty"),
-        ("alpaca", {"instruction": "Do."}, "no 'output'"),
-        ("guanaco", {"text": "Hi? Ho."}, "no turn that begins with Human or Assistant"),
-        ("guanaco", {"text": "### Human: A### Human: B### Assistant: C"}, "message 2 is of the user, expected the"),
+        ("alpaca", {"instruction": "Do."}, "missing key 'output'"),
+        ("guanaco", {"text": "Hi? Ho."}, "no turn begins with Human or Assistant"),
+        ("guanaco", {"text": "### Human: A### Human: B### Assistant: C"}, "message 2 has role user, expected"),
         ("chip2", {"text": "<human>: Hi?\n<bot>:"}, "message 2 (assistant) has no text"),
         ("self-instruct", {"prompt": "Do.", "completion": " <|endoftext|>"}, "'completion' is empty"),
-        ("hh-rlhf", {"chosen": "\n\nHuman: Hi?"}, "no answer of the assistant at the end"),
-        ("longform", {"input": "x", "output": None}, "'output' is no text"),
-        ("unnatural-instructions", {"instances": ["x"]}, "instance 1 is no object"),
-        ("unnatural-instructions", {"instances": "["}, "'instances' is no JSON list"),
-        ("unnatural-instructions", {"instances": "[" * 100_000}, "'instances' is no JSON list"),
+        ("hh-rlhf", {"chosen": "\n\nHuman: Hi?"}, "the last message is not the assistant's"),
+        ("longform", {"input": "x", "output": None}, "'output' is not a string"),
+        ("unnatural-instructions", {"instances": ["x"]}, "instance 1 is not an object"),
+        ("unnatural-instructions", {"instances": "["}, "'instances' is not a JSON list"),
+        ("unnatural-instructions", {"instances": "[" * 100_000}, "'instances' is not a JSON list"),
         ("text", {"text": ""}, "'text' is empty"),
-        ("chat", {"text": "Hi?"}, "no 'messages'"),
+        ("chat", {"text": "Hi?"}, "missing key 'messages'"),
     ],
 )
 def test_a_row_that_is_not_as_its_format_wants_it(format: FormatName, row: dict[str, Any], words: str) -> None:
@@ -160,17 +160,17 @@ def test_a_row_that_is_not_as_its_format_wants_it(format: FormatName, row: dict[
     assert 'on_fault = "skip"' in text
 
 
-def test_faulty_rows_can_be_left_out_and_are_told() -> None:
+def test_faulty_rows_can_be_left_out_and_are_reported() -> None:
     found = read(ROWS["alpaca"][0], {"instruction": "Do."}, on_fault="skip")
     assert len(found.examples) == 1
-    assert found.notes == ("left out 1 fault: x:2: no 'output'",)
+    assert found.notes == ("left out 1 fault: x:2: missing key 'output'",)
 
 
 def test_leaving_out_every_row_leaves_nothing() -> None:
-    with pytest.raises(DatasetError, match="x holds no conversation in 1 rows; 1 fault: x:1: no 'output'"):
+    with pytest.raises(DatasetError, match=r"x has no conversation in 1 row \(1 fault: x:1: missing key 'output'\)"):
         read({"instruction": "Do."}, format="alpaca", on_fault="skip")
 
 
 def test_rows_without_an_answer_are_counted() -> None:
     found = read(ROWS["vicuna"][0], {"conversations": [{"from": "gpt", "value": "x"}]}, format="vicuna")
-    assert found.notes == ("1 rows hold no answer: left out",)
+    assert found.notes == ("left out 1 row without an answer",)

@@ -68,37 +68,37 @@ def test_trees_that_are_not_ready_are_left_out() -> None:
 
 
 def test_a_tree_nobody_answered() -> None:
-    assert "holds no conversation in 1 rows" in refusal(message("p", None))
+    assert "has no conversation in 1 row" in refusal(message("p", None))
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (message("a9", "nowhere"), "x:11: its parent nowhere is not in the data"),
-        (message("a0", "p"), "x:11: message_id 'a0' is there twice"),
-        (message("a9", "p") | {"message_id": 5}, "x:11: message_id 5 is no text"),
-        (message("a9", "p") | {"message_id": ["a9"]}, "x:11: message_id ['a9'] is no text"),
-        (message("a9", "p") | {"parent_id": ["p"]}, "x:11: its parent ['p'] is not in the data"),
-        (message("p", "a0"), "x:11: message_id 'p' is there twice"),
+        (message("a9", "nowhere"), "x:11: parent nowhere is not in the data"),
+        (message("a0", "p"), "x:11: duplicate message_id 'a0'"),
+        (message("a9", "p") | {"message_id": 5}, "x:11: message_id 5 is not a string"),
+        (message("a9", "p") | {"message_id": ["a9"]}, "x:11: message_id ['a9'] is not a string"),
+        (message("a9", "p") | {"parent_id": ["p"]}, "x:11: parent ['p'] is not in the data"),
+        (message("p", "a0"), "x:11: duplicate message_id 'p'"),
         (message("x", None, role=["prompter"]), "x:11: role ['prompter'] is neither prompter nor assistant"),
         (message("x", None, role="narrator"), "x:11: role 'narrator' is neither prompter nor assistant"),
     ],
 )
-def test_a_row_that_fits_no_tree(row: dict[str, Any], words: str) -> None:
+def test_a_row_that_belongs_to_no_tree(row: dict[str, Any], words: str) -> None:
     assert words in refusal(*TREE, row)
 
 
 @pytest.mark.parametrize("rank", [[0], "first", 10**400])
-def test_a_rank_that_is_no_number(rank: Any) -> None:
-    assert "is no number" in refusal(message("p", None), message("a1", "p", rank), message("a2", "p", 1))
+def test_a_rank_that_is_not_a_number(rank: Any) -> None:
+    assert "is not a number" in refusal(message("p", None), message("a1", "p", rank), message("a2", "p", 1))
 
 
 def test_messages_in_a_circle_belong_to_no_tree() -> None:
     circle = [message("a5", "q5"), message("q5", "a5")]
-    assert "x:11: it hangs on no prompt" in refusal(*TREE, *circle)
+    assert "x:11: no prompt above it" in refusal(*TREE, *circle)
 
 
 def test_an_answer_to_an_answer() -> None:
-    assert "message 3 is of the assistant, expected the user" in refusal(
+    assert "message 3 has role assistant, expected user" in refusal(
         message("p", None), message("a1", "p"), message("a2", "a1")
     )

@@ -1,4 +1,4 @@
-"""Packing: the same loss and gradients as one sample at a time, and one copy of what samples share."""
+"""Packing: the same loss and gradients as one sample at a time, and one copy of the common prefix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def sample(*tokens: int, trained: int) -> Sample:
-    """The last `trained` tokens are targets."""
+    """Return a sample whose last `trained` tokens are targets."""
     return Sample(tokens, tuple(place >= len(tokens) - trained for place in range(len(tokens))))
 
 
@@ -38,7 +38,7 @@ def samples() -> list[Sample]:
 
 
 def alone(model: Any, item: Sample) -> torch.Tensor:
-    """The loss as the model computes it itself for one sample, summed."""
+    """Return the summed loss of one sample as the model itself computes it."""
     labels = [token if mark else -100 for token, mark in zip(item.tokens, item.trained, strict=True)]
     ids = torch.tensor([item.tokens])
     loss = model(input_ids=ids, labels=torch.tensor([labels])).loss * item.num_trained

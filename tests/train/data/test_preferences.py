@@ -1,4 +1,4 @@
-"""Files of compared replies: what is read, split and trained, and what is refused with file and line."""
+"""Preference data: what is read, split and trained, and what is refused with file and line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preference_rows import label, pair, says
+from preference_rows import label, pair, turn
 
 from adapterhub.adapter import StoredBase
 from adapterhub.errors import DatasetError
-from train.data.preferences import Comparisons, Labelled, Pair, read_comparisons
+from train.data.preferences import LabeledReply, PreferenceData, PreferencePair, read_preferences
 from train.data.readers import read_rows
 from train.recipe import PreferenceMethod
 
@@ -29,11 +29,11 @@ def hh(question: str, answer: str) -> str:
 
 def read(
     folder: Path, lines: list[Any], tokenizer: Any, method: PreferenceMethod = "dpo", **changed: Any
-) -> Comparisons:
+) -> PreferenceData:
     path = folder / "votes.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
     options: dict[str, Any] = {"held_out": 0.25, "max_length": 64, "seed": 0} | changed
-    return read_comparisons(read_rows(path), tokenizer, name=path.name, method=method, **options)
+    return read_preferences(read_rows(path), tokenizer, name=path.name, method=method, **options)
 
 
 def fault(folder: Path, lines: list[Any], tokenizer: Any, method: PreferenceMethod = "dpo", **changed: Any) -> str:
@@ -44,9 +44,9 @@ def fault(folder: Path, lines: list[Any], tokenizer: Any, method: PreferenceMeth
 
 def test_only_the_reply_and_its_end_are_trained(tmp_path: Path, tokenizer: Any) -> None:
     talk = pair(1)
-    talk["prompt"] = [*says("system", "Be brief."), *says("user", "Hi"), *says("assistant", "Ho"), *talk["prompt"]]
+    talk["prompt"] = [*turn("system", "Be brief."), *turn("user", "Hi"), *turn("assistant", "Ho"), *talk["prompt"]]
     found = read(tmp_path, [talk], tokenizer, held_out=0).train[0]
-    assert isinstance(found, Pair)
+    assert isinstance(found, PreferencePair)
     for sample, text in ((found.chosen, "Aye, 1."), (found.rejected, "It is 1.")):
         trained = [token for token, mark in zip(sample.tokens, sample.trained, strict=True) if mark]
         assert tokenizer.decode(trained) == f"{text}<|im_end|>"
@@ -66,12 +66,12 @@ def test_pairs_of_one_question_stay_on_one_side(tmp_path: Path, tokenizer: Any) 
 def test_a_repeated_line_counts_once(tmp_path: Path, tokenizer: Any) -> None:
     found = read(tmp_path, [pair(1), pair(1), pair(2)], tokenizer, held_out=0)
     assert len(found.train) == 2
-    assert "1 lines repeat another one: left out" in found.notes
+    assert "left out 1 duplicate row" in found.notes
 
 
 def test_labels_and_pairs_both_teach_kto(tmp_path: Path, tokenizer: Any) -> None:
     found = read(tmp_path, [label(1, True), label(2, False), pair(3)], tokenizer, "kto", held_out=0)
-    assert [item.is_desirable for item in found.train if isinstance(item, Labelled)] == [True, False, True, False]
+    assert [item.is_desirable for item in found.train if isinstance(item, LabeledReply)] == [True, False, True, False]
     assert "2 desirable and 2 undesirable replies" in found.notes
 
 
@@ -93,11 +93,11 @@ def test_replies_that_a_cut_makes_equal_are_left_out(tmp_path: Path, tokenizer: 
     [
         ("{", "votes.jsonl:2: not JSON"),
         ("[]", "votes.jsonl:2: not a JSON object"),
-        ({"messages": []}, 'votes.jsonl:2: no list of messages "chosen"'),
-        (pair(1) | {"prompt": 1}, 'no list of messages "prompt"'),
-        (pair(1) | {"chosen": 1}, 'no list of messages "chosen"'),
-        ({"chosen": hh("A", "B"), "rejected": hh("C", "D")}, "no replies to the same prompt"),
-        (pair(1) | {"rejected": says("user", "x")}, "message 2 is of the user, expected the assistant"),
+        ({"messages": []}, 'votes.jsonl:2: "chosen" is not a text or a list of messages'),
+        (pair(1) | {"prompt": 1}, '"prompt" is not a text or a list of messages'),
+        (pair(1) | {"chosen": 1}, '"chosen" is not a text or a list of messages'),
+        ({"chosen": hh("A", "B"), "rejected": hh("C", "D")}, "reply to different prompts"),
+        (pair(1) | {"rejected": turn("user", "x")}, "message 2 has role user, expected assistant"),
         (pair(1) | {"rejected": pair(1)["chosen"]}, "chosen and rejected are the same"),
     ],
 )
@@ -111,26 +111,26 @@ def test_a_label_that_is_no_truth_value(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_labels_do_not_teach_dpo(tmp_path: Path, tokenizer: Any) -> None:
-    assert 'no list of messages "chosen"' in fault(tmp_path, [label(1, True)], tokenizer, "dpo")
+    assert '"chosen" is not a text or a list of messages' in fault(tmp_path, [label(1, True)], tokenizer, "dpo")
 
 
-def test_kto_needs_both_kinds(tmp_path: Path, tokenizer: Any) -> None:
+def test_kto_needs_both_labels(tmp_path: Path, tokenizer: Any) -> None:
     text = fault(tmp_path, [label(1, True), label(2, True)], tokenizer, "kto", held_out=0)
-    assert "labelled true and replies labelled false" in text
+    assert "labeled true and replies labeled false" in text
 
 
 @pytest.mark.parametrize("lines", [[], ["", " "]])
-def test_a_file_without_comparisons(tmp_path: Path, tokenizer: Any, lines: list[Any]) -> None:
-    assert "holds no comparison" in fault(tmp_path, lines, tokenizer)
+def test_a_file_without_preference_pairs(tmp_path: Path, tokenizer: Any, lines: list[Any]) -> None:
+    assert "has no preference pairs" in fault(tmp_path, lines, tokenizer)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="cannot be read"):
+    with pytest.raises(DatasetError, match="cannot read"):
         read_rows(tmp_path / "none.jsonl")
 
 
 def test_prompts_longer_than_max_length(tmp_path: Path, tokenizer: Any) -> None:
-    assert "no reply has a trained token (max_length = 8)" in fault(
+    assert "no reply in votes.jsonl has a trained token at max_length = 8" in fault(
         tmp_path, [pair(1)], tokenizer, held_out=0, max_length=8
     )
 

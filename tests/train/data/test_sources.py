@@ -1,4 +1,4 @@
-"""Reading data sets: each bad line has its fault, and the faults are told with file and line."""
+"""Reading data sets: each bad line has its fault, with file and line."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def test_each_line_becomes_a_conversation(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
-        ({"text": "x"}, "no 'messages'"),
-        ({"messages": "x"}, "no list 'messages'"),
-        ({"messages": []}, "no answer of the assistant at the end"),
-        ({"messages": ["hello"]}, "message 1 has role no object"),
+        ({"text": "x"}, "missing key 'messages'"),
+        ({"messages": "x"}, "'messages' is not a list"),
+        ({"messages": []}, "the last message is not the assistant's"),
+        ({"messages": ["hello"]}, "message 1 is not an object"),
         (turns("human", "assistant"), "message 1 has role 'human'"),
-        (turns("user"), "no answer of the assistant at the end"),
-        (turns("assistant", "user", "assistant"), "message 1 is of the assistant, expected the user"),
-        (turns("system", "assistant"), "message 2 is of the assistant, expected the user"),
-        (turns("user", "user", "assistant"), "message 2 is of the user, expected the assistant"),
-        (turns("user", "system", "assistant"), "message 2 is of the system, expected the assistant"),
+        (turns("user"), "the last message is not the assistant's"),
+        (turns("assistant", "user", "assistant"), "message 1 has role assistant, expected user"),
+        (turns("system", "assistant"), "message 2 has role assistant, expected user"),
+        (turns("user", "user", "assistant"), "message 2 has role user, expected assistant"),
+        (turns("user", "system", "assistant"), "message 2 has role system, expected assistant"),
         ({"messages": [{"role": "user", "content": " "}, *GOOD["messages"][1:]]}, "message 1 (user) has no text"),
         ({"messages": [{"role": "user", "content": 5}, *GOOD["messages"][1:]]}, "message 1 (user) has no text"),
         ({"messages": [{"role": "user", "content": "\ud83d"}, *GOOD["messages"][1:]]}, "'utf-8' codec can't encode"),
@@ -70,11 +70,11 @@ def test_ten_faults_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
 
 
 def test_an_empty_file(tmp_path: Path) -> None:
-    assert "holds no conversation" in refusal(write(tmp_path, ""))
+    assert "has no conversation" in refusal(write(tmp_path, ""))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    assert "cannot be read" in refusal(tmp_path / "none.jsonl")
+    assert "cannot read" in refusal(tmp_path / "none.jsonl")
 
 
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
@@ -90,12 +90,12 @@ def test_the_captain_is_shipped_and_sound() -> None:
 def test_an_unknown_shipped_set_names_the_nearest() -> None:
     with pytest.raises(DatasetError) as caught:
         read_shipped("captian")
-    assert "did you mean captain?" in str(caught.value)
+    assert "expected captain." in str(caught.value)
 
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A corpus of our own in the shape of the real one."""
+    """Replace the chatterbot corpus by a small one."""
     (tmp_path / "trivia.yml").write_text(
         "categories: [trivia]\nconversations:\n- ['What is 6 x 7?', 42]\n- no answer here\n- ['Who?', Me., You.]\n"
     )
@@ -108,22 +108,22 @@ def test_a_topic_gives_questions_with_their_first_answers(corpus: Path) -> None:
     source = read_chatterbot("trivia")
     texts = [tuple(message.content for message in item.messages) for item in source.examples]
     assert texts == [("What is 6 x 7?", "42"), ("Who?", "Me.")]
-    assert source.notes == ("1 of 3 entries are no question and answer: left out",)
+    assert source.notes == ("left out 1 of 3 entries that are not a question and an answer",)
 
 
 def test_an_unknown_topic_names_the_nearest(corpus: Path) -> None:
     with pytest.raises(DatasetError) as caught:
         read_chatterbot("trivias")
-    assert "did you mean trivia?" in str(caught.value)
+    assert "expected trivia." in str(caught.value)
 
 
 def test_a_topic_like_no_other_lists_all(corpus: Path) -> None:
-    with pytest.raises(DatasetError, match="there are broken, trivia"):
+    with pytest.raises(DatasetError, match="expected one of broken, trivia"):
         read_chatterbot("cookery")
 
 
 def test_a_damaged_topic(corpus: Path) -> None:
-    with pytest.raises(DatasetError, match="install it again"):
+    with pytest.raises(DatasetError, match="Reinstall chatterbot-corpus"):
         read_chatterbot("broken")
 
 

@@ -1,4 +1,4 @@
-"""From conversations to samples: no leak between the parts, and the right tokens trained, whatever the template."""
+"""From conversations to samples: no leak between the splits, and the right tokens trained under any template."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def chatml(smollm2: StoredBase) -> Any:
 
 @pytest.fixture
 def tokenizer(chatml: Any) -> Any:
-    """A tokenizer whose template a test may change."""
+    """Return a tokenizer whose template a test may change."""
     template = chatml.chat_template
     yield chatml
     chatml.chat_template = template
@@ -85,8 +85,8 @@ def test_loss_on_all_trains_everything_but_the_first_token(tokenizer: Any) -> No
     [
         (NO_PREFIX, "the prompt for message 2 is not the start of prompt and answer"),
         (NO_STOP, "ends an answer with no special token"),
-        (TWICE_BOS, "beginning-of-text token twice"),
-        (REFUSES, "the chat template refuses it (no system role)"),
+        (TWICE_BOS, "the chat template renders BOS twice"),
+        (REFUSES, "the chat template raised an error (no system role)"),
     ],
 )
 def test_a_template_that_cannot_be_marked(tokenizer: Any, template: str, words: str) -> None:
@@ -113,19 +113,19 @@ def test_a_base_without_a_template(tokenizer: Any) -> None:
 def test_a_cut_sample_is_counted(tokenizer: Any) -> None:
     data = prepared([*questions(3), talk("Long?", "word " * 100, where="x:9")], tokenizer, held_out=0)
     assert max(len(sample.tokens) for sample in data.train) == 64
-    assert data.notes == ("1 samples were cut at max_length = 64 tokens",)
+    assert data.notes == ("cut 1 sample at max_length = 64 tokens",)
 
 
 def test_a_sample_without_its_answer_is_left_out_and_counted(tokenizer: Any) -> None:
     data = prepared([*questions(3), talk("word " * 100, "Yes.", where="x:9")], tokenizer, held_out=0)
     assert len(data.train) == 3
-    assert "1 samples have no trained token left and were left out" in data.notes
+    assert "left out 1 sample without a trained token" in data.notes
 
 
 def test_no_sample_left(tokenizer: Any) -> None:
     with pytest.raises(DatasetError) as caught:
         prepared(questions(4), tokenizer, max_length=8)
-    assert "no sample has a trained token (max_length = 8)" in str(caught.value)
+    assert "no sample of test has a trained token at max_length = 8" in str(caught.value)
 
 
 def test_duplicates_go_before_the_split() -> None:
@@ -139,7 +139,7 @@ def test_questions_of_symbols_alone_are_not_all_the_same() -> None:
 
 def test_dropped_duplicates_are_reported(tokenizer: Any) -> None:
     data = prepared([*questions(4), talk("question 1", "Another.", where="x:9")], tokenizer)
-    assert data.notes == ("1 conversations ask what another one asks: left out before the split",)
+    assert data.notes == ("left out 1 conversation with the same questions as another one",)
 
 
 def test_the_split_depends_on_the_seed_and_not_on_the_order_of_the_file() -> None:
@@ -166,7 +166,7 @@ def test_dialogues_that_open_alike_stay_on_one_side() -> None:
 def test_holding_out_everything(tokenizer: Any) -> None:
     with pytest.raises(DatasetError) as caught:
         prepared(questions(4), tokenizer, held_out=4)
-    assert "the data has 4 distinct questions" in str(caught.value)
+    assert "expected fewer than the 4 distinct questions of the data" in str(caught.value)
 
 
 def test_the_digest_is_of_tokens_marks_and_split(tokenizer: Any) -> None:

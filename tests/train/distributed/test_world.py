@@ -1,4 +1,4 @@
-"""Two processes over gloo against one: the same losses, a divided base, a file that loads everywhere, and kill -9."""
+"""Two processes over gloo against one: the same losses, a sharded base, a file that loads everywhere, and kill -9."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def base(tiny_base: StoredBase) -> StoredBase:
-    """The tiny base as a recipe names it: a folder."""
+    """Return the tiny base as a folder, which a recipe can name."""
     return find_base(BaseName.parse(str(tiny_base.path)))
 
 
@@ -158,7 +158,7 @@ def test_parts_in_host_memory_and_activations_computed_again_change_no_byte(
     recipe_on(tmp_path, base, activation_checkpointing=True)
     offloaded = ended(tmp_path, "offloaded", "--shard", "--offload")
     assert sha256_of(offloaded.folder / WEIGHTS) == sha256_of(two.folder / WEIGHTS)
-    assert "base divided among them in host memory" in (offloaded.folder / "report.html").read_text()
+    assert "base sharded in host memory" in (offloaded.folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -204,12 +204,12 @@ def test_a_killed_worker_is_started_again_and_goes_on_from_the_checkpoint(place:
     finally:
         process.kill()
     assert process.returncode == 0, said
-    assert "going on after step" in said
+    assert "resuming after step" in said
     assert sha256_of(place / "killed" / WEIGHTS) == sha256_of(two.folder / WEIGHTS)
 
 
 def _worker_of(parent: int, *, rank: int) -> int:
-    """The process below `parent` whose environment says RANK."""
+    """Return the process below `parent` whose environment has this RANK."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             variables = (entry / "environ").read_bytes().split(b"\0")
@@ -242,7 +242,7 @@ def test_one_process_takes_the_rows_as_they_are() -> None:
     assert World().share([[1, 2], [3]]) == [[1, 2], [3]]
 
 
-def test_torchrun_listens_on_this_machine_only_unless_told_where_machines_meet() -> None:
+def test_torchrun_listens_on_loopback_unless_given_a_rendezvous() -> None:
     alone = command(Launch(2), ["train", "x"])
     assert alone[alone.index("--local-addr") + 1] == "127.0.0.1"
     many = command(Launch(8, nodes="1:2", rendezvous="192.0.2.1:29500"), ["train", "x"])
@@ -269,10 +269,10 @@ def test_an_impossible_launch_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_a_stopped_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path, base: StoredBase) -> None:
-    from stopped_runs import stopped
+    from stopped_runs import train_and_stop
 
     recipe = recipe_on(tmp_path, base)
-    stopped(recipe, base, tmp_path / "out", after=1)
+    train_and_stop(recipe, base, tmp_path / "out", after=1)
     check_same_run(recipe, tmp_path / "out", None)
     with pytest.raises(OutputNotFresh, match="another recipe"):
         check_same_run(recipe_on(tmp_path, base, steps=9), tmp_path / "out", None)

@@ -1,4 +1,4 @@
-"""What A and B begin as: the best approximations there are, on a base that stays as it is."""
+"""Initial A and B: the best low-rank approximations, on a base that does not change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_methods import CPU, layers_of, logits, plain, recipe_of
+from adapter_methods import CPU, layers_of, load_fp32, logits, recipe_of
 from engine_runs import PROMPTS
 from training import run, tensors_of
 
@@ -18,7 +18,7 @@ from adapterhub.bases.nf4 import dense_weight
 from adapterhub.errors import RecipeError
 from train.data.packing import pack
 from train.data.tokenization import Sample
-from train.loop.lora_init import start_lora
+from train.loop.lora_init import init_lora
 from train.model.lora import add_lora
 from train.objectives.base import Objective
 from train.objectives.forward import token_losses
@@ -43,8 +43,8 @@ def started(base: StoredBase, **lora: Any) -> tuple[Any, Objective]:
     samples = [Sample((1, *prompt), (False, *(True for _ in prompt))) for prompt in PROMPTS]
     objective: Any = Looked(samples)
     section = LoraSection(rank=4, **lora)
-    model = add_lora(plain(base).model, section)
-    start_lora(model, section, base=base.path, objective=objective)
+    model = add_lora(load_fp32(base).model, section)
+    init_lora(model, section, base=base.path, objective=objective)
     return model.eval(), objective
 
 
@@ -60,7 +60,7 @@ def best_error(weight: torch.Tensor, rank: int) -> float:
 @pytest.mark.parametrize("method", ["lora", "rslora"])
 def test_pissa_begins_at_the_principal_part_and_as_the_base(method: Any, tiny_base: StoredBase) -> None:
     model, _ = started(tiny_base, init="pissa", method=method)
-    torch.testing.assert_close(logits(model), logits(plain(tiny_base).model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model), logits(load_fp32(tiny_base).model), rtol=1e-4, atol=1e-4)
     for layer in layers_of(model).values():
         a, b = halves(layer)
         weight = dense_weight(layer.get_base_layer())
@@ -87,7 +87,7 @@ def test_pissa_keeps_what_it_began_with(optimizer: str, tmp_path: Path, tiny_bas
 def test_loftq_takes_back_what_quantizing_lost(kind: Any, tiny_base: StoredBase) -> None:
     section = LoraSection(rank=4, init="loftq")
     model = add_lora(load_base(tiny_base, purpose="train", dtype="float32", kind=kind).model, section)
-    start_lora(model, section, base=tiny_base.path, objective=None)  # type: ignore[arg-type]
+    init_lora(model, section, base=tiny_base.path, objective=None)  # type: ignore[arg-type]
     originals = load_base(tiny_base, purpose="train", dtype="float32", kind="none").model
     for name, layer in layers_of(model).items():
         original = originals.get_submodule(name.removeprefix("base_model.model.")).weight
@@ -100,7 +100,7 @@ def test_loftq_takes_back_what_quantizing_lost(kind: Any, tiny_base: StoredBase)
 
 def test_eva_begins_along_the_inputs_main_directions(tiny_base: StoredBase) -> None:
     model, objective = started(tiny_base, init="eva")
-    torch.testing.assert_close(logits(model), logits(plain(tiny_base).model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model), logits(load_fp32(tiny_base).model), rtol=1e-5, atol=1e-5)
     inputs: dict[str, torch.Tensor] = {}
     layers = layers_of(model)
     for name, layer in layers.items():
@@ -120,14 +120,16 @@ def test_eva_begins_along_the_inputs_main_directions(tiny_base: StoredBase) -> N
 
 def test_eva_without_enough_tokens(tiny_base: StoredBase) -> None:
     section = LoraSection(rank=40, init="eva")
-    model = add_lora(plain(tiny_base).model, section)
+    model = add_lora(load_fp32(tiny_base).model, section)
     looked: Any = Looked([Sample((1, 2, 3), (False, True, True))])
-    with pytest.raises(RecipeError, match="lower rank"):
-        start_lora(model, section, base=tiny_base.path, objective=looked)
+    with pytest.raises(RecipeError, match="Lower rank in"):
+        init_lora(model, section, base=tiny_base.path, objective=looked)
 
 
 def test_pissa_of_too_large_a_rank(tiny_base: StoredBase) -> None:
     section = LoraSection(rank=64, init="pissa")
-    model = add_lora(plain(tiny_base).model, section)
-    with pytest.raises(RecipeError, match=r"rank 64 is more than .*k_proj \[32, 64\] has"):
-        start_lora(model, section, base=tiny_base.path, objective=None)  # type: ignore[arg-type]
+    model = add_lora(load_fp32(tiny_base).model, section)
+    with pytest.raises(
+        RecipeError, match=r"rank 64 is too large for .*k_proj of shape \[32, 64\]: expected at most 32"
+    ):
+        init_lora(model, section, base=tiny_base.path, objective=None)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopped_runs import StopAfter, losses, recipe_of, resumed, stopped
+from stopped_runs import StopAfter, losses, recipe_of, resume_run, train_and_stop
 from training import WEIGHTS, Interrupt, make_recipe, run
 
 from adapterhub.adapter import BaseRef, StoredBase
@@ -40,9 +40,9 @@ def test_stopped_and_resumed_is_the_same_bytes(
 ) -> None:
     recipe = recipe_of(tmp_path, optimizer=optimizer)
     run(recipe, tiny_base, tmp_path / "whole")
-    stopped(recipe, tiny_base, tmp_path / "parts", after=after)
+    train_and_stop(recipe, tiny_base, tmp_path / "parts", after=after)
     assert not (tmp_path / "parts").exists()
-    resumed(tmp_path / "parts", tiny_base)
+    resume_run(tmp_path / "parts", tiny_base)
     for name in (WEIGHTS, "adapter_config.json", "recipe.toml"):
         assert sha256_of(tmp_path / "whole" / name) == sha256_of(tmp_path / "parts" / name)
     whole, parts = (read_run_record(tmp_path / name) for name in ("whole", "parts"))
@@ -63,8 +63,8 @@ def test_grouped_by_length_under_a_template_file_is_the_same_bytes_too(tmp_path:
     train = {"steps": 6, "checkpoint_every": 2, "group_by_length": True, "loss_on": "all"}
     recipe = make_recipe(tmp_path, train=train, data={"template": "mine.jinja"})
     run(recipe, tiny_base, tmp_path / "whole")
-    stopped(recipe, tiny_base, tmp_path / "parts", after=3)
-    resumed(tmp_path / "parts", tiny_base)
+    train_and_stop(recipe, tiny_base, tmp_path / "parts", after=3)
+    resume_run(tmp_path / "parts", tiny_base)
     for name in (WEIGHTS, "chat_template.jinja", "recipe.toml"):
         assert sha256_of(tmp_path / "whole" / name) == sha256_of(tmp_path / "parts" / name)
     assert (tmp_path / "parts" / "chat_template.jinja").read_text() == (tmp_path / "mine.jinja").read_text()
@@ -75,16 +75,16 @@ def test_preference_runs_resume_too(tmp_path: Path, tiny_base: StoredBase) -> No
 
     recipe = preference_recipe(tmp_path, "kto", train=TRAIN | {"steps": 4}, lora={"dropout": 0.1})
     run(recipe, tiny_base, tmp_path / "whole")
-    stopped(recipe, tiny_base, tmp_path / "parts", after=2)
-    resumed(tmp_path / "parts", tiny_base)
+    train_and_stop(recipe, tiny_base, tmp_path / "parts", after=2)
+    resume_run(tmp_path / "parts", tiny_base)
     assert sha256_of(tmp_path / "whole" / WEIGHTS) == sha256_of(tmp_path / "parts" / WEIGHTS)
 
 
-def test_stopping_says_how_to_go_on(tmp_path: Path, tiny_base: StoredBase) -> None:
+def test_stopping_says_how_to_resume(tmp_path: Path, tiny_base: StoredBase) -> None:
     with pytest.raises(TrainingStopped) as caught:
         run(recipe_of(tmp_path), tiny_base, tmp_path / "out", progress=StopAfter(3, signal.SIGINT))
     said = str(caught.value)
-    assert f"stopped after step 3 of 6: go on with `adapterhub train --resume {tmp_path / 'out'}`" in said
+    assert f"stopped after step 3 of 6: resume with `adapterhub train --resume {tmp_path / 'out'}`" in said
     assert caught.value.exit_code == 130
 
 
@@ -95,7 +95,7 @@ def test_signals_mean_what_they_did_after_the_run(tmp_path: Path, tiny_base: Sto
 
 
 def test_a_checkpoint_holds_no_pickle_and_only_the_newest_stays(tmp_path: Path, tiny_base: StoredBase) -> None:
-    stopped(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=5)
+    train_and_stop(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=5)
     folder = run_path(tmp_path / "out")
     assert [path.name for path in folder.glob("step-*")] == ["step-000005"]
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
@@ -103,37 +103,39 @@ def test_a_checkpoint_holds_no_pickle_and_only_the_newest_stays(tmp_path: Path, 
 
 
 def test_a_stopped_run_is_not_begun_again_by_accident(tmp_path: Path, tiny_base: StoredBase) -> None:
-    stopped(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
-    with pytest.raises(OutputNotFresh, match=r"holds a run that was stopped: go on with `adapterhub train --resume"):
+    train_and_stop(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
+    with pytest.raises(
+        OutputNotFresh, match=r"holds a stopped run: expected none. Resume it with `adapterhub train --resume"
+    ):
         run(recipe_of(tmp_path), tiny_base, tmp_path / "out")
 
 
-def test_a_run_going_on_elsewhere_is_not_resumed(tmp_path: Path, tiny_base: StoredBase) -> None:
+def test_a_run_of_another_process_is_not_resumed(tmp_path: Path, tiny_base: StoredBase) -> None:
     class Second(Silent):
         said = ""
 
         def step(self, done: RunStep, *, of: int) -> None:
             with pytest.raises(OutputNotFresh) as caught:
-                resumed(tmp_path / "out", tiny_base)
+                resume_run(tmp_path / "out", tiny_base)
             self.said = str(caught.value)
 
     second = Second()
     run(recipe_of(tmp_path), tiny_base, tmp_path / "out", progress=second)
-    assert "is being trained by another process" in second.said
+    assert f"another process is training {tmp_path / 'out'}" in second.said
 
 
 def test_data_that_changed_meanwhile(tmp_path: Path, tiny_base: StoredBase) -> None:
-    stopped(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
+    train_and_stop(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
     (tmp_path / "lines.jsonl").write_text((tmp_path / "lines.jsonl").read_text().replace("It is", "That is"))
-    with pytest.raises(RunNotResumable, match="the data of .* is no longer what the run began with"):
-        resumed(tmp_path / "out", tiny_base)
+    with pytest.raises(RunNotResumable, match="the data of .* changed since the run began"):
+        resume_run(tmp_path / "out", tiny_base)
 
 
 def test_another_base_than_the_run_began_on(tmp_path: Path, tiny_base: StoredBase) -> None:
-    stopped(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
+    train_and_stop(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
     other = StoredBase(tiny_base.path, BaseRef("tests/other", None, "fp1:" + "0" * 64), None)
     with pytest.raises(RunNotResumable, match="the base of"):
-        resumed(tmp_path / "out", other)
+        resume_run(tmp_path / "out", other)
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a complete adapter"])
@@ -141,29 +143,29 @@ def test_nothing_to_resume(tmp_path: Path, tiny_base: StoredBase, kind: str) -> 
     if kind != "nothing":
         run(recipe_of(tmp_path), tiny_base, tmp_path / "out")
     with pytest.raises(RunNotResumable) as caught:
-        resumed(tmp_path / "out", tiny_base)
-    assert "there is no run to resume" in str(caught.value)
-    assert ("(it is complete)" in str(caught.value)) == (kind != "nothing")
+        resume_run(tmp_path / "out", tiny_base)
+    expected = "has no run to resume" if kind == "nothing" else "is complete: expected a stopped run"
+    assert expected in str(caught.value)
 
 
 def test_killed_between_the_adapter_and_the_tidying(tmp_path: Path, tiny_base: StoredBase) -> None:
-    stopped(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
+    train_and_stop(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
     shutil.copytree(run_path(tmp_path / "out"), tmp_path / "kept")
-    resumed(tmp_path / "out", tiny_base)
+    resume_run(tmp_path / "out", tiny_base)
     digest = sha256_of(tmp_path / "out" / WEIGHTS)
     shutil.move(tmp_path / "kept", run_path(tmp_path / "out"))
     shutil.copy(tmp_path / "out" / "train_log.jsonl", run_path(tmp_path / "out"))
-    resumed(tmp_path / "out", tiny_base)
+    resume_run(tmp_path / "out", tiny_base)
     assert not run_path(tmp_path / "out").exists()
     assert sha256_of(tmp_path / "out" / WEIGHTS) == digest
 
 
 def test_half_written_leftovers_are_swept(tmp_path: Path, tiny_base: StoredBase) -> None:
-    stopped(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
+    train_and_stop(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
     for leftover in (tmp_path / ".out.12ab34cd.tmp", run_path(tmp_path / "out") / ".step-000004.12ab34cd.tmp"):
         leftover.mkdir()
         (leftover / "half").touch()
-    resumed(tmp_path / "out", tiny_base)
+    resume_run(tmp_path / "out", tiny_base)
     assert not list(tmp_path.glob(".out.*"))
 
 
@@ -180,9 +182,9 @@ def test_steps_are_kept_when_the_adapter_cannot_be_written(
         patched.setattr(trainer, "_write_adapter_folder", full)
         with pytest.raises(StorageFull):
             run(recipe, tiny_base, tmp_path / "out")
-    monkeypatch.setattr("train.objectives.base.row_loss", full)  # no step is taken again
-    monkeypatch.setattr("train.objectives.base.held_out_loss", lambda model, samples: (1.0, 1))
-    resumed(tmp_path / "out", tiny_base)
+    monkeypatch.setattr("train.objectives.sft.row_loss", full)  # no step is taken again
+    monkeypatch.setattr("train.objectives.sft.held_out_loss", lambda model, samples: (1.0, 1))
+    resume_run(tmp_path / "out", tiny_base)
     assert sha256_of(tmp_path / "whole" / WEIGHTS) == sha256_of(tmp_path / "out" / WEIGHTS)
 
 
@@ -197,7 +199,7 @@ def test_interrupting_at_once_keeps_the_last_checkpoint(tmp_path: Path, tiny_bas
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tiny_base, tmp_path / "out", progress=Late())
     assert [path.name for path in run_path(tmp_path / "out").glob("step-*")] == ["step-000002"]
-    resumed(tmp_path / "out", tiny_base)
+    resume_run(tmp_path / "out", tiny_base)
     assert sha256_of(tmp_path / "whole" / WEIGHTS) == sha256_of(tmp_path / "out" / WEIGHTS)
 
 
@@ -210,13 +212,13 @@ from adapterhub.bases.store import StoredBase
 from train.loop.progress import Lines
 from train.recipe import read_recipe
 from train.loop.run_folder import run_path
-from train.trainer import fit, resume
+from train import trainer
 folder, base, fingerprint = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 stored, out = StoredBase(base, BaseRef("tests/tiny-llama", None, fingerprint), None), folder / "out"
 if run_path(out).is_dir() and (run_path(out) / "run.json").is_file():
-    resume(out, stored, progress=Lines(sys.stderr))
+    trainer.resume(out, stored, progress=Lines(sys.stderr))
 else:
-    fit(read_recipe(folder / "mine.toml"), stored, out, progress=Lines(sys.stderr))
+    trainer.train(read_recipe(folder / "mine.toml"), stored, out, progress=Lines(sys.stderr))
 """
 
 
@@ -276,8 +278,8 @@ def test_patience_ends_a_run_that_no_longer_learns(tmp_path: Path, tiny_base: St
 def test_the_best_weights_survive_a_stop(tmp_path: Path, tiny_base: StoredBase) -> None:
     recipe = overfitting(tmp_path, keep="best", patience=2, steps=40, checkpoint_every=3)
     end = run(recipe, tiny_base, tmp_path / "whole")
-    stopped(recipe, tiny_base, tmp_path / "parts", after=end.steps - 1)
-    resumed(tmp_path / "parts", tiny_base)
+    train_and_stop(recipe, tiny_base, tmp_path / "parts", after=end.steps - 1)
+    resume_run(tmp_path / "parts", tiny_base)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert sha256_of(tmp_path / "whole" / WEIGHTS) == sha256_of(tmp_path / "parts" / WEIGHTS)
 

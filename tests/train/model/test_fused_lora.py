@@ -1,4 +1,4 @@
-"""One operation for a LoRA layer, against PEFT's own chain of them."""
+"""The fused LoRA operation, compared with PEFT's chain of operations."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def test_a_run_ends_in_what_pefts_layers_end_in(
     tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(tmp_path, lora={"dropout": 0.0})
-    trainer.fit(recipe, tiny_base, tmp_path / "ours", progress=Silent())
+    trainer.train(recipe, tiny_base, tmp_path / "ours", progress=Silent())
     monkeypatch.setattr(trainer, "fuse_lora", lambda model: 0)
-    trainer.fit(recipe, tiny_base, tmp_path / "theirs", progress=Silent())
+    trainer.train(recipe, tiny_base, tmp_path / "theirs", progress=Silent())
     ours, theirs = tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs")
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=2e-5)

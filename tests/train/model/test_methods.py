@@ -1,4 +1,4 @@
-"""Every method trained for real on a tiny base: its trained, reloaded and served logits are the same."""
+"""Every method on a tiny base: its trained, reloaded and served logits are the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_methods import CPU, layers_of, logits, plain, recipe_of
+from adapter_methods import CPU, layers_of, load_fp32, logits, recipe_of
 from engine_runs import PROMPTS, greedy, running, tokens_of, unverified
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
@@ -27,7 +27,7 @@ from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from train import trainer
 from train.data.packing import pack
 from train.data.tokenization import Sample
-from train.loop.optimizer import make_optimizer, set_rate
+from train.loop.optimizer import make_optimizer, set_learning_rate
 from train.loop.progress import Silent
 from train.loop.run_folder import run_path
 from train.model.lora import add_lora, lora_b_parameters, trainable
@@ -35,7 +35,7 @@ from train.model.methods import adapter_disabled, attach
 from train.objectives.forward import token_losses
 from train.recipe import LoraSection, Recipe, TrainSection
 from train.trainer import resume
-from train.worker import work
+from train.worker import run_worker
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -61,7 +61,7 @@ SOFT = ("prompt", "prefix")
 
 
 def trained(recipe: Recipe, base: StoredBase, output: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The model in memory, as the run that wrote `output` left it."""
+    """Return the model in memory, as the run that wrote `output` left it."""
     kept: list[Any] = []
 
     def put(*args: Any) -> Any:
@@ -108,10 +108,10 @@ def test_trained_reloaded_and_served_logits_are_the_same(
     recipe = recipe_of(tmp_path, **SERVED[name])
     model = trained(recipe, tiny_base, tmp_path / "out", monkeypatch)
     wanted = logits(model)
-    assert float((wanted - logits(plain(tiny_base).model)).abs().max()) > 0.1
-    reloaded = PeftModel.from_pretrained(plain(tiny_base).model, str(tmp_path / "out")).eval()
+    assert float((wanted - logits(load_fp32(tiny_base).model)).abs().max()) > 0.1
+    reloaded = PeftModel.from_pretrained(load_fp32(tiny_base).model, str(tmp_path / "out")).eval()
     torch.testing.assert_close(logits(reloaded), wanted, rtol=1e-5, atol=1e-5)
-    assert_served(model, plain(tiny_base, "serve"), tmp_path / "out")
+    assert_served(model, load_fp32(tiny_base, "serve"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_soft_prompt_is_reloaded_by_peft_and_refused_by_pack(
 ) -> None:
     recipe = recipe_of(tmp_path, method=method)
     model = trained(recipe, tiny_base, tmp_path / "out", monkeypatch)
-    bare = plain(tiny_base).model
+    bare = load_fp32(tiny_base).model
     assert sum(parameter.numel() for parameter in trainable(model)) == 4 * (64 if method == "prompt" else 2 * 2 * 32)
     assert float((logits(model) - logits(bare)).abs().max()) > 0.1
     reloaded = PeftModel.from_pretrained(bare, str(tmp_path / "out")).eval()
@@ -157,7 +157,7 @@ def test_rows_behind_a_soft_prompt_have_the_losses_peft_computes(
     method: str, tmp_path: Path, tiny_base: StoredBase
 ) -> None:
     torch.manual_seed(0)
-    model = attach(plain(tiny_base).model, recipe_of(tmp_path, method=method))
+    model = attach(load_fp32(tiny_base).model, recipe_of(tmp_path, method=method))
     texts = [(1, 2, 3, *prompt) for prompt in PROMPTS[:3]]
     samples = [Sample(text, (False,) * 4 + (True,) * (len(text) - 4)) for text in texts]
     ours = token_losses(model, pack(samples, device=CPU, dtype=torch.float32))
@@ -187,15 +187,15 @@ def test_a_model_trained_whole_is_a_base_and_no_package(
     stored = StoredBase(tmp_path / "out", BaseRef("mine"))
     reloaded = load_base(stored, purpose="train", dtype="float32", kind="none")
     assert torch.equal(logits(reloaded.model), logits(model))
-    assert float((logits(model) - logits(plain(tiny_base).model)).abs().max()) > 0.1
+    assert float((logits(model) - logits(load_fp32(tiny_base).model)).abs().max()) > 0.1
     assert_served(model, load_base(stored, purpose="serve", dtype="float32", kind="none"), None)
     with pytest.raises(AdapterUnsupported, match="holds a whole model"):
         pack_folder(tmp_path / "out", base=tiny_base)
 
 
 def test_a_model_trained_whole_is_not_divided(tmp_path: Path, tiny_base: StoredBase) -> None:
-    with pytest.raises(UsageError, match="leave --shard out"):
-        work(recipe_of(tmp_path, method="full"), tiny_base, tmp_path / "out", start=None, shards="device")
+    with pytest.raises(UsageError, match="Leave --shard out"):
+        run_worker(recipe_of(tmp_path, method="full"), tiny_base, tmp_path / "out", start=None, shards="device")
 
 
 @pytest.mark.parametrize("method", ["head", *SOFT, "full"])
@@ -226,15 +226,15 @@ def test_a_head_is_packed_by_its_name(tmp_path: Path, tiny_base: StoredBase) -> 
     ],
 )
 def test_words_for_targets_name_layers(targets: Any, names: set[str], tiny_base: StoredBase) -> None:
-    model = add_lora(plain(tiny_base).model, LoraSection(rank=2, targets=targets))
+    model = add_lora(load_fp32(tiny_base).model, LoraSection(rank=2, targets=targets))
     assert {name.split(".")[-1] for name in layers_of(model)} == names
 
 
 def test_lora_plus_gives_the_rates_peft_gives(tiny_base: StoredBase) -> None:
-    model = add_lora(plain(tiny_base).model, LoraSection(rank=2))
+    model = add_lora(load_fp32(tiny_base).model, LoraSection(rank=2))
     train = TrainSection(steps=1, lora_plus_ratio=16.0)
     ours, _ = make_optimizer(trainable(model), train, lora_b_parameters=lora_b_parameters(model))
-    set_rate(ours, 1e-3)
+    set_learning_rate(ours, 1e-3)
     theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
 
     def rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
@@ -252,7 +252,7 @@ def test_lora_plus_gives_the_rates_peft_gives(tiny_base: StoredBase) -> None:
         ("paged-adamw-8bit", "AdamW, 8 bit (as asked, but unpaged: paging needs CUDA)"),
     ],
 )
-def test_the_optimizers_counterpart_on_a_cpu_is_told_with_the_reason(name: Any, words: str) -> None:
+def test_the_optimizers_counterpart_on_a_cpu_is_reported_with_the_reason(name: Any, words: str) -> None:
     parameter = torch.nn.Parameter(torch.zeros(4))
     _, choice = make_optimizer([parameter], TrainSection(steps=1, optimizer=name))
     assert f"optimizer: {words}" in str(choice)
@@ -270,8 +270,8 @@ def test_gradients_are_shortened_to_the_longest_allowed(tmp_path: Path, tiny_bas
     assert float(moments.norm()) == pytest.approx(0.1 * 0.3, rel=1e-4)
 
 
-def test_neftune_noise_fits_each_samples_length(tmp_path: Path, tiny_base: StoredBase) -> None:
-    model = attach(plain(tiny_base).model, recipe_of(tmp_path, train={"neftune_alpha": 5.0}))
+def test_neftune_noise_depends_on_each_samples_length(tmp_path: Path, tiny_base: StoredBase) -> None:
+    model = attach(load_fp32(tiny_base).model, recipe_of(tmp_path, train={"neftune_alpha": 5.0}))
     seen: list[torch.Tensor] = []
     model.get_decoder().layers[0].register_forward_pre_hook(lambda m, x: seen.append(x[0][0]))
     short, long = (Sample(tuple(range(1, size + 1)), (False,) * (size - 1) + (True,)) for size in (8, 50))

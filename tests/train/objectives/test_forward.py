@@ -1,4 +1,4 @@
-"""Logits a few at a time: the same losses and gradients from a bounded number of them, and who cannot have that."""
+"""Logits in chunks: the same losses and gradients, and bases that compute all of them at once."""
 
 from __future__ import annotations
 

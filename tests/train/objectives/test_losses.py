@@ -1,4 +1,4 @@
-"""The preference losses against each paper's formula written out number by number."""
+"""The preference losses against each paper's formula written out."""
 
 from __future__ import annotations
 

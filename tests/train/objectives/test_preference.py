@@ -1,4 +1,4 @@
-"""Preference tuning on the tiny base and on the real one: against sequences one by one, and what it learns."""
+"""Preference tuning on the tiny base and on the real one, compared with the losses of single sequences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from preference_rows import TRAIN, label, preference_recipe, says
+from preference_rows import TRAIN, label, preference_recipe, turn
 from training import make_recipe, run, tensors_of
 
 from adapterhub.adapter import StoredBase
@@ -17,17 +17,17 @@ from adapterhub.errors import RecipeError
 from adapterhub.pack import pack
 from adapterhub.package.layout import open_adapter
 from adapterhub.package.run_record import read_run_record
-from train.data.preferences import Comparisons, Labelled, Pair
+from train import trainer
+from train.data.preferences import LabeledReply, PreferenceData, PreferencePair
 from train.data.sources import read_chatterbot
 from train.data.tokenization import Sample
 from train.loop.progress import Silent
 from train.objectives.base import EvalResult
 from train.objectives.evaluation import log_likelihoods
 from train.objectives.losses import dpo_loss, kto_loss, orpo_loss
-from train.objectives.preference import _groups_of, _mismatched, _num_pairs, _share_told_apart, preference_objective
+from train.objectives.preference import _groups_of, _mismatched, _num_pairs, _pair_accuracy, preference_objective
 from train.objectives.sft import SftObjective
 from train.recipe import PreferenceMethod, PreferenceSection, read_recipe
-from train.trainer import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -51,8 +51,8 @@ def models() -> tuple[Any, Any]:
 
 
 PAIRS = (
-    Pair(sample(1, 2, 3, 4, 5, 6, trained=3), sample(1, 2, 3, 9, 8, trained=2)),
-    Pair(sample(1, 7, 10, 11, trained=2), sample(1, 7, 12, 13, 14, 15, trained=4)),
+    PreferencePair(sample(1, 2, 3, 4, 5, 6, trained=3), sample(1, 2, 3, 9, 8, trained=2)),
+    PreferencePair(sample(1, 7, 10, 11, trained=2), sample(1, 7, 12, 13, 14, 15, trained=4)),
 )
 
 
@@ -78,7 +78,7 @@ def test_replies_in_one_row_have_the_likelihoods_they_have_alone(models: tuple[A
 @pytest.mark.parametrize("batches", [[[0, 1]], [[0], [1]]])
 def test_a_step_of_dpo_is_that_of_pairs_one_by_one(models: tuple[Any, Any], batches: list[list[int]]) -> None:
     policy, reference = models
-    objective = preference_objective(Comparisons("x", PAIRS, (), ()), PreferenceSection(method="dpo", beta=0.3))
+    objective = preference_objective(PreferenceData("x", PAIRS, (), ()), PreferenceSection(method="dpo", beta=0.3))
     objective.set_reference(reference)
     loss = objective.backward(policy, batches)
     found = gradients(policy)
@@ -93,7 +93,7 @@ def test_a_step_of_dpo_is_that_of_pairs_one_by_one(models: tuple[Any, Any], batc
 @pytest.mark.parametrize("batches", [[[0, 1]], [[0], [1]]])
 def test_a_step_of_orpo_is_that_of_pairs_one_by_one(models: tuple[Any, Any], batches: list[list[int]]) -> None:
     policy, _ = models
-    objective = preference_objective(Comparisons("x", PAIRS, (), ()), PreferenceSection(method="orpo", beta=0.3))
+    objective = preference_objective(PreferenceData("x", PAIRS, (), ()), PreferenceSection(method="orpo", beta=0.3))
     objective.set_reference(policy)
     loss = objective.backward(policy, batches)
     found = gradients(policy)
@@ -109,14 +109,14 @@ def test_a_step_of_orpo_is_that_of_pairs_one_by_one(models: tuple[Any, Any], bat
 def test_a_step_of_kto_is_that_of_replies_one_by_one(models: tuple[Any, Any], batches: list[list[int]]) -> None:
     policy, reference = models
     replies = (
-        Labelled(sample(1, 2, 3, 4, 5, trained=2), is_desirable=True),
-        Labelled(sample(1, 7, 8, 9, trained=2), is_desirable=False),
-        Labelled(sample(1, 2, 3, 11, trained=1), is_desirable=False),
+        LabeledReply(sample(1, 2, 3, 4, 5, trained=2), is_desirable=True),
+        LabeledReply(sample(1, 7, 8, 9, trained=2), is_desirable=False),
+        LabeledReply(sample(1, 2, 3, 11, trained=1), is_desirable=False),
     )
     # Each prompt with the next reply that was given to another one.
     mismatched = [sample(1, 2, 3, 8, 9, trained=2), sample(1, 7, 11, trained=1), sample(1, 2, 3, 8, 9, trained=2)]
     section = PreferenceSection(method="kto", beta=0.3, desirable_weight=2.0)
-    objective = preference_objective(Comparisons("x", replies, (), ()), section)
+    objective = preference_objective(PreferenceData("x", replies, (), ()), section)
     objective.set_reference(reference)
     loss = objective.backward(policy, batches)
     found = gradients(policy)
@@ -133,7 +133,7 @@ def test_a_step_of_kto_is_that_of_replies_one_by_one(models: tuple[Any, Any], ba
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=12))
 def test_replies_are_matched_with_the_next_of_another_prompt(drawn: list[tuple[int, bool]]) -> None:
-    items = [Labelled(sample(one, 100 + n, trained=1), good) for n, (one, good) in enumerate(drawn)]
+    items = [LabeledReply(sample(one, 100 + n, trained=1), good) for n, (one, good) in enumerate(drawn)]
     others = [
         next((o for o in (*items[n + 1 :], *items[:n]) if o.prompt != item.prompt), item)
         for n, item in enumerate(items)
@@ -143,8 +143,8 @@ def test_replies_are_matched_with_the_next_of_another_prompt(drawn: list[tuple[i
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans(), st.integers(0, 4)), max_size=12))
-def test_the_share_told_apart_is_that_of_all_pairs(drawn: list[tuple[int, bool, int]]) -> None:
-    items = [Labelled(sample(one, 100 + n, trained=1), good) for n, (one, good, _) in enumerate(drawn)]
+def test_pair_accuracy_counts_all_pairs(drawn: list[tuple[int, bool, int]]) -> None:
+    items = [LabeledReply(sample(one, 100 + n, trained=1), good) for n, (one, good, _) in enumerate(drawn)]
     value = {item.sample: float(likely) for item, (_, _, likely) in zip(items, drawn, strict=True)}
     every = [(b, w) for b in items for w in items if b.is_desirable and not w.is_desirable]
     pairs = [(b, w) for b, w in every if b.prompt == w.prompt] or every
@@ -152,21 +152,21 @@ def test_the_share_told_apart_is_that_of_all_pairs(drawn: list[tuple[int, bool, 
     assert _num_pairs(groups) == len(pairs)
     if pairs:
         right = sum(value[b.sample] > value[w.sample] for b, w in pairs)
-        assert _share_told_apart(groups, value) == right / len(pairs)
+        assert _pair_accuracy(groups, value) == right / len(pairs)
 
 
 def test_many_labels_are_matched_without_comparing_all_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, sound = [], Labelled.prompt.fget
-    monkeypatch.setattr(Labelled, "prompt", property(lambda item: asked.append(item) or sound(item)))  # type: ignore[misc, func-returns-value]
-    items = tuple(Labelled(sample(n // 500, n, trained=1), n % 2 == 0) for n in range(2000))
-    preference_objective(Comparisons("x", items, items[:600], ()), PreferenceSection(method="kto"))
+    asked, sound = [], LabeledReply.prompt.fget
+    monkeypatch.setattr(LabeledReply, "prompt", property(lambda item: asked.append(item) or sound(item)))  # type: ignore[misc, func-returns-value]
+    items = tuple(LabeledReply(sample(n // 500, n, trained=1), n % 2 == 0) for n in range(2000))
+    preference_objective(PreferenceData("x", items, items[:600], ()), PreferenceSection(method="kto"))
     assert len(asked) <= 2 * len(items) + 2 * 600
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
-def test_held_out_pairs_are_told_apart_better(tmp_path: Path, tiny_base: StoredBase, method: PreferenceMethod) -> None:
+def test_pair_accuracy_on_held_out_pairs_rises(tmp_path: Path, tiny_base: StoredBase, method: PreferenceMethod) -> None:
     recipe = preference_recipe(tmp_path, method)
-    end = fit(recipe, tiny_base, tmp_path / "out", progress=Silent())
+    end = trainer.train(recipe, tiny_base, tmp_path / "out", progress=Silent())
     tuned = end.evaluations[0].preference
     assert tuned is not None
     assert (tuned.method, tuned.pairs) == (method, 4)
@@ -193,7 +193,7 @@ def test_going_on_from_an_adapter_keeps_its_shape_and_begins_where_it_is(tmp_pat
     path.write_text(path.read_text().replace("[lora]\nrank = 4\ndropout = 0.0\n", ""))
     bare = read_recipe(path)
     assert recipe.lora.rank != bare.lora.rank
-    end = fit(bare, tiny_base, tmp_path / "second", start=start, progress=Silent())
+    end = trainer.train(bare, tiny_base, tmp_path / "second", start=start, progress=Silent())
     tuned = end.evaluations[0].preference
     assert tuned is not None
     assert tuned.loss_before == pytest.approx(0.6931, abs=1e-4)  # the reference is the start itself
@@ -222,14 +222,14 @@ def test_plain_answers_are_measured_from_the_bare_base_alone(
 ) -> None:
     recipe = make_recipe(tmp_path, train={"steps": 1}, lora={"init": "loftq"})
     measured = []
-    monkeypatch.setattr("train.objectives.base.held_out_loss", lambda model, samples: (float(len(measured) + 1), 4))
-    sound = SftObjective.measure
+    monkeypatch.setattr("train.objectives.sft.held_out_loss", lambda model, samples: (float(len(measured) + 1), 4))
+    sound = SftObjective.evaluate
 
-    def measure(self: SftObjective, model: Any) -> EvalResult:
+    def evaluate(self: SftObjective, model: Any) -> EvalResult:
         measured.append(sound(self, model))
         return measured[-1]
 
-    monkeypatch.setattr(SftObjective, "measure", measure)
+    monkeypatch.setattr(SftObjective, "evaluate", evaluate)
     run(recipe, tiny_base, tmp_path / "out")
     assert len(measured) == 2  # the bare base, and the result
 
@@ -239,15 +239,15 @@ def test_another_shape_than_the_start_has(tmp_path: Path, tiny_base: StoredBase)
     start = pack(tmp_path / "first", base=tiny_base)
     recipe = preference_recipe(tmp_path, "dpo", lora={"rank": 8})
     with pytest.raises(RecipeError) as caught:
-        fit(recipe, tiny_base, tmp_path / "second", start=start, progress=Silent())
+        trainer.train(recipe, tiny_base, tmp_path / "second", start=start, progress=Silent())
     assert "rank 8" in str(caught.value)
-    assert "leave [lora] out" in str(caught.value)
+    assert "Leave [lora] out" in str(caught.value)
 
 
 def test_a_start_that_was_not_resolved(tmp_path: Path, tiny_base: StoredBase) -> None:
     recipe = preference_recipe(tmp_path, "dpo").model_copy(update={"start": "captain"})
-    with pytest.raises(RecipeError, match="goes on from captain, which was not given"):
-        fit(recipe, tiny_base, tmp_path / "out", progress=Silent())
+    with pytest.raises(RecipeError, match="has start = 'captain': expected that adapter"):
+        trainer.train(recipe, tiny_base, tmp_path / "out", progress=Silent())
 
 
 def test_a_voice_comes_to_be_preferred_on_the_real_base(tmp_path: Path, smollm2: StoredBase) -> None:
@@ -255,9 +255,9 @@ def test_a_voice_comes_to_be_preferred_on_the_real_base(tmp_path: Path, smollm2:
     talks = [talk.messages for talk in read_chatterbot("trivia").examples[:24]]
     lines = [
         {
-            "prompt": says("user", question.content),
-            "chosen": says("assistant", f"Aye, mate, that'd be {answer.content}."),
-            "rejected": says("assistant", f"{answer.content}."),
+            "prompt": turn("user", question.content),
+            "chosen": turn("assistant", f"Aye, mate, that'd be {answer.content}."),
+            "rejected": turn("assistant", f"{answer.content}."),
         }
         for question, answer in talks
     ]
@@ -270,7 +270,7 @@ def test_a_voice_comes_to_be_preferred_on_the_real_base(tmp_path: Path, smollm2:
         lora={"rank": 8, "dropout": 0.0},
         quantization={"compute_dtype": "auto"},
     )
-    tuned = fit(recipe, smollm2, tmp_path / "out", progress=Silent()).evaluations[0].preference
+    tuned = trainer.train(recipe, smollm2, tmp_path / "out", progress=Silent()).evaluations[0].preference
     assert tuned is not None
     assert tuned.accuracy_after > tuned.accuracy_before
     assert tuned.loss_after < tuned.loss_before

@@ -25,10 +25,10 @@ from adapterhub.pack import pack
 from adapterhub.package.lora_config import lora_tensors, read_lora_config
 from adapterhub.package.run_record import read_run_record
 from adapterhub.package.safetensors_header import read_header
+from train import trainer
 from train.objectives.mask_report import MaskReport
 from train.planning.plan import Plan, make_plan, servable
 from train.recipe import LoraSection, read_recipe
-from train.trainer import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -128,7 +128,7 @@ def test_a_base_whose_config_has_other_words_for_its_sizes(tmp_path: Path, tiny_
     )
     base = base_of(tmp_path / "base", config, tiny_base)
     recipe = make_recipe(tmp_path)
-    for begin in (make_plan, fit):
+    for begin in (make_plan, trainer.train):
         with pytest.raises(IncompatibleBase, match="tests/tiny-llama .* has no number as intermediate_size"):
             begin(recipe, base, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -216,7 +216,7 @@ def test_an_end_that_is_not_the_tokenizers_is_noted() -> None:
 
 
 def test_samples_without_the_beginning_the_tokenizer_puts_first_are_noted() -> None:
-    assert "3 samples do not begin with the beginning of text" in report(begins_without=3).notes[0]
+    assert "3 samples do not begin with BOS" in report(begins_without=3).notes[0]
 
 
 def test_more_left_out_than_trained_is_noted() -> None:

@@ -146,7 +146,7 @@ def test_a_tokenizer_larger_than_the_base(tmp_path: Path, tiny_base: StoredBase)
     shutil.copytree(tiny_base.path, folder)
     config = folder / "config.json"
     config.write_text(config.read_text().replace(f'"vocab_size": {TINY_VOCABULARY}', '"vocab_size": 1000'))
-    with pytest.raises(IncompatibleBase, match=r"gives token \d+, the base has embeddings for 1000"):
+    with pytest.raises(IncompatibleBase, match=r"gives token \d+: expected ids below 1000"):
         load_inputs(make_recipe(tmp_path), StoredBase(folder, tiny_base.ref), start=None)
 
 

@@ -33,14 +33,14 @@ from adapterhub.package.run_record import (
     RunStep,
     read_run_events,
 )
+from train import trainer
 from train.data.tokenization import Sample
 from train.loop.progress import Silent
-from train.objectives.evaluation import rows_to_measure
+from train.objectives.evaluation import eval_rows
 from train.planning.out_of_memory import what_to_cut
 from train.planning.plan import MemoryItem
 from train.recipe import Recipe
 from train.reporting.trackers import TRACKERS, tracking
-from train.trainer import fit, resume
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -84,7 +84,7 @@ def test_a_resumed_run_answers_as_one_that_was_not_stopped(tmp_path: Path, tiny_
     recipe = asking(tmp_path)
     run(recipe, tiny_base, tmp_path / "whole")
     stopped(recipe, tiny_base, tmp_path / "parts", after=2)
-    resume(tmp_path / "parts", tiny_base, progress=Silent())
+    trainer.resume(tmp_path / "parts", tiny_base, progress=Silent())
     whole, parts = (
         [event for event in events_of(tmp_path / name) if isinstance(event, RunSampled)] for name in ("whole", "parts")
     )
@@ -212,7 +212,7 @@ def test_trackio_keeps_the_figures_on_this_machine(
 
     recipe = make_recipe(tmp_path)
     with tracking(["trackio"], recipe) as listen:
-        fit(recipe, tiny_base, tmp_path / "out", progress=Silent(), listen=listen)
+        trainer.train(recipe, tiny_base, tmp_path / "out", progress=Silent(), listen=listen)
     assert list((tmp_path / "trackio").glob("*.db"))
     logs = SQLiteStorage.get_logs("adapterhub", "mine")
     steps = [event for event in events_of(tmp_path / "out") if isinstance(event, RunStep)]
@@ -258,7 +258,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
     monkeypatch.setitem(TRACKERS, "broken", ("json", lambda module, recipe: Broken()))
     recipe = make_recipe(tmp_path)
     with tracking(["broken"], recipe) as listen:
-        fit(recipe, tiny_base, tmp_path / "out", progress=Silent(), listen=listen)
+        trainer.train(recipe, tiny_base, tmp_path / "out", progress=Silent(), listen=listen)
     assert capsys.readouterr().err.count("the server is gone") == 1
     assert (tmp_path / "out" / WEIGHTS).exists()
 
@@ -288,7 +288,7 @@ def test_out_of_memory_in_a_run_names_the_plan(
 @given(st.lists(st.integers(2, 900), max_size=40))
 def test_measuring_takes_all_samples_in_order_in_rows_that_memory_bears(lengths: list[int]) -> None:
     samples = [Sample(tuple(range(length)), (False, *[True] * (length - 1))) for length in lengths]
-    rows = list(rows_to_measure(samples))
+    rows = list(eval_rows(samples))
     assert [sample for row in rows for sample in row] == samples
     for row in rows:
         assert 1 <= len(row) <= 8
