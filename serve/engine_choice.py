@@ -1,4 +1,4 @@
-"""Which engine a server runs on, with the reason, and starting it."""
+"""Choose a server's engine, with the reason, and start it."""
 
 from __future__ import annotations
 
@@ -14,33 +14,36 @@ from typing import Any
 import torch
 
 from adapterhub.adapter import Adapter, StoredBase
-from adapterhub.bases.loading import choose_precision, load_base
+from adapterhub.bases.loading import load_base
 from adapterhub.choice import Choice
-from adapterhub.errors import UsageError
 from adapterhub.paths import home
 from adapterhub.registry.registry import Registry
-from serve.config import ServeConfig
+from serve.config import DeviceKind, Dtype, EngineKind, ServeConfig
 from serve.engine import Engine, Precision
 from serve.local_engine.cpu.kernels import load_kernels
-from serve.local_engine.engine import LocalEngine
+from serve.local_engine.engine import LocalEngine, check_max_rank
 from serve.vllm_engine.compat import unservable
 from serve.vllm_engine.engine import VllmEngine
-from serve.vllm_engine.process import ChildOptions, VllmProcess, find_vllm
+from serve.vllm_engine.process import ChildOptions, VllmProcess, find_vllm, rank_for
 
 Report = Callable[[str], None]
 
 KEY_VARIABLE = "ADAPTERHUB_VLLM_API_KEY"
-"""the key of vLLM servers that run already"""
+"""Environment variable with the API key of vLLM servers that are already running."""
 
 
 async def start_engine(
     config: ServeConfig, base: StoredBase, registry: Registry, *, report: Report
 ) -> tuple[Engine, Any]:
-    """The engine the config asks for, ready, and the base's tokenizer. Raises what starting it raises."""
+    """Start the engine that the config asks for; return it and the base's tokenizer.
+
+    Raises UsageError for settings that the engine does not take, and what starting it raises.
+    """
     choice = choose_engine(config, registry)
     report(str(choice))
-    if choice.value == "vllm":
+    if choice.value == EngineKind.VLLM:
         return await _start_vllm(config, base, report)
+    check_max_rank(config.engine)
     loaded = load_base(base, purpose="serve", dtype=config.dtype or _kernels_dtype(config.device), device=config.device)
     engine = LocalEngine(loaded, config.engine)
     engine.prepare()
@@ -50,16 +53,10 @@ async def start_engine(
 
 
 def choose_engine(config: ServeConfig, registry: Registry) -> Choice:
-    """`local` or `vllm`, and why. Raises UsageError for vLLM's options beside the local engine."""
-    named = [name for name, given in (("--endpoint", config.vllm.endpoints), ("--vllm-python", config.vllm.python),
-             ("--vllm-arg", config.vllm.arguments)) if given]  # fmt: skip
-    if config.engine_kind == "local":
-        if named:
-            raise UsageError(f"{', '.join(named)} belongs to vLLM: add --engine vllm.")
+    """Return `local` or `vllm`, and why."""
+    if config.engine_kind == EngineKind.LOCAL:
         return Choice("engine", "local", "one machine, the exact NF4 bits adapters were trained on")
-    if config.vllm.endpoints and len(named) > 1:
-        raise UsageError(f"{', '.join(named[1:])} is for a vLLM we start; those at --endpoint run already.")
-    if config.engine_kind == "vllm":
+    if config.engine_kind == EngineKind.VLLM:
         return Choice("engine", "vllm", "asked for")
     if config.vllm.endpoints:
         return Choice("engine", "vllm", "its endpoints are given")
@@ -83,15 +80,15 @@ async def _start_vllm(config: ServeConfig, base: StoredBase, report: Report) -> 
 
     folder = home() / "vllm" / str(os.getpid())
     _remove_stale_dirs(folder.parent)
-    dtype = choose_precision(config.dtype or "bfloat16", "cpu")[1].value  # the device is vLLM's to choose
+    dtype = config.dtype or Dtype.BFLOAT16
     processes = []
     if not config.vllm.endpoints:
-        found = find_vllm(config.vllm.python or Path(sys.executable))
         options = ChildOptions(
-            max_loras=config.max_loras, max_lora_rank=config.engine.max_lora_rank, dtype=dtype,
+            max_loras=config.max_loras, max_lora_rank=rank_for(config.engine.max_lora_rank), dtype=dtype,
             max_num_seqs=config.engine.limits.max_num_seqs, max_model_len=config.engine.max_model_len,
             kv_cache_bytes=config.engine.kv_cache_bytes, arguments=config.vllm.arguments,
         )  # fmt: skip
+        found = find_vllm(config.vllm.python or Path(sys.executable))
         processes.append(VllmProcess(found, base, config.base_name, options, folder))
         report(str(_hazard(processes[0])))
     tokenizer = AutoTokenizer.from_pretrained(base.path)
@@ -104,7 +101,7 @@ async def _start_vllm(config: ServeConfig, base: StoredBase, report: Report) -> 
 
 
 def _remove_stale_dirs(folder: Path) -> None:
-    """Remove what servers that were killed have left here: a folder for each, named by its process."""
+    """Remove the folders of killed servers; each is named by its process id."""
     for left in folder.glob("[0-9]*"):
         try:
             os.kill(int(left.name), 0)
@@ -115,7 +112,7 @@ def _remove_stale_dirs(folder: Path) -> None:
 
 
 def _hazard(process: VllmProcess) -> Choice:
-    """How requests without an adapter are kept from the weights of one (docs/vllm.md)."""
+    """Return how requests without an adapter are protected from the weights of one (docs/vllm.md)."""
     version = process.found.version
     if not process.found.is_cpu:
         return Choice("vllm lora", "its own", f"vLLM {version} on a GPU")
@@ -125,7 +122,7 @@ def _hazard(process: VllmProcess) -> Choice:
 
 
 def _precision(config: ServeConfig, base: StoredBase, dtype: str) -> Precision:
-    """What vLLM holds the base in: as its config says, quantized while loading, or as it is."""
+    """Return how vLLM stores the base: as its config says, quantized while loading, or unquantized."""
     if config.vllm.endpoints:
         return Precision("unknown", dtype)
     stored = json.loads((base.path / "config.json").read_bytes()).get("quantization_config") or {}
@@ -137,7 +134,7 @@ def _precision(config: ServeConfig, base: StoredBase, dtype: str) -> Precision:
     return Precision(method or dtype, dtype)
 
 
-def _kernels_dtype(device: str | None) -> str | None:
-    """fp32 where our CPU kernels, which compute in it, will run; None where the base is to choose."""
-    is_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
-    return "float32" if is_cpu and load_kernels()[0] is not None else None
+def _kernels_dtype(device: str | None) -> Dtype | None:
+    """Return fp32 where our CPU kernels, which compute in it, will run; None where the device decides."""
+    is_cpu = device == DeviceKind.CPU or (device is None and not torch.cuda.is_available())
+    return Dtype.FLOAT32 if is_cpu and load_kernels()[0] is not None else None

@@ -188,6 +188,7 @@ def test_quick_commands_load_no_torch(arguments: list[str], tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
 
 
-def test_scheduler_and_cache_load_no_torch() -> None:
-    code = "import sys, serve.local_engine.scheduler, serve.adapters.cache; assert 'torch' not in sys.modules"
+def test_config_scheduler_and_cache_load_no_torch() -> None:
+    light = "serve.config, serve.local_engine.scheduler, serve.adapters.cache"
+    code = f"import sys, {light}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

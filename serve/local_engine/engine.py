@@ -39,6 +39,12 @@ from serve.local_engine.scheduler import Batch, BlockPool, ScheduledChunk, Sched
 log = logging.getLogger(__name__)
 
 
+def check_max_rank(config: LocalEngineConfig) -> None:
+    """Raise UsageError for a --max-lora-rank beyond what the kernels compute."""
+    if config.max_lora_rank > MAX_RANK:
+        raise UsageError(f"invalid --max-lora-rank {config.max_lora_rank}: expected 1 to {MAX_RANK}.")
+
+
 class LocalEngine:
     """serve.engine.Engine on this machine."""
 
@@ -51,10 +57,7 @@ class LocalEngine:
         shape = KvShape.of(model_config, kv_dtype(base))
         num_blocks = self.config.kv_cache_bytes // (shape.bytes_per_token * self.config.block_size)
         capacity = num_blocks * self.config.block_size
-        if self.config.max_lora_rank > MAX_RANK:
-            raise UsageError(
-                f"--max-lora-rank {self.config.max_lora_rank} is more than the {MAX_RANK} this engine takes."
-            )
+        check_max_rank(self.config)
         self.max_model_len = min(self.config.max_model_len or model_config.max_position_embeddings, capacity - 1)
         if self.max_model_len < 1:
             raise UsageError(

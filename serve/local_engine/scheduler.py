@@ -128,7 +128,7 @@ class Scheduler:
         waiting = self.waiting
         self.pool.check([*self.running, *waiting])
         assert not any(sequence.blocks for sequence in waiting), "a waiting sequence holds KV blocks"
-        assert len(self.running) <= self.limits.num_places, "more sequences run than allowed"
+        assert len(self.running) <= self.limits.max_running, "more sequences run than allowed"
         assert self._computed_at.keys() == self._queues.keys() | self._running_groups().keys(), "a group is forgotten"
 
     def _running_groups(self) -> Counter[Group]:
@@ -194,7 +194,7 @@ class Scheduler:
         return is_further and num_steps >= 2 * num_again + self.limits.max_wait_steps
 
     def _has_room(self, sequence: Sequence, *, without: Listed[Sequence] = ()) -> bool:
-        has_place = len(self.running) - len(without) < self.limits.num_places
+        has_place = len(self.running) - len(without) < self.limits.max_running
         return has_place and self.pool.can_admit(sequence, without=without)
 
     def _admit(self, sequence: Sequence) -> None:

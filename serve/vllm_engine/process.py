@@ -68,14 +68,17 @@ def rank_for(max_lora_rank: int) -> int:
     """The smallest limit vLLM takes that holds the rank. Raises UsageError."""
     fitting = [rank for rank in RANKS if rank >= max_lora_rank]
     if not fitting:
-        raise UsageError(f"--max-lora-rank {max_lora_rank} is more than vLLM's largest, {RANKS[-1]}.")
+        raise UsageError(f"invalid --max-lora-rank {max_lora_rank}: expected at most {RANKS[-1]}, vLLM's largest.")
     return fitting[0]
 
 
 @dataclass(frozen=True)
 class ChildOptions:
+    """Settings of the vLLM server that is started."""
+
     max_loras: int
     max_lora_rank: int
+    """One of the limits that vLLM accepts, as `rank_for` returns it."""
     max_num_seqs: int
     dtype: str
     max_model_len: int | None = None
@@ -163,7 +166,7 @@ class VllmProcess:
             "--model", str(self._base.path), "--served-model-name", self._base_name,
             "--host", "127.0.0.1", "--port", str(port), "--dtype", options.dtype,
             "--max-num-seqs", str(options.max_num_seqs), *length,
-            "--enable-lora", "--max-loras", str(self.slots), "--max-lora-rank", str(rank_for(options.max_lora_rank)),
+            "--enable-lora", "--max-loras", str(self.slots), "--max-lora-rank", str(options.max_lora_rank),
             "--max-cpu-loras", str(2 * self.slots), "--enable-prompt-tokens-details", *options.arguments,
         ]  # fmt: skip
 

@@ -78,7 +78,15 @@ def serve(
     keys, names = ApiKeys.read(api_keys), host_names(allowed_host or ())
     check_exposure(host, keys)  # before seconds go into imports and minutes into a download
 
-    from serve.config import ServeConfig, VllmConfig, parse_adapter, parse_engine, parse_weight
+    from serve.config import (
+        ServeConfig,
+        VllmConfig,
+        parse_adapter,
+        parse_device,
+        parse_dtype,
+        parse_engine,
+        parse_weight,
+    )
 
     name = BaseName.parse(base)
     adapters = tuple(parse_adapter(text) for text in adapter or ())
@@ -109,8 +117,8 @@ def serve(
         weights=weights,
         pinned=frozenset(pin or ()),
         replay_probe=probe,
-        dtype=dtype,
-        device=device,
+        dtype=None if dtype is None else parse_dtype(dtype),
+        device=None if device is None else parse_device(device),
         has_page=page,
         http=HttpLimits(max_body_mb << 20, names),
         engine_kind=parse_engine(engine),
