@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.adapter import StoredBase
 from adapterhub.bases.loading import load_base
 from adapterhub.choice import Choice
 from adapterhub.paths import home
@@ -22,9 +22,9 @@ from serve.config import DeviceKind, Dtype, EngineKind, ServeConfig
 from serve.engine import Engine, Precision
 from serve.local_engine.cpu.kernels import load_kernels
 from serve.local_engine.engine import LocalEngine, check_max_rank
-from serve.vllm_engine.compat import unservable
+from serve.vllm_engine import compat
 from serve.vllm_engine.engine import VllmEngine
-from serve.vllm_engine.process import ChildOptions, VllmProcess, find_vllm, rank_for
+from serve.vllm_engine.process import ChildOptions, VllmProcess, find_vllm
 
 Report = Callable[[str], None]
 
@@ -64,15 +64,11 @@ def choose_engine(config: ServeConfig, registry: Registry) -> Choice:
         return Choice("engine", "local", "no GPU: here it is faster than vLLM's CPU build (benchmarks/README.md)")
     if config.vllm.python is None and importlib.util.find_spec("vllm") is None:
         return Choice("engine", "local", "there is a GPU, but no vLLM: name its environment with --vllm-python")
-    unfit = next(filter(None, (_unfit(name, registry.resolve(ref)) for name, ref in config.adapters)), None)
-    if unfit is not None:
-        return Choice("engine", "local", f"there is a GPU with vLLM, but {unfit}")
+    for name, ref in config.adapters:
+        reason = compat.unsupported_reason(registry.resolve(ref))
+        if reason is not None:
+            return Choice("engine", "local", f"there is a GPU with vLLM, but adapter {name} {reason}")
     return Choice("engine", "vllm", "there is a GPU, vLLM is installed, and it serves the adapters given")
-
-
-def _unfit(name: str, adapter: Adapter) -> str | None:
-    reason = unservable(adapter)
-    return None if reason is None else f"adapter {name} {reason}"
 
 
 async def _start_vllm(config: ServeConfig, base: StoredBase, report: Report) -> tuple[Engine, Any]:
@@ -84,7 +80,7 @@ async def _start_vllm(config: ServeConfig, base: StoredBase, report: Report) -> 
     processes = []
     if not config.vllm.endpoints:
         options = ChildOptions(
-            max_loras=config.max_loras, max_lora_rank=rank_for(config.engine.max_lora_rank), dtype=dtype,
+            max_loras=config.max_loras, max_lora_rank=compat.allowed_rank(config.engine.max_lora_rank), dtype=dtype,
             max_num_seqs=config.engine.limits.max_num_seqs, max_model_len=config.engine.max_model_len,
             kv_cache_bytes=config.engine.kv_cache_bytes, arguments=config.vllm.arguments,
         )  # fmt: skip

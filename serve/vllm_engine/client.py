@@ -23,8 +23,8 @@ from adapterhub.errors import (
     UsageError,
 )
 from adapterhub.net import trusts_proxy
+from serve.vllm_engine import compat
 
-TESTED = ("0.32.0",)
 _CONNECT_S = 5.0
 _LOAD_S = 120.0
 _KEEP_ALIVE_S = 2.0
@@ -81,11 +81,9 @@ class VllmServer:
         if answer.status_code == 200:
             return
         if answer.status_code == 404:
-            raise AdapterLoadFailed(
-                f"vLLM at {self.url} finds no adapter at {folder}: it must see the same disk as this server."
-            )
+            raise AdapterLoadFailed(compat.OTHER_DISK.says(url=self.url, folder=folder))
         if "LoRA is not enabled" in reason:
-            raise AdapterLoadFailed(f"vLLM at {self.url} serves no adapters: start it with --enable-lora.")
+            raise AdapterLoadFailed(compat.LORA_DISABLED.says(url=self.url))
         raise AdapterLoadFailed(f"vLLM at {self.url} refused the adapter ({answer.status_code}): {reason}")
 
     async def unload(self, name: str) -> None:
@@ -143,9 +141,10 @@ class VllmServer:
 
 
 async def warn_of_version(server: VllmServer, report: Callable[[str], None]) -> None:
+    """Report a server of a version that was not tested."""
     version = await server.version()
-    if version not in TESTED:
-        report(f"vLLM {version} at {server.url} is not a version this was tested with ({', '.join(TESTED)}).")
+    if version not in compat.TESTED_VERSIONS:
+        report(compat.VERSION.says(version=version, url=server.url))
 
 
 async def validate_server(
@@ -164,10 +163,7 @@ async def validate_server(
             "this base, or serve the base it has."
         )
     if not await server.takes_adapters():
-        raise UsageError(
-            f"vLLM at {server.url} loads no adapters at run time: start it with --enable-lora and the environment "
-            "variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=True."
-        )
+        raise UsageError(compat.NO_RUNTIME_LOADING.says(url=server.url))
     name, is_kept = f"blank-{secrets.token_hex(4)}", False
     try:
         await server.load(name, blank)

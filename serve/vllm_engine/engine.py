@@ -19,13 +19,14 @@ from typing import Any
 
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.compatibility import module_shapes
-from adapterhub.errors import AdapterHubError, AdapterNotFound, EngineStopped, UsageError
+from adapterhub.errors import AdapterHubError, AdapterNotFound, EngineStopped
 from adapterhub.files import new_folder
 from adapterhub.package.lora_config import CONFIG_NAME, WEIGHTS_NAME
 from serve.adapters.cache import file_size
 from serve.engine import Chunk, EngineStatus, GenerationRequest, Precision
+from serve.vllm_engine import compat
+from serve.vllm_engine.blank_adapter import write_blank_adapter
 from serve.vllm_engine.client import VllmServer, validate_server, warn_of_version
-from serve.vllm_engine.compat import check_fits, write_blank
 from serve.vllm_engine.process import VllmProcess
 from serve.vllm_engine.wire import body_of, chunks_of
 
@@ -83,7 +84,7 @@ class VllmEngine:
         self._report = report
         self._loaded: dict[str, Path] = {}
         self._shapes = module_shapes(base)
-        self._blank = write_blank(folder / "blank", self._shapes)
+        self._blank = write_blank_adapter(folder / "blank", self._shapes)
         self._ended: str | None = None
         self._watches: list[asyncio.Task[None]] = []
 
@@ -117,7 +118,7 @@ class VllmEngine:
         return file_size(adapter)
 
     async def load(self, adapter: Adapter) -> None:
-        await asyncio.to_thread(check_fits, adapter, self._shapes, max_rank=self._max_lora_rank)
+        await asyncio.to_thread(compat.check_adapter, adapter, self._shapes, max_rank=self._max_lora_rank)
         folder = await asyncio.to_thread(self._keep, adapter)
         name = name_of(adapter.digest)
         done: list[_Place] = []
@@ -274,14 +275,9 @@ class VllmEngine:
 
 
 def _model(request: GenerationRequest, place: _Place) -> str:
-    """The name vLLM knows what is asked for by."""
-    if not request.adapters:
-        return place.base_id
-    if len(request.adapters) > 1 or request.adapters[0].scale != 1:
-        raise UsageError(
-            "vLLM applies one adapter at its own scale: ask for one, or serve with --engine local, which mixes them."
-        )
-    return name_of(request.adapters[0].digest)
+    """Return vLLM's name for the adapter, or the base, that a request asks for. Raises UsageError."""
+    compat.check_request(request)
+    return name_of(request.adapters[0].digest) if request.adapters else place.base_id
 
 
 def name_of(digest: str) -> str:

@@ -19,7 +19,6 @@ from adapterhub.adapter import StoredBase
 from adapterhub.errors import EngineStopped, UsageError
 from serve.vllm_engine import cpu_lora_plugin
 from serve.vllm_engine.client import VllmServer
-from serve.vllm_engine.compat import RANKS
 from serve.vllm_engine.guard import GRACE_S
 
 START_S = 600.0
@@ -64,21 +63,13 @@ def find_vllm(python: Path) -> Environment:
     return Environment(python, found.partition("+")[0], is_cpu=cpu is not None or found.endswith("+cpu"))
 
 
-def rank_for(max_lora_rank: int) -> int:
-    """The smallest limit vLLM takes that holds the rank. Raises UsageError."""
-    fitting = [rank for rank in RANKS if rank >= max_lora_rank]
-    if not fitting:
-        raise UsageError(f"invalid --max-lora-rank {max_lora_rank}: expected at most {RANKS[-1]}, vLLM's largest.")
-    return fitting[0]
-
-
 @dataclass(frozen=True)
 class ChildOptions:
     """Settings of the vLLM server that is started."""
 
     max_loras: int
     max_lora_rank: int
-    """One of the limits that vLLM accepts, as `rank_for` returns it."""
+    """One of the values that vLLM accepts, as `compat.allowed_rank` returns it."""
     max_num_seqs: int
     dtype: str
     max_model_len: int | None = None

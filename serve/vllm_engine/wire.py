@@ -7,6 +7,7 @@ from typing import Any
 
 from adapterhub.errors import EngineStopped
 from serve.engine import Chunk, FinishReason, GenerationRequest, TokenLogprob
+from serve.vllm_engine import compat
 
 
 def body_of(request: GenerationRequest, model: str) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def body_of(request: GenerationRequest, model: str) -> dict[str, Any]:
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k or -1,
+        "top_k": sampling.top_k or compat.KEEP_ALL_TOKENS,
         "min_p": sampling.min_p,
         "repetition_penalty": sampling.repetition_penalty,
         "presence_penalty": sampling.presence_penalty,
@@ -34,8 +35,8 @@ def body_of(request: GenerationRequest, model: str) -> dict[str, Any]:
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
     if sampling.constraint is not None:
-        kind = {"json_schema": "json"}.get(sampling.constraint.kind, sampling.constraint.kind)
-        body["structured_outputs"] = {kind: sampling.constraint.text}
+        key = compat.GUIDED_DECODING_KEYS[sampling.constraint.kind]
+        body["structured_outputs"] = {key: sampling.constraint.text}
     if sampling.top_logprobs is not None:
         body |= {"logprobs": sampling.top_logprobs, "return_tokens_as_token_ids": True}
     return body

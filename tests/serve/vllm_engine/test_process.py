@@ -42,7 +42,7 @@ from serve.engine_choice import choose_engine
 from serve.vllm_engine import engine as vllm_engine
 from serve.vllm_engine.client import VllmServer
 from serve.vllm_engine.engine import name_of
-from serve.vllm_engine.process import ChildOptions, VllmProcess, find_vllm, rank_for
+from serve.vllm_engine.process import ChildOptions, VllmProcess, find_vllm
 
 
 @pytest.fixture
@@ -202,12 +202,6 @@ def test_a_python_without_vllm_is_refused(tmp_path: Path) -> None:
         find_vllm(tmp_path / "nothing")
 
 
-def test_the_nearest_rank_vllm_takes() -> None:
-    assert [rank_for(rank) for rank in (1, 2, 8, 24, 300)] == [1, 8, 8, 32, 320]
-    with pytest.raises(UsageError, match="512"):
-        rank_for(513)
-
-
 def test_the_engine_is_chosen_by_name_with_a_reason(tmp_path: Path) -> None:
     base, registry = BaseName.parse("smollm2-135m-instruct"), Registry(tmp_path)
     assert "exact NF4 bits" in str(choose_engine(ServeConfig(base), registry))
@@ -232,8 +226,8 @@ def test_on_a_gpu_auto_takes_vllm_if_it_serves_the_adapters_given(
     without = choose_engine(replace(config, vllm=VllmConfig()), registry)
     assert (without.value, "no vLLM" in without.reason) == ("local", True)
     dora = ("d", AdapterRef.parse(str(tmp_path / "dora")))
-    unfit = choose_engine(replace(config, adapters=(plain, dora)), registry)
-    assert (unfit.value, "adapter d uses DoRA" in unfit.reason) == ("local", True)
+    refused = choose_engine(replace(config, adapters=(plain, dora)), registry)
+    assert (refused.value, "adapter d uses DoRA" in refused.reason) == ("local", True)
 
 
 @pytest.mark.parametrize(
