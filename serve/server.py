@@ -11,17 +11,15 @@ from collections.abc import Callable
 import uvicorn
 from fastapi.responses import RedirectResponse
 
-from adapterhub.adapter import Adapter
 from adapterhub.bases.store import find_base
-from adapterhub.errors import EngineStopped, ProbeMismatch
+from adapterhub.errors import EngineStopped
 from adapterhub.feedback.store import STORE_NAME, FeedbackStore
 from adapterhub.net import listen, url_of
 from adapterhub.paths import home
-from adapterhub.probe import recorded_on
 from adapterhub.registry.registry import Registry
 from serve.adapters.cache import AdapterCache
 from serve.adapters.catalog import Catalog
-from serve.adapters.probe import replay
+from serve.adapters.probe import ProbedLoader
 from serve.api.app import create_app
 from serve.api.auth import ApiKeys, check_exposure
 from serve.api.metrics import Metrics
@@ -95,36 +93,12 @@ async def _build(config: ServeConfig, registry: Registry, report: Report) -> Ser
     """Start the engine on its base; everything else hangs on these two."""
     stored = find_base(config.base)
     engine, tokenizer = await start_engine(config, stored, registry, report=report)
-    proven: set[str] = set()
-
-    async def load(adapter: Adapter) -> None:
-        await engine.load(adapter)
-        weights = recorded_on(adapter.manifest)
-        is_elsewhere = engine.precision.weights != weights
-        if is_elsewhere and adapter.digest not in proven:
-            report(
-                f"note: the proof of adapter {adapter.manifest.name} was recorded on {weights} weights, as "
-                f"in training; the base is {engine.precision}: answers may differ a little."
-            )
-        if not config.replay_probe or adapter.digest in proven:
-            return
-        try:
-            await replay(engine, adapter)
-        except ProbeMismatch as error:
-            if not is_elsewhere:
-                await engine.unload(adapter.digest)
-                raise
-            report(f"note: {error}")
-        except BaseException:
-            await engine.unload(adapter.digest)
-            raise
-        proven.add(adapter.digest)
-
+    loader = ProbedLoader(engine, replays=config.replay_probe, report=report)
     # vLLM servers that run already were not started with our --max-num-seqs, and take more at once.
     max_leases = None if config.vllm.endpoints else config.engine.limits.max_num_seqs
     cache = AdapterCache(
-        config.max_loras, load=load, unload=engine.unload, max_bytes=config.max_lora_bytes, size_of=engine.size_of,
-        max_leases=max_leases,
+        config.max_loras, load=loader.load, unload=engine.unload, max_bytes=config.max_lora_bytes,
+        size_of=engine.size_of, max_leases=max_leases,
     )  # fmt: skip
     catalog = Catalog(stored, config.base_name, registry, cache)
     training, feedback = TrainingRuns(home() / "training"), FeedbackStore(home() / STORE_NAME)

@@ -1,18 +1,62 @@
-"""Replaying an adapter's recorded proof through the engine that will serve it, before anybody is answered by it."""
+"""The policy that no adapter answers unproven: replay its recorded probe in the engine before it serves requests."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import ProbeMismatch
 from adapterhub.package.manifest import Probe, ProbeAnswer
-from adapterhub.probe import TOLERANCE, likely_cause
+from adapterhub.probe import TOLERANCE, likely_cause, recorded_on
 from serve.engine import AdapterScale, Engine, GenerationRequest, SamplingParams, TokenLogprob
 
 
+class ProbedLoader:
+    """Loads adapters into an engine; each must reproduce its recorded probe there, once per digest and process.
+
+    On weights other than those the probe was recorded on, a mismatch is reported and does not stop the adapter.
+    """
+
+    def __init__(self, engine: Engine, *, replays: bool, report: Callable[[str], None]) -> None:
+        """Without `replays`, probes are not replayed. `report` takes a line for the operator."""
+        self._engine = engine
+        self._replays = replays
+        self._report = report
+        self._passed: set[str] = set()
+
+    async def load(self, adapter: Adapter) -> None:
+        """Load `adapter` and replay its probe; unload it again on failure.
+
+        Raises ProbeMismatch, and what loading and answering raise.
+        """
+        await self._engine.load(adapter)
+        if adapter.digest in self._passed:
+            return
+        recorded, here = recorded_on(adapter.manifest), self._engine.precision
+        is_elsewhere = here.weights != recorded
+        if is_elsewhere:
+            self._report(
+                f"note: the probe of adapter {adapter.manifest.name} was recorded on {recorded} weights, as in "
+                f"training; the base is {here}: answers may differ a little."
+            )
+        if not self._replays:
+            return
+        try:
+            await replay(self._engine, adapter)
+        except ProbeMismatch as error:
+            if not is_elsewhere:
+                await self._engine.unload(adapter.digest)
+                raise
+            self._report(f"note: {error}")
+        except BaseException:
+            await self._engine.unload(adapter.digest)
+            raise
+        self._passed.add(adapter.digest)
+
+
 async def replay(engine: Engine, adapter: Adapter) -> None:
-    """Ask the loaded adapter its recorded prompts, together. Nothing to do for one packed without a proof.
+    """Send the loaded adapter its recorded prompts, all at once, and compare; does nothing without a recorded probe.
 
     First tokens' log-probabilities and all tokens up to the first near-tie must be the recorded ones within the wider
     tolerance of the two dtypes (adapterhub.probe). Raises ProbeMismatch.
@@ -32,7 +76,7 @@ async def _answers(engine: Engine, adapter: Adapter, recorded: Probe) -> list[li
     asking = [asyncio.create_task(_answer(engine, adapter, *numbered)) for numbered in enumerate(recorded.answers)]
     try:
         return await asyncio.gather(*asking)
-    finally:  # one that failed leaves none running: the adapter is taken away next
+    finally:  # after a failure none may go on: the adapter is unloaded next
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
@@ -42,7 +86,7 @@ async def _answer(engine: Engine, adapter: Adapter, number: int, then: ProbeAnsw
     sampling = SamplingParams(
         max_tokens=len(then.tokens), temperature=0, ignore_eos=True, top_logprobs=len(then.top_tokens)
     )
-    name = f"proof-{adapter.digest[7:19]}-{number}"
+    name = f"probe-{adapter.digest[7:19]}-{number}"
     request = GenerationRequest(name, tuple(then.prompt_tokens), sampling, (AdapterScale(adapter.digest),))
     return [one async for chunk in engine.generate(request) for one in chunk.logprobs]
 

@@ -1,4 +1,4 @@
-"""The proof packed with an adapter, replayed by the engine that is to serve it."""
+"""The probe packed with an adapter, replayed by the engine that is to serve it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
 from tiny_models import make_tiny_base
 from transformers import AutoTokenizer
 
@@ -18,10 +19,12 @@ from adapterhub.errors import InvalidManifest, ProbeMismatch, RequestTooLong
 from adapterhub.pack import pack
 from adapterhub.package.manifest import MANIFEST_NAME, Probe, parse_manifest
 from adapterhub.probe import replay as verify
-from serve.adapters.probe import replay
+from serve.adapters import probe as probe_module
+from serve.adapters.probe import ProbedLoader, replay
 from serve.api.prompts import PromptRenderer
 from serve.api.schemas import ChatRequest
 from serve.config import LocalEngineConfig
+from serve.engine import Engine, Precision
 from serve.local_engine.engine import LocalEngine
 
 
@@ -76,7 +79,7 @@ def test_other_leads_than_recorded_are_a_mismatch(tiny_base: StoredBase, packed:
         _replayed(tiny_base, _with_probe(packed, probe.model_copy(update={"answers": [changed]})))
 
 
-def test_an_adapter_without_a_proof_has_nothing_to_replay(tiny_base: StoredBase, packed: Adapter) -> None:
+def test_an_adapter_without_a_probe_has_nothing_to_replay(tiny_base: StoredBase, packed: Adapter) -> None:
     _replayed(tiny_base, _with_probe(packed, None))
 
 
@@ -86,7 +89,7 @@ def test_a_prompt_recorded_twice_is_asked_twice(tiny_base: StoredBase, packed: A
     _replayed(tiny_base, _with_probe(packed, probe.model_copy(update={"answers": [probe.answers[0]] * 2})))
 
 
-def test_a_proof_of_other_prompts_than_ours_is_replayed_as_recorded(tiny_base: StoredBase, packed: Adapter) -> None:
+def test_a_probe_of_other_prompts_than_ours_is_replayed_as_recorded(tiny_base: StoredBase, packed: Adapter) -> None:
     probe = packed.manifest.probe
     assert probe is not None
     base = load_base(tiny_base, purpose="serve", dtype="float32")
@@ -118,6 +121,73 @@ def test_an_answer_that_fails_leaves_no_other_running(tiny_base: StoredBase, pac
     asyncio.run(test())
 
 
+class _Loading:
+    """A ProbedLoader on a fake engine, whose probe's outcome is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, weights: str = "nf4", replays: bool = True) -> None:
+        self.engine = FakeEngine(precision=Precision(weights, "float32"))
+        self.lines: list[str] = []
+        self.num_replayed = 0
+        self.outcome: BaseException | None = None
+        self.loader = ProbedLoader(self.engine, replays=replays, report=self.lines.append)
+
+        async def replayed(engine: Engine, adapter: Adapter) -> None:
+            assert adapter.digest in self.engine.loaded, "replayed before it was loaded"
+            self.num_replayed += 1
+            if self.outcome is not None:
+                raise self.outcome
+
+        monkeypatch.setattr(probe_module, "replay", replayed)
+
+    def load(self, adapter: Adapter) -> None:
+        asyncio.run(self.loader.load(adapter))
+
+
+def test_an_adapter_is_probed_once_and_stays_loaded(packed: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading = _Loading(monkeypatch)
+    loading.load(packed)
+    asyncio.run(loading.engine.unload(packed.digest))
+    loading.load(packed)
+    assert (loading.num_replayed, loading.lines) == (1, [])
+    assert loading.engine.loaded == {packed.digest}
+
+
+@pytest.mark.parametrize(
+    "outcome", [ProbeMismatch("other tokens"), RequestTooLong("too long"), asyncio.CancelledError()]
+)
+def test_an_adapter_whose_probe_fails_is_unloaded_and_probed_again(
+    packed: Adapter, monkeypatch: pytest.MonkeyPatch, outcome: BaseException
+) -> None:
+    loading = _Loading(monkeypatch)
+    loading.outcome = outcome
+    for _ in range(2):
+        with pytest.raises(type(outcome)):
+            loading.load(packed)
+        assert not loading.engine.loaded
+    loading.outcome = None
+    loading.load(packed)
+    assert loading.num_replayed == 3
+
+
+def test_on_other_weights_a_mismatch_is_reported_and_the_adapter_serves(
+    packed: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = _Loading(monkeypatch, weights="bfloat16")
+    loading.outcome = ProbeMismatch("other tokens")
+    loading.load(packed)
+    loading.load(packed)
+    assert loading.engine.loaded == {packed.digest}
+    assert loading.num_replayed == 1
+    assert ["recorded on nf4 weights" in loading.lines[0], "other tokens" in loading.lines[1]] == [True, True]
+    assert len(loading.lines) == 2
+
+
+def test_without_probes_adapters_are_loaded_alone(packed: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading = _Loading(monkeypatch, replays=False)
+    loading.load(packed)
+    assert (loading.engine.loaded, loading.num_replayed) == ({packed.digest}, 0)
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -132,7 +202,7 @@ def test_an_answer_that_fails_leaves_no_other_running(tiny_base: StoredBase, pac
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_proof_no_engine_could_replay_is_no_manifest(packed: Adapter, answer: dict[str, Any], said: str) -> None:
+def test_a_probe_no_engine_could_replay_is_no_manifest(packed: Adapter, answer: dict[str, Any], said: str) -> None:
     raw = json.loads((packed.path / MANIFEST_NAME).read_text())
     if "dtype" in answer:
         raw["probe"] |= answer
