@@ -97,7 +97,7 @@ class Server:
 
     async def empty(self, cache: AdapterCache) -> None:
         for digest in cache.resident:
-            await cache.drop(digest)
+            await cache.evict(digest)
 
 
 async def cold(server: Server, adapters: list[Adapter], rounds: int) -> tuple[float, float]:

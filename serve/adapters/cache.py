@@ -1,9 +1,9 @@
-"""Which adapters are resident in the engine: load once, lease, pin, take turns where there is not room for all.
+"""Residency of adapters in the engine: load, lease, pin, evict, and take turns where not all fit.
 
-Belongs to the event loop. Knows digests, counts and bytes; the engine does the loading. A request asks for its lease
-when it arrives, so what it needs is loaded while it waits and while others are answered. Nothing is awaited while the
-books change, so there is no lock: whatever happens (a lease is asked for or ends, a load or an unload ends) is followed
-by one look at who can go on, `_advance`.
+Belongs to the event loop. Works on digests, counts and bytes; the engine does the loading. A request asks for its lease
+when it arrives, so that its adapters are loaded while it waits and others are answered. State changes without awaiting,
+so there is no lock: every event (a lease is asked for or ends, a load or an unload ends) is followed by `_advance`,
+which grants what can be granted.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from adapterhub.package.lora_config import WEIGHTS_NAME
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 1024
-"""Requests that wait for a lease before new ones are refused."""
+"""Maximum number of requests that wait for a lease; further ones are refused."""
 
 
 def file_size(adapter: Adapter) -> int:
-    """Bytes of an adapter's file."""
+    """Return the size of an adapter's weights file, in bytes."""
     return adapter.manifest.files[WEIGHTS_NAME].size
 
 
@@ -35,7 +35,7 @@ class _Resident:
     size_bytes: int
     loading: asyncio.Task[None] = field(init=False)
     turn_began: float | None = None
-    """When it was loaded; None until then."""
+    """Time at which it was loaded; None until then."""
     leases: int = 0
 
     @property
@@ -52,23 +52,24 @@ class _Waiter:
 
 
 @dataclass
-class _Plan:
-    """What one look at the queue has found so far, for waiters older than the one looked at."""
+class _Pass:
+    """State of one pass over the queue: what older waiters than the current one need."""
 
     draining: set[str]
-    """Residents that get no new lease, so that they become idle and can go."""
+    """Residents that get no new lease, so that they become idle and can be evicted."""
     reserved: dict[str, int] = field(default_factory=dict)
-    """Sizes of what older waiters need and do not have yet."""
+    """Digest -> bytes of what older waiters need and do not have yet."""
 
 
 class AdapterCache:
-    """At most `capacity` adapters of `max_bytes` in all are resident; `load` and `unload` are the engine's.
+    """Slots for up to `capacity` resident adapters of `max_bytes` in all; `load` and `unload` are the engine's.
 
-    Where there is no room, adapters take turns, in the order in which they were first asked for. An idle one that is
-    not pinned goes at once, the least recently used first. Else the one whose turn has lasted longest, and at least
-    `turn_s`, is drained: it gets no new lease, and goes when those it has end. Requests for it that are left over join
-    the queue behind those that wait for others. So what is asked for waits, for each adapter asked for before it, at
-    most `turn_s`, the answers then under way (`max_leases` of an adapter, where not all fit), an unload and a load.
+    Where there is no room, adapters take turns, in the order in which they were first asked for. An idle adapter that
+    is not pinned is evicted at once, the least recently used first. Otherwise the adapter whose turn has lasted the
+    longest, and at least `turn_s`, is drained: it gets no new lease, and is evicted when its leases end. Requests for
+    it that are left over join the queue behind those for other adapters. So an adapter waits, for each adapter asked
+    for before it, at most `turn_s`, the answers then running (`max_leases` of an adapter, where not all fit), an unload
+    and a load.
     """
 
     def __init__(
@@ -95,16 +96,17 @@ class AdapterCache:
         self._wait_s = wait_s
         self._clock = clock
         self._residents: dict[str, _Resident] = {}  # least recently used first
-        self._leaving: dict[str, tuple[int, asyncio.Task[None]]] = {}
-        """Bytes and unload of what is still in the engine, but nobody's any more."""
-        self._dropped: dict[str, asyncio.Event] = {}
-        """Set when it is gone."""
+        self._unloading: dict[str, tuple[int, asyncio.Task[None]]] = {}
+        """Bytes and unload task of adapters that are evicted, but still in the engine."""
+        self._evictions: dict[str, asyncio.Event] = {}
+        """Set when the adapter is out of the engine."""
         self._pinned: set[str] = set()
         self._waiting: list[_Waiter] = []
-        self._named: Callable[[], Collection[str]] | None = None
+        self._published: Callable[[], Collection[str]] | None = None
 
     @property
     def resident_bytes(self) -> int:
+        """Size of all adapters in the engine, in bytes."""
         return sum(self._sizes().values())
 
     @property
@@ -113,31 +115,31 @@ class AdapterCache:
         return tuple(digest for digest, one in self._residents.items() if one.turn_began is not None)
 
     def has_room(self, adapter: Adapter) -> bool:
-        """Could it be loaded without evicting another?"""
+        """Return whether `adapter` is resident, or can be loaded without evicting another."""
         return adapter.digest in self._residents or self._fits(self._sizes() | self._sizes_of([adapter]))
 
     def pin(self, adapter: Adapter) -> None:
-        """Never evict it once it is resident; `drop` ends that, and so does its losing its last name."""
+        """Never evict `adapter` once it is resident, until `evict`, or until it is no longer published."""
         self._pinned.add(adapter.digest)
 
-    def keep_only(self, named: Callable[[], Collection[str]]) -> None:
-        """Evict from now on what is idle and not among the digests `named` returns; `sweep` when they change."""
-        self._named = named
+    def set_published(self, digests: Callable[[], Collection[str]]) -> None:
+        """Evict idle adapters from now on whose digest is not in `digests()`; call `evict_unpublished` on changes."""
+        self._published = digests
 
-    def sweep(self) -> None:
-        """Evict what is no longer named: at once when it is idle, else when its last lease ends."""
-        if self._named is not None:
-            self._pinned.intersection_update(self._named())
+    def evict_unpublished(self) -> None:
+        """Evict adapters that are no longer published: at once when idle, else when their last lease ends."""
+        if self._published is not None:
+            self._pinned.intersection_update(self._published())
         self._advance()
 
     @asynccontextmanager
     async def lease(self, adapters: Sequence[Adapter]) -> AsyncIterator[None]:
-        """The right to use `adapters` until the block ends; they are loaded first if they must be.
+        """Lease `adapters` until the block ends; they are loaded first where needed.
 
-        All are taken at once: requests that each held one and waited for another would wait for ever. So does, where
-        adapters take turns, one that asks for a second lease within its first.
-        Raises UsageError for what never fits, ServerBusy when pinned adapters leave no room, MAX_WAITING others wait,
-        or it was not its turn for `wait_s`, and what loading raises.
+        All are leased at once: requests that each had one and waited for another would wait forever. Where adapters
+        take turns, so would one that asks for a second lease within its first.
+        Raises UsageError for what never fits; ServerBusy when pinned adapters leave no room, when MAX_WAITING others
+        wait, or after waiting `wait_s`; and what loading raises.
         """
         wanted = {adapter.digest: adapter for adapter in adapters}
         self._refuse_what_never_fits(wanted)
@@ -147,7 +149,7 @@ class AdapterCache:
             self._advance()
             await self._granted(waiter)
             for resident in waiter.residents:
-                # A client that gives up must not cancel the load others wait for: `wait` leaves it alone.
+                # A client that gives up must not cancel a load that others wait for: `wait` does not.
                 await asyncio.wait([resident.loading])
                 resident.loading.result()
             yield
@@ -158,20 +160,20 @@ class AdapterCache:
                 resident.leases -= 1
             self._advance()
 
-    async def drop(self, digest: str) -> None:
-        """Unload an adapter when the leases it has end (at once when it is idle); return when it is gone."""
+    async def evict(self, digest: str) -> None:
+        """Evict an adapter when its leases end, at once when it is idle. Return when it is out of the engine."""
         self._pinned.discard(digest)
-        is_gone = self._dropped.setdefault(digest, asyncio.Event())
+        is_gone = self._evictions.setdefault(digest, asyncio.Event())
         self._advance()
         await is_gone.wait()
 
     def check(self) -> None:
-        """The books when nothing runs: nobody waits or holds a lease, no more residents than allowed."""
+        """Check the invariants of an idle cache: no waiter, no lease, no more residents than allowed."""
         assert not self._waiting, "a request still waits"
         assert all(one.leases == 0 for one in self._residents.values()), "a lease was not released"
         assert all(one.is_idle for one in self._residents.values()), "a load never ended"
-        assert not self._leaving, "an unload never ended"
-        assert not self._dropped, "a drop never ended"
+        assert not self._unloading, "an unload never ended"
+        assert not self._evictions, "an eviction never ended"
         assert self._fits(self._sizes()), "more adapters or bytes resident than allowed"
 
     async def _granted(self, waiter: _Waiter) -> None:
@@ -189,69 +191,69 @@ class AdapterCache:
             raise refusal
 
     def _advance(self) -> None:
-        """Grant what can be granted, the oldest first, and begin to unload what must go for the others."""
-        self._end_drops()
+        """Grant leases, the oldest request first, and begin to evict what makes room for the others."""
+        self._end_evictions()
         while self._has_evicted_for_waiters():
             pass
 
-    def _end_drops(self) -> None:
-        for digest in list(self._dropped):
-            if digest not in self._residents and digest not in self._leaving:
-                self._dropped.pop(digest).set()
+    def _end_evictions(self) -> None:
+        for digest in list(self._evictions):
+            if digest not in self._residents and digest not in self._unloading:
+                self._evictions.pop(digest).set()
         idle = {digest for digest, one in self._residents.items() if one.is_idle}
-        unwanted = idle.intersection(self._dropped)
-        if idle and self._named is not None:
-            unwanted |= idle.difference(self._named())
+        unwanted = idle.intersection(self._evictions)
+        if idle and self._published is not None:
+            unwanted |= idle.difference(self._published())
         for digest in unwanted:
             self._evict(digest)
 
     def _has_evicted_for_waiters(self) -> bool:
-        """Go through the queue once; True when somebody was evicted, which changes its order."""
-        plan = _Plan(draining=set(self._dropped))
+        """Go through the queue once. Return True when an adapter was evicted, which changes the queue's order."""
+        state = _Pass(draining=set(self._evictions))
         in_vain: set[frozenset[str]] = set()
         is_blocked = False
-        # Who needs no room and still waits has to wait for the leases of others: it holds up nobody's turn.
+        # A waiter that needs no room waits for leases of others to end, and delays no one's turn: it comes last.
         for waiter in sorted(self._waiting, key=lambda one: one.wanted.keys() <= self._residents.keys()):
             wanted = frozenset(waiter.wanted)
             needs_room = not wanted <= self._residents.keys()
             if waiter.answer.done() or wanted in in_vain or (needs_room and is_blocked):
                 continue
-            if self._can_lease(waiter, plan):
+            if self._can_lease(waiter, state):
                 self._grant(waiter)
                 continue
             in_vain.add(wanted)
-            if not needs_room or wanted & plan.draining:
-                continue  # as many leases as it may have, or its turn is over: it asks for room again when it is gone
+            if not needs_room or wanted & state.draining:
+                continue  # it has its maximum of leases, or its turn is over: it needs room again once evicted
             if self._is_left_no_room(waiter):
                 self._waiting.remove(waiter)
                 waiter.answer.set_result(self._no_room())
                 continue
-            victims = self._victims(waiter, plan)
-            if victims is None:  # nobody that needs room overtakes it
+            victims = self._victims(waiter, state)
+            if victims is None:  # no waiter that needs room overtakes it
                 victims, is_blocked = [], True
             idle = [digest for digest in victims if self._residents[digest].is_idle]
             for digest in idle:
                 self._evict(digest)
             if idle:
                 return True
-            plan.draining.update(victims)
-            plan.reserved |= self._sizes_of(waiter.wanted.values())
+            state.draining.update(victims)
+            state.reserved |= self._sizes_of(waiter.wanted.values())
         return False
 
-    def _can_lease(self, waiter: _Waiter, plan: _Plan) -> bool:
+    def _can_lease(self, waiter: _Waiter, state: _Pass) -> bool:
         there = waiter.wanted.keys() & self._residents.keys()
-        if there & plan.draining or waiter.wanted.keys() & self._leaving.keys():
+        if there & state.draining or waiter.wanted.keys() & self._unloading.keys():
             return False
-        is_short = bool(plan.reserved) or self._is_full()
+        is_short = bool(state.reserved) or self._is_full()
         if is_short and any(not self._is_below_max_leases(self._residents[digest]) for digest in there):
             return False
         missing = [adapter for digest, adapter in waiter.wanted.items() if digest not in there]
-        return not missing or self._fits(self._sizes() | plan.reserved | self._sizes_of(missing))
+        return not missing or self._fits(self._sizes() | state.reserved | self._sizes_of(missing))
 
-    def _victims(self, waiter: _Waiter, plan: _Plan) -> list[str] | None:
-        """Who must go, beside those that go already, so that all `waiter` wants fits; None while that is not enough."""
-        staying = {digest: one for digest, one in self._residents.items() if digest not in plan.draining}
-        needed = self._sizes_of(waiter.wanted.values()) | plan.reserved
+    def _victims(self, waiter: _Waiter, state: _Pass) -> list[str] | None:
+        """Return whom to evict, besides those draining, to make room for `waiter`; None if that is not enough."""
+        staying = {digest: one for digest, one in self._residents.items() if digest not in state.draining}
+        needed = self._sizes_of(waiter.wanted.values()) | state.reserved
         free = [digest for digest in staying if digest not in needed and digest not in self._pinned]
         idle = [digest for digest in free if staying[digest].is_idle]
         busy = [(began, digest) for digest in free if (began := staying[digest].turn_began) is not None]
@@ -270,7 +272,7 @@ class AdapterCache:
         return not self._fits(pinned | self._sizes_of(waiter.wanted.values()))
 
     def _is_full(self) -> bool:
-        """Would one more adapter, as large as the largest here, not fit?"""
+        """Return whether there is no room for one more adapter as large as the largest resident."""
         sizes = self._sizes()
         return not self._fits({**sizes, "": max(sizes.values(), default=0)})
 
@@ -302,22 +304,22 @@ class AdapterCache:
 
     def _evict(self, digest: str) -> None:
         size = self._residents.pop(digest).size_bytes
-        self._leaving[digest] = size, asyncio.create_task(self._unload_one(digest))
-        # It had its turn: who waits for it alone comes after those who wait for others.
+        self._unloading[digest] = size, asyncio.create_task(self._unload_one(digest))
+        # It had its turn: waiters for it alone come after waiters for others.
         self._waiting.sort(key=lambda waiter: waiter.wanted.keys() == {digest})
 
     async def _unload_one(self, digest: str) -> None:
         try:
             await self._unload(digest)
-        except Exception:  # the engine has ended, or a server of it: both forget adapters
+        except Exception:  # the engine, or a server of it, has ended and has no adapters any more
             log.exception("adapter %s could not be unloaded", digest)
         finally:
-            del self._leaving[digest]
+            del self._unloading[digest]
             self._advance()
 
     def _sizes(self) -> dict[str, int]:
-        """Of all that is in the engine."""
-        leaving = {digest: size for digest, (size, _) in self._leaving.items()}
+        """Return digest -> bytes of all adapters in the engine."""
+        leaving = {digest: size for digest, (size, _) in self._unloading.items()}
         return leaving | {digest: one.size_bytes for digest, one in self._residents.items()}
 
     def _sizes_of(self, adapters: Collection[Adapter]) -> dict[str, int]:
@@ -335,12 +337,12 @@ class AdapterCache:
         size = sum(map(self._size, wanted.values()))
         if len(wanted) > self.capacity:
             raise UsageError(
-                f"{len(wanted)} adapters together are more than the {self.capacity} this server holds: name fewer, or "
-                "serve with a larger --max-loras."
+                f"{len(wanted)} adapters together are more than the {self.capacity} slots of this server: name fewer, "
+                "or serve with a larger --max-loras."
             )
         if self.max_bytes is not None and size > self.max_bytes:
             raise UsageError(
-                f"the adapter needs {size:,} bytes, this server holds adapters of {self.max_bytes:,}: serve with a "
+                f"the adapter needs {size:,} bytes, this server has {self.max_bytes:,} for adapters: serve with a "
                 "larger --lora-memory-mb."
             )
 
@@ -352,6 +354,6 @@ class AdapterCache:
 
 
 def _note_exception(loading: asyncio.Task[None]) -> None:
-    """Mark a failed load as seen, for those who asked for it may have left."""
+    """Mark a failed load's exception as retrieved, since all waiters may have left."""
     if not loading.cancelled():
         loading.exception()

@@ -1,4 +1,4 @@
-"""The names a server answers to: which adapter each leads to, published and retired while requests run."""
+"""The model names of a server and the adapter that each points to; they change while requests run."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from adapterhub.package.layout import check_base
 from adapterhub.registry.registry import Registry
 from serve.adapters.cache import AdapterCache
 
-_LONGEST_SAID = 500
-"""characters of a name that does not exist"""
+_MAX_SHOWN = 500
+"""Maximum number of characters shown of an unknown name."""
 
 
 @dataclass(frozen=True)
 class Published:
+    """An adapter under the name that requests use."""
+
     name: str
     adapter: Adapter
     weight: float = 1.0
-    """share beside others when requests wait (serve.local_engine.fairness)"""
+    """Share of the engine relative to others when requests wait (serve.local_engine.fairness)."""
     is_pinned: bool = False
     since: int = field(default_factory=lambda: int(time.time()))
-    """unix time, s"""
+    """Unix time of publication, in seconds."""
 
 
 def clients_ref(text: str) -> AdapterRef:
-    """What a client may name: no path, which would be one on the server's disk. Raises InvalidRef, UsageError."""
+    """Parse a client's reference, refusing paths, which are on the server's disk. Raises InvalidRef, UsageError."""
     ref = AdapterRef.parse(text)
     if ref.folder is not None:
         raise UsageError(f"{text} is a path on the server's disk, which clients may not choose: name an adapter.")
@@ -39,7 +41,7 @@ def clients_ref(text: str) -> AdapterRef:
 
 
 class Catalog:
-    """One base, under the operator's name for it or its own id, and the adapters published on it.
+    """One base, under the operator's name or its own id, and the adapters published on it.
 
     Belongs to the event loop.
     """
@@ -51,14 +53,14 @@ class Catalog:
         self._registry = registry
         self._cache = cache
         self._names: dict[str, Published] = {}
-        self._leases: dict[str, ExitStack] = {}  # by name: the registry collects nothing that is served
-        cache.keep_only(lambda: {published.adapter.digest for published in self._names.values()})
+        self._leases: dict[str, ExitStack] = {}  # by name: the registry's gc deletes nothing that is served
+        cache.set_published(lambda: {published.adapter.digest for published in self._names.values()})
 
     def list(self) -> Sequence[Published]:
         return tuple(self._names[name] for name in sorted(self._names))
 
     def find(self, name: str) -> Published | None:
-        """The adapter published as `name`, None for the base itself.
+        """Return the adapter published as `name`, or None for the base itself.
 
         Raises AdapterNotFound for any other name: an unknown adapter is never answered by the base.
         """
@@ -67,9 +69,9 @@ class Catalog:
         if name in self._names:
             return self._names[name]
         known = [self.base_name, *self._names]
-        said = name[:_LONGEST_SAID]  # a name in a path may be as long as a request line, and comparing takes its square
-        near = difflib.get_close_matches(said, known, n=3, cutoff=0.5) or known[:5]
-        raise AdapterNotFound(f"the model {said!r} does not exist here; nearest: {', '.join(near)}.")
+        shown = name[:_MAX_SHOWN]  # a name in a path may be as long as a request line, and comparing takes its square
+        near = difflib.get_close_matches(shown, known, n=3, cutoff=0.5) or known[:5]
+        raise AdapterNotFound(f"the model {shown!r} does not exist here; nearest: {', '.join(near)}.")
 
     async def load(
         self,
@@ -83,9 +85,9 @@ class Catalog:
     ) -> Published:
         """Resolve, verify, load beside the others, then publish; a failure changes nothing.
 
-        The same content again is no change. With `may_wait`, one for which there is no room is published as it is and
-        loaded when it is asked for. Raises Conflict when `name` leads elsewhere and `replace` is not asked for, and
-        whatever resolving, checking and loading raise.
+        Publishing the same content again changes nothing. With `may_wait`, an adapter for which there is no room is
+        published without being loaded, until a request names it. Raises Conflict when `name` points to another adapter
+        and `replace` is not set, and what resolving, checking and loading raise.
         """
         if name in (self.base_name, self.base.ref.id):
             raise Conflict(f"{name!r} is the base model's own name: choose another for the adapter.")
@@ -108,26 +110,26 @@ class Catalog:
         return published
 
     def unload(self, name: str) -> None:
-        """Forget the name now; the adapter itself goes when the last request using it ends."""
+        """Remove the name now; the adapter is evicted when its last lease ends."""
         published = self.find(name)
         if published is None:
             raise Conflict(f"{name!r} is the base model and stays loaded.")
         del self._names[name]
         self._leases.pop(name).close()
-        self._cache.sweep()
+        self._cache.evict_unpublished()
 
     def _publish(self, published: Published, lease: ExitStack, *, replace: bool) -> None:
-        self._check_free(published, replace=replace)  # another may have come to lead there meanwhile
+        self._check_free(published, replace=replace)  # the name may point to another adapter by now
         before = self._names.get(published.name)
         self._names[published.name] = published
         if before is not None:
             self._leases.pop(published.name).close()
-            self._cache.sweep()
+            self._cache.evict_unpublished()
         self._leases[published.name] = lease.pop_all()
 
     def _check_free(self, published: Published, *, replace: bool) -> None:
         there = self._names.get(published.name)
         if there is not None and there.adapter.digest != published.adapter.digest and not replace:
             raise Conflict(
-                f"{published.name!r} already leads to {there.adapter.digest}: unload it first, or ask to replace it."
+                f"{published.name!r} already points to {there.adapter.digest}: unload it first, or ask to replace it."
             )

@@ -98,14 +98,14 @@ def _tolerance(engine: Engine, recorded: Probe) -> float:
 def _compare(adapter: Adapter, now: list[TokenLogprob], then: ProbeAnswer, *, tolerance: float, cause: str) -> None:
     likely = f"likely cause: {cause}. Verify it with `adapterhub verify --probe`, or pack it again."
     ours = {one.token: one.logprob for one in now[0].top}
-    # Log-probabilities are logits but for a constant: the leads over the best token must agree.
+    # Log-probabilities are logits plus a constant: the differences to the best token must agree.
     known = [(token, logit) for token, logit in zip(then.top_tokens, then.top_logits, strict=True) if token in ours]
     if not known:
         raise ProbeMismatch(
             f"{adapter.manifest.name} does not answer {then.prompt!r} as recorded: none of the {len(then.top_tokens)} "
             f"strongest first tokens is among the {len(ours)} strongest now; {likely}"
         )
-    best = ours.get(then.top_tokens[0], min(ours.values()))  # no longer listed: at most the weakest that is
+    best = ours.get(then.top_tokens[0], min(ours.values()))  # not listed any more: at most the weakest listed
     for token, logit in known:
         lead, found = logit - then.top_logits[0], ours[token] - best
         if abs(lead - found) > 2 * tolerance:

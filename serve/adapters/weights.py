@@ -1,4 +1,4 @@
-"""An adapter's tensors as the engine computes with them, read from its folder. Knows no layer of any model."""
+"""Read an adapter's tensors from its folder, as the local engine computes with them. Knows no layer of any model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class LowRank:
     bt: torch.Tensor
     scaling: float
     magnitude: torch.Tensor | None = None
-    """DoRA's m / ‖W + scaling · B A‖, fp32 [out] (arXiv 2402.09353, equation 5); until `divided`, m alone"""
+    """DoRA's m / ‖W + scaling · B A‖, fp32 [out] (arXiv 2402.09353, equation 5); until `divided`, m alone."""
 
     def divided(self, weight: torch.Tensor) -> LowRank:
-        """With the magnitude divided by the norms of the adapted rows of `weight` [out, in], once for all steps."""
+        """Return it with the magnitude divided by the norms of the adapted rows of `weight` [out, in]."""
         if self.magnitude is None:
             return self
         update = self.scaling * (self.bt.float().T @ self.a.float())
@@ -40,15 +40,15 @@ class EmbeddingUpdate:
     """One adapter on the embedding: y += scaling · B A[:, token]."""
 
     rows: torch.Tensor
-    """A transposed, [vocabulary, r]"""
+    """A transposed, [vocabulary, r]."""
     bt: torch.Tensor
-    """[r, width]"""
+    """B transposed, [r, width]."""
     scaling: float
 
 
 @dataclass(frozen=True)
 class FullWeight:
-    """The whole weight [out, in] of an embedding or a head that an adapter brings along (PEFT's modules_to_save)."""
+    """The whole weight [out, in] of an embedding or a head of an adapter (PEFT's modules_to_save)."""
 
     weight: torch.Tensor
 
@@ -56,13 +56,13 @@ class FullWeight:
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 Weights = dict[str, LowRank | EmbeddingUpdate | FullWeight]
-"""module name -> what the adapter changes about it"""
+"""Module name -> the adapter's change to it."""
 
 
 def read_weights(
     adapter: Adapter, *, device: torch.device, dtype_of: Callable[[torch.dtype], torch.dtype], max_rank: int
 ) -> Weights:
-    """Read an adapter's tensors; `dtype_of` says what to keep a file's dtype in.
+    """Read an adapter's tensors; `dtype_of` maps a dtype of the file to the dtype to store.
 
     Raises RankTooLarge, AdapterUnsupported, InvalidTensors.
     """
@@ -87,9 +87,9 @@ def read_weights(
 
 
 def kept_bytes(adapter: Adapter, *, dtype_of: Callable[[torch.dtype], torch.dtype]) -> int:
-    """Return the bytes of what `read_weights` makes of an adapter, from the header of its file.
+    """Return the size of what `read_weights` returns, in bytes, from the header of the file.
 
-    The size of the file where that cannot be read: loading it says why.
+    If the header cannot be read, return the size of the file: loading it raises the reason.
     """
     try:
         header = read_header(adapter.path / WEIGHTS_NAME)
@@ -105,38 +105,38 @@ def kept_bytes(adapter: Adapter, *, dtype_of: Callable[[torch.dtype], torch.dtyp
 
 
 def _read_tensors(path: Path, header: dict[str, TensorInfo]) -> dict[str, torch.Tensor]:
-    """The file's tensors as views of its bytes, read at once: a call for each took longer than reading (420 of them).
+    """Read the file at once and return its tensors as views: 420 calls, one for each, took longer than reading.
 
-    Raises InvalidTensors for NaN, infinity, and a dtype no LoRA is kept in.
+    Raises InvalidTensors for NaN, Inf, and an unexpected dtype.
     """
     data = torch.from_numpy(np.fromfile(path, np.uint8))
     if len(data) != max(info.end for info in header.values()):
         raise InvalidTensors(f"{path} was changed while it was read: load the adapter again.")
-    if strange := next((key for key, info in header.items() if info.dtype not in _DTYPES), None):
+    if unexpected := next((key for key, info in header.items() if info.dtype not in _DTYPES), None):
         raise InvalidTensors(
-            f"{strange} has dtype {header[strange].dtype}, expected one of {', '.join(_DTYPES)}; save it again."
+            f"{unexpected} has dtype {header[unexpected].dtype}, expected one of {', '.join(_DTYPES)}; save it again."
         )
 
     def view(start: int, end: int, dtype: torch.dtype) -> torch.Tensor:
-        piece = data[start:end]
-        return (piece.clone() if start % dtype.itemsize else piece).view(dtype)
+        part = data[start:end]
+        return (part.clone() if start % dtype.itemsize else part).view(dtype)
 
     tensors = {key: view(info.start, info.end, _DTYPES[info.dtype]).view(info.shape) for key, info in header.items()}
     kinds = {info.dtype for info in header.values()}
     start = min(info.start for info in header.values())
-    # A sum is infinite or NaN where a term is, and ten times faster to ask; it may also overflow by itself.
+    # A sum is non-finite where a term is, and ten times faster than isfinite; it may also overflow by itself.
     if len(kinds) > 1 or not math.isfinite(view(start, len(data), _DTYPES[kinds.pop()]).sum().item()):
         for key, tensor in tensors.items():
             if not tensor.isfinite().all():
-                raise InvalidTensors(f"{key} holds NaN or infinity: the training run diverged; train again.")
+                raise InvalidTensors(f"{key} has NaN or Inf: the training run diverged; train again.")
     return tensors
 
 
 def _change(
     read: Callable[[str], torch.Tensor], keys: dict[str, str], module: str, config: LoraConfig
 ) -> LowRank | EmbeddingUpdate | FullWeight:
-    """`keys`: kind -> name of the tensor in the file."""
-    # What is no half of a linear layer's update is copied, or it would hold the whole file's bytes in memory.
+    """Make the change of one module; `keys` are kind -> name of the tensor in the file."""
+    # All but the halves of a linear layer's update are copied: a view would keep the whole file in memory.
     if set(keys) == {"weight"}:
         return FullWeight(read(keys["weight"]).clone())
     if "lora_embedding_A" in keys:

@@ -132,7 +132,7 @@ def test_what_never_fits_is_refused_at_once() -> None:
     asyncio.run(run())
 
 
-def test_a_pinned_adapter_is_never_evicted_until_it_is_dropped() -> None:
+def test_a_pinned_adapter_is_evicted_only_by_request() -> None:
     async def run() -> None:
         engine = FakeEngine()
         cache = _cache(engine, 2, wait_s=0.01)
@@ -145,7 +145,7 @@ def test_a_pinned_adapter_is_never_evicted_until_it_is_dropped() -> None:
         cache.pin(_adapter("c"))
         with pytest.raises(ServerBusy, match="pinned"):
             await _use(cache, _adapter("d"))
-        await cache.drop("c")
+        await cache.evict("c")
         await _use(cache, _adapter("d"))
         assert engine.loaded == {"pinned", "d"}
 
@@ -230,16 +230,16 @@ def test_a_failed_load_leaves_no_trace_and_can_be_tried_again() -> None:
     asyncio.run(run())
 
 
-def test_a_dropped_adapter_goes_when_its_last_lease_ends() -> None:
+def test_an_evicted_adapter_goes_when_its_last_lease_ends() -> None:
     async def run() -> None:
         engine = FakeEngine()
         cache = _cache(engine, 2)
         async with cache.lease([_adapter("a")]):
-            drop = asyncio.create_task(cache.drop("a"))
+            eviction = asyncio.create_task(cache.evict("a"))
             for _ in range(10):
                 await asyncio.sleep(0)
             assert engine.loaded == {"a"}
-        await drop
+        await eviction
         assert engine.loaded == set()
 
     asyncio.run(run())
@@ -264,15 +264,15 @@ def test_who_waits_goes_on_when_a_load_ends_whose_client_has_left(fails: bool) -
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["loads", "fails"])
-def test_a_drop_ends_when_a_load_ends_whose_client_has_left(fails: bool) -> None:
+def test_an_eviction_ends_when_a_load_ends_whose_client_has_left(fails: bool) -> None:
     async def run() -> None:
         engine = FakeEngine(holds={"+a": asyncio.Event()}, fails={"a"} if fails else set())
         cache = _cache(engine, 1)
         (a,) = await _ask(cache, "a")
-        drop = asyncio.create_task(cache.drop("a"))
+        eviction = asyncio.create_task(cache.evict("a"))
         await a.cancel()
         engine.holds["+a"].set()
-        await drop
+        await eviction
         assert engine.loaded == set()
         cache.check()
 
@@ -285,7 +285,7 @@ def test_no_lease_waits_for_the_unload_of_another_adapter() -> None:
         cache = _cache(engine, 4)
         await _use(cache, _adapter("a"))
         await _use(cache, _adapter("b"))
-        drop = asyncio.create_task(cache.drop("a"))
+        eviction = asyncio.create_task(cache.evict("a"))
         slow, resident, missing, again = await _ask(cache, "s", "b", "c", "a")
         assert _served([slow, resident, missing, again]) == ".xx."
         engine.holds["-a"].set()  # a load of the same digest waits for its own unload only
@@ -294,7 +294,7 @@ def test_no_lease_waits_for_the_unload_of_another_adapter() -> None:
         engine.holds["+s"].set()
         for client in (slow, resident, missing, again):
             await client.leave()
-        await drop
+        await eviction
         cache.check()
 
     asyncio.run(run())
@@ -308,7 +308,7 @@ def test_an_unload_that_fails_holds_nobody_up() -> None:
         cache = AdapterCache(1, load=FakeEngine().load, unload=unload)
         await _use(cache, _adapter("a"))
         await _use(cache, _adapter("b"))
-        await cache.drop("b")
+        await cache.evict("b")
         cache.check()
 
     asyncio.run(run())
@@ -443,7 +443,7 @@ def test_a_server_that_holds_no_adapter_refuses_each_and_answers_without() -> No
     async def run() -> None:
         cache = _cache(FakeEngine(), 0)
         await _use(cache)
-        with pytest.raises(UsageError, match="the 0 this server holds"):
+        with pytest.raises(UsageError, match="the 0 slots of this server"):
             await _use(cache, _adapter("a"))
 
     asyncio.run(run())
@@ -547,7 +547,7 @@ def test_whatever_is_asked_for_waits_no_longer_than_the_bound(seed: int) -> None
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_use_loses_no_wake_up_and_balances_the_books(seed: int) -> None:
-    """Clients that give up anywhere, drops, pins, loads that fail, slow unloads, names that go: nothing hangs."""
+    """Clients that give up anywhere, evictions, pins, loads that fail, slow unloads, names that go: nothing hangs."""
 
     async def run() -> None:
         dice = random.Random(seed)
@@ -572,7 +572,7 @@ def test_random_use_loses_no_wake_up_and_balances_the_books(seed: int) -> None:
             max_leases=dice.choice([None, 1, 3]), max_bytes=dice.choice([None, capacity * 7]),
         )  # fmt: skip
         if with_names:
-            cache.keep_only(lambda: named)
+            cache.set_published(lambda: named)
 
         async def use() -> None:
             names = dice.sample("abcdefg", dice.randint(1, min(2, capacity)))
@@ -587,12 +587,12 @@ def test_random_use_loses_no_wake_up_and_balances_the_books(seed: int) -> None:
             name = dice.choice("abcdefg")
             what = dice.random()
             if what < 0.4:
-                await cache.drop(name)
+                await cache.evict(name)
             elif what < 0.5 and capacity > 1:
                 cache.pin(_adapter(name))
             elif with_names:
                 named.symmetric_difference_update(name)
-                cache.sweep()
+                cache.evict_unpublished()
 
         async def guarded() -> None:
             await clock.sleep(dice.randint(0, 20))

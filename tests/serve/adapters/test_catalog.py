@@ -60,7 +60,7 @@ class _Bench:
     other: Adapter
 
     async def loading(self, name: str, adapter: Adapter) -> asyncio.Task[Published]:
-        """A load that waits for the engine."""
+        """Start a load that waits for the engine."""
         reached = asyncio.Event()
         self.cache.reached = reached
         task = asyncio.create_task(self.catalog.load(name, AdapterRef(digest=adapter.digest)))
@@ -119,7 +119,7 @@ def test_of_two_loads_of_one_name_at_once_the_later_is_a_conflict(tmp_path: Path
         b.engine.may_end.set()
         first, second = await asyncio.gather(*both, return_exceptions=True)
         assert isinstance(second, Conflict)
-        assert "already leads to" in str(second)
+        assert "already points to" in str(second)
         assert [published.adapter.digest for published in b.catalog.list()] == [b.unnamed.digest]
         assert b.catalog.find("one") is first
 
@@ -131,7 +131,7 @@ def test_what_the_later_of_two_loads_brought_goes_again(tmp_path: Path) -> None:
         both = [await b.loading("one", adapter) for adapter in (b.unnamed, b.other)]
         b.engine.may_end.set()
         await asyncio.gather(*both, return_exceptions=True)
-        while b.cache._leaving:
+        while b.cache._unloading:
             await asyncio.sleep(0)
         assert b.engine.loaded == {b.unnamed.digest}
 
@@ -145,7 +145,7 @@ def test_content_named_again_while_its_last_request_ends(tmp_path: Path) -> None
         async with b.cache.lease([b.unnamed]):
             b.catalog.unload("one")
             await b.catalog.load("two", AdapterRef(digest=b.unnamed.digest), is_pinned=True)
-        while b.cache._leaving:
+        while b.cache._unloading:
             await asyncio.sleep(0)
         assert b.cache.resident == (b.unnamed.digest,)
 
@@ -170,7 +170,7 @@ def test_what_is_unloaded_between_a_request_and_its_lease_does_not_stay(tmp_path
         b.catalog.unload("one")
         async with b.cache.lease([found.adapter]):
             assert b.cache.resident == (b.unnamed.digest,)
-        while b.cache._leaving:
+        while b.cache._unloading:
             await asyncio.sleep(0)
         assert b.engine.loaded == set()
 
@@ -194,7 +194,7 @@ def test_what_is_unloaded_while_its_request_waits_for_room_does_not_stay(tmp_pat
                 await asyncio.sleep(0)
             b.catalog.unload("one")
         await waiting
-        while b.cache._leaving:
+        while b.cache._unloading:
             await asyncio.sleep(0)
         assert b.engine.loaded == set()
 
@@ -207,7 +207,7 @@ def test_a_load_given_up_before_it_had_a_name_does_not_stay(tmp_path: Path) -> N
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
         b.engine.may_end.set()
-        while b.cache._residents or b.cache._leaving:
+        while b.cache._residents or b.cache._unloading:
             await asyncio.sleep(0)
         assert b.engine.loaded == set()
 
@@ -223,7 +223,7 @@ def test_what_loses_its_last_name_is_no_longer_pinned(tmp_path: Path) -> None:
         assert b.cache._pinned == {b.unnamed.digest}
         b.catalog.unload("two")
         assert b.cache._pinned == set()
-        while b.cache._leaving:
+        while b.cache._unloading:
             await asyncio.sleep(0)
 
     _run(tmp_path, test)

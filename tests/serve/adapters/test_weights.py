@@ -19,7 +19,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def _on_a_cpu(stored: torch.dtype) -> torch.dtype:
-    """What the engine keeps on a CPU."""
+    """Return the dtype that the engine stores on a CPU."""
     return stored if stored == torch.bfloat16 else torch.float32
 
 
@@ -96,7 +96,7 @@ def test_tensors_that_begin_at_odd_bytes_are_read(tmp_path: Path) -> None:
 def test_one_value_that_is_no_number(tmp_path: Path, second: torch.dtype, value: float) -> None:
     tensors = _halves(torch.float32, second)
     tensors[f"{KEY}.lora_B.weight"][-1, -1] = value
-    with pytest.raises(InvalidTensors, match=r"q_proj\.lora_B\.weight holds NaN or infinity"):
+    with pytest.raises(InvalidTensors, match=r"q_proj\.lora_B\.weight has NaN or Inf"):
         _read(tmp_path / "p", tensors)
 
 
