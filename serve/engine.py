@@ -1,4 +1,4 @@
-"""What an engine is, and the data that passes through it. Knows neither HTTP nor where adapters come from."""
+"""The Engine protocol and its data. Knows neither HTTP nor where adapters come from."""
 
 from __future__ import annotations
 
@@ -11,48 +11,54 @@ from adapterhub.adapter import Adapter
 
 
 class FinishReason(StrEnum):
+    """Why an answer ended."""
+
     STOP = "stop"
     LENGTH = "length"
 
 
 @dataclass(frozen=True)
-class Constraint:
-    """What an answer must fit from its first character to its last."""
+class GuidedDecoding:
+    """What a whole answer must match: guided decoding."""
 
     kind: Literal["json_schema", "regex", "grammar"]
     text: str
-    """the schema as JSON, the expression, or a Lark grammar"""
+    """The schema as JSON, the regular expression, or a Lark grammar."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. Temperature 0 is greedy; the filters apply in the order written here."""
+    """Settings for sampling tokens. Temperature 0 is greedy; filters apply in the order of the fields."""
 
     max_tokens: int = 128
+    """Maximum answer length, in tokens."""
     temperature: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token, added to its logit)"""
+    """(Token, number added to its logit)."""
     repetition_penalty: float = 1.0
-    """arXiv 1909.05858, section 4.1; over prompt and answer"""
+    """Penalty for tokens of prompt and answer, 1 for none (arXiv 1909.05858, section 4.1)."""
     presence_penalty: float = 0.0
-    """subtracted once from the logit of every token already in the answer (OpenAI API)"""
+    """Subtracted once from the logit of every token already in the answer (OpenAI API)."""
     frequency_penalty: float = 0.0
-    """subtracted for each time a token is already in the answer (OpenAI API)"""
+    """Subtracted for each time a token is already in the answer (OpenAI API)."""
     top_k: int = 0
-    """keep the k strongest tokens; 0 keeps all"""
+    """Number of most probable tokens to keep; 0 keeps all."""
     top_p: float = 1.0
-    """keep the smallest set whose probabilities sum to at least p (arXiv 1904.09751)"""
+    """Probability mass to keep: the smallest set that sums to at least p (nucleus sampling, arXiv 1904.09751)."""
     min_p: float = 0.0
-    """keep tokens at least this fraction as probable as the best one (arXiv 2407.01082)"""
+    """Smallest probability to keep, as a fraction of the best token's (arXiv 2407.01082)."""
     seed: int | None = None
-    """same seed, prompt and adapter: same answer, whatever runs beside it"""
-    constraint: Constraint | None = None
-    """applied last: what it forbids is never chosen"""
+    """Random seed: same seed, prompt and adapter give the same answer, whatever runs beside it."""
+    guided_decoding: GuidedDecoding | None = None
+    """Guided decoding, applied last: a token that it forbids is never chosen."""
     stop: tuple[str, ...] = ()
+    """Strings that end the answer; they are not returned."""
     stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer."""
     ignore_eos: bool = False
+    """Whether the answer continues after the model's end token."""
     top_logprobs: int | None = None
-    """None: no log-probabilities; n: that of the chosen token and of the n strongest"""
+    """Number of most probable tokens to list with log-probabilities, besides the chosen one; None lists nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,45 +71,47 @@ class AdapterScale:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """`adapters` empty means the bare base; several are added together."""
+    """A request as the engine computes it: without `adapters`, the bare base; several adapters are added together."""
 
     id: str
     prompt: tuple[int, ...]
-    """token ids"""
+    """Token ids."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapters: tuple[AdapterScale, ...] = ()
     weight: float = 1.0
-    """its share beside other adapters' requests: 2 is served twice as much as 1 when both wait"""
+    """Share relative to other adapters' requests: 2 is served twice as much as 1 when both wait."""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
+    """One token of an answer with its log-probability."""
+
     token: int
     text: str
-    """the token's name: its text, or `bytes:\\xf0\\x9f` where it is part of a character"""
+    """The token's name: its text, or `bytes:\\xf0\\x9f` where it is part of a character."""
     data: bytes | None
-    """the bytes it adds to the text; None for a special token, which adds none"""
+    """Bytes that the token adds to the text; None for a special token, which adds none."""
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
-    """the strongest candidates, strongest first"""
+    """Most probable tokens, in descending order."""
     offset: int = 0
-    """characters of the answer before it"""
+    """Number of characters of the answer before the token."""
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A piece of an answer. The last one, and only it, has a finish reason."""
+class Delta:
+    """What one step adds to an answer. The last delta, and only it, has a finish reason."""
 
     text: str
     num_tokens: int
-    """tokens of the answer so far"""
+    """Number of tokens of the answer so far."""
     tokens: tuple[int, ...] = ()
-    """the tokens this piece adds"""
+    """Tokens that this delta adds."""
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
-    """of the tokens whose text is certain by now: those that end the answer without being text are never listed"""
+    """Entries of tokens whose text is final; tokens that end the answer without being text are never listed."""
     num_cached_tokens: int = 0
-    """prompt tokens whose keys and values an earlier request had left in the cache"""
+    """Number of prompt tokens found in the prefix cache."""
 
 
 @dataclass(frozen=True)
@@ -115,24 +123,24 @@ class EngineStatus:
     num_running: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0
-    """fraction of KV blocks in use"""
+    """Fraction of KV blocks in use, 0 to 1."""
     num_preemptions: int = 0
     has_ended: bool = False
-    """not ready, and never again"""
+    """Whether the engine has ended and will not be ready again."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How the base is held: an adapter answers best on the weights it was trained on."""
+    """How the base's weights are stored and computed: an adapter answers best on the weights it was trained on."""
 
     weights: str
-    """nf4, "fp4, blocks of 128" (`Quantization.weights`), bfloat16, awq, ...; unknown where a server does not tell"""
+    """Storage of weights: nf4, "fp4, blocks of 128" (`Quantization.weights`), bfloat16, awq, ...; or unknown."""
     dtype: str
-    """of the arithmetic"""
+    """Dtype of the arithmetic."""
 
     def __str__(self) -> str:
         if self.weights == "unknown":
-            return "weights of a precision its servers do not tell"
+            return "weights of a precision that its servers do not report"
         return f"{self.weights} weights, computed in {self.dtype}"
 
 
@@ -140,13 +148,13 @@ class Engine(Protocol):
     """One base model that answers with any loaded adapter."""
 
     max_model_len: int
-    """tokens of prompt and answer together"""
+    """Maximum length of prompt and answer together, in tokens."""
     dtype: str
-    """what the model computes in: float32, bfloat16 or float16"""
+    """Dtype the model computes in: float32, bfloat16 or float16."""
     precision: Precision
 
     def size_of(self, adapter: Adapter) -> int:
-        """Return the bytes `adapter` takes when it is loaded."""
+        """Return the size of `adapter` when it is loaded, in bytes."""
         ...
 
     async def load(self, adapter: Adapter) -> None:
@@ -157,16 +165,20 @@ class Engine(Protocol):
         ...
 
     async def unload(self, digest: str) -> None:
-        """Free an adapter no request is using."""
+        """Unload an adapter that no request uses."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """Stream an answer; closing the iterator aborts the request within one step.
 
         Raises UsageError, RequestTooLong, ServerBusy, EngineStopped, RequestFailed.
         """
         ...
 
-    def status(self) -> EngineStatus: ...
+    def status(self) -> EngineStatus:
+        """Return the engine's state now."""
+        ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Stop the engine; open answers end with EngineStopped."""
+        ...

@@ -103,7 +103,7 @@ def _remove_stale_dirs(folder: Path) -> None:
             os.kill(int(left.name), 0)
         except ProcessLookupError:
             shutil.rmtree(left, ignore_errors=True)
-        except PermissionError:  # somebody else's, and alive
+        except PermissionError:  # of another user, and alive
             continue
 
 
@@ -124,7 +124,7 @@ def _precision(config: ServeConfig, base: StoredBase, dtype: str) -> Precision:
     stored = json.loads((base.path / "config.json").read_bytes()).get("quantization_config") or {}
     given = " ".join(config.vllm.arguments).replace("=", " ").split()
     method = given[given.index("--quantization") + 1] if "--quantization" in given[:-1] else stored.get("quant_method")
-    # vLLM's bitsandbytes plugin quantizes to NF4 while loading; a stored base says which of the two it is.
+    # vLLM's bitsandbytes plugin quantizes to NF4 while loading; a stored base records which of the two it is.
     if method == "bitsandbytes":
         return Precision(str(stored.get("bnb_4bit_quant_type", "nf4")), dtype)
     return Precision(method or dtype, dtype)

@@ -35,8 +35,8 @@ class Nf4Weights:
     """(out, in)"""
 
     @classmethod
-    def fits(cls, layers: Sequence[Any]) -> bool:
-        """Can these layers be joined by rows? NF4 on the CPU, one input width of whole blocks, one block size."""
+    def can_join(cls, layers: Sequence[Any]) -> bool:
+        """Return whether `join` takes the layers: NF4 on the CPU, one input width of whole blocks, one block size."""
         from bitsandbytes.nn import Linear4bit
 
         return all(
@@ -154,8 +154,8 @@ class PackedNf4:
             start += layer.out_features
 
     @classmethod
-    def fits(cls, layers: Sequence[Any]) -> bool:
-        """Can these layers be joined? NF4 in one block size, packable, of one input width, biased alike."""
+    def can_pack(cls, layers: Sequence[Any]) -> bool:
+        """Return whether the layers can be packed as one: NF4 with one block size and input width, biased alike."""
         from bitsandbytes.nn import Linear4bit
 
         return all(

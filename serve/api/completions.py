@@ -20,7 +20,7 @@ from serve.api import schemas
 from serve.api.prompts import too_long
 from serve.api.request_limits import check_stop
 from serve.api.services import Services
-from serve.engine import AdapterScale, Chunk, Engine, FinishReason, GenerationRequest, TokenLogprob
+from serve.engine import AdapterScale, Delta, Engine, FinishReason, GenerationRequest, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def _question(
     return PreparedRequest(name, request.model, "+".join(parts), adapters, prompt, requests, is_chat)
 
 
-async def answer(services: Services, question: PreparedRequest) -> AsyncGenerator[tuple[int, Chunk], None]:
+async def answer(services: Services, question: PreparedRequest) -> AsyncGenerator[tuple[int, Delta], None]:
     """(choice, chunk) as they come; leases the adapters for as long as it runs, aborts what is left when closed."""
     async with services.cache.lease(question.adapters):
         timers = [services.metrics.request(question.model, len(question.prompt)) for _ in question.requests]
@@ -134,13 +134,13 @@ async def answer(services: Services, question: PreparedRequest) -> AsyncGenerato
                 yield index, chunk
 
 
-async def _merged(engine: Engine, requests: tuple[GenerationRequest, ...]) -> AsyncGenerator[tuple[int, Chunk], None]:
+async def _merged(engine: Engine, requests: tuple[GenerationRequest, ...]) -> AsyncGenerator[tuple[int, Delta], None]:
     if len(requests) == 1:
         async with aclosing(engine.generate(requests[0])) as chunks:
             async for chunk in chunks:
                 yield 0, chunk
         return
-    queue: asyncio.Queue[tuple[int, Chunk] | BaseException] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Delta] | BaseException] = asyncio.Queue()
 
     async def pump(index: int, request: GenerationRequest) -> None:
         try:
@@ -257,7 +257,7 @@ def _whole_choice(question: PreparedRequest, index: int, choice: _Choice) -> dic
     return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _delta_chunk(question: PreparedRequest, index: int, chunk: Chunk, *, is_first: bool) -> dict[str, Any]:
+def _delta_chunk(question: PreparedRequest, index: int, chunk: Delta, *, is_first: bool) -> dict[str, Any]:
     reason = chunk.finish_reason.value if chunk.finish_reason else None
     logprobs = _logprobs(question, list(chunk.logprobs))
     if not question.is_chat:

@@ -9,7 +9,7 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from serve.engine import Chunk, Engine
+from serve.engine import Delta, Engine
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -59,7 +59,7 @@ class RequestTimer:
         self._model = model
         self._start = self._last = time.perf_counter()
 
-    def saw(self, chunk: Chunk) -> None:
+    def saw(self, chunk: Delta) -> None:
         now = time.perf_counter()
         is_first = self._last == self._start
         histogram = self._metrics._first if is_first else self._metrics._between

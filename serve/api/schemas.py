@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from adapterhub.errors import UsageError
 from serve.api.request_limits import check_length
-from serve.engine import Constraint, SamplingParams, TokenLogprob
+from serve.engine import GuidedDecoding, SamplingParams, TokenLogprob
 
 
 class _Wire(BaseModel):
@@ -123,11 +123,11 @@ class ResponseFormat(_Wire):
             raise ValueError("json_schema goes with type 'json_schema', and only with it")
         return self
 
-    def constraint(self) -> Constraint | None:
+    def constraint(self) -> GuidedDecoding | None:
         if self.type == "text":
             return None
         schema = self.json_schema.schema_ if self.json_schema else None
-        return Constraint("json_schema", '{"type":"object"}' if schema is None else schema)
+        return GuidedDecoding("json_schema", '{"type":"object"}' if schema is None else schema)
 
 
 class StructuredOutputs(_Wire):
@@ -144,14 +144,14 @@ class StructuredOutputs(_Wire):
             raise ValueError("exactly one of json, regex, choice and grammar must be given")
         return self
 
-    def constraint(self) -> Constraint:
+    def constraint(self) -> GuidedDecoding:
         if self.json_ is not None:
-            return Constraint("json_schema", self.json_)
+            return GuidedDecoding("json_schema", self.json_)
         if self.regex is not None:
-            return Constraint("regex", self.regex)
+            return GuidedDecoding("regex", self.regex)
         if self.choice is not None:
-            return Constraint("regex", "|".join(f"(?:{re.escape(one)})" for one in self.choice))
-        return Constraint("grammar", str(self.grammar))
+            return GuidedDecoding("regex", "|".join(f"(?:{re.escape(one)})" for one in self.choice))
+        return GuidedDecoding("grammar", str(self.grammar))
 
 
 _BEST_ONLY = 1e-6
@@ -192,7 +192,7 @@ class _Request(_Wire):
     service_tier: Label | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
-    _constraint: Constraint | None = PrivateAttr(None)
+    _constraint: GuidedDecoding | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _no_empty_stop(self) -> _Request:
@@ -223,7 +223,7 @@ class _Request(_Wire):
             max_tokens=max_tokens,
             temperature=self.temperature,
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
-            constraint=self._constraint,
+            guided_decoding=self._constraint,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,

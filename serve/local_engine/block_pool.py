@@ -1,7 +1,7 @@
-"""KV blocks: who holds which, and which full ones still hold a prefix that another request may share. No tensors.
+"""KV blocks: block tables, reference counts and the prefix cache. No tensors.
 
-A full block is known by the digest of everything its keys and values depend on: the adapters with their scales, and
-every token up to its end. So an adapter that is loaded again under the same name shares nothing with the one before.
+A full block is cached under the digest of everything its keys and values depend on: the adapters with their scales, and
+every token up to its end. So an adapter that is loaded again under the same name gets no blocks of the one before.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from serve.local_engine.fairness import Group, group_of
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way: its tokens so far, and how many of them have keys and values in the cache."""
+    """A request in the engine: its tokens so far, and how many of them have keys and values in the KV cache."""
 
     request: GenerationRequest
     tokens: list[int]
     num_computed: int = 0
     num_cached_tokens: int = 0
-    """prompt tokens that were found computed when it was first admitted"""
+    """Prompt tokens found in the prefix cache when it was first admitted."""
     num_charged: int = 0
-    """tokens it has been charged for; computing some again after a preemption is free"""
+    """Tokens it was charged for; computing them again after a preemption is free."""
     admitted_at: int = 0
-    """Step at which it was last given a place."""
+    """Step at which it was last admitted."""
     blocks: list[int] = field(default_factory=list)
+    """Block table: numbers of its KV blocks, in order."""
     keys: list[bytes] = field(default_factory=list)
-    """of its full blocks, as far as they were asked for"""
-    num_kept: int = 0
-    """leading blocks already offered to others"""
+    """Prefix cache keys of its full blocks, as far as they were computed."""
+    num_published: int = 0
+    """Leading blocks already published to the prefix cache."""
 
     @classmethod
     def of(cls, request: GenerationRequest) -> Sequence:
@@ -46,12 +47,12 @@ class Sequence:
 
     @property
     def is_fresh(self) -> bool:
-        """None of its tokens has been computed for it, not even before a preemption."""
+        """Whether none of its tokens was computed for it, not even before a preemption."""
         return self.num_charged == self.num_cached_tokens
 
     @property
     def num_pending(self) -> int:
-        """Tokens not computed yet: 1 while decoding, more while prefilling, 0 until the next token is chosen."""
+        """Number of tokens not computed yet: 1 in decoding, more in prefill, 0 until the next token is chosen."""
         return len(self.tokens) - self.num_computed
 
     @property
@@ -59,7 +60,7 @@ class Sequence:
         return self.tokens[len(self.request.prompt) :]
 
     def key(self, number: int, block_size: int) -> bytes:
-        """The digest that full block `number` is known by."""
+        """Return the prefix cache key of full block `number`."""
         while len(self.keys) <= number:
             at = len(self.keys) * block_size
             before = self.keys[-1] if self.keys else repr(self.request.adapters).encode()
@@ -69,7 +70,7 @@ class Sequence:
 
 
 class BlockPool:
-    """Numbered blocks of `block_size` tokens. One that nobody holds keeps its content until it is needed."""
+    """Numbered blocks of `block_size` tokens. A free block keeps its cached content until it is needed."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
@@ -77,7 +78,7 @@ class BlockPool:
         self._ref_counts = [0] * num_blocks
         self._empty = list(reversed(range(num_blocks)))
         self._idle: OrderedDict[int, None] = OrderedDict()
-        """blocks with content that nobody holds, the first to be reused first"""
+        """Free blocks with cached content, the least recently used first."""
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
 
@@ -89,17 +90,18 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def can_grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Is there room for `sequence` to hold `num_tokens` in all?"""
+        """Return whether there are blocks for `sequence` to grow to `num_tokens` in all."""
         return self.blocks_for(num_tokens) - len(sequence.blocks) <= self.num_free
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
+        """Allocate blocks until `sequence` has room for `num_tokens` in all."""
         while len(sequence.blocks) < self.blocks_for(num_tokens):
             block = self._take()
             self._ref_counts[block] = 1
             sequence.blocks.append(block)
 
     def can_admit(self, sequence: Sequence, *, without: Iterable[Sequence] = ()) -> bool:
-        """Is there room for its tokens and the next one, so that it is not preempted at once?
+        """Return whether there are blocks for its tokens and the next one, so that it is not preempted at once.
 
         `without`: sequences that would be released for it.
         """
@@ -110,44 +112,45 @@ class BlockPool:
         return self.blocks_for(len(sequence.tokens) + 1) - len(prefix) <= num_free - taken
 
     def admit(self, sequence: Sequence) -> None:
-        """Give it the blocks of its longest known prefix, and empty ones for the rest."""
+        """Give it the blocks of its longest cached prefix, and empty ones for the rest."""
         for block in self._prefix(sequence):
             self._ref_counts[block] += 1
             self._idle.pop(block, None)
             sequence.blocks.append(block)
         sequence.num_computed = len(sequence.blocks) * self.block_size
-        sequence.num_kept = len(sequence.blocks)
+        sequence.num_published = len(sequence.blocks)
         self.grow(sequence, len(sequence.tokens) + 1)
 
-    def keep(self, sequence: Sequence) -> None:
-        """Offer the blocks that have become full to others with the same prefix."""
-        while sequence.num_kept < sequence.num_computed // self.block_size:
-            block, key = sequence.blocks[sequence.num_kept], sequence.key(sequence.num_kept, self.block_size)
+    def cache_full_blocks(self, sequence: Sequence) -> None:
+        """Publish full blocks to the prefix cache."""
+        while sequence.num_published < sequence.num_computed // self.block_size:
+            block, key = sequence.blocks[sequence.num_published], sequence.key(sequence.num_published, self.block_size)
             if key not in self._block_of:
                 self._block_of[key], self._key_of[block] = block, key
-            sequence.num_kept += 1
+            sequence.num_published += 1
 
     def release(self, sequence: Sequence) -> None:
-        for block in reversed(sequence.blocks):  # so that the end of a prefix goes before its beginning
+        """Drop its references; a block that has no other is free."""
+        for block in reversed(sequence.blocks):  # so that the end of a prefix is reused before its beginning
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0 and block in self._key_of:
                 self._idle[block] = None
             elif self._ref_counts[block] == 0:
                 self._empty.append(block)
         sequence.blocks.clear()
-        sequence.num_computed = sequence.num_kept = 0
+        sequence.num_computed = sequence.num_published = 0
 
     def check(self, sequences: list[Sequence]) -> None:
-        """The books: every block is empty, idle, or held by exactly as many as count on it."""
+        """Check that every block is empty, idle, or referenced by exactly as many sequences as are counted."""
         counted = [0] * self.num_blocks
         for sequence in sequences:
             for block in sequence.blocks:
                 counted[block] += 1
-        assert counted == self._ref_counts, "a KV block is lost, or held by somebody unknown"
+        assert counted == self._ref_counts, "a KV block is lost, or referenced by an unknown sequence"
         free = [*self._empty, *self._idle]
         assert len(free) == len(set(free)), "a KV block is free twice"
-        assert sorted(free) == [block for block, holders in enumerate(counted) if not holders], "a KV block is lost"
-        assert {key: block for block, key in self._key_of.items()} == self._block_of, "the prefixes are confused"
+        assert sorted(free) == [block for block, count in enumerate(counted) if not count], "a KV block is lost"
+        assert {key: block for block, key in self._key_of.items()} == self._block_of, "the prefix cache is inconsistent"
 
     def _take(self) -> int:
         if self._empty:
@@ -157,7 +160,7 @@ class BlockPool:
         return block
 
     def _prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks that hold its first tokens; never all of them, for the last one's logits must be computed."""
+        """Return the cached blocks of its first tokens; never of all, for the last one's logits must be computed."""
         found = []
         for number in range((len(sequence.tokens) - 1) // self.block_size):
             block = self._block_of.get(sequence.key(number, self.block_size))

@@ -1,4 +1,4 @@
-"""From tokens to text, piece by piece: whole characters only, and stop strings found across pieces."""
+"""Turn tokens into text incrementally: whole characters only, and stop strings across tokens."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Protocol
 from serve.local_engine.token_bytes import TokenBytes, token_bytes_of
 
 _LONGEST_CHAR = 4
-"""bytes of UTF-8, so also the most tokens that a character can be split into"""
+"""Bytes of the longest UTF-8 character, and so the most tokens that a character can be split into."""
 
 
-class TextStream:
-    """The text of one answer as it grows; text that may be the start of a stop string is held back."""
+class Detokenizer:
+    """Incremental detokenizer of one answer; text that may be the start of a stop string is held back."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], prompt: Sequence[int]) -> None:
-        """`tokenizer`: of the tokenizers library."""
+        """Begin an answer to `prompt`; `tokenizer` is of the tokenizers library."""
         self._bytes_of = token_bytes_of(tokenizer)
         self._decoder: _Decoder = (
             _ByteDecoder(self._bytes_of, prompt) if self._bytes_of.is_exact else _WordDecoder(tokenizer, prompt)
@@ -26,13 +26,13 @@ class TextStream:
         self._begins = self._bytes_of.begins_text(prompt)
         self.is_stopped = False
         self.offset = 0
-        """of the character in which the newest token begins"""
+        """Index in the answer of the character in which the newest token begins."""
         self._num_decoded = 0
         self.num_given = 0
-        """characters that were returned"""
+        """Number of characters returned so far."""
 
     def feed(self, token: int) -> str:
-        """Return the text that is now certain. Sets `is_stopped` when a stop string is complete (not returned)."""
+        """Return the text that is now final. Set `is_stopped` when a stop string is complete; it is not returned."""
         text = self._decoder.step(token, self.bytes_of(token))
         self.offset = self._num_decoded + self._decoder.num_before
         self._begins = self._begins and self._bytes_of.is_special(token)
@@ -40,7 +40,7 @@ class TextStream:
         return self._certain()
 
     def finish(self) -> str:
-        """Return what was held back, once no more tokens come; a character's first bytes alone become U+FFFD."""
+        """Return what was held back, after the last token; an incomplete character becomes U+FFFD."""
         if self.is_stopped:
             return ""
         self._add(self._decoder.finish())
@@ -48,11 +48,11 @@ class TextStream:
         return text if self.is_stopped else text + self._take(len(self._held))
 
     def bytes_of(self, token: int) -> bytes:
-        """Return the bytes `token` would add to the answer as it stands."""
+        """Return the bytes that `token` would add to the answer now."""
         return self._bytes_of.first(token) if self._begins else self._bytes_of(token)
 
     def name(self, token: int) -> tuple[str, bytes | None]:
-        """Return (name, bytes) of `token`, as it would be next in the answer, for a list of log-probabilities."""
+        """Return (name, bytes) of `token` as the next one of the answer, for a list of log-probabilities."""
         return self._bytes_of.name(token, self.bytes_of(token))
 
     def _add(self, text: str) -> None:
@@ -72,7 +72,7 @@ class TextStream:
         return text
 
     def _possible_stop_length(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Return the length of the longest end of the held text that begins a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):
@@ -82,7 +82,7 @@ class TextStream:
 
 class _Decoder(Protocol):
     num_before: int
-    """characters that the last step made of what came before its token"""
+    """Characters of the last step's text that belong to earlier tokens."""
 
     def step(self, token: int, data: bytes) -> str: ...
 
@@ -90,7 +90,7 @@ class _Decoder(Protocol):
 
 
 class _ByteDecoder:
-    """UTF-8, byte by byte. It cannot fail: what is no UTF-8 becomes U+FFFD, as in the Unicode standard, chapter 3.9."""
+    """Decodes UTF-8 bytes. Invalid UTF-8 becomes U+FFFD, as in the Unicode standard, chapter 3.9."""
 
     num_before = 0
 
@@ -98,7 +98,7 @@ class _ByteDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._utf8.decode(b"".join(map(bytes_of, prompt[-_LONGEST_CHAR:])))
         self._is_joining = bool(self._utf8.getstate()[0])
-        """the prompt ended within a character that the answer may complete"""
+        """Whether the prompt ended within a character that the answer may complete."""
         self._begun = b""
 
     def step(self, token: int, data: bytes) -> str:
@@ -124,22 +124,22 @@ class _ByteDecoder:
         return self._utf8.decode(b"", final=True)
 
     def _without_the_prompt(self) -> str:
-        """The prompt's bytes and the answer's make no character: the answer's alone are its text."""
+        """Decode the answer's bytes alone, since the prompt's and they do not make a character."""
         self._utf8.reset()
         return self._utf8.decode(self._begun)
 
 
 class _WordDecoder:
-    """For decoders that look at a token's neighbours: the text of the last tokens with the new one, less without it."""
+    """For decoders that depend on neighbors: the last tokens' text with the new token, minus that without it."""
 
     num_before = 0
-    """a character of several tokens, or a word's beginning, may change: what follows is told to begin where it does"""
+    """Always 0: a token that may change text before it is reported to begin where that text does."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._tokens = list(prompt[-6:])
         self._known = self._decode()
-        if self._known.endswith("\ufffd"):  # it could still change, and be taken for the answer's
+        if self._known.endswith("\ufffd"):  # it could still change, and count as the answer's
             self._tokens, self._known = [], ""
 
     def step(self, token: int, data: bytes) -> str:

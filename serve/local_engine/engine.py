@@ -1,4 +1,4 @@
-"""The local engine: schedule -> run -> commit, in one worker thread that owns scheduler and model."""
+"""The local engine: schedule, run, commit, in one worker thread that owns scheduler and model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from adapterhub.errors import (
 )
 from serve.adapters.weights import Weights, kept_bytes, read_weights
 from serve.config import LocalEngineConfig
-from serve.engine import Chunk, Constraint, EngineStatus, GenerationRequest, Precision
+from serve.engine import Delta, EngineStatus, GenerationRequest, GuidedDecoding, Precision
 from serve.local_engine.attention import KvShape
 from serve.local_engine.cpu.kernels import MAX_RANK
 from serve.local_engine.guided_decoding import Matcher
@@ -46,7 +46,7 @@ def check_max_rank(config: LocalEngineConfig) -> None:
 
 
 class LocalEngine:
-    """serve.engine.Engine on this machine."""
+    """The `serve.engine.Engine` that computes on this machine."""
 
     def __init__(self, base: LoadedBase, config: LocalEngineConfig | None = None) -> None:
         self.config = config or LocalEngineConfig()
@@ -96,36 +96,36 @@ class LocalEngine:
     async def unload(self, digest: str) -> None:
         await self._call(lambda: self._runner.adapters.remove(digest))
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         self._check(request)
         matcher: Matcher | None = None
-        if request.sampling.constraint is not None:
-            matcher = await self._begin(request, request.sampling.constraint)
+        if request.sampling.guided_decoding is not None:
+            matcher = await self._begin(request, request.sampling.guided_decoding)
         loop = asyncio.get_running_loop()
-        chunks: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
+        deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
 
-        def emit(chunk: Chunk | Exception) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop closed: nobody is listening
-                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+        def emit(delta: Delta | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: there is no listener
+                loop.call_soon_threadsafe(deltas.put_nowait, delta)
 
         answer = RunningAnswer(request, _backend(self._base.tokenizer), matcher, emit)
         self._commands.put(lambda: self._start(answer))
         try:
-            self._refuse_if_ended()  # else the worker still obeys, or refuses it when it ends
+            self._raise_if_ended()  # otherwise the worker starts the answer, or ends it when it stops
             while True:
-                chunk = await chunks.get()
-                if isinstance(chunk, Exception):
-                    raise chunk
-                yield chunk
-                if chunk.finish_reason is not None:
+                delta = await deltas.get()
+                if isinstance(delta, Exception):
+                    raise delta
+                yield delta
+                if delta.finish_reason is not None:
                     return
         finally:
             self._commands.put(lambda: self._retire(answer))
 
     def prepare(self) -> None:
-        """Do before the first request what would hold up others in the middle of their answers."""
+        """Do slow one-time work before the first request, so that it does not delay running answers."""
         try:
-            self._runner.constraints.prepare()
+            self._runner.guided_decoder.prepare()
         except ConstraintFailed as error:
             self.choices += (Choice("guided decoding", "refused", str(error).rstrip(".")),)
 
@@ -145,16 +145,16 @@ class LocalEngine:
     async def close(self) -> None:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
-        self._runner.constraints.close()
+        self._runner.guided_decoder.close()
 
     def check(self) -> None:
-        """The books of an idle engine: no answer open, every block free."""
+        """Check the invariants of an idle engine: no open answer, every KV block free."""
         assert not self._answers, "an answer is still open"
         self._scheduler.check()
-        assert self._pool.num_free == self._pool.num_blocks, "a KV block is still held"
+        assert self._pool.num_free == self._pool.num_blocks, "a KV block is still referenced"
 
     def _check(self, request: GenerationRequest) -> None:
-        self._refuse_if_ended()
+        self._raise_if_ended()
         length, wanted = len(request.prompt), request.sampling.max_tokens
         if length + wanted > self.max_model_len:
             raise RequestTooLong(
@@ -164,32 +164,32 @@ class LocalEngine:
         size = self._base.model.config.get_text_config().vocab_size
         biased = [token for token, _ in request.sampling.logit_bias]
         for where, tokens in (("the prompt", request.prompt), ("logit_bias", biased)):
-            strange = next((token for token in tokens if not 0 <= token < size), None)
-            if strange is not None:
-                raise UsageError(f"{where} names token {strange}, the vocabulary has {size} tokens.")
+            unknown = next((token for token in tokens if not 0 <= token < size), None)
+            if unknown is not None:
+                raise UsageError(f"{where} names token {unknown}, the vocabulary has {size} tokens.")
         if self._num_waiting >= self.config.max_queue:
             raise ServerBusy(f"{self.config.max_queue} requests are waiting already: try again shortly.")
 
     @property
     def _num_waiting(self) -> int:
-        return self._scheduler.num_waiting + self._runner.constraints.num_beginning
+        return self._scheduler.num_waiting + self._runner.guided_decoder.num_preparing
 
-    async def _begin(self, request: GenerationRequest, constraint: Constraint) -> Matcher:
-        """Raises AdapterHubError, whatever went wrong: a panic in Rust is no Exception, and would reach nobody."""
+    async def _begin(self, request: GenerationRequest, guided: GuidedDecoding) -> Matcher:
+        """Make the request's matcher. Every failure is an AdapterHubError: a panic in Rust is not an Exception."""
         try:
-            return await asyncio.wrap_future(self._runner.constraints.begin(constraint))
+            return await asyncio.wrap_future(self._runner.guided_decoder.begin(guided))
         except (AdapterHubError, asyncio.CancelledError, GeneratorExit):
             raise
         except BaseException as error:
-            raise _as_told(request, error) from error
+            raise _client_error(request, error) from error
 
     async def _call(self, act: Callable[[], None]) -> None:
-        """Run `act` on the worker thread, between two steps; a caller that gives up does not take it back."""
+        """Run `act` on the worker thread, between two steps, even if the caller is canceled meanwhile."""
         done: Future[None] = Future()
 
         def run() -> None:
             try:
-                self._refuse_if_ended()
+                self._raise_if_ended()
                 act()
             except BaseException as error:
                 done.set_exception(error)
@@ -198,10 +198,10 @@ class LocalEngine:
 
         self._commands.put(run)
         if not done.done():
-            self._refuse_if_ended()
+            self._raise_if_ended()
         await asyncio.shield(asyncio.wrap_future(done))
 
-    def _refuse_if_ended(self) -> None:
+    def _raise_if_ended(self) -> None:
         if self._stopped is not None:
             raise self._ended()
 
@@ -213,18 +213,18 @@ class LocalEngine:
     def _work(self) -> None:
         batch: Batch | None = None
         try:
-            while self._obey_commands(is_idle=batch is None):
+            while self._run_commands(is_idle=batch is None):
                 batch = self._scheduler.schedule()
                 if batch is not None:
                     self._step(batch)
             self._stopped = "it was closed"
-        except BaseException as error:  # also what is no Exception: nobody may wait for a thread that is gone
+        except BaseException as error:  # also what is not an Exception: nobody may wait for a thread that has ended
             self._stopped = f"{type(error).__name__}: {error}"
             log.exception("the engine stopped")
         for answer in list(self._answers.values()):
-            self._tell(answer, self._ended())
+            self._send_error(answer, self._ended())
         self._answers.clear()
-        with contextlib.suppress(queue.Empty):  # what came while the last step ran: each refuses by itself
+        with contextlib.suppress(queue.Empty):  # commands of the last step: each raises EngineStopped by itself
             while True:
                 command = self._commands.get_nowait()
                 if command is not None:
@@ -234,7 +234,7 @@ class LocalEngine:
         sampled: dict[str, Sampled] = {}
         for name, row in self._rows(batch).items():
             answer = self._answers[name]
-            with self._only_this(answer):
+            with self._isolated(answer):
                 if answer.matcher is None or answer.matcher.is_ready:
                     answer.row = None
                     sampled[name] = self._runner.sampler.sample(row, answer.sequence, answer.matcher)
@@ -244,12 +244,12 @@ class LocalEngine:
         self._scheduler.commit(batch, {name: one.token for name, one in sampled.items()})
         for name, one in sampled.items():
             answer = self._answers[name]
-            with self._only_this(answer):
+            with self._isolated(answer):
                 self._deliver(answer, one)
 
     @contextlib.contextmanager
-    def _only_this(self, answer: RunningAnswer) -> Iterator[None]:
-        """What fails inside ends this answer, with its reason, and no other. A panic in Rust is no Exception."""
+    def _isolated(self, answer: RunningAnswer) -> Iterator[None]:
+        """End this answer, and no other, for whatever the block raises; a panic in Rust is not an Exception."""
         try:
             yield
         except BaseException as error:
@@ -257,68 +257,71 @@ class LocalEngine:
 
     def _fail(self, answer: RunningAnswer, error: BaseException) -> None:
         self._retire(answer)
-        self._tell(answer, _as_told(answer.sequence.request, error))
+        self._send_error(answer, _client_error(answer.sequence.request, error))
 
-    def _tell(self, answer: RunningAnswer, error: AdapterHubError) -> None:
+    def _send_error(self, answer: RunningAnswer, error: AdapterHubError) -> None:
         try:
             answer.emit(error)
         except BaseException:
-            log.exception("request %s could not be told that it failed", answer.sequence.request.id)
+            log.exception("the error of request %s could not be sent", answer.sequence.request.id)
 
     def _rows(self, batch: Batch) -> dict[str, Row]:
-        """The logits of what the batch reaches. A forward that fails is a fault of those that fail alone, too."""
+        """Run the batch and return the logits to sample from; after a failure, run each sequence alone."""
         try:
             return self._runner.run(batch)
         except BaseException as error:
-            log.warning("a step of %d sequences failed: each is computed alone", len(batch.pieces), exc_info=error)
-            fault = error.with_traceback(None)  # its frames hold the step's tensors, maybe all the memory there is
-        return self._rows_one_by_one(batch, fault)
+            log.warning("a step of %d sequences failed: each is computed alone", len(batch.chunks), exc_info=error)
+            fault = error.with_traceback(None)  # its frames hold the step's tensors, perhaps all the memory
+        return self._rows_one_at_a_time(batch, fault)
 
-    def _rows_one_by_one(self, batch: Batch, error: BaseException) -> dict[str, Row]:
-        """Ends the answers whose pieces fail. Raises `error` where the bare base fails, too: none can be served."""
+    def _rows_one_at_a_time(self, batch: Batch, error: BaseException) -> dict[str, Row]:
+        """Run each chunk alone and end the answers that fail. Raise `error` where the bare base fails, too."""
         rows: dict[str, Row] = {}
         failed: list[tuple[ScheduledChunk, AdapterHubError]] = []
-        for piece in batch.pieces:
+        for chunk in batch.chunks:
             try:
-                rows |= self._runner.run(Batch((piece,)))
-            except BaseException as its_own:
-                # Logged here: its frames hold the step's tensors, and do not go on.
-                failed.append((piece, _as_told(piece.sequence.request, its_own)))
+                rows |= self._runner.run(Batch((chunk,)))
+            except BaseException as cause:
+                # Logged here, because its frames hold the step's tensors and are not kept.
+                failed.append((chunk, _client_error(chunk.sequence.request, cause)))
         if failed and not self._can_compute_alone(failed[0][0].sequence):
             raise error
-        for piece, reason in failed:
-            self._fail(self._answers[piece.sequence.request.id], reason)
+        for chunk, reason in failed:
+            self._fail(self._answers[chunk.sequence.request.id], reason)
         return rows
 
     def _can_compute_alone(self, ending: Sequence) -> bool:
-        """Can the bare base compute rows of every kind? In a block that holds no finished prefix, of `ending`."""
-        request = GenerationRequest("probe", ending.request.prompt[:1])
-        probe = Sequence(request, list(request.prompt) * _NUM_PROBED, blocks=ending.blocks[-1:])
+        """Return whether the bare base can compute rows of every kind.
+
+        It writes to the last block of `ending`, a sequence that ends and whose last block holds no finished prefix.
+        """
+        request = GenerationRequest("trial", ending.request.prompt[:1])
+        trial = Sequence(request, list(request.prompt) * _NUM_TRIAL_TOKENS, blocks=ending.blocks[-1:])
         try:
-            for start, num_tokens in _PROBED:
+            for start, num_tokens in _ROW_KINDS:
                 if start + num_tokens <= self.config.block_size:
-                    self._runner.run(Batch((ScheduledChunk(probe, start, num_tokens, samples=True),)))
+                    self._runner.run(Batch((ScheduledChunk(trial, start, num_tokens, samples=True),)))
         except BaseException:
             return False
         return True
 
     def _resume_later(self, answer: RunningAnswer, matcher: Matcher) -> None:
-        """The mask is not there: the others go on, and this sequence once it is."""
+        """Leave this sequence out of the batch until its mask is computed; the others continue."""
         matcher.when_ready(lambda: self._commands.put(lambda: self._resume(answer, matcher)))
 
     def _resume(self, answer: RunningAnswer, matcher: Matcher) -> None:
         row = answer.row
-        # It may have ended, or been preempted and have its token by now, which its next mask was begun for.
+        # It may have ended, or have been preempted and got its token, for which the next mask was begun.
         if row is None or not matcher.is_ready or not self._is_open(answer):
             return
         answer.row = None
-        with self._only_this(answer):
+        with self._isolated(answer):
             one = self._runner.sampler.sample(row, answer.sequence, matcher)
             answer.sequence.tokens.append(one.token)
             self._deliver(answer, one)
 
-    def _obey_commands(self, *, is_idle: bool) -> bool:
-        """Carry out what other threads asked for; waits when there is nothing to compute. False: stop."""
+    def _run_commands(self, *, is_idle: bool) -> bool:
+        """Run the commands of other threads, waiting for one when idle. Return False to stop."""
         while True:
             try:
                 command = self._commands.get(block=is_idle)
@@ -334,7 +337,7 @@ class LocalEngine:
         if self._stopped is not None:
             answer.emit(self._ended())
             return
-        with self._only_this(answer):
+        with self._isolated(answer):
             if request.id in self._answers:
                 raise UsageError(f"request {request.id} is being answered already: give each request an id of its own.")
             missing = [a.digest for a in request.adapters if not self._runner.adapters.is_resident(a.digest)]
@@ -347,7 +350,7 @@ class LocalEngine:
         return self._answers.get(answer.sequence.request.id) is answer
 
     def _retire(self, answer: RunningAnswer) -> None:
-        """Forget an answer and free its blocks; does nothing where that is done."""
+        """Forget an answer and free its blocks, unless that was done before."""
         if self._is_open(answer):
             request_id = answer.sequence.request.id
             del self._answers[request_id]
@@ -355,19 +358,19 @@ class LocalEngine:
             self._runner.sampler.forget(request_id)
 
     def _deliver(self, answer: RunningAnswer, sampled: Sampled) -> None:
-        chunk = answer.chunk(sampled, self._eos)
-        if chunk.finish_reason is not None:
+        delta = answer.delta(sampled, self._eos)
+        if delta.finish_reason is not None:
             self._retire(answer)
-        answer.emit(chunk)
+        answer.emit(delta)
 
 
-_PROBED = ((0, 1), (1, 1), (1, 2))
-"""(first position, rows): of a prompt's beginning, of an answer, of the rest of a prompt"""
-_NUM_PROBED = 3
+_ROW_KINDS = ((0, 1), (1, 1), (1, 2))
+"""Kinds of rows, as (first position, rows): a prompt's beginning, an answer, the rest of a prompt."""
+_NUM_TRIAL_TOKENS = 3
 
 
-def _as_told(request: GenerationRequest, error: BaseException) -> AdapterHubError:
-    """What the client is told of `error`; what is not made for it goes into the log, and out of its frames."""
+def _client_error(request: GenerationRequest, error: BaseException) -> AdapterHubError:
+    """Return the error to send to the client; one that was not written for clients is logged and replaced."""
     if isinstance(error, AdapterHubError):
         return error
     log.error("request %s failed", request.id, exc_info=error)
@@ -378,12 +381,12 @@ def _as_told(request: GenerationRequest, error: BaseException) -> AdapterHubErro
 
 
 def _backend(tokenizer: Any) -> Any:
-    """The Rust tokenizer under transformers' one."""
+    """Return the Rust tokenizer that transformers' tokenizer wraps."""
     return tokenizer.backend_tokenizer
 
 
 def _eos_tokens(base: LoadedBase) -> frozenset[int]:
-    """Tokens that end an answer: the generation config's and the tokenizer's."""
+    """Return the tokens that end an answer: the generation config's and the tokenizer's."""
     configured = base.model.generation_config.eos_token_id
     several = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in (*several, base.tokenizer.eos_token_id) if token is not None)

@@ -1,4 +1,4 @@
-"""All decoder layers of a Llama-like model as one call of our CPU kernels, wherever that gives the same numbers."""
+"""All decoder layers of a Llama-like model as one call of our CPU kernels, with the same results."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from serve.local_engine.cpu.structs import LANES, MAX_HEAD_DIM, DecoderLayer, De
 from serve.local_engine.lora_layers import AdapterBank, LoraLinear
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""models of which the window and everything else a short trial cannot show is known to be what decoder.c computes"""
+"""Model types that decoder.c computes: window, activation and rotary embedding are known to be its own."""
 
 
 class FusedDecoder(nn.Module):
-    """Stands where the model's decoder layers were, as the only one."""
+    """Replaces all decoder layers of a model, as one layer."""
 
     def __init__(self, model: Any, bank: AdapterBank, cache: KvCache, kernels: CpuKernels) -> None:
         super().__init__()
@@ -44,25 +44,31 @@ class FusedDecoder(nn.Module):
         paged: PagedStep,
         **_: Any,
     ) -> torch.Tensor:
-        """hidden_states [1, N, hidden] -> the same after all layers."""
+        """Run all layers on hidden_states [1, N, hidden]; return the same shape."""
         hidden = hidden_states[0].clone(memory_format=torch.contiguous_format)
         cosine, sine = (part[0].contiguous() for part in position_embeddings)
         self._kernels.run_layers(self._layers, hidden, (cosine, sine), paged.tiles, self._bank.rows.kernel)
         return hidden[None]
 
 
-def unfit(model: Any, cache: KvCache) -> str | None:
-    """Why the model's layers are not those that decoder.c computes, or hold what it does not read; None: they fit."""
+def can_fuse(model: Any, cache: KvCache) -> tuple[bool, str]:
+    """Return whether decoder.c computes the model's layers and reads their weights; if not, also the reason.
+
+    Checks model type and activation, dtypes of states and KV cache, head size, and how weights and norms are stored.
+    """
     config = model.config.get_text_config()
     if config.model_type not in _MODEL_TYPES or getattr(config, "hidden_act", None) != "silu":
-        return f"only {', '.join(_MODEL_TYPES)} with silu are fused, this is {config.model_type}"
+        return False, f"only {', '.join(_MODEL_TYPES)} with silu are fused, this is {config.model_type}"
     token = torch.zeros(1, 1, dtype=torch.long)
     states = model.get_input_embeddings()(token)
     if states.dtype != torch.float32 or cache.layers.dtype != torch.float32:
-        return f"it computes in {str(states.dtype).removeprefix('torch.')}; only float32 is fused, and faster"
+        return False, f"it computes in {str(states.dtype).removeprefix('torch.')}; only float32 is fused, and faster"
     dim = cache.shape.head_dim
     if dim % LANES or dim > MAX_HEAD_DIM or model.model.rotary_emb(states, token)[0].shape[-1] != dim:
-        return f"heads of {dim} numbers: expected a multiple of {LANES} up to {MAX_HEAD_DIM}, all of them rotated"
+        return (
+            False,
+            f"heads of {dim} numbers: expected a multiple of {LANES} up to {MAX_HEAD_DIM}, all of them rotated",
+        )
     joined = [(layer.self_attn.q_proj, layer.mlp.gate_proj) for layer in model.model.layers]
     alone = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in model.model.layers]
     if (
@@ -72,14 +78,14 @@ def unfit(model: Any, cache: KvCache) -> str | None:
             norm.dtype != torch.float32 for layer in model.model.layers for norm in _norms(layer) if norm is not None
         )
     ):
-        return "its weights are held in a way that our kernels do not read"
-    return None
+        return False, "its weights are stored in a way that our kernels do not read"
+    return True, ""
 
 
 def fuse_decoder(model: Any, bank: AdapterBank, cache: KvCache, kernels: CpuKernels) -> Choice:
-    """Put a FusedDecoder in place of the model's layers when the model is one it computes."""
-    reason = unfit(model, cache)
-    if reason is not None:
+    """Replace the model's layers by a FusedDecoder where it can; return the choice."""
+    is_possible, reason = can_fuse(model, cache)
+    if not is_possible:
         return Choice("decoder layers", "the model's own", reason)
     model.model.layers = nn.ModuleList([FusedDecoder(model, bank, cache, kernels)])
     return Choice("decoder layers", "fused", "one call of our CPU kernels computes them all")
@@ -98,7 +104,7 @@ def _layer(layer: Any, cache: KvCache, config: Any) -> DecoderLayer:
 
 
 def _norms(layer: Any) -> list[torch.Tensor | None]:
-    """Of a layer's input, before its MLP, of queries and of keys."""
+    """Return the norm weights of a layer's input, before its MLP, of queries and of keys."""
     norms = (
         layer.input_layernorm, layer.post_attention_layernorm,
         getattr(layer.self_attn, "q_norm", None), getattr(layer.self_attn, "k_norm", None),
@@ -112,6 +118,6 @@ def _projection(linear: LoraLinear) -> tuple[WeightMatrix, int]:
 
 
 def _window(attention: Any, config: Any) -> int:
-    """How far back a layer looks, 0 for all the way; Mistral's layers all use the config's."""
+    """Return a layer's attention window, in tokens, 0 for none; Mistral's layers all use the config's."""
     of_layer = getattr(attention, "sliding_window", None)
     return int((config.sliding_window if config.model_type == "mistral" else of_layer) or 0)

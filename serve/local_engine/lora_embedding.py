@@ -1,4 +1,4 @@
-"""The embedding of a mixed batch: every row's own adapter, where it changes the embedding at all."""
+"""The embedding of a mixed batch, with each row's own adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class LoraEmbedding(nn.Module):
-    """Stands where the base's embedding was."""
+    """Replaces the base's embedding."""
 
     def __init__(self, embedding: nn.Embedding, segments: Segments, dtype: torch.dtype) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class LoraEmbedding(nn.Module):
         self._resident.pop(digest, None)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens [1, N] -> [1, N, width], in the model's dtype though the weight may be kept in a smaller one."""
+        """Embed tokens [1, N] -> [1, N, width], in the model's dtype; the weight may be stored in a smaller one."""
         found: torch.Tensor = self._embedding(tokens).to(self._dtype)
         if self._resident:
             for segment in self._segments.python:

@@ -1,4 +1,4 @@
-"""One base matmul for the whole batch, and a low-rank product per run of rows that share an adapter.
+"""LoRA layers: one base matmul for the whole batch, and a low-rank product per segment of rows with one adapter.
 
     y = W x + scale · s · B A x        LoRA, arXiv 2106.09685, section 4.1; s = alpha / r
 
@@ -21,13 +21,13 @@ from serve.local_engine.cpu.kernels import CpuKernels
 from serve.local_engine.cpu.memory import HugePages
 from serve.local_engine.cpu.structs import LANES, AdapterTable, WeightMatrix, Widths
 from serve.local_engine.lora_embedding import LoraEmbedding
-from serve.local_engine.lora_segments import Segment, Segments
+from serve.local_engine.lora_segments import LoraSegment, Segments
 from serve.local_engine.scheduler import Batch
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""what Llama and its relatives call layers that read the same rows; asked with others, a group just computes again"""
+"""Names of layers that read the same rows in Llama-like models; with other rows, a group computes again."""
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-"""of rows that our kernel updates; torch those in others, in fp32 as well"""
+"""Dtypes of rows that our kernel updates; torch updates others, in fp32 too."""
 
 
 class LinearGroup:
@@ -41,7 +41,7 @@ class LinearGroup:
         kernels: CpuKernels | None,
         pages: HugePages,
     ) -> None:
-        """`pages`: where the layers' weights are kept, if `kernels` are to read them."""
+        """Join `layers`; `pages` store their weights, if `kernels` are to read them."""
         self.index = index
         self.layers = layers
         self.widths = [layer.out_features for layer in layers]
@@ -51,9 +51,9 @@ class LinearGroup:
         self._segments = segments
         self._bias = None if layers[0].bias is None else torch.cat([layer.bias.detach().float() for layer in layers])
         self._resident: dict[str, list[tuple[int, LowRank]]] = {}
-        """digest -> (first column of the layer's output, update)"""
+        """Digest -> (first column of the layer's output, update)."""
         self._whole: dict[str, torch.Tensor] = {}
-        """digest -> the weight that adapter has instead of the base's; of the head only"""
+        """Digest -> the adapter's own weight instead of the base's; head only."""
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
@@ -68,11 +68,11 @@ class LinearGroup:
         self._whole.pop(digest, None)
 
     def updates(self, digest: str) -> list[tuple[int, LowRank]]:
-        """The adapter's updates of this group: (first column of the layer's output, update)."""
+        """Return the adapter's updates of this group: (first column of the layer's output, update)."""
         return self._resident.get(digest, [])
 
     def output(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        """What the layer at `place` gives for x [..., in]; the first one asked computes all of them."""
+        """Return the output of the layer at `place` for x [..., in]; the group's first layer computes all."""
         if self._input is not x or place == 0:
             rows = self._compute(x.reshape(-1, x.shape[-1]))
             self._outputs = torch.split(rows.view(*x.shape[:-1], sum(self.widths)), self.widths, dim=-1)
@@ -86,10 +86,10 @@ class LinearGroup:
         if self.matrix is not None and kernels is not None:
             matrix = self.matrix
             return lambda x: kernels.matmul(matrix, x.contiguous())
-        return PackedNf4(self.layers) if PackedNf4.fits(self.layers) else self.layers[0]
+        return PackedNf4(self.layers) if PackedNf4.can_pack(self.layers) else self.layers[0]
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, in] in any dtype -> [rows, out] in the same; our own product reads and gives fp32."""
+        """Compute x [rows, in] of any dtype -> [rows, out] of the same; our kernel computes in fp32."""
         given = x.dtype
         if self.matrix is not None:
             x = x.float()
@@ -115,7 +115,7 @@ class LinearGroup:
             self._replace(x, y, bases)
 
     def _replace(self, x: torch.Tensor, y: torch.Tensor, bases: torch.Tensor) -> None:
-        """Rows whose adapter has a weight of its own: W x + scale · (W' x - W x)."""
+        """Update rows whose adapter has a weight of its own: W x + scale · (W' x - W x)."""
         for segment in self._segments.python:
             for adapter in segment.mix:
                 if adapter.digest in self._whole:
@@ -126,7 +126,7 @@ class LinearGroup:
                     )
                     y[rows] += (adapter.scale * (found - bases[rows])).to(y.dtype)
 
-    def _update_by_torch(self, segment: Segment, x: torch.Tensor, y: torch.Tensor) -> None:
+    def _update_by_torch(self, segment: LoraSegment, x: torch.Tensor, y: torch.Tensor) -> None:
         before = y.clone() if self._bias is None else y - self._bias
         for adapter in segment.mix:
             for offset, update in self._resident.get(adapter.digest, ()):
@@ -140,7 +140,7 @@ class LinearGroup:
 
 
 class LoraLinear(nn.Module):
-    """Stands where a linear layer of the base was; its group does the work."""
+    """Replaces a linear layer of the base; its group does the work."""
 
     def __init__(self, group: LinearGroup, place: int) -> None:
         super().__init__()
@@ -148,24 +148,24 @@ class LoraLinear(nn.Module):
         self.place = place
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] -> [..., out]."""
+        """Compute x [..., in] -> [..., out]."""
         return self.group.output(self.place, x)
 
 
 class AdapterBank:
-    """Every linear layer of a model, wrapped, and the adapters resident in them. Owned by the worker thread."""
+    """All linear layers of a model, wrapped, and the resident adapters. Owned by the worker thread."""
 
     def __init__(self, model: nn.Module, kernels: CpuKernels | None = None) -> None:
         self.device = next(model.parameters()).device
         self.rows = Segments()
-        """of the layers, which see every row"""
+        """Segments of the layers, which see every row."""
         self._head_rows = Segments()
-        """of the head, which sees the rows that sample"""
+        """Segments of the head, which sees only rows that sample."""
         self.groups: list[LinearGroup] = []
         self.places: dict[str, tuple[LinearGroup, int]] = {}
         self._residents: set[str] = set()
         self._tables: dict[str, AdapterTable] = {}
-        """digest -> its updates for the kernels; empty where there are none"""
+        """Digest -> the adapter's updates as the kernels read them; empty without kernels."""
         self._has_kernels = kernels is not None
         head = model.get_output_embeddings()  # type: ignore[operator]
         self._head = head
@@ -186,28 +186,28 @@ class AdapterBank:
         self.embedding = _wrapped_embedding(model, self.rows, dtype)
 
     def begin(self, batch: Batch) -> None:
-        """Announce the rows of the forward that follows."""
-        mixes = [(piece, piece.sequence.request.adapters) for piece in batch.pieces]
-        self.rows.set([(piece.num_tokens, mix) for piece, mix in mixes], self._tables)
-        self._head_rows.set([(int(piece.samples), mix) for piece, mix in mixes], self._tables)
+        """Set the rows of the next forward."""
+        mixes = [(chunk, chunk.sequence.request.adapters) for chunk in batch.chunks]
+        self.rows.set([(chunk.num_tokens, mix) for chunk, mix in mixes], self._tables)
+        self._head_rows.set([(int(chunk.samples), mix) for chunk, mix in mixes], self._tables)
 
     def dtype_of(self, stored: torch.dtype) -> torch.dtype:
-        """What to keep a tensor of a file in: bf16 as it is, which halves what a step reads; fp32 on a CPU else."""
+        """Return the dtype to store a file's tensor in: on CPU, bf16 unchanged, which halves reads, or fp32."""
         if self.device.type != "cpu":
             return layer_dtype(self.groups[0].layers[0])
         return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
 
     def prepare(self, name: str, weights: Weights) -> Weights:
-        """Check that every tensor lands on a layer of the right shape, and work out DoRA's norms.
+        """Check that every tensor belongs to a layer of its shape, and compute DoRA's norms.
 
-        May run beside the worker thread. Raises AdapterNoEffect, IncompatibleBase.
+        May run beside the worker thread. Raises AdapterNoEffect, IncompatibleBase, AdapterUnsupported.
         """
-        self._check_fits(name, weights)
+        self._check_compatible(name, weights)
         ready = {module: self._divided(module, weights[module]) for module in sorted(weights, key=self._order_of)}
         return in_one_block(ready) if self.device.type == "cpu" else ready
 
     def install(self, digest: str, weights: Weights) -> None:
-        """`weights` as `prepare` returned them, in place of what the digest had; all of them, or none on failure."""
+        """Make an adapter resident, in place of what the digest had; `weights` are from `prepare`. All or nothing."""
         self.remove(digest)
         try:
             for module, change in weights.items():
@@ -235,14 +235,14 @@ class AdapterBank:
             self.embedding[1].remove(digest)
         self._residents.discard(digest)
         self._tables.pop(digest, None)
-        for segments in (self.rows, self._head_rows):  # the last batch's, which keep its adapters in memory
+        for segments in (self.rows, self._head_rows):  # of the last batch, which would keep its adapters in memory
             segments.set((), {})
 
     def is_resident(self, digest: str) -> bool:
         return digest in self._residents
 
     def _order_of(self, module: str) -> tuple[int, int]:
-        """When a step reads what changes the module; the embedding comes first."""
+        """Return the order in which a step reads modules; the embedding comes first."""
         if module not in self.places:
             return -1, 0
         group, place = self.places[module]
@@ -254,18 +254,18 @@ class AdapterBank:
         group, place = self.places[module]
         return change.divided(dense_weight(group.layers[place]))
 
-    def _check_fits(self, name: str, weights: Weights) -> None:
+    def _check_compatible(self, name: str, weights: Weights) -> None:
         embedding = self.embedding[0] if self.embedding else None
-        strangers = [module for module in weights if module not in self.places and module != embedding]
-        if len(strangers) == len(weights):
+        unexpected = [module for module in weights if module not in self.places and module != embedding]
+        if len(unexpected) == len(weights):
             raise AdapterNoEffect(
                 f"no tensor of adapter {name} belongs to a layer of this base that adapters can change (first: "
-                f"{strangers[0]}): it was made for another architecture."
+                f"{unexpected[0]}): it was made for another architecture."
             )
-        if strangers:
+        if unexpected:
             raise IncompatibleBase(
-                f"adapter {name} has tensors for {len(strangers)} layers this base does not have (first: "
-                f"{strangers[0]}): it was made for a deeper or different model."
+                f"adapter {name} has tensors for {len(unexpected)} layers this base does not have (first: "
+                f"{unexpected[0]}): it was made for a deeper or different model."
             )
         for module, change in weights.items():
             found, wanted = self._shape_of(name, module, change), _shape(change)
@@ -276,7 +276,7 @@ class AdapterBank:
                 )
 
     def _shape_of(self, name: str, module: str, change: LowRank | EmbeddingUpdate | FullWeight) -> tuple[int, int]:
-        """(in, out) of the base's module. Raises AdapterUnsupported for a change that module cannot have."""
+        """Return (in, out) of the base's module. Raises AdapterUnsupported for a change that it cannot have."""
         if self.embedding is not None and module == self.embedding[0]:
             vocabulary, width = self.embedding[1].weight.shape
             return (width, vocabulary) if isinstance(change, FullWeight) else (vocabulary, width)
@@ -291,7 +291,7 @@ class AdapterBank:
 
 
 def _shape(change: LowRank | EmbeddingUpdate | FullWeight) -> tuple[int, int]:
-    """(in, out) the change was made for."""
+    """Return (in, out) of the module that the change was made for."""
     if isinstance(change, FullWeight):
         out, width = change.weight.shape
         return width, out
@@ -301,18 +301,18 @@ def _shape(change: LowRank | EmbeddingUpdate | FullWeight) -> tuple[int, int]:
 
 
 def _matrix_of(layers: Sequence[nn.Linear], pages: HugePages) -> WeightMatrix | None:
-    """The layers' weights as one matrix of the kernels, or None where those do not read them."""
+    """Return the layers' weights as one matrix of the kernels, or None where those do not read them."""
     bias = None if layers[0].bias is None else torch.cat([layer.bias.detach().float() for layer in layers])
-    if Nf4Weights.fits(layers):
+    if Nf4Weights.can_join(layers):
         return WeightMatrix(Nf4Weights.join(layers, keep=pages.keep), bias)
     return WeightMatrix(_joined(layers, pages), bias) if _are_dense(layers) else None
 
 
 def _joined(layers: Sequence[nn.Linear], pages: HugePages) -> torch.Tensor:
-    """Dense weights one below the other, in bf16 where that loses nothing; the layers become views of them."""
+    """Join dense weights by rows, in bf16 where that is exact; the layers become views of the result."""
     weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
     half = weight.bfloat16()
-    # In pieces: a head is the largest tensor there is, and this its peak.
+    # Compared in parts, to lower the peak: a head is the largest tensor there is.
     if all(torch.equal(a.float(), b) for a, b in zip(half.chunk(32), weight.chunk(32), strict=True)):
         weight = half
     weight = pages.keep(weight)
@@ -324,10 +324,10 @@ def _joined(layers: Sequence[nn.Linear], pages: HugePages) -> torch.Tensor:
 
 
 def _wrapped_embedding(model: nn.Module, segments: Segments, dtype: torch.dtype) -> tuple[str, LoraEmbedding] | None:
-    """Name and wrapper of the model's embedding; None for one that computes more than a look-up (Gemma's scale)."""
+    """Return name and wrapper of the embedding; None for one that does more than a look-up (Gemma's scale)."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     if type(embedding) is not nn.Embedding:
-        # Tied to a head that may now be held in bf16: computing with that would round.
+        # Tied to a head that may now be stored in bf16: computing in that would round.
         embedding.weight.data = embedding.weight.data.to(dtype)
         return None
     name = next(name for name, module in model.named_modules() if module is embedding)
@@ -348,12 +348,16 @@ def _are_dense(layers: Sequence[nn.Linear]) -> bool:
 
 def _can_join(layers: Sequence[nn.Linear], has_kernels: bool) -> bool:
     same_bias = all((layer.bias is None) == (layers[0].bias is None) for layer in layers)
-    return PackedNf4.fits(layers) or (has_kernels and same_bias and (Nf4Weights.fits(layers) or _are_dense(layers)))
+    return PackedNf4.can_pack(layers) or (
+        has_kernels and same_bias and (Nf4Weights.can_join(layers) or _are_dense(layers))
+    )
 
 
 def _groups(linears: dict[str, nn.Linear], *, has_kernels: bool) -> list[list[str]]:
-    """Names of layers to compute together, in the order a step does: those known to share their input are joined
-    where a kernel can."""
+    """Return names of layers to compute together, in the order of a step.
+
+    Layers known to share their input are joined where a kernel can.
+    """
     groups = []
     left = dict(linears)
     for name in linears:
@@ -370,9 +374,9 @@ def _groups(linears: dict[str, nn.Linear], *, has_kernels: bool) -> list[list[st
 
 
 def in_one_block(weights: Weights) -> Weights:
-    """The same with the halves of all low-rank updates one behind the other, in the order given, on huge pages.
+    """Copy the halves of all low-rank updates one after another, in the given order, on huge pages.
 
-    A decode step reads an adapter from end to end, which memory gives fastest so.
+    A decode step reads an adapter from end to end, which is fastest from such memory.
     """
     halves = [half for change in weights.values() if isinstance(change, LowRank) for half in (change.a, change.bt)]
     pages = HugePages(sum(map(HugePages.room_for, halves)))

@@ -10,37 +10,37 @@ from serve.local_engine.scheduler import AdapterMix
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Rows start..end of the batch, all of one adapter mix."""
+class LoraSegment:
+    """Consecutive rows of the batch, start to end, with the same adapter mix."""
 
     start: int
     end: int
     mix: AdapterMix
 
 
-def segments_of(rows: Sequence[tuple[int, AdapterMix]]) -> list[Segment]:
-    """The runs of rows with the same adapters, from (number of rows, mix); rows of the bare base have none."""
-    segments: list[Segment] = []
+def segments_of(rows: Sequence[tuple[int, AdapterMix]]) -> list[LoraSegment]:
+    """Group rows with the same adapters, from (number of rows, mix); rows of the bare base have no segment."""
+    segments: list[LoraSegment] = []
     row = 0
     for count, mix in rows:
         if mix and segments and segments[-1].mix == mix and segments[-1].end == row:
-            segments[-1] = Segment(segments[-1].start, row + count, mix)
+            segments[-1] = LoraSegment(segments[-1].start, row + count, mix)
         elif mix and count:
-            segments.append(Segment(row, row + count, mix))
+            segments.append(LoraSegment(row, row + count, mix))
         row += count
     return segments
 
 
 class Segments:
-    """The current batch's segments for one kind of layer, also as the kernel's structs."""
+    """The current batch's segments for one kind of layer, in Python and as the kernels' structs."""
 
     def __init__(self) -> None:
-        self.python: list[Segment] = []
+        self.python: list[LoraSegment] = []
         self.kernel = SegmentTable()
         self.num_rows = 0
 
     def set(self, rows: Sequence[tuple[int, AdapterMix]], tables: dict[str, AdapterTable]) -> None:
-        """`tables`: of the resident adapters; none where there are no kernels."""
+        """Set the rows of the next forward; `tables` are the resident adapters', empty without kernels."""
         self.python = segments_of(rows)
         self.num_rows = sum(count for count, _ in rows)
         known = self.python if tables else []

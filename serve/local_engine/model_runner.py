@@ -1,4 +1,4 @@
-"""Runs one batch through the model: one flattened forward over all sequences, down to the logits to sample from."""
+"""Run one batch through the model: one flattened forward over all sequences, down to the logits to sample from."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from serve.local_engine.attention import KvCache, KvShape, PagedStep, use_paged_
 from serve.local_engine.cpu.kernels import CpuKernels, load_kernels
 from serve.local_engine.cpu.rms_norm import use_fast_norms
 from serve.local_engine.fused_decoder import fuse_decoder
-from serve.local_engine.guided_decoding import Constraints
+from serve.local_engine.guided_decoding import GuidedDecoder
 from serve.local_engine.lora_layers import AdapterBank
 from serve.local_engine.sampling import Row, Sampler, rows_of
 from serve.local_engine.scheduler import Batch
 
 
 def kv_dtype(base: LoadedBase) -> torch.dtype:
-    """fp32 on CPU, where small bf16 products are slow; the model's own dtype on a GPU."""
+    """Return the KV cache's dtype: fp32 on CPU, where small bf16 products are slow; the model's own on a GPU."""
     return torch.float32 if base.model.device.type == "cpu" else base.model.dtype
 
 
 class ModelRunner:
-    """The model, its KV cache and its resident adapters; owned by one thread."""
+    """The model, its KV cache, its resident adapters and the sampler; owned by one thread.
+
+    Adapters that are being loaded, guided decoding's masks and waiting logits are tensors outside it.
+    """
 
     def __init__(self, base: LoadedBase, *, num_blocks: int, block_size: int) -> None:
         self._model = base.model
         self._device = base.model.device
         shape = KvShape.of(base.model.config.get_text_config(), kv_dtype(base))
         self._cache = KvCache(shape, num_blocks, block_size, self._device)
-        self.constraints = Constraints(base.tokenizer)
+        self.guided_decoder = GuidedDecoder(base.tokenizer)
         self.sampler = Sampler(self._device)
         self._kernels: CpuKernels | None = None
         self.choices: tuple[Choice, ...] = ()
@@ -44,18 +47,18 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[str, Row]:
-        """Compute every piece; return the logits of each request whose piece reaches its end."""
+        """Compute every chunk. Return the logits of each request whose chunk reaches the end of its sequence."""
         tokens: list[int] = []
         positions: list[int] = []
         last_rows: list[int] = []
         sampling: list[str] = []
-        for piece in batch.pieces:
-            end = piece.start + piece.num_tokens
-            tokens += piece.sequence.tokens[piece.start : end]
-            positions += range(piece.start, end)
-            if piece.samples:
+        for chunk in batch.chunks:
+            end = chunk.start + chunk.num_tokens
+            tokens += chunk.sequence.tokens[chunk.start : end]
+            positions += range(chunk.start, end)
+            if chunk.samples:
                 last_rows.append(len(tokens) - 1)
-                sampling.append(piece.sequence.request.id)
+                sampling.append(chunk.sequence.request.id)
         self.adapters.begin(batch)
         logits = self._model(
             input_ids=torch.tensor([tokens], device=self._device),

@@ -1,4 +1,4 @@
-"""Choosing next tokens from logits: one vectorised path for greedy rows, one row at a time for the rest."""
+"""Sample next tokens from logits: one vectorized path for greedy rows, one row at a time for the rest."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from serve.local_engine.guided_decoding import Matcher
 from serve.local_engine.scheduler import Sequence
 
 GREEDY_BELOW = 1e-5
-"""Temperatures under this are greedy, as in vLLM: fp32 could not tell them apart."""
+"""Temperatures below this are greedy, as in vLLM: fp32 could not distinguish them."""
 
 _LEAST_LOGPROB = -9999.0
-"""What OpenAI and vLLM write for a token that cannot come: JSON has no infinity."""
+"""Log-probability that OpenAI and vLLM report for an impossible token: JSON has no infinity."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Row:
     """The logits of one sequence's next token."""
 
     logits: torch.Tensor
-    """[vocabulary] fp32"""
+    """fp32 [vocabulary]."""
     best: int
     peak: float
     """The largest logit: NaN or Inf where any of them is NaN or +Inf, -Inf where all are."""
 
 
 def rows_of(logits: torch.Tensor) -> list[Row]:
-    """Split logits [n, vocabulary] fp32; what every row needs is found for all of them at once."""
+    """Split logits [n, vocabulary] fp32 into rows; argmax and maximum are computed for all of them at once."""
     peaks, best = logits.max(-1)
     return [Row(*one) for one in zip(logits, best.tolist(), peaks.tolist(), strict=True)]
 
@@ -45,14 +45,14 @@ class Sampled:
 
 
 class Sampler:
-    """Holds the random state of each request, so that neighbours do not disturb it."""
+    """Samples tokens, with a random state per request, so that neighbors do not disturb it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._generators: dict[str, torch.Generator] = {}
 
     def sample(self, row: Row, sequence: Sequence, matcher: Matcher | None = None) -> Sampled:
-        """Choose the next token; `matcher` says which may come, and is told.
+        """Choose the next token; `matcher` restricts it, and accepts the one chosen.
 
         Raises NonFiniteLogits, and ConstraintFailed where the matcher allows no token.
         """
@@ -70,7 +70,7 @@ class Sampler:
             matcher.accept(token)
         if params.top_logprobs is None:
             return Sampled(token)
-        # Of the model's own distribution, before anything the request changes about it, as OpenAI reports them.
+        # Of the model's own distribution, before bias, penalties and masks, as OpenAI reports them.
         logprobs = row.logits.log_softmax(-1).clamp_min(_LEAST_LOGPROB)
         top = logprobs.topk(min(params.top_logprobs, logprobs.numel())) if params.top_logprobs else None
         pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
@@ -83,7 +83,7 @@ class Sampler:
         params = sequence.request.sampling
         (row,) = rows_of(logits[None])
         if row.peak == -math.inf:
-            raise ConstraintFailed("the model's vocabulary has no token that the answer may go on with.")
+            raise ConstraintFailed("the model's vocabulary has no token that may come next in the answer.")
         if params.temperature < GREEDY_BELOW or not math.isfinite(row.peak):
             return row.best
         probabilities = filtered(logits, params)
@@ -108,7 +108,7 @@ def _why_not_finite(sequence: Sequence) -> str:
 
 
 def _altered(logits: torch.Tensor, sequence: Sequence, params: SamplingParams) -> torch.Tensor:
-    """[vocabulary] with bias and penalties; the same tensor when there are none."""
+    """Return [vocabulary] with bias and penalties; the same tensor when there are none."""
     if params.logit_bias:
         logits = logits.clone()
         for token, bias in params.logit_bias:
@@ -123,9 +123,9 @@ def has_penalties(params: SamplingParams) -> bool:
 
 
 def penalized(logits: torch.Tensor, sequence: Sequence, params: SamplingParams) -> torch.Tensor:
-    """[vocabulary] with repetition (prompt and answer), presence and frequency penalties (answer) applied.
+    """Return [vocabulary] with repetition (prompt and answer), presence and frequency penalties (answer).
 
-    What overflows fp32 becomes its largest number.
+    Values that overflow fp32 become its largest number.
     """
     logits = logits.clone()
     if params.repetition_penalty != 1.0:
@@ -144,8 +144,8 @@ def penalized(logits: torch.Tensor, sequence: Sequence, params: SamplingParams) 
 
 
 def filtered(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Probabilities [vocabulary] after temperature, top-k, top-p and min-p; the best token always stays."""
-    # Less the largest first: no temperature then overflows.
+    """Return probabilities [vocabulary] after temperature, top-k, top-p and min-p; the best token always stays."""
+    # The largest is subtracted first, so that no temperature overflows.
     logits = (logits - logits.max()) / max(params.temperature, GREEDY_BELOW)
     if 0 < params.top_k < logits.numel():
         weakest = logits.topk(params.top_k).values[-1]

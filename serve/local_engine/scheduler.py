@@ -1,6 +1,6 @@
-"""Which tokens are computed next: fair admission, chunked prefill, preemption, order by adapter. No tensors.
+"""Choose the tokens of each step: fair admission, chunked prefill, preemption, order by adapter. No tensors.
 
-Counts and names only, so policy is tested in milliseconds. One thread owns a Scheduler.
+It works on counts and names only, so that policy is tested in milliseconds. One thread owns a Scheduler.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ AdapterMix = tuple[AdapterScale, ...]
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """`num_tokens` tokens of one sequence, from position `start`, computed in this step."""
+    """The scheduled part of a sequence: `num_tokens` tokens from position `start`, computed in this step."""
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: bool
-    """Does the step reach the end of the sequence, so that a next token comes of it?"""
+    """Whether the chunk reaches the end of the sequence, so that its next token is sampled."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The pieces of one step, those of one adapter mix side by side, the bare base last."""
+    """The chunks of one step, ordered by adapter mix, the bare base last."""
 
-    pieces: tuple[ScheduledChunk, ...]
+    chunks: tuple[ScheduledChunk, ...]
 
     @property
     def num_tokens(self) -> int:
-        return sum(piece.num_tokens for piece in self.pieces)
+        return sum(chunk.num_tokens for chunk in self.chunks)
 
 
 class Scheduler:
     """Fair between groups (one per adapter, and the bare base), first come first served within one.
 
-    The group that was served least comes first, for a free place and for the prompt tokens of a step. A group that has
-    requests and of which nothing was computed for `max_wait_steps` is overdue: the longest overdue one is served first,
-    and its oldest request, if nothing of it was computed yet, takes places and KV blocks from others. So the first
-    prompt tokens of a request whose group had none are computed in the (max_wait_steps + n)th step after it came at the
-    latest, n the number of other groups that had requests then. A request that was preempted comes back in its group's
-    turn, and takes the place only of those that were served more and have had a turn: else two that do not fit together
-    would compute their prompts over and over.
+    The least served group comes first, for admission and for the prompt tokens of a step. A group that has requests
+    and of which nothing was computed for `max_wait_steps` is starved. The longest starved group is served first, and
+    its oldest request, if nothing of it was computed yet, preempts others for its place and KV blocks. So when a
+    request comes to a group without others, its first prompt tokens are computed within max_wait_steps + n steps, n
+    being the number of other groups that have requests then. A preempted sequence is admitted again in its group's
+    turn; it preempts only sequences that were served more and have had a turn. Otherwise two sequences that do not fit
+    together would compute their prompts over and over.
 
-    When KV blocks run out, the newest sequence of the most served group gives its blocks back and is computed again
-    later.
+    When KV blocks run out, the newest sequence of the most served group is preempted: its blocks are freed, and it is
+    computed again later.
     """
 
     def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
@@ -64,8 +64,10 @@ class Scheduler:
         self._share = FairShare()
         self._queues: dict[Group, deque[Sequence]] = {}
         self._computed_at: dict[Group, int] = {}
-        """Step at which a group that has requests last had a token computed, or began to have requests; in this order
-        where the steps are the same."""
+        """Group with requests -> step at which a token of it was last computed, or its first request came.
+
+        Groups of the same step are in the order in which they came.
+        """
         self._step = 0
 
     @property
@@ -84,7 +86,7 @@ class Scheduler:
         self._queues.setdefault(group, deque()).append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Finished or aborted: its blocks are free at once."""
+        """Remove a finished or aborted sequence and free its blocks."""
         group = sequence.group
         if sequence in self.running:
             self.running.remove(sequence)
@@ -96,38 +98,38 @@ class Scheduler:
         self.pool.release(sequence)
 
     def schedule(self) -> Batch | None:
-        """The next step's work, or None when there is nothing to do."""
+        """Return the next step's batch, or None when there is nothing to do."""
         self._step += 1
-        overdue = self._overdue()
-        self._admit_overdue(overdue)
-        pieces = self._decode_pieces(overdue)
-        room = self.limits.max_batch_tokens - len(pieces)
-        pieces += self._prefill_pieces(min(room, self.limits.max_prefill_chunk), overdue)
-        for piece in pieces:
-            self._computed_at[piece.sequence.group] = self._step
-        if not pieces:
+        starved = self._starved()
+        self._admit_starved(starved)
+        chunks = self._decode_chunks(starved)
+        room = self.limits.max_batch_tokens - len(chunks)
+        chunks += self._prefill_chunks(min(room, self.limits.max_prefill_chunk), starved)
+        for chunk in chunks:
+            self._computed_at[chunk.sequence.group] = self._step
+        if not chunks:
             return None
-        return Batch(tuple(sorted(pieces, key=_mix_order)))
+        return Batch(tuple(sorted(chunks, key=_mix_order)))
 
     def commit(self, batch: Batch, sampled: dict[str, int]) -> None:
-        """Record that the batch was computed; `sampled` is request id -> next token of pieces that sample.
+        """Record that the batch was computed; `sampled` is request id -> next token, for chunks that sample.
 
         A sequence whose next token is chosen later is not scheduled until then.
         """
-        for piece in batch.pieces:
-            sequence = piece.sequence
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
             if not sequence.blocks:
                 continue  # removed while the step ran
-            sequence.num_computed = piece.start + piece.num_tokens
-            self.pool.keep(sequence)
-            if piece.samples and sequence.request.id in sampled:
+            sequence.num_computed = chunk.start + chunk.num_tokens
+            self.pool.cache_full_blocks(sequence)
+            if chunk.samples and sequence.request.id in sampled:
                 sequence.tokens.append(sampled[sequence.request.id])
 
     def check(self) -> None:
-        """The books: blocks, places, and who waits since when."""
+        """Check the invariants of blocks, running sequences and waiting groups."""
         waiting = self.waiting
         self.pool.check([*self.running, *waiting])
-        assert not any(sequence.blocks for sequence in waiting), "a waiting sequence holds KV blocks"
+        assert not any(sequence.blocks for sequence in waiting), "a waiting sequence has KV blocks"
         assert len(self.running) <= self.limits.max_running, "more sequences run than allowed"
         assert self._computed_at.keys() == self._queues.keys() | self._running_groups().keys(), "a group is forgotten"
 
@@ -139,21 +141,21 @@ class Scheduler:
             del self._queues[group]
             self._share.leave(group)
 
-    def _overdue(self) -> list[Group]:
-        """Groups of which nothing was computed for too long, the longest first."""
+    def _starved(self) -> list[Group]:
+        """Return the groups of which nothing was computed for `max_wait_steps`, the longest starved first."""
         limit = self._step - self.limits.max_wait_steps
         decoding = {sequence.group for sequence in self.running if sequence.num_pending <= 1}
         late = [group for group, step in self._computed_at.items() if step <= limit and group not in decoding]
         return sorted(late, key=self._computed_at.__getitem__)
 
-    def _admit_overdue(self, overdue: Listed[Group]) -> None:
-        """Give a place to each overdue group that has none, as far as the step has prompt tokens for them."""
+    def _admit_starved(self, starved: Listed[Group]) -> None:
+        """Admit a sequence of each starved group that has none, as far as the step has prompt tokens for them."""
         budget = self.limits.max_prefill_chunk
-        for number, group in enumerate(overdue):
+        for number, group in enumerate(starved):
             begun = next((sequence for sequence in self.running if sequence.group == group), None)
             sequence = begun or self._queues[group][0]
             if begun is None:
-                others = [s for s in self.running if s.group not in overdue[:number]]
+                others = [s for s in self.running if s.group not in starved[:number]]
                 if not sequence.is_fresh:
                     served = self._served(sequence)
                     others = [s for s in others if self._served(s) > served and self._has_had_its_turn(s)]
@@ -168,9 +170,9 @@ class Scheduler:
                 return
 
     def _victims_for(self, sequence: Sequence, candidates: Listed[Sequence]) -> list[Sequence] | None:
-        """Who of `candidates` must go so that `sequence` has a place and room; None when all are not enough.
+        """Return which of `candidates` to preempt so that `sequence` can be admitted; None when all are not enough.
 
-        Groups that run several sequences give first, then those that were served most; the newest of a group.
+        First those of groups that run several sequences, then the most served; of a group, the newest.
         """
         chosen: list[Sequence] = []
         while not self._has_room(sequence, without=chosen):
@@ -187,7 +189,7 @@ class Scheduler:
         return chosen
 
     def _has_had_its_turn(self, sequence: Sequence) -> bool:
-        """Has it run twice as long as computing it again takes, and `max_wait_steps`, and come further by that?"""
+        """Return whether it has run twice as long as computing it again takes, plus `max_wait_steps`, with progress."""
         num_again = -(-len(sequence.tokens) // self.limits.max_prefill_chunk)
         num_steps = self._step - sequence.admitted_at
         is_further = sequence.num_computed >= sequence.num_charged
@@ -198,7 +200,7 @@ class Scheduler:
         return has_place and self.pool.can_admit(sequence, without=without)
 
     def _admit(self, sequence: Sequence) -> None:
-        """Move the first of its group's queue to the running ones, for which there is room."""
+        """Move the first sequence of its group's queue to the running ones; there is room for it."""
         self._queues[sequence.group].popleft()
         self._forget_if_empty(sequence.group)
         is_fresh = sequence.is_fresh
@@ -208,15 +210,15 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_charged = sequence.num_computed
         self.running.append(sequence)
 
-    def _decode_pieces(self, overdue: Listed[Group]) -> list[ScheduledChunk]:
+    def _decode_chunks(self, starved: Listed[Group]) -> list[ScheduledChunk]:
         for sequence in list(self.running):
             if sequence.num_pending == 1 and sequence in self.running:
-                self._make_room(sequence, len(sequence.tokens), spared=overdue)
+                self._make_room(sequence, len(sequence.tokens), spared=starved)
         return [self._chunk(sequence, 1) for sequence in self.running if sequence.num_pending == 1]
 
-    def _prefill_pieces(self, budget: int, overdue: Listed[Group]) -> list[ScheduledChunk]:
-        first = {group: number for number, group in enumerate(overdue)}
-        pieces: list[ScheduledChunk] = []
+    def _prefill_chunks(self, budget: int, starved: Listed[Group]) -> list[ScheduledChunk]:
+        first = {group: number for number, group in enumerate(starved)}
+        chunks: list[ScheduledChunk] = []
         done = {id(sequence) for sequence in self.running if sequence.num_pending <= 1}
         may_admit = True
         while budget > 0:
@@ -232,13 +234,13 @@ class Scheduler:
                 sequence = min([*begun, *heads], key=self._served)
             if sequence not in self.running:
                 if not self._has_room(sequence):
-                    may_admit = False  # nobody overtakes it: what becomes free is for the least served
+                    may_admit = False  # none overtakes it: what becomes free is for the least served
                     continue
                 self._admit(sequence)
-            pieces.append(self._chunk(sequence, budget))
+            chunks.append(self._chunk(sequence, budget))
             done.add(id(sequence))
-            budget -= pieces[-1].num_tokens
-        return pieces
+            budget -= chunks[-1].num_tokens
+        return chunks
 
     def _chunk(self, sequence: Sequence, budget: int) -> ScheduledChunk:
         num_tokens = min(sequence.num_pending, budget)
@@ -251,14 +253,18 @@ class Scheduler:
         return ScheduledChunk(sequence, sequence.num_computed, num_tokens, samples)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, *, spared: Listed[Group]) -> None:
-        """Give `sequence` blocks for `num_tokens`, preempting others that are not of `spared` groups, or itself."""
+        """Allocate blocks for `num_tokens` of `sequence`, preempting others that are not of `spared` groups, or it."""
         while not self.pool.can_grow(sequence, num_tokens):
             candidates = [s for s in reversed(self.running) if s is sequence or s.group not in spared]
-            victim = max(candidates, key=self._served)  # the newest of the most served group
+            victim = self._most_served(candidates)
             self._preempt(victim)
             if victim is sequence:
                 return
         self.pool.grow(sequence, num_tokens)
+
+    def _most_served(self, newest_first: Listed[Sequence]) -> Sequence:
+        """Return the newest sequence of the most served group."""
+        return max(newest_first, key=self._served)
 
     def _served(self, sequence: Sequence) -> float:
         return self._share.served(sequence.group)
@@ -270,6 +276,6 @@ class Scheduler:
         self.num_preemptions += 1
 
 
-def _mix_order(piece: ScheduledChunk) -> tuple[bool, tuple[tuple[str, float], ...]]:
-    mix = piece.sequence.request.adapters
+def _mix_order(chunk: ScheduledChunk) -> tuple[bool, tuple[tuple[str, float], ...]]:
+    mix = chunk.sequence.request.adapters
     return (not mix, tuple((adapter.digest, adapter.scale) for adapter in mix))

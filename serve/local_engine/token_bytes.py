@@ -1,4 +1,4 @@
-"""The bytes each token of a tokenizer stands for. Text is made of them, so no character need be whole in a token."""
+"""The bytes that each token of a tokenizer stands for; a character may be split over several tokens."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from functools import lru_cache
 from typing import Any
 
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
-"""a byte as byte-fallback tokenizers (Llama 2, Mistral, Gemma) spell it"""
+"""A byte, as byte-fallback tokenizers (Llama 2, Mistral, Gemma) write it."""
 
 
 class TokenBytes:
-    """Look up a token's bytes, and the name it has in log-probabilities."""
+    """Table of each token's bytes, and of its name in log-probabilities."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer`: of the tokenizers library, with the decoder of a byte-level or a byte-fallback tokenizer.
+        """Read `tokenizer`, of the tokenizers library, with a byte-level or byte-fallback decoder.
 
-        With any other decoder (WordPiece, ...) a token's bytes are those of the text it has alone.
+        With another decoder (WordPiece, ...) a token's bytes are those of its text when decoded alone.
         """
         self._tokenizer = tokenizer
         self._special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
@@ -37,7 +37,7 @@ class TokenBytes:
         return self._known[token]
 
     def first(self, token: int) -> bytes:
-        """Return the bytes of `token` where it begins a text: some tokenizers put a space there that is none."""
+        """Return the bytes of `token` at the beginning of a text, where some tokenizers drop a space."""
         found, spaces = self(token), self._leading_spaces
         return found[min(spaces, len(found) - len(found.lstrip(b" "))) :]
 
@@ -73,7 +73,7 @@ def token_bytes_of(tokenizer: Any) -> TokenBytes:
 
 
 _Found = tuple[Callable[[str], bytes], int]
-"""(bytes of a word of the vocabulary, spaces to drop where a text begins)"""
+"""(Bytes of a word of the vocabulary, spaces to drop at the beginning of a text)."""
 
 
 def _steps(decoder: Any) -> list[dict[str, Any]]:
@@ -91,7 +91,7 @@ def _byte_level(steps: list[dict[str, Any]]) -> _Found | None:
     def bytes_of(word: str) -> bytes:
         try:
             return bytes(byte_of[char] for char in word)
-        except KeyError:  # an added token, spelt as it is
+        except KeyError:  # an added token, written as it is
             return word.encode()
 
     return bytes_of, 0
@@ -125,7 +125,7 @@ def _byte_fallback(steps: list[dict[str, Any]]) -> _Found | None:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """The printable characters that GPT-2's byte-level vocabularies write bytes with."""
+    """Return the printable character -> byte table of GPT-2's byte-level vocabularies."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + number): byte for number, byte in enumerate(hidden)}

@@ -1,4 +1,4 @@
-"""One vLLM server over HTTP: what it says of itself, its adapters by name, an answer as events. Keeps no state."""
+"""Client of one vLLM server: its base, its adapters by name, answers as events. Keeps no state."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from serve.vllm_engine import compat
 _CONNECT_S = 5.0
 _LOAD_S = 120.0
 _KEEP_ALIVE_S = 2.0
-"""an idle connection is left before vLLM closes it (after 5 s), which would fail the next request sent over it"""
+"""Idle connections are closed before vLLM does it (after 5 s), which would fail the next request on them."""
 
 
 class VllmServer:
-    """`url` without /v1; `key` is sent as a bearer token."""
+    """One vLLM server at `url`, without /v1; `key` is sent as a bearer token."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -53,7 +53,7 @@ class VllmServer:
         return str((await self._get("/version")).get("version", "unknown")).partition("+")[0]
 
     async def base_card(self) -> dict[str, Any]:
-        """The card of the base it serves: the one without a parent."""
+        """Return the card of the base it serves: the one without a parent."""
         cards = (await self._get("/v1/models")).get("data") or []
         found = next((card for card in cards if not card.get("parent") and card.get("max_model_len")), None)
         if found is None:
@@ -61,43 +61,43 @@ class VllmServer:
         return dict(found)
 
     async def takes_adapters(self) -> bool:
-        """Are the routes there that load adapters at run time? Asked with an empty request, which changes nothing."""
+        """Return whether it loads adapters at run time. The empty request that asks changes nothing."""
         return (await self._post("/v1/load_lora_adapter", {})).status_code != 404
 
     async def first_token(self, model: str) -> None:
-        """Answer anything at all. Raises what `stream` raises, NotAuthorized."""
+        """Request one token. Raises what `stream` raises, and NotAuthorized."""
         answer = await self._post("/v1/completions", {"model": model, "prompt": [0], "max_tokens": 1, "temperature": 0})
         if answer.status_code != 200:
             raise _refusal(self.url, answer)
 
     async def load(self, name: str, folder: Path) -> None:
-        """From `folder`, whatever was there under this name before. Raises AdapterLoadFailed with vLLM's reason."""
+        """Load an adapter from `folder`, replacing one of this name. Raises AdapterLoadFailed with vLLM's reason."""
         body = {"lora_name": name, "lora_path": str(folder)}
         answer = await self._post("/v1/load_lora_adapter", body)
-        if "already been loaded" in _reason(answer):  # of an earlier life of ours, from a folder that may be gone
+        if "already been loaded" in _reason(answer):  # by an earlier process of ours, from a folder that may be gone
             await self.unload(name)
             answer = await self._post("/v1/load_lora_adapter", body)
         reason = _reason(answer)
         if answer.status_code == 200:
             return
         if answer.status_code == 404:
-            raise AdapterLoadFailed(compat.OTHER_DISK.says(url=self.url, folder=folder))
+            raise AdapterLoadFailed(compat.OTHER_DISK.text(url=self.url, folder=folder))
         if "LoRA is not enabled" in reason:
-            raise AdapterLoadFailed(compat.LORA_DISABLED.says(url=self.url))
+            raise AdapterLoadFailed(compat.LORA_DISABLED.text(url=self.url))
         raise AdapterLoadFailed(f"vLLM at {self.url} refused the adapter ({answer.status_code}): {reason}")
 
     async def unload(self, name: str) -> None:
-        """One that is not there is no failure. Raises EngineStopped."""
+        """Unload an adapter, if it is there. Raises EngineStopped."""
         answer = await self._post("/v1/unload_lora_adapter", {"lora_name": name})
         if answer.status_code not in (200, 404):
             raise EngineStopped(f"vLLM at {self.url} did not unload ({answer.status_code}): {_reason(answer)}")
 
     async def stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of one completion; leaving early closes the connection, upon which vLLM aborts.
+        """Stream the events of one completion; closing the stream closes the connection, and vLLM aborts.
 
         Raises AdapterNotFound for a name it does not know, UsageError for what it refuses, ServerBusy, EngineStopped.
         """
-        timeout = httpx.Timeout(None, connect=_CONNECT_S)  # health is watched apart; a long prompt takes its time
+        timeout = httpx.Timeout(None, connect=_CONNECT_S)  # health is watched separately; a long prompt takes its time
         try:
             async with self._client.stream("POST", "/v1/completions", json=body, timeout=timeout) as answer:
                 if answer.status_code != 200:
@@ -107,7 +107,9 @@ class VllmServer:
                     if line.startswith("data: ") and line != "data: [DONE]":
                         event = json.loads(line.removeprefix("data: "))
                         if "error" in event:
-                            raise EngineStopped(f"vLLM at {self.url} failed in mid-answer: {event['error']}")
+                            raise EngineStopped(
+                                f"vLLM at {self.url} failed in the middle of an answer: {event['error']}"
+                            )
                         yield event
         except httpx.HTTPError as error:
             raise EngineStopped(
@@ -129,9 +131,7 @@ class VllmServer:
         try:
             return dict(answer.json())
         except ValueError:
-            raise UsageError(
-                f"{self.url}{path} answers something else than vLLM's JSON: is it a vLLM server?"
-            ) from None
+            raise UsageError(f"{self.url}{path} does not answer with vLLM's JSON: is it a vLLM server?") from None
 
     async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         try:
@@ -144,15 +144,16 @@ async def warn_of_version(server: VllmServer, report: Callable[[str], None]) -> 
     """Report a server of a version that was not tested."""
     version = await server.version()
     if version not in compat.TESTED_VERSIONS:
-        report(compat.VERSION.says(version=version, url=server.url))
+        report(compat.VERSION.text(version=version, url=server.url))
 
 
 async def validate_server(
     server: VllmServer, base: StoredBase, base_name: str, blank: Path, *, keeps_blank: bool
 ) -> tuple[str, int]:
-    """Is a server what it must be, and does it answer, with `blank`, an adapter that changes nothing, and without?
+    """Check the served base, runtime LoRA loading and one token with and without a no-op adapter, `blank`.
 
-    What to ask it for when the base is meant (the blank adapter where that stays) and its max_model_len, tokens.
+    Return the model name that stands for the base (the blank adapter's with `keeps_blank`), and max_model_len, in
+    tokens.
     Raises EngineStopped, NotAuthorized, IncompatibleBase, UsageError, AdapterLoadFailed.
     """
     card = await server.base_card()
@@ -163,7 +164,7 @@ async def validate_server(
             "this base, or serve the base it has."
         )
     if not await server.takes_adapters():
-        raise UsageError(compat.NO_RUNTIME_LOADING.says(url=server.url))
+        raise UsageError(compat.NO_RUNTIME_LOADING.text(url=server.url))
     name, is_kept = f"blank-{secrets.token_hex(4)}", False
     try:
         await server.load(name, blank)
@@ -183,10 +184,10 @@ async def validate_server(
 
 def _reason(answer: httpx.Response) -> str:
     try:
-        said = answer.json()
+        reply = answer.json()
     except ValueError:
         return answer.text[:300]
-    error = said.get("error", said) if isinstance(said, dict) else said
+    error = reply.get("error", reply) if isinstance(reply, dict) else reply
     return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
 
 
@@ -204,5 +205,5 @@ def _refusal(url: str, answer: httpx.Response) -> Exception:
 
 
 def _in_service(error: Exception) -> Exception:
-    """Between us and vLLM, a key is not the client's to give."""
+    """Replace NotAuthorized: the key between this server and vLLM is not the client's."""
     return EngineStopped(str(error)) if isinstance(error, NotAuthorized) else error

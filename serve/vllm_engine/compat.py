@@ -50,7 +50,7 @@ class Limit:
     message: str
     """Text of the error, with {placeholders}; an adapter's follows its name."""
 
-    def says(self, **values: object) -> str:
+    def text(self, **values: object) -> str:
         """Return the message with its placeholders filled in."""
         return self.message.format(**values)
 
@@ -106,10 +106,10 @@ def unsupported_reason(adapter: Adapter) -> str | None:
 def _reason(config: LoraConfig) -> str | None:
     rank = max(config.rank, *config.rank_pattern.values(), 0)
     if config.use_dora:
-        return DORA.says()
+        return DORA.text()
     if config.saved_modules:
-        return SAVED_MODULES.says(modules=", ".join(config.saved_modules))
-    return RANK.says(rank=rank) if rank > RANKS[-1] else None
+        return SAVED_MODULES.text(modules=", ".join(config.saved_modules))
+    return RANK.text(rank=rank) if rank > RANKS[-1] else None
 
 
 def check_adapter(adapter: Adapter, shapes: Shapes, *, max_rank: int) -> None:
@@ -128,12 +128,12 @@ def check_adapter(adapter: Adapter, shapes: Shapes, *, max_rank: int) -> None:
 def check_request(request: GenerationRequest) -> None:
     """Raise UsageError for what vLLM does not do within one request."""
     if len(request.adapters) > 1 or any(adapter.scale != 1 for adapter in request.adapters):
-        raise UsageError(MIX.says())
+        raise UsageError(MIX.text())
 
 
 def allowed_rank(max_lora_rank: int) -> int:
     """Return the smallest of vLLM's `RANKS` that is large enough. Raises UsageError."""
     allowed = next((rank for rank in RANKS if rank >= max_lora_rank), None)
     if allowed is None:
-        raise UsageError(MAX_LORA_RANK.says(rank=max_lora_rank))
+        raise UsageError(MAX_LORA_RANK.text(rank=max_lora_rank))
     return allowed

@@ -1,7 +1,7 @@
-"""A vLLM plugin for its CPU build, version 0.32.0: LoRA by groups of rows. Runs inside vLLM's processes, not in ours.
+"""A plugin for vLLM's CPU build, version 0.32.0: LoRA by groups of rows. Runs in vLLM's processes, not in ours.
 
-Stock, rows without an adapter (index -1) take the weights of the last slot, and every row gathers its own copy of its
-adapter. Here each adapter's rows are one product, and rows without one are left alone.
+Without it, rows without an adapter (index -1) take the weights of the last slot, and every row gathers its own copy of
+its adapter. Here each adapter's rows are one product, and rows without an adapter are unchanged.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MADE_FOR = "0.32.0"
 
 
 def _rows_of_each(indices: Any) -> Iterator[tuple[int, Any]]:
-    """(slot, its rows), for the slots in use."""
+    """Yield (slot, its rows) for the slots in use."""
     for slot in indices.unique().tolist():
         if slot >= 0:
             yield slot, (indices == slot).nonzero(as_tuple=True)[0]
@@ -25,7 +25,7 @@ def _weight(stacked: Any, slot: int) -> Any:
 
 
 def bgmv_shrink(inputs: Any, stacked: Any, out: Any, indices: Any, scaling: float = 1.0) -> None:
-    """out [rows, >= rank] = scaling * inputs [rows, in] A^T, A [slots, (1,) rank, in]."""
+    """Compute out [rows, >= rank] = scaling * inputs [rows, in] A^T, A [slots, (1,) rank, in]."""
     rank = stacked.shape[-2]
     out[:, :rank] = 0
     for slot, rows in _rows_of_each(indices):
@@ -33,7 +33,7 @@ def bgmv_shrink(inputs: Any, stacked: Any, out: Any, indices: Any, scaling: floa
 
 
 def bgmv_expand(inputs: Any, stacked: Any, out: Any, indices: Any, add_inputs: bool = True) -> None:
-    """out [rows, >= width] (+)= inputs [rows, rank] B^T, B [slots, (1,) width, rank]."""
+    """Compute out [rows, >= width] (+)= inputs [rows, rank] B^T, B [slots, (1,) width, rank]."""
     width = min(stacked.shape[-2], out.shape[1])
     bgmv_expand_slice(inputs, stacked, out, indices, 0, width, add_inputs)
 
@@ -41,7 +41,7 @@ def bgmv_expand(inputs: Any, stacked: Any, out: Any, indices: Any, add_inputs: b
 def bgmv_expand_slice(
     inputs: Any, stacked: Any, out: Any, indices: Any, offset: int, width: int, add_inputs: bool = True
 ) -> None:
-    """The same on columns offset..offset+width of out."""
+    """Do the same on columns offset to offset + width of out."""
     columns = slice(offset, offset + width)
     if not add_inputs:
         out[:, columns] = 0
@@ -51,7 +51,7 @@ def bgmv_expand_slice(
 
 
 def register() -> None:
-    """vLLM calls this in each of its processes (entry point group vllm.general_plugins)."""
+    """Replace vLLM's functions; it calls this in each of its processes (entry point group vllm.general_plugins)."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

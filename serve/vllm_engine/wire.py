@@ -1,4 +1,4 @@
-"""A request in the words of vLLM's /v1/completions, and its events as chunks."""
+"""Translate a request into vLLM's /v1/completions, and its events into deltas."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from adapterhub.errors import EngineStopped
-from serve.engine import Chunk, FinishReason, GenerationRequest, TokenLogprob
+from serve.engine import Delta, FinishReason, GenerationRequest, TokenLogprob
 from serve.vllm_engine import compat
 
 
 def body_of(request: GenerationRequest, model: str) -> dict[str, Any]:
-    """A request for /v1/completions, in vLLM's words."""
+    """Return the body of a /v1/completions request, with vLLM's field names."""
     sampling = request.sampling
     body: dict[str, Any] = {
         "model": model,
@@ -34,23 +34,23 @@ def body_of(request: GenerationRequest, model: str) -> dict[str, Any]:
     }
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
-    if sampling.constraint is not None:
-        key = compat.GUIDED_DECODING_KEYS[sampling.constraint.kind]
-        body["structured_outputs"] = {key: sampling.constraint.text}
+    if sampling.guided_decoding is not None:
+        key = compat.GUIDED_DECODING_KEYS[sampling.guided_decoding.kind]
+        body["structured_outputs"] = {key: sampling.guided_decoding.text}
     if sampling.top_logprobs is not None:
         body |= {"logprobs": sampling.top_logprobs, "return_tokens_as_token_ids": True}
     return body
 
 
-async def chunks_of(
+async def deltas_of(
     events: AsyncGenerator[dict[str, Any], None], request: GenerationRequest, tokenizer: Any
-) -> AsyncGenerator[Chunk, None]:
-    """vLLM's events as ours. The last chunk waits for the usage, which comes after it.
+) -> AsyncGenerator[Delta, None]:
+    """Translate vLLM's events into deltas. The last delta waits for the usage, which comes after it.
 
-    Raises EngineStopped for an answer that vLLM gave up.
+    Raises EngineStopped for an answer that vLLM aborted.
     """
     count, num_cached_tokens, offset = 0, 0, 0
-    last: Chunk | None = None
+    last: Delta | None = None
     async for event in events:
         details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
         num_cached_tokens = int(details.get("cached_tokens") or num_cached_tokens)
@@ -59,23 +59,23 @@ async def chunks_of(
             count += len(tokens)
             logprobs = _logprobs(choice.get("logprobs"), request.sampling.top_logprobs, tokenizer, offset)
             offset += sum(len(one.text) for one in logprobs)
-            chunk = Chunk(choice["text"], count, tokens, None, logprobs, num_cached_tokens)
+            delta = Delta(choice["text"], count, tokens, None, logprobs, num_cached_tokens)
             if choice.get("finish_reason") in ("abort", "error"):
                 raise EngineStopped(f"vLLM gave up the answer ({choice['finish_reason']}): ask again.")
             if choice.get("finish_reason") is None:
-                yield chunk
+                yield delta
             else:
-                last = chunk
+                last = delta
                 reason = FinishReason.LENGTH if choice["finish_reason"] == "length" else FinishReason.STOP
     if last is None:
         raise EngineStopped("vLLM ended an answer without a finish reason: ask again.")
-    yield Chunk(last.text, last.num_tokens, last.tokens, reason, last.logprobs, num_cached_tokens)
+    yield Delta(last.text, last.num_tokens, last.tokens, reason, last.logprobs, num_cached_tokens)
 
 
 def _logprobs(
     found: dict[str, Any] | None, num_top: int | None, tokenizer: Any, offset: int
 ) -> tuple[TokenLogprob, ...]:
-    """From lists side by side, tokens written as `token_id:NUMBER`; the first begins at `offset` of the answer."""
+    """Read parallel lists, with tokens written as `token_id:NUMBER`; the first begins at `offset` of the answer."""
     if found is None or num_top is None:
         return ()
 

@@ -1,7 +1,7 @@
-"""Compiles csrc/ for this processor, once per machine. Knows no tensors.
+"""Compile csrc/ for this processor, once per machine. Knows no tensors.
 
-A library is kept in $ADAPTERHUB_HOME/kernels under a digest of sources, flags, compiler and processor, and one of its
-own bytes: what was cut short, by a full disk or a power failure, is never loaded but compiled anew.
+A library is stored in $ADAPTERHUB_HOME/kernels under a digest of sources, flags, compiler and processor, and one of its
+own bytes: a file cut short, by a full disk or a power failure, is never loaded but compiled again.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from adapterhub.paths import home
 
 _FLAGS = (
     "-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
-    # Neither reordering of sums nor contraction: a row's bits are to be the same in any company.
+    # No reordering of sums, no contraction: a row's bits must not depend on the other rows.
     "-ffp-contract=off",
 )  # fmt: skip
 NATIVE = ("-march=native", "-mcpu=native", "")
-"""this processor's own instructions, as compilers call them; some for Arm know the second alone"""
+"""Flags for this processor's own instructions; some compilers for Arm know only the second."""
 LEVELS = {
     "x86_64": {"AVX-512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3", "generic C": "-march=x86-64"},
     "aarch64": {"NEON": "-march=armv8-a"},
 }
-"""architecture -> instruction set that csrc/ knows of, as `vectors` in build.c names it -> flag to compile for it"""
+"""Architecture -> instruction set that csrc/ knows, as `vectors` in build.c names it -> compiler flag for it."""
 _LOOP = "int sum(int n) {\n    int found = 0;\n#pragma omp parallel for\n    for (int i = 0; i < n; i++) found = n;\n" \
     "    return found;\n}\n"  # fmt: skip
 
 
 class BuildFailed(Exception):
-    """There is no library; the message says why."""
+    """Raised where there is no library; the message gives the reason."""
 
 
 def build(tunings: Sequence[str] = NATIVE, *, compiler: str | None = None) -> tuple[ctypes.CDLL, str]:
@@ -59,14 +59,14 @@ def build(tunings: Sequence[str] = NATIVE, *, compiler: str | None = None) -> tu
             kept.unlink(missing_ok=True)
         library = _load(_compile(compiler, sources, tunings, folder, digest))
     except OSError as error:
-        raise BuildFailed(f"{compiler} has no place to work in {folder}: {error}") from error
+        raise BuildFailed(f"{compiler} cannot write to {folder}: {error}") from error
     if isinstance(library, str):
         raise BuildFailed(f"what {compiler} made cannot be loaded: {library}")
     return library, compiler
 
 
 def can_run(vectors: str) -> bool:
-    """Can this machine execute what is compiled for such vectors? Asked by tests; Linux alone tells."""
+    """Return whether this machine executes code compiled for such vectors. For tests, on Linux."""
     needed = {
         "AVX-512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
         "AVX2": {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm"},
@@ -75,18 +75,18 @@ def can_run(vectors: str) -> bool:
 
 
 def _load(path: Path) -> ctypes.CDLL | str:
-    """The library, or why this file is none here."""
+    """Return the library, or why this file cannot be loaded."""
     try:
-        # Asked first: a library that is cut short may end the process that loads it.
+        # Checked first: loading a file that is cut short may end the process.
         if path.stem.rpartition("-")[2] != _short_digest(path.read_bytes()):
-            return f"{path} is not whole"
+            return f"{path} is incomplete"
         return ctypes.CDLL(str(path))
     except OSError as error:
         return str(error)
 
 
 def _compile(compiler: str, sources: dict[str, bytes], tunings: Sequence[str], folder: Path, digest: str) -> Path:
-    """Where the library was put, whole or not at all."""
+    """Compile and store the library, atomically. Return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as text:
         scratch = Path(text)
@@ -102,7 +102,7 @@ def _compile(compiler: str, sources: dict[str, bytes], tunings: Sequence[str], f
 
 
 def _accepted(compiler: str, scratch: Path, choices: Sequence[str]) -> list[str]:
-    """The first of the choices with which a small library comes out, none for '' or when none does."""
+    """Return the first of the choices that compiles a small library; nothing for '' or when none does."""
     (scratch / "trial.h").write_text(_LOOP)
     for choice in choices:
         command = [compiler, *filter(None, [choice]), "-shared", "-fPIC", "-x", "c", "trial.h", "-o", "trial.so"]
@@ -122,7 +122,7 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _digest(sources: dict[str, bytes], compiler: str, tunings: Sequence[str]) -> str:
-    """A library is this processor's: a home on a shared disk may serve several."""
+    """Return the digest of sources, compiler, flags and processor: a shared home may serve several processors."""
     parts = [name.encode() + b"\0" + source for name, source in sorted(sources.items())]
     parts += [" ".join((*_FLAGS, *tunings)).encode(), os.path.realpath(compiler).encode(), _processor().encode()]
     return _short_digest(b"\0".join(parts))
@@ -133,7 +133,7 @@ def _short_digest(content: bytes) -> str:
 
 
 def _processor() -> str:
-    """Its instruction sets, in the words of Linux; elsewhere its name."""
+    """Return the processor's instruction sets as Linux lists them; elsewhere its name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))

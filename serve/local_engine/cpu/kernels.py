@@ -1,6 +1,6 @@
-"""Calls csrc/ on torch tensors, each checked before its address is handed over.
+"""Call the C kernels of csrc/ on torch tensors; each tensor is checked before its address is passed.
 
-Where it cannot be compiled, torch does all.
+Where they cannot be compiled, torch computes everything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from serve.local_engine.cpu.structs import MAX_RANK as MAX_RANK
 
 
 class CpuKernels:
-    """Every call releases the interpreter lock, so that the event loop runs while a step computes."""
+    """The compiled kernels. Every call releases the interpreter lock, so that the event loop runs meanwhile."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -29,7 +29,7 @@ class CpuKernels:
         library.vectors.restype = ctypes.c_char_p
         library.struct_size.restype = c_int64
         self.vectors = str(library.vectors(), "ascii")
-        """the instruction set it was compiled for"""
+        """Instruction set that the kernels were compiled for."""
         self.has_threads = bool(library.has_threads())
         here = [ctypes.sizeof(struct) for struct in structs.STRUCTS]
         there = [library.struct_size(number) for number in range(len(structs.STRUCTS))]
@@ -37,7 +37,7 @@ class CpuKernels:
             raise TensorMismatch(f"the structs are of {here} bytes here and {there} in C: expected the same.")
 
     def matmul(self, matrix: WeightMatrix, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] fp32, contiguous -> [..., out] fp32."""
+        """Multiply x [..., in] fp32, contiguous -> [..., out] fp32."""
         width, out = matrix.in_features, matrix.out_features
         x_at = address_of(x, "what weights are multiplied by", torch.float32, *x.shape[:-1], width)
         y, y_at = _result(*x.shape[:-1], out)
@@ -47,7 +47,7 @@ class CpuKernels:
     def low_rank_updates(
         self, segments: SegmentTable, group: int, x: torch.Tensor, y: torch.Tensor, *, bias: torch.Tensor | None = None
     ) -> None:
-        """In place on y [rows, out] from x [rows, in]; both bf16 or both fp32. `bias` is what y holds beside W x."""
+        """Update y [rows, out] in place from x [rows, in]; both bf16 or both fp32. `bias` is what y has beside W x."""
         if not segments:
             return
         width, out = segments.widths[group]
@@ -75,7 +75,7 @@ class CpuKernels:
         window: int = 0,
         softcap: float = 0.0,
     ) -> torch.Tensor:
-        """query [heads, N, d] fp32 over keys and values fp32 [kv_heads, num_slots, d] -> [N, heads, d].
+        """Attend with query [heads, N, d] over keys and values [kv_heads, num_slots, d] -> [N, heads, d], all fp32.
 
         0 turns window or softcap off.
         """
@@ -96,7 +96,7 @@ class CpuKernels:
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Llama's RMS norm over the last dimension of a contiguous x; x and weight bf16 or fp32 alike."""
+        """Apply Llama's RMS norm to the last dimension of a contiguous x; x and weight both bf16 or both fp32."""
         (width,) = weight.shape
         dtype = row_dtype(x)
         x_at = address_of(x, "what is normed", dtype, *x.shape[:-1], width)
@@ -113,7 +113,7 @@ class CpuKernels:
         tiles: Tiles,
         segments: SegmentTable,
     ) -> None:
-        """All decoder layers in place on hidden [rows, width]; `rotary`: cosine and sine [rows, d] of each position."""
+        """Run all decoder layers in place on hidden [rows, width]; `rotary`: cosine and sine [rows, d]."""
         rows, shape = tiles.num_rows, layers.shape
         tiles.check_cache(shape.slots, shape.block_size)
         if segments:
@@ -142,18 +142,18 @@ _ARGUMENTS = {
 
 @cache
 def load_kernels() -> tuple[CpuKernels | None, Choice]:
-    """The kernels, compiled if they must be, or None; and what was chosen, with the reason."""
+    """Return the kernels, compiled if needed, or None; and the choice with its reason."""
     try:
         library, compiler = build()
     except BuildFailed as error:
         return None, Choice("cpu kernels", "torch", str(error))
     kernels = CpuKernels(library)
-    threads = "" if kernels.has_threads else "; on one thread, for it knows no OpenMP"
+    threads = "" if kernels.has_threads else "; on one thread, because it has no OpenMP"
     return kernels, Choice("cpu kernels", "own", f"compiled by {compiler} for this CPU: {kernels.vectors}{threads}")
 
 
 def _result(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, int]:
-    """Room for what C writes, and its address."""
+    """Allocate a tensor for C to write. Return it and its address."""
     found = torch.empty(shape, dtype=dtype, device="cpu")
     return found, address_of(found, "a result", dtype, *shape)
 

@@ -1,4 +1,4 @@
-"""Memory of this machine that costs nothing until it is written, in pages of the size that suits its use."""
+"""Tensors in memory that is mapped lazily, with small or huge pages; and the release of freed heap pages."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ import torch
 from adapterhub.errors import UsageError
 
 _LINE = 64
-"""bytes of a line of the processor's caches"""
+"""Size of a cache line, in bytes."""
 
 
 def zeros(size: Sequence[int], dtype: torch.dtype, *, huge_pages: bool = False) -> torch.Tensor:
-    """A tensor of zeros, mapped by itself: a page counts as used from the first write to it, and goes back at the end.
+    """Map a tensor of zeros: a page takes memory from the first write to it until the tensor is freed.
 
-    Huge pages (2 MiB, where Linux has them to give) are read faster from end to end; small ones are used one by one.
+    Huge pages (2 MiB, where Linux provides them) are read faster from end to end; small ones take memory one by one.
     Raises UsageError for more than the system maps.
     """
     nbytes = torch.Size(size).numel() * dtype.itemsize
     try:
         block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise UsageError(f"{nbytes:,} bytes of memory cannot be had ({error}): ask for less.") from error
+        raise UsageError(f"{nbytes:,} bytes of memory cannot be allocated ({error}): ask for less.") from error
     advice = getattr(mmap, "MADV_HUGEPAGE" if huge_pages else "MADV_NOHUGEPAGE", None)
     if advice is not None:
-        with contextlib.suppress(OSError):  # a Linux built without them
+        with contextlib.suppress(OSError):  # a Linux kernel without huge pages
             block.madvise(advice)
     return torch.frombuffer(block, dtype=dtype).view(*size)
 
 
 def trim_heap() -> None:
-    """Return to the system what was freed between things still in use, as far as the C library can.
+    """Return freed heap pages to the operating system (glibc malloc_trim).
 
-    Loading a base of 135 million parameters leaves some 300 MB of that with glibc.
+    Loading a base of 135 million parameters leaves some 300 MB of them with glibc.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -44,22 +44,22 @@ def trim_heap() -> None:
 
 
 class HugePages:
-    """Room on huge pages for tensors that a step reads one after the other: each lies behind the one kept before it."""
+    """Storage on huge pages for tensors that a step reads one after another; they are adjacent in memory."""
 
     def __init__(self, nbytes: int = 1 << 26) -> None:
-        """`nbytes` are mapped at a time, and used as far as they are filled."""
+        """Map `nbytes` at a time; pages take memory as they are filled."""
         self._nbytes = nbytes
         self._left = torch.empty(0, dtype=torch.uint8)
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of `tensor`, contiguous, that begins at a line of the cache."""
+        """Return a contiguous copy of `tensor` that begins at a cache line."""
         room = self.room_for(tensor)
         if room > len(self._left):
             self._left = zeros([max(room, self._nbytes)], torch.uint8, huge_pages=True)
-        piece, self._left = self._left[: tensor.nbytes], self._left[room:]
-        return piece.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        storage, self._left = self._left[: tensor.nbytes], self._left[room:]
+        return storage.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     @staticmethod
     def room_for(tensor: torch.Tensor) -> int:
-        """Bytes that `keep` takes for it."""
+        """Return the number of bytes that `keep` needs for `tensor`."""
         return -(-tensor.nbytes // _LINE) * _LINE

@@ -1,4 +1,4 @@
-"""RMS norms of the model by one kernel call instead of six torch ones, wherever that gives the same numbers."""
+"""RMS norms by one kernel call instead of six torch calls, where the results are the same."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from serve.local_engine.cpu.structs import row_dtype
 
 
 class FastRmsNorm(nn.Module):
-    """Llama's RMS norm; stands where the model's own was."""
+    """Llama's RMS norm; replaces the model's own."""
 
     def __init__(self, original: nn.Module, kernels: CpuKernels) -> None:
-        """`original`: what it replaces, with a weight and an epsilon; it norms what our kernel does not read."""
+        """Replace `original`, which has a weight and an epsilon; it still norms what our kernel does not read."""
         super().__init__()
         self.weight: torch.Tensor = original.weight  # type: ignore[assignment]
         self.variance_epsilon: float = original.variance_epsilon  # type: ignore[assignment]
@@ -21,7 +21,7 @@ class FastRmsNorm(nn.Module):
         self._kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Over the last dimension of x, any shape."""
+        """Normalize the last dimension of x, of any shape."""
         if x.dtype != self.weight.dtype:
             found: torch.Tensor = self._original(x)
             return found
@@ -29,7 +29,7 @@ class FastRmsNorm(nn.Module):
 
 
 def use_fast_norms(model: nn.Module, kernels: CpuKernels) -> None:
-    """Replace the norms that our kernel reproduces on a trial row; others (Gemma's 1 + weight) stay."""
+    """Replace the norms that our kernel reproduces on trial rows; others (Gemma's 1 + weight) stay."""
     for name, module in list(model.named_modules()):
         weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
         if not name or eps is None or not isinstance(weight, torch.Tensor) or weight.dim() != 1:

@@ -1,7 +1,7 @@
-"""What csrc/ is given beside the rows: its structs, and the classes that fill them in.
+"""The structs that csrc/ reads, and the classes that fill them in.
 
-C sees bare addresses. Each class checks every tensor it points to once, when it is made (tensor_address.py), and keeps
-those tensors alive.
+C reads bare addresses. Each class checks every tensor it points to once, when it is made (tensor_address.py), and keeps
+a reference to those tensors.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 MAX_RANK = 1024
 MAX_HEAD_DIM = 256
 LANES = 16
-"""what the widths of rows are multiples of, whichever vectors a processor has"""
+"""Widths of rows are multiples of this, whatever vectors a processor has."""
 _TILE_ROWS = 4
-"""rows of a prompt that attention takes together"""
+"""Rows of a prompt that attention computes together."""
+
+
+# The structs of csrc/kernels.h, field by field.
 
 
 class Matrix(ctypes.Structure):
-    """The structs of csrc/kernels.h, field by field."""
-
     _fields_ = (
         ("kind", c_int32), ("in_features", c_int32), ("out_features", c_int32), ("block", c_int32),
         ("weights", c_void_p), ("absmax", c_void_p), ("book", c_void_p), ("bias", c_void_p),
@@ -92,16 +93,16 @@ class Step(ctypes.Structure):
 
 
 STRUCTS = (Matrix, Part, Parts, Segment, Tile, Cache, Heads, Layer, Shape, Step)
-"""in the order of `struct_size` in csrc/build.c"""
+"""All structs, in the order of `struct_size` in csrc/build.c."""
 
 
 def row_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """What a tensor that C reads by rows has to be kept in, given this one: bf16 if it is so, else fp32."""
+    """Return the dtype in which C reads a tensor's rows: bf16 if it has that, else fp32."""
     return torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
 
 
 class WeightMatrix:
-    """Weights [out, in] as the kernels read them: NF4, or bf16 or fp32 by rows."""
+    """Weights [out, in] as the kernels read them: NF4, bf16 or fp32, by rows."""
 
     def __init__(self, weights: Nf4Weights | torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._kept = (weights, bias)
@@ -115,7 +116,7 @@ class WeightMatrix:
 
 
 def _nf4(weights: Nf4Weights) -> tuple[int, int, list[int]]:
-    """MATRIX_NF4 of csrc/kernels.h, the block size, and where codes, constants and code book lie."""
+    """Return MATRIX_NF4 of csrc/kernels.h, the block size, and the addresses of codes, constants and code book."""
     (out, width), block = weights.shape, weights.block_size
     if block < 2 or block % 2 or width % block:
         raise TensorMismatch(f"rows of NF4 weights are {width} wide: expected whole blocks of {block}, an even number.")
@@ -127,20 +128,20 @@ def _nf4(weights: Nf4Weights) -> tuple[int, int, list[int]]:
 
 
 def _dense(weights: torch.Tensor) -> tuple[int, int, list[int | None]]:
-    """MATRIX_FP32 or MATRIX_BF16 of csrc/kernels.h, no block, and where the weights lie."""
+    """Return MATRIX_FP32 or MATRIX_BF16 of csrc/kernels.h, block size 0, and the address of the weights."""
     dtype = row_dtype(weights)
     return int(dtype == torch.bfloat16), 0, [address_of(weights, "the weights", dtype, *weights.shape), None, None]
 
 
 Widths = tuple[tuple[int, int], ...]
-"""(in, out) of each group of layers that are computed together, in a model's order"""
+"""(in, out) of each group of layers computed together, in the model's order."""
 
 
 class AdapterTable:
-    """One adapter's updates of every group of a model's layers, as low_rank.c walks them."""
+    """One adapter's updates of every group of a model's layers, as low_rank.c reads them."""
 
     def __init__(self, widths: Widths, updates: Sequence[Sequence[tuple[int, LowRank]]]) -> None:
-        """`updates`: of each group, (first column of the layer's output, update)."""
+        """Make the table; `updates` of each group are (first column of the layer's output, update)."""
         self._kept = updates
         self.widths = widths
         parts = [[_part(*update, *size) for update in of_group] for size, of_group in zip(widths, updates, strict=True)]
@@ -167,7 +168,7 @@ def _part(offset: int, update: LowRank, in_features: int, out_features: int) -> 
 
 
 class SegmentTable:
-    """Which rows of a batch have which adapters: runs of (first row, end, adapters with their scales)."""
+    """Adapters of the rows of a batch: runs of (first row, end, adapters with their scales)."""
 
     def __init__(
         self, runs: Sequence[tuple[int, int, Sequence[tuple[AdapterTable, float]]]] = (), *, num_rows: int = 0
@@ -195,20 +196,20 @@ class SegmentTable:
 
 
 class Tiles:
-    """Which rows of a batch attend over which blocks: pieces of (first token's position, rows, block numbers)."""
+    """Blocks that the rows of a batch attend over: chunks of (first token's position, rows, block numbers)."""
 
-    def __init__(self, pieces: Sequence[tuple[int, int, Sequence[int]]], *, block_size: int) -> None:
-        numbers = [number for _, _, blocks in pieces for number in blocks]
+    def __init__(self, chunks: Sequence[tuple[int, int, Sequence[int]]], *, block_size: int) -> None:
+        numbers = [number for _, _, blocks in chunks for number in blocks]
         self.block_size = block_size
         self.num_slots = (max(numbers, default=-1) + 1) * block_size
-        """how many slots of keys and values there must be"""
-        self.num_rows = sum(rows for _, rows, _ in pieces)
+        """Number of slots of keys and values that the cache must have."""
+        self.num_rows = sum(rows for _, rows, _ in chunks)
         if min(numbers, default=0) < 0:
             raise TensorMismatch(f"block number {min(numbers)}: expected 0 or more.")
         self._blocks = torch.tensor(numbers, dtype=torch.int32)
         tiles: list[tuple[int, int, int, int]] = []
         at, row = address_of(self._blocks, "block numbers", torch.int32, len(numbers)), 0
-        for start, rows, blocks in pieces:
+        for start, rows, blocks in chunks:
             if start < 0 or rows < 0 or start + rows > len(blocks) * block_size:
                 raise TensorMismatch(
                     f"{rows} rows from token {start} on over {len(blocks)} blocks of {block_size}: expected as many "
@@ -221,10 +222,10 @@ class Tiles:
         self.array = (Tile * len(tiles))(*(Tile(*fields) for fields in tiles))
 
     def check_cache(self, slots: int, block_size: int) -> None:
-        """Raise TensorMismatch unless a cache of so many slots in such blocks has all these blocks."""
+        """Raise TensorMismatch unless a cache with this number of slots and block size has all these blocks."""
         if self.num_slots > slots or self.block_size != block_size:
             raise TensorMismatch(
-                f"rows look at {self.num_slots} slots in blocks of {self.block_size}: expected at most the {slots} "
+                f"rows attend over {self.num_slots} slots in blocks of {self.block_size}: expected at most the {slots} "
                 f"there are, in blocks of {block_size}."
             )
 
@@ -244,7 +245,7 @@ class DecoderLayer:
     keys: torch.Tensor
     values: torch.Tensor
     window: int
-    """how far back it looks, 0 for all the way"""
+    """Attention window, in tokens; 0 for none."""
 
 
 class DecoderLayers:
@@ -261,12 +262,12 @@ class DecoderLayers:
         self.array = (Layer * len(layers))(*(_layer(layer, self.shape) for layer in layers))
         queries, keys = heads.heads * heads.dim, heads.kv_heads * heads.dim
         self.room = self.hidden + max(2 * queries + 2 * keys, 3 * intermediate)
-        """floats that decoder.c needs for a row"""
+        """Scratch space that decoder.c needs for a row, in floats."""
         places = (place for one in layers for place in (one.qkv, one.output, one.gate_up, one.down))
         self._widths = [(group, (matrix.in_features, matrix.out_features)) for matrix, group in places]
 
     def check_updates(self, segments: SegmentTable, rows: int) -> None:
-        """Raise TensorMismatch unless these are updates of these layers' groups, on so many rows."""
+        """Raise TensorMismatch unless these are updates of these layers' groups, for this number of rows."""
         if segments.num_rows != rows:
             raise TensorMismatch(f"adapters are known for {segments.num_rows} rows: expected the batch's {rows}.")
         widths = segments.widths

@@ -206,7 +206,7 @@ def test_each_of_several_answers_is_another_draw_within_one_constraint() -> None
     )
     choices = body.sampling(max_tokens=1, extra_stop=[], end_tokens=[], top_logprobs=None)
     assert [one.seed for one in choices] == [2**63 - 2, 2**63 - 1, 0]
-    assert len({id(one.constraint) for one in choices}) == 1  # built once, where the body was parsed
+    assert len({id(one.guided_decoding) for one in choices}) == 1  # built once, where the body was parsed
 
 
 def test_completions_take_text_and_tokens(tmp_path: Path) -> None:

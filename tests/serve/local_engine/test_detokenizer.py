@@ -10,7 +10,7 @@ from tokenizers_made import BYTE_WORDS, SPECIAL, WORDS, byte_fallback, bytes_as_
 
 from adapterhub.adapter import StoredBase
 from serve.engine import GenerationRequest, SamplingParams
-from serve.local_engine.detokenizer import TextStream
+from serve.local_engine.detokenizer import Detokenizer
 from serve.local_engine.running_answer import RunningAnswer
 from serve.local_engine.sampling import Sampled
 
@@ -24,13 +24,13 @@ def tokenizer(tiny_base: StoredBase) -> Any:
 
 def _stream(tokenizer: Any, text: str, *stop: str) -> tuple[list[str], bool]:
     prompt = tokenizer("Question:")["input_ids"]
-    stream = TextStream(tokenizer.backend_tokenizer, stop, prompt)
-    pieces = []
+    stream = Detokenizer(tokenizer.backend_tokenizer, stop, prompt)
+    deltas = []
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        pieces.append(stream.feed(token))
+        deltas.append(stream.feed(token))
         if stream.is_stopped:
-            return pieces, True
-    return [*pieces, stream.finish()], False
+            return deltas, True
+    return [*deltas, stream.finish()], False
 
 
 @settings(max_examples=60, deadline=None)
@@ -38,31 +38,31 @@ def _stream(tokenizer: Any, text: str, *stop: str) -> tuple[list[str], bool]:
 def test_the_pieces_are_the_text(tokenizer: Any, text: str) -> None:
     whole = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
     assume("\ufffd" not in whole)  # the vocabulary lacks some bytes of rare characters
-    pieces, _ = _stream(tokenizer, text)
-    assert "".join(pieces) == whole
+    deltas, _ = _stream(tokenizer, text)
+    assert "".join(deltas) == whole
 
 
 def test_a_character_of_several_tokens_comes_whole(tokenizer: Any) -> None:
-    pieces, _ = _stream(tokenizer, "a 🦜 b")
-    assert "".join(pieces) == "a 🦜 b"
-    assert all("\ufffd" not in piece for piece in pieces)
+    deltas, _ = _stream(tokenizer, "a 🦜 b")
+    assert "".join(deltas) == "a 🦜 b"
+    assert all("\ufffd" not in delta for delta in deltas)
 
 
 @pytest.mark.parametrize("stop", ["END", " END", "ND", "fore E"])
 def test_a_stop_string_ends_the_text_before_it(tokenizer: Any, stop: str) -> None:
-    pieces, is_stopped = _stream(tokenizer, "before END after", "nothing", stop)
+    deltas, is_stopped = _stream(tokenizer, "before END after", "nothing", stop)
     assert is_stopped
-    assert "".join(pieces) == "before END after"[: "before END after".index(stop)]
+    assert "".join(deltas) == "before END after"[: "before END after".index(stop)]
 
 
 def test_the_start_of_a_stop_string_that_does_not_come_is_given_back(tokenizer: Any) -> None:
-    pieces, is_stopped = _stream(tokenizer, "the EN", "END")
+    deltas, is_stopped = _stream(tokenizer, "the EN", "END")
     assert not is_stopped
-    assert "".join(pieces) == "the EN"
+    assert "".join(deltas) == "the EN"
 
 
 def test_special_tokens_are_not_text(tokenizer: Any) -> None:
-    stream = TextStream(tokenizer.backend_tokenizer, (), [])
+    stream = Detokenizer(tokenizer.backend_tokenizer, (), [])
     assert stream.feed(tokenizer.eos_token_id) == ""
 
 
@@ -72,7 +72,7 @@ def _parts_of_characters(tokenizer: Any) -> list[int]:
 
 
 def _text(tokenizer: Any, prompt: list[int], answer: list[int]) -> str:
-    stream = TextStream(tokenizer, (), prompt)
+    stream = Detokenizer(tokenizer, (), prompt)
     return "".join(stream.feed(token) for token in answer) + stream.finish()
 
 
@@ -152,7 +152,7 @@ def test_the_bytes_of_the_tokens_are_the_text(tokenizer: Any, kind: str, text: s
         backend = byte_fallback()
         answer = bytes_as_tokens(backend, text.encode())
     prompt = [backend.token_to_id("a")]
-    stream = TextStream(backend, (), prompt)
+    stream = Detokenizer(backend, (), prompt)
     joined = b""
     for token in answer:
         name, data = stream.name(token)
@@ -172,7 +172,7 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def test_a_special_token_has_a_name_and_no_bytes(tokenizer: Any) -> None:
-    stream = TextStream(tokenizer.backend_tokenizer, (), [])
+    stream = Detokenizer(tokenizer.backend_tokenizer, (), [])
     assert stream.name(tokenizer.eos_token_id) == (tokenizer.eos_token, None)
 
 
@@ -198,13 +198,13 @@ def test_a_token_lies_at_the_character_in_which_it_begins(name: str) -> None:
     tokens = bytes_as_tokens(tokenizer, b"".join(answer))
     sampling = SamplingParams(max_tokens=len(tokens), top_logprobs=0)
     request = GenerationRequest("a", tuple(bytes_as_tokens(tokenizer, b"a" + prompt)), sampling)
-    running = RunningAnswer(request, tokenizer, None, lambda chunk: None)
+    running = RunningAnswer(request, tokenizer, None, lambda delta: None)
     found, text = [], ""
     for token in tokens:
         running.sequence.tokens.append(token)
-        chunk = running.chunk(Sampled(token, -1.0, ()), eos=())
-        found += [one.offset for one in chunk.logprobs]
-        text += chunk.text
+        delta = running.delta(Sampled(token, -1.0, ()), eos=())
+        found += [one.offset for one in delta.logprobs]
+        text += delta.text
     assert found == expected
     for data, offset in zip(answer, found, strict=True):
         assert text[offset] in (data.decode(errors="replace"), "😀", "\ufffd")

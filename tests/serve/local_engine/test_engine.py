@@ -31,7 +31,7 @@ from adapterhub.adapter import Adapter, BaseRef, StoredBase
 from adapterhub.bases.loading import load_base
 from adapterhub.choice import Choice
 from serve.config import LocalEngineConfig, SchedulerLimits
-from serve.engine import AdapterScale, Chunk, FinishReason, GenerationRequest
+from serve.engine import AdapterScale, Delta, FinishReason, GenerationRequest
 from serve.local_engine import model_runner
 
 # PEFT, of adapters on an embedding that is tied to the head: what it warns of is merging, not serving.
@@ -136,14 +136,14 @@ def test_tokens_and_logprobs_are_the_same_bits_in_any_company(
     """Alone, in a mix of all adapters, and with the prompt in small chunks."""
     sampling = replace(GREEDY, top_logprobs=3)
 
-    async def answers(config: LocalEngineConfig, neighbours: list[str | None]) -> dict[str | None, list[Chunk]]:
+    async def answers(config: LocalEngineConfig, neighbours: list[str | None]) -> dict[str | None, list[Delta]]:
         async with running(load_tiny(tiny_base), config) as engine:
             if not any(choice.value == "fused" for choice in engine.choices):
                 pytest.skip("torch's own products differ with the number of rows")
             for adapter in adapters.values():
                 await engine.load(adapter)
 
-            async def one(name: str | None) -> list[Chunk]:
+            async def one(name: str | None) -> list[Delta]:
                 mix = (AdapterScale(adapters[name].digest),) if name else ()
                 return await ask(engine, GenerationRequest(str(name), PROMPTS[4], sampling, mix))
 
@@ -194,7 +194,7 @@ def test_a_repeated_prompt_is_shared_and_answered_with_the_same_bits(
             for adapter in (adapters["dora"], twin):
                 await engine.load(adapter)
 
-            async def one(digest: str) -> list[Chunk]:
+            async def one(digest: str) -> list[Delta]:
                 sampling = replace(GREEDY, top_logprobs=3)
                 return await ask(engine, GenerationRequest(digest, PROMPTS[4], sampling, (AdapterScale(digest),)))
 

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=T
 
 @pytest.fixture(scope="module")
 def qwen(tiny_base: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> StoredBase:
-    """A base with biases, and with one head of keys: 16 outputs, which cannot be packed beside those that can."""
+    """Make a base with biases, and with one head of keys: 16 outputs, which cannot be packed, beside others."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def bases(tiny_base: StoredBase, qwen: StoredBase) -> dict[str, StoredBase]:
 
 @pytest.fixture(scope="module")
 def adapters(bases: dict[str, StoredBase], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Adapter]:
-    """(base, name) -> adapter."""
+    """Make adapters: (base, name) -> adapter."""
     root, found = tmp_path_factory.mktemp("adapters"), {}
     for base, stored in bases.items():
         for number, (name, options) in enumerate(ADAPTERS.items()):
@@ -84,7 +84,7 @@ Logprobs = dict[tuple[str | None, int], torch.Tensor]
 
 @pytest.fixture(scope="module")
 def expected(bases: dict[str, StoredBase], adapters: dict[tuple[str, str], Adapter]) -> Callable[[str, str], Logprobs]:
-    """(base, dtype) -> what PEFT gives."""
+    """Compute PEFT's results: (base, dtype) -> log-probabilities."""
 
     @cache
     def find(base: str, dtype: str) -> Logprobs:

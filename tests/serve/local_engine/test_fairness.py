@@ -76,12 +76,12 @@ def _share_of_a(ways: list[Mix]) -> float:
     for _ in range(4000):
         batch = scheduler.schedule()
         assert batch is not None
-        scheduler.commit(batch, {piece.sequence.request.id: 7 for piece in batch.pieces if piece.samples})
-        for piece in batch.pieces:
-            request = piece.sequence.request
-            served[request.adapters[0].digest == "a"] += piece.num_tokens
-            if len(piece.sequence.answer) == 10:
-                scheduler.remove(piece.sequence)
+        scheduler.commit(batch, {chunk.sequence.request.id: 7 for chunk in batch.chunks if chunk.samples})
+        for chunk in batch.chunks:
+            request = chunk.sequence.request
+            served[request.adapters[0].digest == "a"] += chunk.num_tokens
+            if len(chunk.sequence.answer) == 10:
+                scheduler.remove(chunk.sequence)
                 ask(*((adapter.digest, adapter.scale) for adapter in request.adapters))
     return served[True] / served.total()
 
@@ -166,7 +166,7 @@ def test_a_name_with_a_history_gets_its_first_token_as_soon_as_one_without(histo
     def step() -> set[str]:
         batch = scheduler.schedule()
         assert batch is not None
-        sampled = {piece.sequence.request.id: 7 for piece in batch.pieces if piece.samples}
+        sampled = {chunk.sequence.request.id: 7 for chunk in batch.chunks if chunk.samples}
         scheduler.commit(batch, sampled)
         return set(sampled)
 

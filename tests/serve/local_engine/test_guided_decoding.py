@@ -26,11 +26,11 @@ from adapterhub.registry.registry import Registry
 from serve.api.request_limits import MAX_CONSTRAINT_LENGTH
 from serve.api.schemas import ChatRequest
 from serve.config import LocalEngineConfig, ServeConfig
-from serve.engine import Chunk, Constraint, FinishReason, GenerationRequest, SamplingParams
+from serve.engine import Delta, FinishReason, GenerationRequest, GuidedDecoding, SamplingParams
 from serve.engine_choice import start_engine
 from serve.local_engine import guided_decoding as constrained
 from serve.local_engine.engine import LocalEngine
-from serve.local_engine.guided_decoding import Constraints
+from serve.local_engine.guided_decoding import GuidedDecoder
 
 PROMPT = (5, 6, 7)
 SCHEMA = {
@@ -41,11 +41,11 @@ SCHEMA = {
 }
 
 
-def _answers(base: StoredBase, *constraints: Constraint | None, temperature: float = 1.0) -> list[tuple[str, bool]]:
+def _answers(base: StoredBase, *constraints: GuidedDecoding | None, temperature: float = 1.0) -> list[tuple[str, bool]]:
     """(text, did it end by itself) of one request per constraint, all in one batch."""
 
-    async def one(engine: LocalEngine, number: int, constraint: Constraint | None) -> tuple[str, bool]:
-        sampling = SamplingParams(max_tokens=120, temperature=temperature, seed=number, constraint=constraint)
+    async def one(engine: LocalEngine, number: int, constraint: GuidedDecoding | None) -> tuple[str, bool]:
+        sampling = SamplingParams(max_tokens=120, temperature=temperature, seed=number, guided_decoding=constraint)
         chunks = [chunk async for chunk in engine.generate(GenerationRequest(str(number), PROMPT, sampling))]
         return "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason is FinishReason.STOP
 
@@ -60,9 +60,9 @@ def _answers(base: StoredBase, *constraints: Constraint | None, temperature: flo
 
 
 def test_a_schema_an_expression_and_a_grammar_hold_beside_free_text(tiny_base: StoredBase) -> None:
-    schema = Constraint("json_schema", json.dumps(SCHEMA))
-    regex = Constraint("regex", "(red|green|blue) [0-9]{3}")
-    grammar = Constraint("grammar", 'start: "yes" | "no"')
+    schema = GuidedDecoding("json_schema", json.dumps(SCHEMA))
+    regex = GuidedDecoding("regex", "(red|green|blue) [0-9]{3}")
+    grammar = GuidedDecoding("grammar", 'start: "yes" | "no"')
     (text, ended), (colour, colour_ended), (word, word_ended), (free, _) = _answers(
         tiny_base, schema, regex, grammar, None
     )
@@ -77,7 +77,7 @@ def test_a_schema_an_expression_and_a_grammar_hold_beside_free_text(tiny_base: S
 
 
 def test_greedy_answers_hold_too(tiny_base: StoredBase) -> None:
-    ((text, ended),) = _answers(tiny_base, Constraint("regex", "[a-c]{4}"), temperature=0.0)
+    ((text, ended),) = _answers(tiny_base, GuidedDecoding("regex", "[a-c]{4}"), temperature=0.0)
     assert ended
     assert re.fullmatch("[a-c]{4}", text)
 
@@ -85,15 +85,15 @@ def test_greedy_answers_hold_too(tiny_base: StoredBase) -> None:
 @pytest.mark.parametrize(
     ("constraint", "said"),
     [
-        (Constraint("regex", "(unclosed"), "regex"),
-        (Constraint("json_schema", "{not json"), "json_schema"),
-        (Constraint("json_schema", '{"type": "number", "minimum": 5, "maximum": 1}'), "json_schema"),
-        (Constraint("grammar", "start: nothing"), "grammar"),
+        (GuidedDecoding("regex", "(unclosed"), "regex"),
+        (GuidedDecoding("json_schema", "{not json"), "json_schema"),
+        (GuidedDecoding("json_schema", '{"type": "number", "minimum": 5, "maximum": 1}'), "json_schema"),
+        (GuidedDecoding("grammar", "start: nothing"), "grammar"),
     ],
     ids=["bad expression", "not JSON", "impossible schema", "unknown rule"],
 )
 def test_a_constraint_that_cannot_be_followed_is_refused(
-    tiny_base: StoredBase, constraint: Constraint, said: str
+    tiny_base: StoredBase, constraint: GuidedDecoding, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
         _answers(tiny_base, constraint)
@@ -104,15 +104,15 @@ ITSELF = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$r
 
 
 LEADS_NOWHERE = [
-    (Constraint("regex", r"[^\s\S]"), "no text fits it"),
-    (Constraint("regex", r"a[^\s\S]"), "no text fits it"),
-    (Constraint("json_schema", '{"$ref": "#"}'), "no text fits it"),
-    (Constraint("json_schema", json.dumps(ITSELF)), "no text fits it"),
-    (Constraint("grammar", "start: s\ns: s"), "no text fits it"),
-    (Constraint("grammar", X2500), "Too many items"),
-    (Constraint("grammar", 'start: s\ns: "a" s'), "Too many items"),  # the second token
-    (Constraint("grammar", "start: " + " ".join(["A?"] * 1990) + '\nA: "a"'), "items"),
-    (Constraint("json_schema", "[" * 100_000), "cannot be read"),
+    (GuidedDecoding("regex", r"[^\s\S]"), "no text fits it"),
+    (GuidedDecoding("regex", r"a[^\s\S]"), "no text fits it"),
+    (GuidedDecoding("json_schema", '{"$ref": "#"}'), "no text fits it"),
+    (GuidedDecoding("json_schema", json.dumps(ITSELF)), "no text fits it"),
+    (GuidedDecoding("grammar", "start: s\ns: s"), "no text fits it"),
+    (GuidedDecoding("grammar", X2500), "Too many items"),
+    (GuidedDecoding("grammar", 'start: s\ns: "a" s'), "Too many items"),  # the second token
+    (GuidedDecoding("grammar", "start: " + " ".join(["A?"] * 1990) + '\nA: "a"'), "items"),
+    (GuidedDecoding("json_schema", "[" * 100_000), "cannot be read"),
 ]
 
 
@@ -120,8 +120,8 @@ def test_a_constraint_that_leads_nowhere_is_an_error_and_no_empty_answer(tiny_ba
     async def test() -> None:
         engine = LocalEngine(load_base(tiny_base, purpose="serve", dtype="float32"))
 
-        async def one(number: int, constraint: Constraint | None) -> list[int]:
-            sampling = SamplingParams(max_tokens=20, temperature=0, constraint=constraint, ignore_eos=True)
+        async def one(number: int, constraint: GuidedDecoding | None) -> list[int]:
+            sampling = SamplingParams(max_tokens=20, temperature=0, guided_decoding=constraint, ignore_eos=True)
             request = GenerationRequest(str(number), PROMPT, sampling)
             return [token async for chunk in engine.generate(request) for token in chunk.tokens]
 
@@ -145,8 +145,8 @@ def test_a_constraint_that_is_met_ends_the_answer_however_often_the_end_is_ignor
         engine = LocalEngine(load_base(tiny_base, purpose="serve", dtype="float32"))
         try:
             for text in ("", "(a?){2000}", "ab?"):
-                constraint = Constraint("regex", text)
-                sampling = SamplingParams(max_tokens=6, temperature=0, constraint=constraint, ignore_eos=True)
+                constraint = GuidedDecoding("regex", text)
+                sampling = SamplingParams(max_tokens=6, temperature=0, guided_decoding=constraint, ignore_eos=True)
                 chunks = [chunk async for chunk in engine.generate(GenerationRequest("a", PROMPT, sampling))]
                 assert chunks[-1].finish_reason is FinishReason.LENGTH
                 assert re.fullmatch(text, "".join(chunk.text for chunk in chunks))
@@ -162,15 +162,17 @@ def _sampling(**options: object) -> SamplingParams:
 
 
 def test_openais_and_vllms_ways_to_ask_lead_to_the_same() -> None:
-    wanted = Constraint("json_schema", json.dumps(SCHEMA, separators=(",", ":")))
+    wanted = GuidedDecoding("json_schema", json.dumps(SCHEMA, separators=(",", ":")))
     openai = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
-    assert _sampling(response_format=openai).constraint == wanted
-    assert _sampling(structured_outputs={"json": SCHEMA}).constraint == wanted
-    assert _sampling(response_format={"type": "json_object"}).constraint == Constraint(
+    assert _sampling(response_format=openai).guided_decoding == wanted
+    assert _sampling(structured_outputs={"json": SCHEMA}).guided_decoding == wanted
+    assert _sampling(response_format={"type": "json_object"}).guided_decoding == GuidedDecoding(
         "json_schema", '{"type":"object"}'
     )
-    assert _sampling(structured_outputs={"choice": ["a.b", "c"]}).constraint == Constraint("regex", r"(?:a\.b)|(?:c)")
-    assert _sampling(response_format={"type": "text"}).constraint is None
+    assert _sampling(structured_outputs={"choice": ["a.b", "c"]}).guided_decoding == GuidedDecoding(
+        "regex", r"(?:a\.b)|(?:c)"
+    )
+    assert _sampling(response_format={"type": "text"}).guided_decoding is None
     assert _sampling(logit_bias={"7": -100, "8": 2.5}).logit_bias == ((7, -100.0), (8, 2.5))
 
 
@@ -207,7 +209,7 @@ def test_a_bias_on_a_token_that_does_not_exist_is_refused(tiny_base: StoredBase)
 
 
 def _schema_chain(length: int) -> str:
-    """A JSON schema of about `length` characters, in which each object holds the next."""
+    """Make a JSON schema of about `length` characters, in which each object holds the next."""
     count = (length - 80) // 54
     links = {f"{n:05}": {"properties": {"a": {"$ref": f"#/$defs/{n + 1:05}"}}} for n in range(count)} | {
         f"{count:05}": {"type": "null"}
@@ -216,7 +218,7 @@ def _schema_chain(length: int) -> str:
 
 
 def _rule_chain(length: int) -> str:
-    """A grammar of about `length` characters, in which each rule is the next."""
+    """Make a grammar of about `length` characters, in which each rule is the next."""
     count = (length - 40) // 15
     return "start: r00000\n" + "\n".join(f"r{n:05}: r{n + 1:05}" for n in range(count)) + f'\nr{count:05}: "a"\n'
 
@@ -240,19 +242,19 @@ def _rule_chain(length: int) -> str:
 def test_the_deepest_constraints_within_the_limit_end_nothing(tiny_base: StoredBase, kind: str, text: str) -> None:
     """A stack that overflows would end this process, or the server."""
     assert len(text) <= MAX_CONSTRAINT_LENGTH
-    given = Constraint(kind, text)  # type: ignore[arg-type]
+    given = GuidedDecoding(kind, text)  # type: ignore[arg-type]
     if kind == "choice":
-        built = _sampling(structured_outputs={"choice": text.split(",")}).constraint
+        built = _sampling(structured_outputs={"choice": text.split(",")}).guided_decoding
         assert built is not None
         given = built
-    constraints = Constraints(AutoTokenizer.from_pretrained(tiny_base.path))
+    decoder = GuidedDecoder(AutoTokenizer.from_pretrained(tiny_base.path))
     try:
         with contextlib.suppress(ConstraintFailed):
-            constraints.begin(given).result()
-        matcher = constraints.begin(Constraint("regex", "a")).result()
+            decoder.begin(given).result()
+        matcher = decoder.begin(GuidedDecoding("regex", "a")).result()
         assert matcher.is_ready
     finally:
-        constraints.close()
+        decoder.close()
 
 
 class Panic(BaseException):
@@ -277,7 +279,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_that_guided_decoding_cannot_read_serves_all_but_that(name: str, tiny_base: StoredBase) -> None:
     tokenizer, is_readable = TOKENIZERS[name]
-    guided = replace(GREEDY, constraint=Constraint("regex", "a[ab]*"))
+    guided = replace(GREEDY, guided_decoding=GuidedDecoding("regex", "a[ab]*"))
 
     async def test() -> None:
         async with running(replace(load_tiny(tiny_base), tokenizer=tokenizer)) as engine:
@@ -323,19 +325,19 @@ def test_a_panic_while_the_vocabulary_is_read_is_a_refusal(
 
     monkeypatch.setattr(constrained, "from_tokenizer", broken)
     with pytest.raises(ConstraintFailed, match="tokenizer: index out of bounds"):
-        _answers(tiny_base, Constraint("regex", "a"))
+        _answers(tiny_base, GuidedDecoding("regex", "a"))
 
 
 @pytest.mark.parametrize("error", [KeyError("broken"), Panic("broken"), SystemExit("broken")], ids=repr)
 def test_what_fails_while_a_constraint_is_read_ends_its_request_with_the_reason(
     tiny_base: StoredBase, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(constraint: Constraint) -> None:
+    def broken(constraint: GuidedDecoding) -> None:
         raise error
 
     monkeypatch.setattr(constrained, "_grammar", broken)
     with pytest.raises(RequestFailed, match=f"{type(error).__name__}: .?broken"):
-        _answers(tiny_base, Constraint("regex", "a"))
+        _answers(tiny_base, GuidedDecoding("regex", "a"))
 
 
 class _Reading:
@@ -346,7 +348,7 @@ class _Reading:
         self.read: list[str] = []
         grammar = constrained._grammar
 
-        def held(constraint: Constraint) -> str:
+        def held(constraint: GuidedDecoding) -> str:
             self.read.append(constraint.text)
             if constraint.text.startswith("slow"):
                 self.go_on.wait()
@@ -359,9 +361,9 @@ def test_a_guided_answer_goes_on_while_others_are_being_read_and_those_count_as_
     tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def guided(name: str, text: str) -> GenerationRequest:
-        return GenerationRequest(name, PROMPT, replace(GREEDY, constraint=Constraint("regex", text)))
+        return GenerationRequest(name, PROMPT, replace(GREEDY, guided_decoding=GuidedDecoding("regex", text)))
 
-    async def rest(stream: AsyncGenerator[Chunk, None]) -> int:
+    async def rest(stream: AsyncGenerator[Delta, None]) -> int:
         return len([chunk async for chunk in stream])
 
     async def test() -> None:
@@ -393,8 +395,8 @@ def test_the_choices_of_a_question_share_what_was_read_and_draw_for_themselves(
     tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading = _Reading(monkeypatch)
-    wanted = Constraint("regex", "(red|green|blue) [0-9]{3}")
+    wanted = GuidedDecoding("regex", "(red|green|blue) [0-9]{3}")
     answers = _answers(tiny_base, *[wanted] * 8)
-    assert len(reading.read) <= constrained._NUM_READERS
+    assert len(reading.read) <= constrained._NUM_COMPILERS
     assert all(re.fullmatch(wanted.text, text) and ended for text, ended in answers)
     assert len({text for text, _ in answers}) > 4

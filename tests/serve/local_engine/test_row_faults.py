@@ -32,10 +32,10 @@ from serve.api.metrics import Metrics
 from serve.api.prompts import PromptRenderer
 from serve.api.services import Services
 from serve.config import LocalEngineConfig, SchedulerLimits
-from serve.engine import AdapterScale, Chunk, Constraint, GenerationRequest, SamplingParams
+from serve.engine import AdapterScale, Delta, GenerationRequest, GuidedDecoding, SamplingParams
 from serve.local_engine import model_runner
 from serve.local_engine.attention import PagedStep, _Prefill
-from serve.local_engine.detokenizer import TextStream
+from serve.local_engine.detokenizer import Detokenizer
 from serve.local_engine.engine import LocalEngine
 from serve.local_engine.guided_decoding import Matcher
 from serve.local_engine.lora_layers import AdapterBank
@@ -60,7 +60,7 @@ def adapter(tiny_base: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def shared(tiny_base: StoredBase) -> Iterator[LocalEngine]:
-    """An engine that every fault of one request must leave as it was, for all tests of such faults."""
+    """Start one engine for all tests of faults: each fault of a request must leave it as it was."""
     engine = LocalEngine(load_tiny(tiny_base))
     yield engine
     asyncio.run(engine.close())
@@ -98,7 +98,7 @@ async def _neighbours(engine: LocalEngine, name: str = "neighbour") -> list[list
 
 
 async def _fails_alone(engine: LocalEngine, request: GenerationRequest, *, right: list[list[int]]) -> AdapterHubError:
-    """The error of `request`, while its neighbours and those after it are answered as they should be."""
+    """Return the error of `request`; its neighbors and later requests must be answered correctly."""
     error, beside = await asyncio.gather(ask(engine, request), _neighbours(engine), return_exceptions=True)
     assert isinstance(error, AdapterHubError), error
     assert beside == right
@@ -109,12 +109,17 @@ async def _fails_alone(engine: LocalEngine, request: GenerationRequest, *, right
 
 
 BAD = SamplingParams(
-    max_tokens=NUM_TOKENS, temperature=1, seed=1, top_logprobs=2, stop=("bad",), constraint=Constraint("regex", ".*")
+    max_tokens=NUM_TOKENS,
+    temperature=1,
+    seed=1,
+    top_logprobs=2,
+    stop=("bad",),
+    guided_decoding=GuidedDecoding("regex", ".*"),
 )
 """told from its neighbours' parameters wherever only these are seen"""
 
 
-def _is_bad_text(text: TextStream, *_: object) -> bool:
+def _is_bad_text(text: Detokenizer, *_: object) -> bool:
     return text._stop == BAD.stop
 
 
@@ -122,9 +127,9 @@ FAULTS: dict[str, tuple[type, str, Callable[..., bool]]] = {
     "sampling": (Sampler, "sample", lambda sampler, row, sequence, *_: sequence.request.id == "bad"),
     "the mask": (Matcher, "restrict", lambda *_: True),
     "taking a token": (Matcher, "accept", lambda *_: True),
-    "the text": (TextStream, "feed", _is_bad_text),
-    "the names of tokens": (TextStream, "name", _is_bad_text),
-    "the chunk": (RunningAnswer, "chunk", lambda answer, *_: answer.sequence.request.id == "bad"),
+    "the text": (Detokenizer, "feed", _is_bad_text),
+    "the names of tokens": (Detokenizer, "name", _is_bad_text),
+    "the delta": (RunningAnswer, "delta", lambda answer, *_: answer.sequence.request.id == "bad"),
 }
 
 
@@ -169,9 +174,9 @@ def test_a_listener_that_cannot_be_told_harms_nobody(shared: LocalEngine) -> Non
     async def test() -> None:
         engine = shared
         right = await _neighbours(engine)
-        tried: list[Chunk | Exception] = []
+        tried: list[Delta | Exception] = []
 
-        def deaf(chunk: Chunk | Exception) -> None:
+        def deaf(chunk: Delta | Exception) -> None:
             tried.append(chunk)
             raise Panic("nobody listens")
 
@@ -181,17 +186,17 @@ def test_a_listener_that_cannot_be_told_harms_nobody(shared: LocalEngine) -> Non
         engine._commands.put(lambda: engine._start(answer))
         assert await _neighbours(engine) == right
         await idle(engine)
-        assert [type(one) for one in tried] == [Chunk, RequestFailed]
+        assert [type(one) for one in tried] == [Delta, RequestFailed]
 
     run(test)
 
 
 def _breaks_with(digest: str, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """The forward of every batch in which that adapter is fails."""
+    """Make the forward of every batch with this adapter fail."""
     begin = AdapterBank.begin
 
     def broken(bank: AdapterBank, batch: Batch) -> None:
-        if any(digest in (one.digest for one in piece.sequence.request.adapters) for piece in batch.pieces):
+        if any(digest in (one.digest for one in chunk.sequence.request.adapters) for chunk in batch.chunks):
             raise error
         begin(bank, batch)
 
@@ -231,7 +236,7 @@ def test_memory_that_suffices_for_each_alone_is_no_fault(shared: LocalEngine, mo
         begin = AdapterBank.begin
 
         def narrow(bank: AdapterBank, batch: Batch) -> None:
-            if len(batch.pieces) > 1:
+            if len(batch.chunks) > 1:
                 raise MemoryError("too many at once")
             begin(bank, batch)
 
@@ -392,7 +397,7 @@ class _HeldMasks:
         monkeypatch.setattr(Matcher, "_compute", held)
 
 
-WORDS = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, constraint=Constraint("regex", "[ab]{8}"))
+WORDS = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, guided_decoding=GuidedDecoding("regex", "[ab]{8}"))
 
 
 @pytest.mark.parametrize("ending", ["goes on", "is aborted", "fails"])
@@ -470,7 +475,7 @@ def test_a_sequence_preempted_while_its_mask_is_computed_goes_on_as_if_it_were_n
 def test_whatever_one_of_several_choices_raises_reaches_the_caller(
     shared: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(engine: LocalEngine, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def broken(engine: LocalEngine, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         if request.id == "b":
             raise Panic("broken")
         await asyncio.Event().wait()

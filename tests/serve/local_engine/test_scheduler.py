@@ -34,7 +34,7 @@ def _scheduler(num_blocks: int = 64, block_size: int = 4, **limits: int) -> Sche
 def _step(scheduler: Scheduler) -> Batch | None:
     batch = scheduler.schedule()
     if batch:
-        scheduler.commit(batch, {piece.sequence.request.id: 7 for piece in batch.pieces if piece.samples})
+        scheduler.commit(batch, {chunk.sequence.request.id: 7 for chunk in batch.chunks if chunk.samples})
     scheduler.check()
     return batch
 
@@ -46,8 +46,8 @@ def test_nothing_to_do_gives_no_batch() -> None:
 def test_a_prompt_is_computed_once_and_then_one_token_a_step() -> None:
     scheduler = _scheduler()
     scheduler.add(_sequence("a", prompt=6))
-    assert [(p.start, p.num_tokens, p.samples) for p in _step(scheduler).pieces] == [(0, 6, True)]  # type: ignore[union-attr]
-    assert [(p.start, p.num_tokens, p.samples) for p in _step(scheduler).pieces] == [(6, 1, True)]  # type: ignore[union-attr]
+    assert [(p.start, p.num_tokens, p.samples) for p in _step(scheduler).chunks] == [(0, 6, True)]  # type: ignore[union-attr]
+    assert [(p.start, p.num_tokens, p.samples) for p in _step(scheduler).chunks] == [(6, 1, True)]  # type: ignore[union-attr]
 
 
 def test_a_long_prompt_is_cut_and_decoding_goes_on_beside_it() -> None:
@@ -59,7 +59,7 @@ def test_a_long_prompt_is_cut_and_decoding_goes_on_beside_it() -> None:
     for _ in range(3):
         batch = _step(scheduler)
         assert batch is not None
-        shapes.append({p.sequence.request.id: (p.num_tokens, p.samples) for p in batch.pieces})
+        shapes.append({p.sequence.request.id: (p.num_tokens, p.samples) for p in batch.chunks})
     assert shapes == [
         {"short": (1, True), "long": (8, False)},
         {"short": (1, True), "long": (8, False)},
@@ -73,7 +73,7 @@ def test_rows_of_one_adapter_lie_side_by_side_and_the_base_last() -> None:
         scheduler.add(_sequence(str(number), adapter=adapter))
     batch = scheduler.schedule()
     assert batch is not None
-    order = [p.sequence.request.adapters[0].digest if p.sequence.request.adapters else None for p in batch.pieces]
+    order = [p.sequence.request.adapters[0].digest if p.sequence.request.adapters else None for p in batch.chunks]
     assert order == ["a", "a", "b", "b", None, None]
 
 
@@ -103,7 +103,7 @@ def test_the_newest_gives_way_when_blocks_run_out_and_is_computed_again() -> Non
     batch = _step(scheduler)
     assert batch is not None
     # its first block was not needed by anybody else meanwhile
-    assert [(p.sequence, p.start, p.num_tokens) for p in batch.pieces] == [(new, 4, 5)]
+    assert [(p.sequence, p.start, p.num_tokens) for p in batch.chunks] == [(new, 4, 5)]
 
 
 def test_a_removed_sequence_frees_its_blocks_at_once() -> None:
@@ -131,7 +131,7 @@ def _tokens_of(scheduler: Scheduler, steps: int) -> dict[str, int]:
     for _ in range(steps):
         batch = _step(scheduler)
         assert batch is not None
-        found.update(piece.sequence.request.id for piece in batch.pieces if piece.samples)
+        found.update(chunk.sequence.request.id for chunk in batch.chunks if chunk.samples)
     return found
 
 
@@ -165,8 +165,8 @@ def test_groups_share_by_their_weights() -> None:
     for _ in range(200):
         batch = _step(scheduler)
         assert batch is not None
-        served[batch.pieces[0].sequence.request.id[0]] += 1
-        scheduler.remove(batch.pieces[0].sequence)
+        served[batch.chunks[0].sequence.request.id[0]] += 1
+        scheduler.remove(batch.chunks[0].sequence)
     assert served == {"a": 50, "b": 150}
 
 
@@ -175,15 +175,15 @@ def test_an_idle_group_banks_no_credit() -> None:
     for number in range(200):
         scheduler.add(_sequence(f"a{number}", adapter="a"))
     for _ in range(100):
-        scheduler.remove(_step(scheduler).pieces[0].sequence)  # type: ignore[union-attr]
+        scheduler.remove(_step(scheduler).chunks[0].sequence)  # type: ignore[union-attr]
     for number in range(100):
         scheduler.add(_sequence(f"b{number}", adapter="b"))
     turns: Counter[str] = Counter()
     for _ in range(20):
         batch = _step(scheduler)
         assert batch is not None
-        turns[batch.pieces[0].sequence.request.id[0]] += 1
-        scheduler.remove(batch.pieces[0].sequence)
+        turns[batch.chunks[0].sequence.request.id[0]] += 1
+        scheduler.remove(batch.chunks[0].sequence)
     assert turns == {"a": 10, "b": 10}
 
 
@@ -202,7 +202,7 @@ def test_a_known_prefix_is_not_computed_again_and_the_last_token_always_is() -> 
     scheduler.add(again)
     batch = _step(scheduler)
     assert batch is not None
-    assert [(p.start, p.num_tokens) for p in batch.pieces if p.sequence is again] == [(8, 4)]
+    assert [(p.start, p.num_tokens) for p in batch.chunks if p.sequence is again] == [(8, 4)]
     assert again.num_cached_tokens == 8
     assert again.blocks[:2] == first.blocks[:2]
     assert again.blocks[2] != first.blocks[2]
@@ -276,9 +276,9 @@ def test_random_schedules_lose_nobody_and_balance_the_books(seed: int) -> None:
         if batch is None:
             continue
         assert batch.num_tokens <= scheduler.limits.max_batch_tokens
-        assert len({piece.sequence.request.id for piece in batch.pieces}) == len(batch.pieces)
-        for piece in batch.pieces:
-            sequence = piece.sequence
+        assert len({chunk.sequence.request.id for chunk in batch.chunks}) == len(batch.chunks)
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
             if len(sequence.answer) >= sequence.request.sampling.max_tokens:
                 scheduler.remove(sequence)
                 finished.add(sequence.request.id)
@@ -295,7 +295,7 @@ def test_more_places_than_tokens_of_a_step_hold_nobody_up() -> None:
     assert _tokens_of(scheduler, 14)["late"] >= 1
 
 
-def test_an_overdue_prompt_is_computed_though_others_were_served_less() -> None:
+def test_a_starved_prompt_is_computed_though_others_were_served_less() -> None:
     scheduler = _scheduler(num_blocks=4096, max_num_seqs=4, max_prefill_chunk=16, max_wait_steps=10)
     scheduler.add(_sequence("first", prompt=16, adapter="b"))
     for number in range(60):
@@ -320,11 +320,11 @@ def test_long_prompts_that_do_not_fit_together_are_answered(num_tokens: int, tri
         batch = scheduler.schedule()
         if batch is None or {"a", "b"} <= set(finished):
             break
-        scheduler.commit(batch, {piece.sequence.request.id: 7 for piece in batch.pieces if piece.samples})
-        for piece in batch.pieces:
-            if len(piece.sequence.answer) == piece.sequence.request.sampling.max_tokens:
-                scheduler.remove(piece.sequence)
-                finished.append(piece.sequence.request.id)
+        scheduler.commit(batch, {chunk.sequence.request.id: 7 for chunk in batch.chunks if chunk.samples})
+        for chunk in batch.chunks:
+            if len(chunk.sequence.answer) == chunk.sequence.request.sampling.max_tokens:
+                scheduler.remove(chunk.sequence)
+                finished.append(chunk.sequence.request.id)
     assert {"a", "b"} <= set(finished)
     assert step < 500  # 2 x (22 steps of prompt + 100 of answer) without any preemption
     assert not trickle or len(finished) > step // 20 - 3  # each within 40 steps
@@ -365,10 +365,10 @@ def test_first_prompt_tokens_come_within_the_bound_whatever_is_short(seed: int) 
             if dice.random() < 0.1:
                 share._served[adapter] = share.served(adapter) + dice.choice([1e3, 1e6])
         batch = _step(scheduler)
-        for piece in batch.pieces if batch else ():
-            latest.pop(piece.sequence.group, None)
-            if len(piece.sequence.answer) >= piece.sequence.request.sampling.max_tokens or dice.random() < 0.01:
-                scheduler.remove(piece.sequence)
+        for chunk in batch.chunks if batch else ():
+            latest.pop(chunk.sequence.group, None)
+            if len(chunk.sequence.answer) >= chunk.sequence.request.sampling.max_tokens or dice.random() < 0.01:
+                scheduler.remove(chunk.sequence)
         if scheduler.num_waiting and dice.random() < 0.05:
             scheduler.remove(dice.choice(scheduler.waiting))
         latest = {group: last for group, last in latest.items() if group in groups()}

@@ -28,7 +28,7 @@ from adapterhub.errors import (
     UsageError,
 )
 from adapterhub.pack import pack
-from serve.engine import AdapterScale, Constraint, FinishReason, GenerationRequest, SamplingParams
+from serve.engine import AdapterScale, FinishReason, GenerationRequest, GuidedDecoding, SamplingParams
 from serve.vllm_engine import engine as vllm_engine
 from serve.vllm_engine.engine import name_of
 from serve.vllm_engine.wire import body_of
@@ -253,18 +253,18 @@ def test_new_requests_do_not_hide_that_no_answer_goes_on(
     async def check() -> None:
         running = run_fake(fake_of(tiny_base))
         async with engine_on(tiny_base, tmp_path, running.url) as engine:
-            (place,) = engine._places
+            (replica,) = engine._replicas
             running.fake.is_silent = True
             asked = [asyncio.create_task(ask(engine))]
             await until(lambda: running.fake.open_answers == 1)
-            assert await engine._fault_of(place) is None
-            place.moved_at -= vllm_engine.STALLED_S
+            assert await engine._fault_of(replica) is None
+            replica.moved_at -= vllm_engine.STALLED_S
             asked.append(asyncio.create_task(ask(engine)))
             await until(lambda: running.fake.open_answers == 2)
-            assert "no token" in str(await engine._fault_of(place))
+            assert "no token" in str(await engine._fault_of(replica))
             running.fake.is_silent = False
             assert [tokens_of(chunks) for chunks in await asyncio.gather(*asked)] == [expected(None)] * 2
-            assert await engine._fault_of(place) is None
+            assert await engine._fault_of(replica) is None
 
     run(check())
 
@@ -275,15 +275,15 @@ def test_a_client_that_reads_no_further_is_no_stalled_server(
     async def check() -> None:
         running = run_fake(fake_of(tiny_base))
         async with engine_on(tiny_base, tmp_path, running.url) as engine:
-            (place,) = engine._places
+            (replica,) = engine._replicas
             async with aclosing(engine.generate(GenerationRequest("r", (5, 6, 7), SamplingParams(max_tokens=4)))) as it:
                 await anext(it)
-                place.moved_at -= vllm_engine.STALLED_S
-                assert await engine._fault_of(place) is None
+                replica.moved_at -= vllm_engine.STALLED_S
+                assert await engine._fault_of(replica) is None
                 running.fake.is_silent = True
                 asked = asyncio.create_task(ask(engine))
                 await until(lambda: running.fake.open_answers > 0)
-                assert await engine._fault_of(place) is None
+                assert await engine._fault_of(replica) is None
                 running.fake.is_silent = False
                 await asked
 
@@ -441,7 +441,9 @@ def test_an_unknown_version_is_said(tiny_base: StoredBase, tmp_path: Path, run_f
 
 
 def test_a_constraint_reaches_vllm_in_its_words() -> None:
-    sampling = SamplingParams(constraint=Constraint("json_schema", '{"type":"object"}'), logit_bias=((7, 1.5),))
+    sampling = SamplingParams(
+        guided_decoding=GuidedDecoding("json_schema", '{"type":"object"}'), logit_bias=((7, 1.5),)
+    )
     body = body_of(GenerationRequest("r", (1,), sampling), "base")
     assert body["structured_outputs"] == {"json": '{"type":"object"}'}
     assert body["logit_bias"] == {"7": 1.5}

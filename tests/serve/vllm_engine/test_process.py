@@ -241,7 +241,7 @@ def test_on_a_gpu_auto_takes_vllm_if_it_serves_the_adapters_given(
             {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, VllmConfig(),
             "fp4 weights, computed in bfloat16",
         ),
-        ({}, VllmConfig(endpoints=("http://127.0.0.1:1",)), "of a precision its servers do not tell"),
+        ({}, VllmConfig(endpoints=("http://127.0.0.1:1",)), "of a precision that its servers do not report"),
     ],
 )  # fmt: skip
 def test_how_the_base_is_held_is_said(tmp_path: Path, stored: dict[str, str], vllm: VllmConfig, said: str) -> None:

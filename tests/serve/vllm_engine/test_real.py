@@ -33,7 +33,7 @@ SLOTS = 4
 
 @pytest.fixture(scope="module")
 def base(smollm2: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> StoredBase:
-    """The tiny Llama with heads of 32, the smallest vLLM's CPU attention takes."""
+    """Make the tiny Llama with heads of 32, the smallest that vLLM's CPU attention takes."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
     folder.mkdir()
     make_tiny_base(folder, smollm2, layers=2, seed=0, hidden=128)

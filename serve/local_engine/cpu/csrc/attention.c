@@ -1,4 +1,4 @@
-/* Causal attention of any rows over a cache in blocks, with the online softmax of FlashAttention (arXiv 2205.14135,
+/* Causal attention of any rows over a KV cache in blocks, with the online softmax of FlashAttention (arXiv 2205.14135,
  * algorithm 1) over runs of 64 keys counted from the sequence's start. */
 #include <math.h>
 
@@ -42,7 +42,7 @@ static float largest(const float *scores) {
     return found;
 }
 
-/* Turn scores into weights: none where the query may not look, then the running softmax. 0: nothing to see here. */
+/* Turn scores into weights: 0 where the query may not attend, then the running softmax. Return 0 if all are 0. */
 static int weigh(Query *query, float *restrict scores, int first, int num_keys, const Heads *shape) {
     int begin = 0, end = query->position + 1 - first;
     if (end > num_keys) end = num_keys;
@@ -82,7 +82,7 @@ static void add_values(Query *query, const float *restrict weights, const float 
     for (; d < dim; d += LANES) add_some(query, weights, values, num_keys, d, 1);
 }
 
-/* Asks for the first keys of a head: blocks are too short for the processor to see a stream in them by itself. */
+/* Prefetch the first keys of a head: blocks are too short for the processor to detect a stream in them. */
 static void fetch_keys(const Heads *shape, const Cache *cache, const Tile *tile, int kv_head) {
     const float *head_keys = cache->keys + kv_head * cache->slots * shape->dim;
     int first = 0, last = tile->start + tile->rows;
@@ -119,8 +119,8 @@ static void attend(const Heads *shape, const Cache *cache, const int32_t *blocks
     }
 }
 
-/* query [heads, rows, dim] by strides over each row's own past -> out [rows, heads, dim]. A tile's rows times the heads
- * of a group are taken at most 12 at a time. */
+/* Attend with query [heads, rows, dim], by strides, over each row's own past -> out [rows, heads, dim]. A tile's rows
+ * times the heads of a group are computed at most 12 at a time. */
 void attention(const Heads *shape, const Cache *cache, const Tile *tiles, int count, const float *query,
                int64_t head_stride, int64_t row_stride, float *out) {
     int group = shape->heads / shape->kv_heads, dim = shape->dim;

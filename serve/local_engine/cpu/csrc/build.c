@@ -1,4 +1,4 @@
-/* What the compiler made of the kernels: serve/local_engine/cpu/kernels.py asks before it calls any. */
+/* Facts about the compiled library, which serve/local_engine/cpu/kernels.py checks before it calls a kernel. */
 #include "kernels.h"
 
 const char *vectors(void) {
@@ -21,7 +21,7 @@ int has_threads(void) {
 #endif
 }
 
-/* 0 after the last. */
+/* Return the size of struct `number`, 0 after the last. */
 int64_t struct_size(int number) {
     static const int64_t sizes[] = {sizeof(Matrix), sizeof(Part), sizeof(Parts), sizeof(Segment), sizeof(Tile),
                                     sizeof(Cache),  sizeof(Heads), sizeof(Layer), sizeof(Shape),  sizeof(Step)};

@@ -9,7 +9,7 @@ static int project(const Matrix *matrix, int group, const Step *step, const floa
                             matrix->out, matrix->bias);
 }
 
-/* Rotary embedding, arXiv 2104.09864, with the halves of a head as the pairs, as Llama has them. */
+/* Rotary embedding (arXiv 2104.09864), with the halves of a head as the pairs, as in Llama. */
 static void rotate(float *restrict x, const float *restrict cosine, const float *restrict sine, int dim) {
     int half = dim / 2;
     for (int i = 0; i < half; i++) {
@@ -19,7 +19,7 @@ static void rotate(float *restrict x, const float *restrict cosine, const float 
     }
 }
 
-static void rotate_and_keep(const Shape *shape, const Layer *layer, const Step *step, float *qkv) {
+static void rotate_and_cache(const Shape *shape, const Layer *layer, const Step *step, float *qkv) {
     const Heads *h = &shape->heads;
     int dim = h->dim, width = (h->heads + 2 * h->kv_heads) * dim;
 #pragma omp parallel for schedule(static) if (step->rows > 16)
@@ -49,7 +49,7 @@ static void add(float *restrict to, const float *restrict from, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i] += from[i];
 }
 
-/* gate_up [rows, 2 * width] -> silu(gate) * up, in place of the first half, rows `width` apart. */
+/* Compute gate_up [rows, 2 * width] -> silu(gate) * up, in place of the first half, rows `width` apart. */
 static void gate(const float *gate_up, float *out, int rows, int width) {
 #pragma omp parallel for schedule(static) if (rows > 16)
     for (int row = 0; row < rows; row++) {
@@ -63,8 +63,8 @@ static void gate(const float *gate_up, float *out, int rows, int width) {
     }
 }
 
-/* hidden [rows, hidden] goes through all layers in place; `room` holds rows * (hidden + max(heads * dim + qkv width,
- * 3 * intermediate)) floats. */
+/* Run all layers in place on hidden [rows, hidden]; `room` is scratch space of rows * (hidden + max(heads * dim + qkv
+ * width, 3 * intermediate)) floats. */
 int run_layers(const Shape *shape, const Layer *layers, int num_layers, const Step *step, float *hidden, float *room) {
     int rows = step->rows, width = shape->hidden;
     float *normed = room, *wide = room + (int64_t)rows * width;
@@ -73,7 +73,7 @@ int run_layers(const Shape *shape, const Layer *layers, int num_layers, const St
         float *attended = wide + (int64_t)rows * layer->qkv.out;
         rms_norm(hidden, layer->input_norm, normed, 0, rows, width, shape->eps);
         if (project(&layer->qkv, layer->qkv_group, step, normed, wide)) return -1;
-        rotate_and_keep(shape, layer, step, wide);
+        rotate_and_cache(shape, layer, step, wide);
         Heads heads = shape->heads;
         heads.window = layer->window;
         Cache cache = {layer->keys, layer->values, shape->slots, shape->block_size};

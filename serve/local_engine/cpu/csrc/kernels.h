@@ -1,8 +1,8 @@
-/* What the kernels share: vectors of floats, bf16, and the structs that serve/local_engine/cpu/kernels.py fills in, which checks
- * every tensor that an address here points to.
+/* What the kernels have in common: vectors of floats, bf16, and the structs that serve/local_engine/cpu/structs.py fills
+ * in, which checks every tensor that an address here points to.
  *
  * Everything is computed in fp32. Every sum belongs to one row and has one order, whatever else is in the batch: a
- * row's numbers are the same bits alone, beside others, in one chunk or in many.
+ * row's results are the same bits alone, beside others, in one chunk or in many.
  */
 #pragma once
 
@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-/* Floats of a vector, and how large a tile of rows and outputs its sums may take: 32 registers with AVX-512, else 16.
+/* Floats in a vector, and the size of a tile of rows and outputs whose sums fit the registers: 32 with AVX-512, else 16.
  * Widths are multiples of 16, so that every processor computes the same models. */
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define HAS_AVX512
@@ -25,8 +25,8 @@ typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(siz
 typedef int32_t ints __attribute__((vector_size(LANES * sizeof(int32_t))));
 typedef uint16_t bf16;
 
-/* a * b + c, rounded once where the processor can. Written out, because a compiler left to contract by itself does so
- * in one copy of a loop and not in another. */
+/* a * b + c, rounded once where the processor can. Written out, because a compiler that may contract does so in one
+ * copy of a loop and not in another. */
 static inline vec fma_lanes(vec a, vec b, vec c) {
 #if defined(HAS_AVX512)
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -37,7 +37,7 @@ static inline vec fma_lanes(vec a, vec b, vec c) {
 #endif
 }
 
-/* Keeps a loaded vector in its register. A compiler else loads it again inside each multiplication, and the products
+/* Keep a loaded vector in its register. Otherwise the compiler loads it again for each multiplication, and the products
  * wait for the loads: 60 GFLOP/s instead of 90 on Zen 3. */
 #if defined(HAS_AVX512)
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
@@ -61,7 +61,7 @@ static inline float from_bf16(bf16 value) {
     return u.number;
 }
 
-/* Rounds to nearest even, as torch does; NaN stays NaN. */
+/* Round to nearest even, as torch does; NaN stays NaN. */
 static inline bf16 to_bf16(float value) {
     union { float number; uint32_t bits; } u = {value};
     bf16 rounded = (bf16)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
@@ -84,7 +84,7 @@ static inline void widen(float *restrict to, const bf16 *restrict from, int n) {
     for (; i < n; i++) to[i] = from_bf16(from[i]);
 }
 
-/* The sums of four vectors' lanes. */
+/* Sum the lanes of each of four vectors. */
 #ifdef HAS_AVX512
 static inline void sum_four(const vec *v, float *to) {
     __m512 a = _mm512_add_ps(_mm512_unpacklo_ps((__m512)v[0], (__m512)v[1]), _mm512_unpackhi_ps((__m512)v[0], (__m512)v[1]));
@@ -119,7 +119,7 @@ static inline float sum_lanes(vec v) {
     return sums[0];
 }
 
-/* exp for x <= 0, to about 2e-7, 0 far below, and NaN of NaN: 2^n by the exponent bits, the rest by a polynomial. */
+/* exp(x) for x <= 0, within about 2e-7; 0 far below, NaN for NaN: 2^n by the exponent bits, the rest by a polynomial. */
 static inline float exp_negative(float x) {
     float clamped = x >= -87.0f ? x : -87.0f;
     float n = __builtin_rintf(clamped * 1.44269504f);
@@ -136,7 +136,7 @@ static inline float exp_negative(float x) {
     return x >= -87.0f ? (FMA(p * r, r, r) + 1.0f) * power.number : far_below;
 }
 
-/* sums[r][o] += the products of x[r] and w[o], lane by lane. */
+/* Add the products of x[r] and w[o] to sums[r][o], lane by lane. */
 static inline __attribute__((always_inline)) void multiply_tile(const float *const *w, const float *const *x, int n,
                                                                 vec (*sums)[TILE_OUTPUTS], const int rows) {
     vec s[TILE_ROWS][TILE_OUTPUTS];
@@ -158,8 +158,7 @@ static inline __attribute__((always_inline)) void multiply_tile(const float *con
         for (int o = 0; o < TILE_OUTPUTS; o++) sums[r][o] = s[r][o];
 }
 
-/* How many of the rows left to take together: never so many that one is left, for a tile of one row waits for its own
- * sums. */
+/* Number of rows for the next tile: never so many that one row is left, for a tile of one row waits for its own sums. */
 static inline int tile_of(int rows_left) {
     if (rows_left == TILE_ROWS + 1) return TILE_ROWS - 1;
     return rows_left < TILE_ROWS ? rows_left : TILE_ROWS;
@@ -192,7 +191,7 @@ typedef struct {
 
 enum { MATRIX_FP32, MATRIX_BF16, MATRIX_NF4 };
 
-/* One adapter's update of some columns of a group of layers: A [rank, in], B transposed [rank, out], each fp32 or bf16;
+/* An adapter's update of some columns of a group of layers: A [rank, in], B transposed [rank, out], each fp32 or bf16;
  * `magnitude` [out] is DoRA's m / |W + s B A|, or NULL. */
 typedef struct {
     const void *a, *bt;
@@ -206,7 +205,7 @@ typedef struct {
     int32_t count;
 } Parts;
 
-/* Rows start..end of the batch use the adapter whose parts of every group are `groups`. Several adapters on the same
+/* Rows start to end of the batch use the adapter whose parts of every group are `groups`. Several adapters on the same
  * rows are a chain: the first carries their number, the others 0. */
 typedef struct {
     const Parts *groups;
@@ -214,13 +213,13 @@ typedef struct {
     int32_t start, end, chain;
 } Segment;
 
-/* Rows row..row+rows of the batch: tokens start, start+1, ... of the sequence whose block numbers begin at `blocks`. */
+/* Rows row to row + rows of the batch: tokens start, start+1, ... of the sequence whose block numbers begin at `blocks`. */
 typedef struct {
     const int32_t *blocks;
     int32_t row, rows, start;
 } Tile;
 
-/* The keys and values of one layer, fp32 [kv_heads, slots, dim]; token t lies in slot blocks[t / size] * size + t % size. */
+/* The keys and values of one layer, fp32 [kv_heads, slots, dim]; token t is in slot blocks[t / size] * size + t % size. */
 typedef struct {
     float *keys, *values;
     int64_t slots;
@@ -232,7 +231,7 @@ typedef struct {
     float scale, softcap;                 /* softcap 0: none */
 } Heads;
 
-/* One decoder layer of a Llama-like model, everything else of such a model, and one step through it. */
+/* One decoder layer of a Llama-like model, the settings of the model, and one step. */
 typedef struct {
     Matrix qkv, output, gate_up, down;
     const float *input_norm, *post_norm; /* [hidden] */
@@ -255,7 +254,7 @@ typedef struct {
     int32_t rows, num_tiles, num_segments;
 } Step;
 
-/* Functions that return an int: 0, or -1 when there is no memory. */
+/* Functions that return an int return 0, or -1 when there is no memory. */
 void matmul(const Matrix *matrix, const float *x, int64_t x_stride, float *y, int64_t y_stride, int rows);
 int low_rank_updates(const Segment *segments, int count, int group, const void *x, int64_t x_stride, void *y,
                      int64_t y_stride, int is_bf16, int in, int out, const float *bias);

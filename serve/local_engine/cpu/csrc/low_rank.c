@@ -13,8 +13,8 @@ static inline vec lanes_of_floats(const float *from) {
     return *(const vec *)from;
 }
 
-/* One row: rank after rank. An adapter lies in memory as its halves are read here, from the first number to the last,
- * and so memory gives it fastest (Zen 5, 32 rows on 32 adapters of rank 16, all layers: 20 ms instead of 28). */
+/* One row, rank after rank. Halves of adapters are stored in the order in which they are read here, which is the fastest
+ * order for memory (Zen 5, 32 rows on 32 adapters of rank 16, all layers: 20 ms instead of 28). */
 #define ADD_PRODUCTS(TYPE, LANES_OF)                                                                                  \
     for (int k = 0; k < in; k += LANES) sum = fma_lanes(*(const vec *)(x + k), LANES_OF((const TYPE *)a + k), sum);
 
@@ -38,7 +38,7 @@ static void shrink_row(const Part *part, const float *x, int in, float *hidden) 
     }
 }
 
-/* hidden [rows, rank] = x A^T */
+/* Compute hidden [rows, rank] = x A^T. */
 static void shrink(const Part *part, const float *x, int64_t x_stride, int in, int rows, float (*hidden)[MAX_RANK]) {
     float room[TILE_OUTPUTS][PANEL] __attribute__((aligned(64)));
     for (int rank = 0; rank < part->rank; rank += TILE_OUTPUTS) {
@@ -66,7 +66,7 @@ static void shrink(const Part *part, const float *x, int64_t x_stride, int in, i
     }
 }
 
-/* y [out] += h[0] b[0] + h[1] b[1] + ..., rank by rank, a vector of columns at a time. */
+/* Add h[0] b[0] + h[1] b[1] + ... to y [out], rank by rank, a vector of columns at a time. */
 #define ADD_RANKS(TYPE, LANES_OF, ONE)                                                                                \
     for (int o = 0; o + LANES <= out; o += LANES) {                                                                   \
         vec sum = *(vec *)(y + o);                                                                                    \
@@ -96,7 +96,7 @@ static inline __attribute__((always_inline)) void add_ranks(float *restrict y, c
     }
 }
 
-/* y [out] += scale * B hidden. The only row takes B from its beginning to its end, more of them a few ranks at once. */
+/* Add scale * B hidden to y [out]. A single row reads B from beginning to end, several rows a few ranks at a time. */
 static void expand(float *restrict y, const float *restrict hidden, float scale, const Part *part, int rows) {
     if (rows == 1)
         add_ranks(y, hidden, scale, part, 1);
@@ -104,7 +104,7 @@ static void expand(float *restrict y, const float *restrict hidden, float scale,
         add_ranks(y, hidden, scale, part, RANKS);
 }
 
-/* For DoRA alone, `base`: y before the first adapter, [rows, width]; `update`: room for [part->out]. */
+/* For DoRA only: `base` is y before the first adapter, [rows, width]; `update` is scratch space for [part->out]. */
 static void apply_part(const Part *part, float scale, const float *x, int64_t x_stride, int in, const float *base,
                        float *restrict update, float *y, int64_t y_stride, int width, const float *bias, int rows) {
     float hidden[ITEM_ROWS][MAX_RANK];
@@ -149,7 +149,7 @@ static int needs_base(const Segment *chain, int group) {
     return 0;
 }
 
-/* Floats of room that `update_rows` needs: not of the stack, where those of a head's columns would find no place. */
+/* Scratch space of `update_rows`, in floats. It is not on the stack, where a head's columns would not fit. */
 static int64_t room_for(const Segment *segments, int count, int group, int is_bf16, int in, int out) {
     int64_t floats = is_bf16 ? ITEM_ROWS * ((int64_t)in + out) : 0;
     for (int s = 0; s < count; s++)
@@ -189,7 +189,7 @@ static int items_of(const Segment *segment) {
 }
 
 /* Apply every segment's parts of `group` to y [rows, out] from x [rows, in]; both bf16 or both fp32, rows `x_stride`
- * and `y_stride` numbers apart. `bias` is what y already contains beside W x. */
+ * and `y_stride` numbers apart. `bias` is what y has beside W x. */
 int low_rank_updates(const Segment *segments, int count, int group, const void *x, int64_t x_stride, void *y,
                      int64_t y_stride, int is_bf16, int in, int out, const float *bias) {
     int items = 0, has_failed = 0;

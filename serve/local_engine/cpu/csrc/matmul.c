@@ -7,30 +7,31 @@
 
 enum { PANEL = 768, CHUNK_ROWS = 48, STRIP = 16 };
 
-/* The unpacked NF4 weights come out in another order than they lie in, 64 at a time; x is put in that order once per
+/* NF4 weights are unpacked 64 at a time, in another order than they are stored in; x is put in that order once per
  * product. */
 enum { SHUFFLED = 64 };
 
-/* Rows of weights fetched before they are used: few rows of x leave memory as the limit. */
+/* Rows of weights to prefetch: with few rows of x, memory is the limit. */
 enum { AHEAD = 2 * TILE_OUTPUTS };
 
-/* A tile of so many rows is multiplied by each weight as it is unpacked: 4 x 4 sums leave registers for the unpacking.
- * Up to so many rows that is faster than unpacking into a panel first (Zen 5, all layers of SmolLM2: NF4 at 4 rows 7.2
- * instead of 11 ms, at 6 no gain; the bf16 head at 16 rows 8.7 instead of 13.4 ms, at 32 no gain). */
+/* Rows of a tile that is multiplied by each weight as it is unpacked: 4 x 4 sums leave registers for the unpacking. Up to
+ * DIRECT_NF4 or DIRECT_BF16 rows of x, that is faster than unpacking into a panel first (Zen 5, all layers of
+ * SmolLM2: NF4 at 4 rows 7.2 instead of 11 ms, at 6 no gain; the bf16 head at 16 rows 8.7 instead of 13.4 ms, at 32 no
+ * gain). */
 #ifdef HAS_AVX512
 enum { DIRECT_ROWS = 4, DIRECT_NF4 = 4, DIRECT_BF16 = 16 };
 #else
 enum { DIRECT_ROWS = 1, DIRECT_NF4 = 1, DIRECT_BF16 = 0 };
 #endif
 
-/* Runs that share a constant are 2^shift; a division each would take longer than the unpacking. */
+/* 2^shift runs have one constant: a division for each would take longer than the unpacking. */
 static int shift_of(const Matrix *m) {
     return __builtin_ctz(m->block / SHUFFLED);
 }
 
 #if defined(HAS_AVX512)
-/* 32 bytes are eight words of eight codes. Both halves of a register hold them, shifted by another code each; a whole
- * look-up is then one vpermps, which reads the lowest four bits of a lane and ignores the rest. */
+/* 32 bytes are eight words of eight codes. Both halves of a register hold them, each shifted by another code, so that a
+ * look-up is one vpermps, which reads the lowest four bits of a lane and ignores the rest. */
 typedef struct {
     __m512 book;
     int shift;
@@ -40,7 +41,7 @@ static Tables tables_of(const Matrix *m) {
     return (Tables){_mm512_loadu_ps(m->book), shift_of(m)};
 }
 
-/* 64 weights from 32 bytes. */
+/* Unpack 64 weights from 32 bytes. */
 static inline __attribute__((always_inline)) void unpack_run(const Tables *tables, const uint8_t *codes, float absmax,
                                                              vec *to) {
     const __m512i upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(4), 1);
@@ -50,14 +51,14 @@ static inline __attribute__((always_inline)) void unpack_run(const Tables *table
     for (int i = 0; i < 4; i++) to[i] = (vec)_mm512_permutexvar_ps(_mm512_srli_epi32(words, 8 * i), scaled);
 }
 
-/* Where in a run of 64 the weight lies that comes out at `place`: vector i holds byte i of each word, the low code in
+/* Index in a run of 64 of the weight that is unpacked to `place`: vector i holds byte i of each word, the low code in
  * its lower half, and the low code is the later weight. */
 static int origin_of(int place) {
     int vector = place / LANES, lane = place % LANES;
     return lane % 8 * 8 + vector * 2 + (lane < 8);
 }
 #elif defined(__AVX2__)
-/* NF4 values by byte shuffles: four tables hold the four bytes of each value of the code book. A shuffle of whole
+/* Look up NF4 values by byte shuffles: four tables have the four bytes of each value of the code book. A shuffle of whole
  * floats took twice as long on Zen 3. */
 typedef struct {
     __m256i bytes[4];
@@ -74,7 +75,7 @@ static Tables tables_of(const Matrix *m) {
     return tables;
 }
 
-/* 32 codes, one a byte -> 4 x 8 values times scale: of each 128-bit lane the first four, the next four, ... */
+/* Turn 32 codes, one a byte, into 4 x 8 values times scale: of each 128-bit lane the first four, the next four, ... */
 static inline __attribute__((always_inline)) void look_up(const Tables *tables, __m256i codes, __m256 scale, vec *to) {
     __m256i b[4];
     for (int i = 0; i < 4; i++) b[i] = _mm256_shuffle_epi8(tables->bytes[i], codes);
@@ -85,7 +86,7 @@ static inline __attribute__((always_inline)) void look_up(const Tables *tables, 
     for (int i = 0; i < 4; i++) to[i] = (vec)_mm256_mul_ps(_mm256_castsi256_ps(values[i]), scale);
 }
 
-/* 64 weights from 32 bytes. */
+/* Unpack 64 weights from 32 bytes. */
 static inline __attribute__((always_inline)) void unpack_run(const Tables *tables, const uint8_t *codes, float absmax,
                                                              vec *to) {
     const __m256i nibble = _mm256_set1_epi8(15);
@@ -95,7 +96,7 @@ static inline __attribute__((always_inline)) void unpack_run(const Tables *table
     look_up(tables, _mm256_and_si256(both, nibble), scale, to + 4);
 }
 
-/* Where in a run of 64 the weight lies that comes out at `place`. */
+/* Index in a run of 64 of the weight that is unpacked to `place`. */
 static int origin_of(int place) {
     int half = place / 32, vector = place % 32 / LANES, lane = place % LANES;
     return 2 * (vector * 4 + lane % 4 + lane / 4 * 16) + half;
@@ -134,7 +135,7 @@ static void unpack_shuffled(const Matrix *m, const Tables *tables, int64_t at, i
     }
 }
 
-/* Four outputs of a tile of rows, each weight used as it is unpacked; the same sums in the same order as by panels. */
+/* Compute four outputs of a tile of rows, each weight used as it is unpacked; sums in the same order as by panels. */
 static inline __attribute__((always_inline)) void direct_tile(const Matrix *m, const Tables *tables, int first,
                                                               const float *x, int64_t x_stride, vec (*sums)[TILE_OUTPUTS],
                                                               const int rows) {
@@ -197,7 +198,7 @@ static void unpack_in_order(const Matrix *m, int64_t at, int n, float *restrict 
     }
 }
 
-/* [rows, width] in the order the shuffled weights come out in. */
+/* Copy [rows, width] in the order in which weights are unpacked. */
 static void shuffle_rows(const float *restrict x, int64_t stride, int rows, int width, float *restrict to) {
     int origin[SHUFFLED];
     for (int place = 0; place < SHUFFLED; place++) origin[place] = origin_of(place);
@@ -219,7 +220,7 @@ static const float *panel_of(const Matrix *m, const Tables *tables, int output, 
     return room;
 }
 
-/* Four outputs of some rows, into a strip whose rows are STRIP floats apart. */
+/* Compute four outputs of some rows, into a strip whose rows are STRIP floats apart. */
 static void four_outputs(const Matrix *m, const Tables *tables, int first, int outputs, const float *x, int64_t x_stride,
                          float *strip, int rows) {
     float room[TILE_OUTPUTS][PANEL] __attribute__((aligned(64)));
@@ -248,7 +249,7 @@ static void four_outputs(const Matrix *m, const Tables *tables, int first, int o
     }
 }
 
-/* A strip of outputs is as wide as a cache line, so that no line of y is written in pieces. */
+/* Compute a strip of outputs, as wide as a cache line, so that each line of y is written at once. */
 static void one_strip(const Matrix *m, const Tables *tables, int first, const float *x, int64_t x_stride, float *y, int64_t y_stride, int rows) {
     float strip[CHUNK_ROWS * STRIP];
     int outputs = m->out - first < STRIP ? m->out - first : STRIP;
@@ -258,8 +259,8 @@ static void one_strip(const Matrix *m, const Tables *tables, int first, const fl
     for (int r = 0; r < rows; r++) memcpy(y + r * y_stride + first, strip + r * STRIP, outputs * sizeof(float));
 }
 
-/* y [rows, out] = x [rows, in] W^T + bias; rows are `x_stride` and `y_stride` floats apart. `in` is a multiple of 16,
- * and of the block for NF4. */
+/* Compute y [rows, out] = x [rows, in] W^T + bias; rows are `x_stride` and `y_stride` floats apart. `in` is a multiple
+ * of 16, and of the block for NF4. */
 void matmul(const Matrix *matrix, const float *x, int64_t x_stride, float *y, int64_t y_stride, int rows) {
     Tables tables;
     float *shuffled = 0;

@@ -15,7 +15,7 @@ static float factor_of(const float *values, int width, float eps) {
     return 1.0f / sqrtf((sum_lanes(squares) + rest) / width + eps);
 }
 
-/* y = weight * round(x / sqrt(mean(x^2) + eps)): the rounding to x's dtype before the weight is Llama's. */
+/* Compute y = weight * round(x / sqrt(mean(x^2) + eps)), rounded to x's dtype before the weight, as in Llama. */
 void rms_norm(const void *x, const void *weight, void *y, int is_bf16, int rows, int width, float eps) {
 #pragma omp parallel for schedule(static) if (rows > 16)
     for (int row = 0; row < rows; row++) {

@@ -29,7 +29,7 @@ Compiler = Callable[[str], Path]
 
 @pytest.fixture
 def compiler(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    """A compiler of this test's own, first on PATH: the real one, quickly, behind a script."""
+    """Put a script first on PATH that runs the real compiler, quickly."""
 
     def install(script: str) -> Path:
         log = tmp_path / "arguments"
@@ -65,7 +65,7 @@ def test_a_compiler_without_openmp_makes_kernels_of_one_thread(compiler: Compile
     kernels, choice = _load()
     _assert_right(kernels)
     assert choice.value == "own"
-    assert "on one thread, for it knows no OpenMP" in choice.reason
+    assert "on one thread, because it has no OpenMP" in choice.reason
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_whole_library_is_compiled_once_and_one_that_was_cut_short_anew(compil
     for cut in (0, 100, len(whole) - 1, len(whole) // 2):
         library.unlink()  # what is loaded keeps its own pages
         library.write_bytes(whole[:cut])
-        assert "is not whole" in str(kernel_build._load(library))
+        assert "is incomplete" in str(kernel_build._load(library))
     _assert_right(_load()[0])
     assert times_compiled() == 2
     assert [path.suffix for path in (home / "kernels").iterdir()] == [".so"]
@@ -130,7 +130,7 @@ def test_a_home_that_cannot_be_written_leaves_the_work_to_torch(compiler: Compil
     home.write_text("a file")
     kernels, choice = _load()
     assert kernels is None
-    assert "no place to work" in choice.reason
+    assert "cannot write to" in choice.reason
 
 
 def test_two_that_compile_at_once_both_have_kernels(compiler: Compiler, home: Path) -> None:

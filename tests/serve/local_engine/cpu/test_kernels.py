@@ -60,7 +60,7 @@ def _low_rank(rank: int, dtype: torch.dtype, bt_dtype: torch.dtype, *, is_dora: 
 
 
 def _updated(x: torch.Tensor, before: torch.Tensor, low: LowRank, scale: float) -> torch.Tensor:
-    """What one update adds to W x, by the formula."""
+    """Compute what one update adds to W x, by the formula."""
     found = low.scaling * (x.float() @ low.a.float().T) @ low.bt.float()
     if low.magnitude is not None:
         found = low.magnitude * found + (low.magnitude - 1) * before
@@ -148,10 +148,10 @@ def _attended(
     kernels: CpuKernels,
     query: torch.Tensor,
     past: torch.Tensor,
-    pieces: list[tuple[int, int, list[int]]],
+    chunks: list[tuple[int, int, list[int]]],
     **options: Any,
 ) -> torch.Tensor:
-    return kernels.attention(query, *past, Tiles(pieces, block_size=4), scale=0.3, **options)
+    return kernels.attention(query, *past, Tiles(chunks, block_size=4), scale=0.3, **options)
 
 
 @pytest.mark.parametrize("dim", [16, 64, 80, 128])
@@ -162,12 +162,12 @@ def test_attention_of_mixed_pieces_is_torchs(kernels: CpuKernels, dim: int, wind
     past = torch.randn(2, kv_heads, 4 * 60, dim)
     blocks = torch.randperm(60).tolist()
     # a prompt's first chunk, a later chunk over more than one run of 64 keys, two decoding rows
-    pieces = [(0, 7, blocks[:2]), (90, 11, blocks[2:28]), (0, 1, blocks[28:29]), (70, 1, blocks[30:48])]
-    rows = sum(count for _, count, _ in pieces)
+    chunks = [(0, 7, blocks[:2]), (90, 11, blocks[2:28]), (0, 1, blocks[28:29]), (70, 1, blocks[30:48])]
+    rows = sum(count for _, count, _ in chunks)
     query = torch.randn(1, rows, heads, dim).transpose(1, 2)[0]  # strided, as a model gives it
-    found = _attended(kernels, query, past, pieces, window=window)
+    found = _attended(kernels, query, past, chunks, window=window)
     row = 0
-    for start, count, mine in pieces:
+    for start, count, mine in chunks:
         slots = torch.tensor([mine[t // 4] * 4 + t % 4 for t in range(start + count)])
         at, to = torch.arange(start, start + count)[:, None], torch.arange(start + count)[None]
         mask = (to <= at) & (to > at - window if window else to >= 0)
@@ -198,11 +198,11 @@ def test_attention_survives_large_and_equal_scores(kernels: CpuKernels) -> None:
 
 
 def test_nan_is_kept_and_stays_in_its_row(kernels: CpuKernels) -> None:
-    past, pieces = torch.randn(2, 2, 8, 16), [(2, 1, [0]), (1, 1, [1])]
+    past, chunks = torch.randn(2, 2, 8, 16), [(2, 1, [0]), (1, 1, [1])]
     query = torch.randn(4, 2, 16)
-    right = _attended(kernels, query, past, pieces)
+    right = _attended(kernels, query, past, chunks)
     query[:, 0], past[:, :, :4] = float("nan"), float("nan")
-    found = _attended(kernels, query, past, pieces)
+    found = _attended(kernels, query, past, chunks)
     assert found[0].isnan().all()
     assert torch.equal(found[1], right[1])
     for bits in (0x7FC00000, 0x7FFFFFFF, -1):  # whatever the other bits of a NaN are
@@ -263,16 +263,16 @@ def test_joined_nf4_layers_give_exactly_what_bitsandbytes_gives_each(bias: bool)
     rows = torch.randn(1, 5, 128, dtype=torch.bfloat16)
     with torch.no_grad():
         expected = torch.cat([layer(rows) for layer in layers], dim=-1)
-        assert PackedNf4.fits(layers)
+        assert PackedNf4.can_pack(layers)
         joined = PackedNf4(layers)
         assert torch.equal(joined(rows), expected)
         assert torch.equal(torch.cat([layer(rows) for layer in layers], dim=-1), expected)  # they still work alone
 
 
 def test_layers_that_cannot_be_joined_are_not() -> None:
-    assert not PackedNf4.fits([nn.Linear(64, 64)])
-    assert not PackedNf4.fits([_nf4(128, 64), _nf4(64, 64)])
-    assert not PackedNf4.fits([_nf4(64, 64), _nf4(64, 64, bias=True)])
+    assert not PackedNf4.can_pack([nn.Linear(64, 64)])
+    assert not PackedNf4.can_pack([_nf4(128, 64), _nf4(64, 64)])
+    assert not PackedNf4.can_pack([_nf4(64, 64), _nf4(64, 64, bias=True)])
 
 
 def test_without_a_compiler_torch_does_the_work_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,18 +196,18 @@ def test_rows_that_are_not_the_batch_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "pieces",
+    "chunks",
     [[(0, 5, [1])], [(4, 1, [2])], [(0, 1, [-1])], [(-1, 1, [0])], [(0, 1, [])]],
     ids=["more rows than blocks", "a token behind its blocks", "no such block", "before the start", "no block"],
 )
-def test_blocks_that_do_not_hold_the_rows(pieces: list[tuple[int, int, list[int]]]) -> None:
+def test_blocks_that_do_not_hold_the_rows(chunks: list[tuple[int, int, list[int]]]) -> None:
     with pytest.raises(TensorMismatch):
-        Tiles(pieces, block_size=4)
+        Tiles(chunks, block_size=4)
 
 
 def test_blocks_that_the_cache_does_not_have() -> None:
     tiles = Tiles([(0, 1, [3])], block_size=4)
-    with pytest.raises(TensorMismatch, match="look at 16 slots in blocks of 4: expected at most the 12"):
+    with pytest.raises(TensorMismatch, match="attend over 16 slots in blocks of 4: expected at most the 12"):
         _kernels().attention(torch.randn(4, 1, 16), *torch.randn(2, 2, 12, 16), tiles, scale=1.0)
 
 
