@@ -1,4 +1,4 @@
-"""What each route asks of a request before its body is read: a right, and the type of the body. Reads nothing."""
+"""What each route requires of a request before its body is read: a right, and the media type of the body."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ ZIP = ("application/zip", "application/octet-stream", "application/x-zip-compres
 
 
 class Right(Enum):
-    """Whom a route lets in, where the server has keys."""
+    """Key that a route requires, where the server has keys."""
 
     OPEN = auto()
+    """No key."""
     ASK = auto()
+    """Any key."""
     MANAGE = auto()
+    """An admin key."""
 
 
 @dataclass(frozen=True)
 class Access:
+    """Requirements of one route."""
+
     right: Right
     body_types: tuple[str, ...] = JSON
-    """media types a body may have. Forms and plain text are none of them: any web page may send those anywhere"""
+    """Media types of the body. Never forms and plain text: any web page may send those to any server."""
     keeps_body: bool = False
-    """what is parsed may be as large as the body: its room is kept until the route has used it, or says so itself"""
+    """Whether the body's permit is held until the route ends or releases it: the parsed value may be as large."""
 
 
 _OPEN, _ASK, _MANAGE = Access(Right.OPEN), Access(Right.ASK), Access(Right.MANAGE)
@@ -67,4 +72,4 @@ ACCESS: dict[str, Access] = {
     "/v1/training/runs/{name}/promote": _MANAGE,
     "/v1/training/improve": _MANAGE,
 }
-"""path of each route -> what it asks; a route that is not here cannot be added (serve/api/route.py)"""
+"""Path of each route -> its requirements. A route without an entry cannot be added (serve/api/route.py)."""

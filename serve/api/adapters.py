@@ -1,4 +1,4 @@
-"""HTTP of the adapters this machine keeps: what there is, bringing in, moving aliases. The registry does all of it."""
+"""HTTP routes below /v1/adapters: list, inspect, diff, pull, upload, and move aliases of the registry."""
 
 from __future__ import annotations
 
@@ -22,36 +22,44 @@ from adapterhub.registry.name_log import Move
 from adapterhub.registry.policy import Policy
 from adapterhub.registry.registry import DEFAULT_REVISION, NOTHING, Entry, Registry
 from serve.adapters.catalog import Catalog, clients_ref
-from serve.api.body import body_pieces, declared_size
+from serve.api.body import body_chunks, declared_size
 from serve.api.route import ApiRoute
 
 Authorization = Annotated[str | None, Header()]
 
 
 class RefBody(BaseModel):
+    """Reference to an adapter."""
+
     model_config = ConfigDict(extra="forbid")
     ref: str = Field(min_length=1, max_length=500)
 
 
 class PromoteBody(RefBody):
+    """Where to point an alias."""
+
     alias: str = Field(min_length=1, max_length=100)
     expect: str | None = Field(None, max_length=100)
-    """the digest the alias leads to now, or `nothing`: else 409"""
+    """Digest that the alias points to now, or `nothing`; 409 where it does not."""
 
 
 class RollbackBody(BaseModel):
+    """Which alias to roll back."""
+
     model_config = ConfigDict(extra="forbid")
     name: str = Field(min_length=1, max_length=500)
     alias: str = Field(min_length=1, max_length=100)
     expect: str | None = Field(None, max_length=100)
+    """Digest that the alias points to now; 409 where it does not."""
 
 
 def adapter_routes(registry: Registry, catalog: Catalog) -> APIRouter:
-    """The routes below /v1/adapters."""
+    """Return the routes below /v1/adapters."""
     router = APIRouter(prefix="/v1/adapters", route_class=ApiRoute)
 
     @router.get("")
     async def list_adapters(search: str = "", base: str = "") -> Response:
+        """List the adapters of this machine."""
         entries = await asyncio.to_thread(registry.list)
         served = {published.adapter.digest: published.name for published in catalog.list()}
         found = [_row(entry, served) for entry in entries]
@@ -60,15 +68,19 @@ def adapter_routes(registry: Registry, catalog: Catalog) -> APIRouter:
 
     @router.get("/inspect")
     async def inspect(ref: str) -> Response:
+        """Return the facts of an adapter."""
         return JSONResponse(_described(await asyncio.to_thread(_local, registry, ref)))
 
     @router.post("/verify")
     async def verify(body: RefBody) -> Response:
+        """Verify every file of an adapter."""
         adapter = await asyncio.to_thread(_local, registry, body.ref)
         return JSONResponse({"name": adapter.manifest.name, "digest": adapter.digest})
 
     @router.get("/diff")
     async def diff(a: str, b: str) -> Response:
+        """Compare two adapters."""
+
         def work() -> dict[str, Any]:
             return asdict(difference(_local(registry, a), _local(registry, b)))
 
@@ -76,19 +88,21 @@ def adapter_routes(registry: Registry, catalog: Catalog) -> APIRouter:
 
     @router.get("/history")
     async def history(name: str) -> Response:
+        """List the moves of an adapter's aliases."""
         moves = await asyncio.to_thread(registry.history, name)
         return JSONResponse({"data": [_move(move) for move in moves]})
 
-    _add_bringing_in(router, registry)
-    _add_moving(router, registry)
+    _add_imports(router, registry)
+    _add_alias_moves(router, registry)
     return router
 
 
-def _add_bringing_in(router: APIRouter, registry: Registry) -> None:
+def _add_imports(router: APIRouter, registry: Registry) -> None:
     @router.post("/pull")
     async def pull(body: RefBody, authorization: Authorization = None) -> Response:
+        """Pull an adapter from the server's Hub."""
         if registry.hub is None:
-            raise UsageError("this server knows no Hub: start it with --hub URL.")
+            raise UsageError("this server has no Hub to pull from: expected the option --hub. Start it with --hub URL.")
         by = actor_of(authorization)
         adapter = await asyncio.to_thread(registry.pull, AdapterRef.parse(body.ref), registry.hub, by=by)
         return JSONResponse({"name": adapter.manifest.name, "digest": adapter.digest}, status_code=201)
@@ -97,20 +111,24 @@ def _add_bringing_in(router: APIRouter, registry: Registry) -> None:
     async def upload(
         request: Request, name: Annotated[str | None, Query(max_length=200)] = None, authorization: Authorization = None
     ) -> Response:
-        """The body is a packed folder as one .zip. Kept only when all of it is as it was packed."""
+        """Upload a packed folder as one .zip.
+
+        It is stored only where every file is as it was packed.
+        """
         registry.root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=registry.root, prefix=".pull-") as folder, hold(Path(folder)):
             path = Path(folder) / "package.zip"
             await _receive(request, path)
-            adapter = await asyncio.to_thread(_kept, registry, path, name, by=actor_of(authorization))
+            adapter = await asyncio.to_thread(_stored, registry, path, name, by=actor_of(authorization))
         return JSONResponse({"name": name or adapter.manifest.name, "digest": adapter.digest}, status_code=201)
 
 
-def _add_moving(router: APIRouter, registry: Registry) -> None:
-    """What is served stays as it was loaded; names that requests use are the catalog's."""
+def _add_alias_moves(router: APIRouter, registry: Registry) -> None:
+    """Add the routes that move aliases of the registry. Served adapters stay as they were loaded."""
 
     @router.post("/promote")
     async def promote(body: PromoteBody, authorization: Authorization = None) -> Response:
+        """Point an alias to an adapter."""
         ref, by = AdapterRef.parse(body.ref), actor_of(authorization)
         return JSONResponse(
             _move(await asyncio.to_thread(registry.promote, ref, body.alias, expect=body.expect, by=by))
@@ -118,6 +136,7 @@ def _add_moving(router: APIRouter, registry: Registry) -> None:
 
     @router.post("/rollback")
     async def rollback(body: RollbackBody, authorization: Authorization = None) -> Response:
+        """Point an alias to what it pointed to before."""
         by = actor_of(authorization)
         return JSONResponse(
             _move(await asyncio.to_thread(registry.rollback, body.name, body.alias, expect=body.expect, by=by))
@@ -136,35 +155,39 @@ def _move(move: Move) -> dict[str, Any]:
 
 
 async def _receive(request: Request, path: Path) -> None:
-    """The body, written as it comes. Raises BundleTooLarge as soon as it is, StorageFull, BodyTimeout."""
+    """Write the body to `path` as it arrives. Raises BundleTooLarge as soon as it is, StorageFull, BodyTimeout."""
     received = 0
-    too_large = BundleTooLarge(f"an upload holds at most {MAX_BYTES:,} bytes: push the adapter to a Hub and pull it.")
+    too_large = BundleTooLarge(
+        f"the upload is too large: expected at most {MAX_BYTES:,} bytes. Push the adapter to a Hub and pull it."
+    )
     if declared_size(request) > MAX_BYTES:
         raise too_large
     with raise_storage_full(path), path.open("wb") as file:
-        async for piece in body_pieces(request):
-            received += len(piece)
+        async for chunk in body_chunks(request):
+            received += len(chunk)
             if received > MAX_BYTES:
                 raise too_large
-            file.write(piece)
+            file.write(chunk)
 
 
-def _kept(registry: Registry, path: Path, name: str | None, *, by: str | None) -> Adapter:
-    """Raises Conflict where the name leads to something else: nobody's name moves by an upload. SignatureInvalid."""
+def _stored(registry: Registry, path: Path, name: str | None, *, by: str | None) -> Adapter:
+    """Store the uploaded adapter. Raises SignatureInvalid, and Conflict where the name points to another adapter."""
     with opened_bundle(path, path.parent) as adapter:
         called = AdapterRef.parse(name or adapter.manifest.name)
         if called.name is None or called.revision is not None:
-            raise UsageError(f"{name} is no name to keep an adapter under: give ?name=NAME.")
+            raise UsageError(f"invalid name {name!r} for an upload: expected NAME, without an alias. Send ?name=NAME.")
         Policy.read(registry.root).check(adapter, called.name)
         known = registry.log.read(called.name)
         there = known.leads_to(DEFAULT_REVISION) if known else None
         if there not in (None, adapter.digest):
-            raise Conflict(f"{called} leads to {there[:19]} here: upload under another name (?name=NAME).")
+            raise Conflict(
+                f"{called} points to {there[:19]} already: expected a new name. Send ?name=NAME with another one."
+            )
         return registry.add(adapter, name=called.name, origin="upload", expect=there or NOTHING, by=by)
 
 
 def _local(registry: Registry, text: str) -> Adapter:
-    """A verified package that is here already, to look at: reading must not make the server fetch."""
+    """Return a verified package of this machine: a read must not make the server pull one."""
     return Registry(registry.root).open(clients_ref(text))
 
 
@@ -177,7 +200,8 @@ def _row(entry: Entry, served: dict[str, str]) -> dict[str, Any]:
         "base": entry.about.base,
         "rank": entry.about.rank,
         "method": entry.about.method,
-        "licence": entry.about.licence,
+        "license": entry.about.licence,
+        "licence": entry.about.licence,  # the old name, for one version
         "loaded_as": served.get(entry.digest),
     }
 
@@ -189,9 +213,11 @@ def _described(adapter: Adapter) -> dict[str, Any]:
         "digest": adapter.digest,
         "base": {"id": manifest.base.id, "revision": manifest.base.revision, "fingerprint": manifest.base.fingerprint},
         "lora": manifest.lora.model_dump(mode="json"),
-        "licence": manifest.licence,
+        "license": manifest.licence,
+        "licence": manifest.licence,  # the old name, for one version
         "evaluations": [evaluation.model_dump(mode="json") for evaluation in manifest.evaluations],
-        "has_proof": manifest.probe is not None,
+        "has_probe": manifest.probe is not None,
+        "has_proof": manifest.probe is not None,  # the old name, for one version
         "bytes": sum(entry.size for entry in manifest.files.values()),
     }
 

@@ -1,4 +1,4 @@
-"""The HTTP API: routes, the error-to-status table, and a client that goes away aborting its request."""
+"""The HTTP API: OpenAI's routes, error responses, and aborting the request of a client that disconnects."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ from serve.api import schemas
 from serve.api.adapters import adapter_routes
 from serve.api.auth import ApiKeys
 from serve.api.body import BodyReader, ClientGone
-from serve.api.completions import PreparedRequest, completion_response, event_stream, prepare_chat, prepare_completion
+from serve.api.completions import (
+    UNEXPECTED,
+    PreparedRequest,
+    completion_events,
+    completion_response,
+    prepare_chat,
+    prepare_completion,
+)
 from serve.api.feedback import feedback_routes
 from serve.api.metrics import Metrics
-from serve.api.route import ApiRoute, Door, forget_body
+from serve.api.route import ApiRoute, RequestGuard, release_body
 from serve.api.services import Services
 from serve.api.training import training_routes
 from serve.api.unread_body import UnreadBody
@@ -35,67 +42,77 @@ from serve.training.candidates import CandidatePipeline
 log = logging.getLogger(__name__)
 
 _CLIENT_GONE = 499
-"""nginx's status for a client that closed; nobody receives it, it only shows in logs"""
+"""nginx's status for a client that disconnected; it appears in logs only."""
 
 
 def create_app(services: Services, keys: ApiKeys, http: HttpLimits | None = None) -> FastAPI:
-    """The API over services that are ready."""
+    """Return the API over services that are ready."""
     http = http or HttpLimits()
     app = FastAPI(title="adapterhub", version=__version__, docs_url=None, redoc_url=None)
     app.router.route_class = ApiRoute
     bodies = BodyReader(max_bytes=http.max_body_bytes, max_tokens=services.engine.max_model_len)
-    app.state.door = Door(keys, bodies, services.prompts.lanes)
+    app.state.guard = RequestGuard(keys, bodies, services.prompts.lanes)
     refuse = _Refusals(services.metrics)
     app.add_middleware(
         BrowserGuard,
         is_open=not keys.are_required,
         allowed_hosts=http.allowed_hosts,
-        refuse=lambda said: refuse(SiteNotAllowed.http_status, SiteNotAllowed.code, said),
+        refuse=lambda message: refuse(SiteNotAllowed.http_status, SiteNotAllowed.code, message),
     )
     app.add_middleware(UnreadBody)
 
     @app.get("/health")
     async def health() -> Response:
-        """The process answers. Whether it can generate is /ready."""
+        """Report that the process responds.
+
+        Whether it can generate is /ready.
+        """
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
     async def ready() -> Response:
+        """Report whether the server can generate, with the reason where it cannot."""
         status = services.engine.status()
         body = {"ready": status.ready, "reason": status.reason, "adapters": [p.name for p in services.catalog.list()]}
         return JSONResponse(body, status_code=200 if status.ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        """Return metrics for Prometheus."""
         services.metrics.resident.set(len(services.cache.resident))
         services.metrics.published.set(len(services.catalog.list()))
         return Response(services.metrics.render(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> Response:
+        """List the base and the served adapters."""
         cards = [_base_card(services), *(_adapter_card(services, published) for published in services.catalog.list())]
         return JSONResponse({"object": "list", "data": cards})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
+        """Return one model: the base or a served adapter."""
         published = services.catalog.find(name)
         return JSONResponse(_adapter_card(services, published) if published else _base_card(services))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: schemas.ChatRequest) -> Response:
+        """Create a chat completion."""
         return await _respond(services, request, body, prepare_chat(services, body))
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: schemas.CompletionRequest) -> Response:
+        """Create a text completion."""
         return await _respond(services, request, body, prepare_completion(services, body))
 
     @app.post("/v1/load_lora_adapter")
     async def load(body: schemas.LoadRequest) -> Response:
+        """Load an adapter and serve it under a name."""
         ref = AdapterRef.parse(body.lora_path)
         if ref.folder is not None:
             raise UsageError(
-                "lora_path is a path on the server's disk, which clients may not choose: `adapterhub add` the folder "
-                "there and load it by name, or push it to a Hub."
+                f"invalid lora_path {body.lora_path!r}: expected a registry name, a digest, or owner/name on the Hub, "
+                "not a path on the server's disk. Run 'adapterhub add' there and load it by name, or push it to a Hub."
             )
         published = await services.catalog.load(body.lora_name, ref, replace=body.load_inplace)
         return PlainTextResponse(
@@ -105,6 +122,7 @@ def create_app(services: Services, keys: ApiKeys, http: HttpLimits | None = None
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(body: schemas.UnloadRequest) -> Response:
+        """Stop serving an adapter."""
         services.catalog.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -125,7 +143,7 @@ def _candidates(services: Services) -> CandidatePipeline | None:
 
 
 def _served(services: Services, names: list[str] | None) -> list[str]:
-    """The names, all of which must be served; without any, the base and every adapter. Raises AdapterNotFound."""
+    """Return the names, or without any the base and every adapter. Raises AdapterNotFound for one not served."""
     if names is None:
         return [services.catalog.base_name, *(published.name for published in services.catalog.list())]
     for name in names:
@@ -137,16 +155,16 @@ async def _respond(
     services: Services,
     request: Request,
     body: schemas.ChatRequest | schemas.CompletionRequest,
-    asked: Awaitable[PreparedRequest],
+    preparation: Awaitable[PreparedRequest],
 ) -> Response:
-    question: PreparedRequest = await _while_connected(request, asked)
-    forget_body(request)
-    headers = {"x-request-id": question.id}
+    prepared: PreparedRequest = await _while_connected(request, preparation)
+    release_body(request)
+    headers = {"x-request-id": prepared.id}
     if not body.stream:
-        return JSONResponse(await _while_connected(request, completion_response(services, question)), headers=headers)
+        return JSONResponse(await _while_connected(request, completion_response(services, prepared)), headers=headers)
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    events = event_stream(services, question, include_usage=include_usage)
-    # Waiting for the first event here lets every refusal that comes before it keep its HTTP status.
+    events = completion_events(services, prepared, include_usage=include_usage)
+    # Waiting for the first event here lets every error before it keep its HTTP status.
     first = await _while_connected(request, anext(events))
     return StreamingResponse(_resumed(first, events), media_type="text/event-stream", headers=headers)
 
@@ -161,7 +179,7 @@ async def _resumed(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerato
 
 
 async def _while_connected(request: Request, work: Awaitable[Any]) -> Any:
-    """Await `work`; if the client leaves first, cancel it (which aborts the generation) and raise ClientGone."""
+    """Await `work`. If the client disconnects first, cancel it, which aborts the generation, and raise ClientGone."""
     task = asyncio.ensure_future(work)
     watch = asyncio.create_task(_disconnected(request))
     try:
@@ -207,13 +225,14 @@ def _adapter_card(services: Services, published: Published) -> dict[str, Any]:
         "max_model_len": services.engine.max_model_len,
         "digest": published.adapter.digest,
         "lora": {"method": manifest.lora.method, "rank": manifest.lora.rank, "alpha": manifest.lora.alpha},
-        "licence": manifest.licence,
+        "license": manifest.licence,
+        "licence": manifest.licence,  # the old name, for one version
         "evaluations": [evaluation.model_dump() for evaluation in manifest.evaluations],
     }
 
 
 class _Refusals:
-    """Makes OpenAI's error bodies, and counts them."""
+    """Makes OpenAI's error responses, and counts them."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -250,11 +269,11 @@ def _add_error_handlers(app: FastAPI, refuse: _Refusals) -> None:
     @app.exception_handler(Exception)
     async def on_unknown(request: Request, error: Exception) -> Response:
         log.exception("unexpected error", exc_info=error)
-        return refuse(500, "internal_error", "the server failed unexpectedly; its log says more.")
+        return refuse(500, "internal_error", UNEXPECTED)
 
 
 def _retry_headers(status: int) -> dict[str, str]:
-    """OpenAI's client retries 408, 409, 429 and 5xx by itself: tell it when that cannot help."""
+    """Return headers that tell OpenAI's client, which retries 408, 409, 429 and 5xx, whether a retry can help."""
     if status == 429:
         return {"retry-after": "1"}
     return {"x-should-retry": "false"} if status in (408, 409) or status >= 500 else {}

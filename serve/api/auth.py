@@ -1,4 +1,4 @@
-"""API keys: who may ask, and who may also load and unload adapters. Keys are compared in constant time."""
+"""API keys: which may request completions, and which may also manage adapters. Compared in constant time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ KEYS_VARIABLE = "ADAPTERHUB_API_KEY"
 
 @dataclass(frozen=True)
 class ApiKeys:
-    """Empty: everybody who reaches the server may do everything, which only a loopback server permits."""
+    """The server's keys. Without any, every client may do everything, which only a server on loopback permits."""
 
     asking: tuple[str, ...] = ()
     admin: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path | None) -> ApiKeys:
-        """Keys of a file, one a line (`KEY` or `KEY admin`, `#` comments), else of the environment variable.
+        """Read the keys of a file, one a line (`KEY` or `KEY admin`, `#` comments), else of the environment variable.
 
-        Raises UsageError with the line at fault, never with the key.
+        Raises UsageError with the invalid line's number, never with the key.
         """
         if path is None:
             key = os.environ.get(KEYS_VARIABLE, "").strip()
@@ -32,7 +32,9 @@ class ApiKeys:
         try:
             lines = path.read_text().splitlines()
         except OSError as error:
-            raise UsageError(f"the file of API keys {path} cannot be read ({error.strerror}).") from error
+            raise UsageError(
+                f"cannot read the API keys in {path} ({error.strerror}): expected a text file. Check its permissions."
+            ) from error
         asking: list[str] = []
         admin: list[str] = []
         for number, line in enumerate(lines, 1):
@@ -40,28 +42,32 @@ class ApiKeys:
             if not words:
                 continue
             if len(words) > 2 or words[1:] not in ([], ["admin"]):
-                raise UsageError(f"{path}:{number} is not a key: expected KEY, or KEY admin.")
+                raise UsageError(f"{path}:{number} is not an API key: expected KEY or 'KEY admin'. Correct the line.")
             (admin if len(words) == 2 else asking).append(words[0])
         if not asking and not admin:
-            raise UsageError(f"{path} holds no key: write one a line (KEY, or KEY admin).")
+            raise UsageError(f"{path} has no API key: expected one a line, KEY or 'KEY admin'. Add one.")
         return cls(tuple(asking), tuple(admin))
 
     @property
     def are_required(self) -> bool:
+        """Return whether requests need a key."""
         return bool(self.asking or self.admin)
 
     def check(self, authorization: str | None, *, needs_admin: bool = False) -> None:
-        """Raises InvalidKey or NotAllowed for an `Authorization` header that does not suffice."""
+        """Check an `Authorization` header. Raises InvalidKey, or NotAllowed for a key that is no admin key."""
         if not self.are_required:
             return
         scheme, _, key = (authorization or "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         is_admin = _is_among(key, self.admin)
         if not (is_admin | _is_among(key, self.asking)):
-            raise InvalidKey("the API key is missing or wrong: send Authorization: Bearer KEY.")
+            raise InvalidKey(
+                "the API key is missing or wrong: this server requires one. Send 'Authorization: Bearer KEY'."
+            )
         if needs_admin and not is_admin:
             raise NotAllowed(
-                "this API key may ask, but not load adapters, train or change what is kept here: use an admin key."
+                "this API key may request completions only: loading adapters, training and changing the registry need "
+                "an admin key. Use one."
             )
 
 
@@ -69,13 +75,13 @@ def check_exposure(host: str, keys: ApiKeys) -> None:
     """Refuse to listen beyond this machine without a key. Raises UsageError."""
     if not is_loopback(host) and not keys.are_required:
         raise UsageError(
-            f"--host {host} can be reached from other machines and there is no API key: set {KEYS_VARIABLE}, give "
-            "--api-keys FILE, or stay on 127.0.0.1."
+            f"--host {host} is reachable from other machines and there is no API key: such a server needs one. Set "
+            f"{KEYS_VARIABLE}, pass --api-keys FILE, or use 127.0.0.1."
         )
 
 
 def _is_among(key: str, keys: tuple[str, ...]) -> bool:
-    """Looks at every key, so that the time taken tells nothing."""
+    """Compare every key, so that the time taken reveals nothing."""
     found = False
     for known in keys:
         found |= hmac.compare_digest(key.encode(), known.encode())

@@ -1,6 +1,6 @@
-"""Request bodies: read within limits of size, time and memory, and as JSON that no program chokes on.
+"""Request bodies, read within limits of size, time and memory, and parsed as JSON within limits of its shape.
 
-What the JSON means is the routes'. Bodies for the disk (uploads) are read here in pieces, without the limits of size.
+Uploads are read in chunks and without the size limits: they go to disk.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from fastapi.exceptions import RequestValidationError
 from adapterhub.errors import BodyTimeout, BodyTooLarge, UsageError
 
 BODY_TIMEOUT_S = 60.0
-"""for a whole JSON body, or for the next piece of an upload"""
+"""Time for a whole JSON body, or for the next chunk of an upload, in seconds."""
 LARGE_BODY = 64 << 10
-"""bytes"""
+"""Size from which a body needs a permit, in bytes."""
 MAX_LARGE_BODIES = 8
-"""bodies of which more than LARGE_BODY has come that are held at a time; the rest of others waits in the network"""
+"""Large bodies in memory at once, at most; the rest of other large bodies waits in the network."""
 MAX_ENTRIES = 10_000
-"""members of one JSON object, or entries of one list that are not token ids"""
+"""Members of one JSON object, or entries of one list that are not token ids, at most."""
 MAX_DEPTH = 200
-"""levels of JSON within JSON; Python's own limit of 1,000 is shared with whatever works on the value later"""
+"""Levels of nested JSON, at most. Python's own limit of 1,000 must also do for the code that uses the value."""
 _MAX_DIGITS = 100
-"""of an integer: no field takes a longer one, and thousands of digits take milliseconds each to read"""
+"""Digits of an integer, at most: no field takes more, and thousands of digits take milliseconds to parse."""
 _MAX_OTHER_VALUES = 20_000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -37,24 +37,24 @@ class ClientGone(Exception):
     """The client closed the connection before the answer was complete."""
 
 
-class Slot:
-    """Room for one large body in memory."""
+class BodyPermit:
+    """Permit to hold one large body in memory."""
 
-    def __init__(self, slots: asyncio.Semaphore) -> None:
-        self._slots = slots
+    def __init__(self, permits: asyncio.Semaphore) -> None:
+        self._permits = permits
         self._is_held = False
 
-    async def take(self) -> None:
-        """Wait for it; harmless when repeated."""
+    async def acquire(self) -> None:
+        """Wait for the permit; do nothing where it is held already."""
         if not self._is_held:
-            await self._slots.acquire()
+            await self._permits.acquire()
             self._is_held = True
 
-    def free(self) -> None:
-        """Harmless when repeated, and when nothing was taken."""
+    def release(self) -> None:
+        """Release the permit; do nothing where it is not held."""
         if self._is_held:
             self._is_held = False
-            self._slots.release()
+            self._permits.release()
 
 
 class BodyReader:
@@ -63,59 +63,63 @@ class BodyReader:
     def __init__(self, *, max_bytes: int, max_tokens: int) -> None:
         self._max_bytes = max_bytes
         self._max_values = _MAX_OTHER_VALUES + 2 * max_tokens
-        self._slots = asyncio.Semaphore(MAX_LARGE_BODIES)
+        self._permits = asyncio.Semaphore(MAX_LARGE_BODIES)
 
     @asynccontextmanager
-    async def slot(self) -> AsyncGenerator[Slot, None]:
-        slot = Slot(self._slots)
+    async def permit(self) -> AsyncGenerator[BodyPermit, None]:
+        """Yield a permit, not yet acquired; release it at the end."""
+        permit = BodyPermit(self._permits)
         try:
-            yield slot
+            yield permit
         finally:
-            slot.free()
+            permit.release()
 
-    async def read(self, request: Request, slot: Slot) -> bytearray:
-        """The body. Raises BodyTooLarge as soon as it is, BodyTimeout, ClientGone."""
+    async def read(self, request: Request, permit: BodyPermit) -> bytearray:
+        """Return the body. Raises BodyTooLarge as soon as it is, BodyTimeout, ClientGone."""
         self._check_size(declared_size(request))
         body, values, ends = bytearray(), _ValueCounter(), Deadline()
-        async for piece in body_pieces(request, ends):
-            self._check_size(len(body) + len(piece))
-            if len(body) + len(piece) > LARGE_BODY:
+        async for chunk in body_chunks(request, ends):
+            self._check_size(len(body) + len(chunk))
+            if len(body) + len(chunk) > LARGE_BODY:
                 with ends.paused():
-                    await slot.take()
-            body += piece
-            if values.feed(piece) > self._max_values:
+                    await permit.acquire()
+            body += chunk
+            if values.feed(chunk) > self._max_values:
                 raise BodyTooLarge(
-                    f"the request body holds more than {self._max_values:,} JSON values: send a shorter prompt."
+                    f"the request body has too many JSON values: expected at most {self._max_values:,}. Send a shorter "
+                    "prompt."
                 )
         return body
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
             raise BodyTooLarge(
-                f"the request body has more than the {self._max_bytes:,} bytes that this server takes: send less, or "
-                "start the server with a larger --max-body-mb."
+                f"the request body is too large: expected at most {self._max_bytes:,} bytes. Send less, or start the "
+                "server with a larger --max-body-mb."
             )
 
 
 def declared_size(request: Request) -> int:
-    """Bytes the request says that its body has; 0 where it does not say."""
-    said = request.headers.get("content-length", "")
-    return int(said) if said.isascii() and said.isdigit() else 0
+    """Return the size of the body by its Content-Length, in bytes; 0 where there is none."""
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isascii() and length.isdigit() else 0
 
 
 def has_body(request: Request) -> bool:
+    """Return whether the request's headers announce a body."""
     return declared_size(request) > 0 or "transfer-encoding" in request.headers
 
 
 class Deadline:
-    """BODY_TIMEOUT_S from now on, not counting what passes while it is paused."""
+    """The moment BODY_TIMEOUT_S from now, later by the time for which it is paused."""
 
     def __init__(self) -> None:
         self.at = _now() + BODY_TIMEOUT_S
-        """loop time, s"""
+        """Time on the event loop's clock, in seconds."""
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Do not count the time until the block ends."""
         begun = _now()
         yield
         self.at += _now() - begun
@@ -125,8 +129,11 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def body_pieces(request: Request, deadline: Deadline | None = None) -> AsyncGenerator[bytes, None]:
-    """The body as it comes; without a `deadline`, each piece has BODY_TIMEOUT_S. Raises BodyTimeout, ClientGone."""
+async def body_chunks(request: Request, deadline: Deadline | None = None) -> AsyncGenerator[bytes, None]:
+    """Yield the body as it arrives. Without a `deadline`, each chunk has BODY_TIMEOUT_S.
+
+    Raises BodyTimeout, ClientGone.
+    """
     has_more = True
     while has_more:
         ends = deadline or Deadline()
@@ -135,7 +142,8 @@ async def body_pieces(request: Request, deadline: Deadline | None = None) -> Asy
                 message = await request.receive()
         except TimeoutError:
             raise BodyTimeout(
-                f"the request body did not come within {BODY_TIMEOUT_S:.0f} s: send it faster, or less."
+                f"the request body did not arrive in time: expected within {BODY_TIMEOUT_S:.0f} s. Send it faster, or "
+                "less."
             ) from None
         if message["type"] == "http.disconnect":
             raise ClientGone
@@ -145,10 +153,9 @@ async def body_pieces(request: Request, deadline: Deadline | None = None) -> Asy
 
 
 class _ValueCounter:
-    """Counts the commas and opening brackets of JSON outside of its strings, piece by piece.
+    """Counts the commas and opening brackets of JSON outside its strings, chunk by chunk.
 
-    JSON has hardly more values than those; what one value costs to parse is bounded, what one byte of text costs is
-    next to nothing.
+    These are about as many as its values, which is what parsing costs; text costs next to nothing.
     """
 
     def __init__(self) -> None:
@@ -156,11 +163,11 @@ class _ValueCounter:
         self._is_in_string = False
         self._held_back = b""
 
-    def feed(self, piece: bytes) -> int:
-        """The number so far."""
-        text = self._held_back + piece
+    def feed(self, chunk: bytes) -> int:
+        """Count a chunk. Return the number so far."""
+        text = self._held_back + chunk
         text = text.replace(b"\\\\", b"")
-        # A backslash at the end may escape what the next piece begins with.
+        # A backslash at the end may escape what the next chunk begins with.
         self._held_back = b"\\" if text.endswith(b"\\") else b""
         parts = text.replace(b'\\"', b"").split(b'"')
         outside = b"".join(parts[self._is_in_string :: 2])
@@ -170,50 +177,52 @@ class _ValueCounter:
 
 
 def parse_json(body: bytes | bytearray) -> dict[str, Any]:
-    """The JSON object that a body is.
+    """Return the JSON object in a body.
 
-    Raises UsageError for anything else, and RequestValidationError with the place of text that is no Unicode.
+    Raises UsageError for anything else, and RequestValidationError with the path to text that is not Unicode.
     """
     if not body.strip():
-        raise UsageError("the request body is empty: send a JSON object.")
+        raise UsageError("the request body is empty: expected a JSON object. Send one.")
     encoding = json.detect_encoding(bytes(body[:4]))
     if not encoding.startswith("utf-8") and len(body) > LARGE_BODY:
-        raise UsageError(f"the request body is {encoding}: send JSON as UTF-8.")
+        raise UsageError(f"the request body is {encoding}: expected UTF-8. Encode the JSON as UTF-8.")
     try:
         text = body.decode(encoding)
         found = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except UnicodeDecodeError as error:
-        raise UsageError(f"the request body is not {encoding} from byte {error.start} on: send UTF-8.") from None
+        raise UsageError(
+            f"invalid {encoding} at byte {error.start} of the request body: expected UTF-8. Encode the JSON as UTF-8."
+        ) from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise UsageError(f"the request body is not valid JSON: {error.msg} ({where}).") from None
+        raise UsageError(f"the request body is not valid JSON: {error.msg} ({where}). Send a JSON object.") from None
     except RecursionError:
         raise _too_deep() from None
     if not isinstance(found, dict):
-        raise UsageError(f"the request body is {_kind(found)}: send a JSON object.")
+        raise UsageError(f"the request body is {_kind(found)}: expected a JSON object. Send one.")
     if _SURROGATE.search(text) or text.count("[") + text.count("{") > MAX_DEPTH:
         _check_values(found)
     return found
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuses what no field takes, before validation makes an error of each entry."""
+    """Refuse what no field takes, before validation makes an error of each entry."""
     if len(pairs) > MAX_ENTRIES:
-        raise BodyTooLarge(f"the request body has an object of more than {MAX_ENTRIES:,} members: send fewer.")
+        raise BodyTooLarge(f"an object has {len(pairs):,} members: expected at most {MAX_ENTRIES:,}. Send fewer.")
     for name, value in pairs:
         if isinstance(value, list) and len(value) > MAX_ENTRIES:
             are_tokens = name == "prompt" and set(map(type, value)) == {int}
             if not are_tokens:
                 raise BodyTooLarge(
-                    f"{name[:100]} has {len(value):,} entries, more than the {MAX_ENTRIES:,} that a list other than "
-                    "token ids may have: send fewer."
+                    f"{name[:100]} has {len(value):,} entries: expected at most {MAX_ENTRIES:,} in a list that is not "
+                    "token ids. Send fewer."
                 )
     return dict(pairs)
 
 
 def _integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise UsageError(f"the request body has a number of {len(digits):,} digits: send at most {_MAX_DIGITS}.")
+        raise UsageError(f"an integer has {len(digits):,} digits: expected at most {_MAX_DIGITS}. Send a shorter one.")
     return int(digits)
 
 
@@ -237,15 +246,17 @@ def _check_text(text: str, path: tuple[str | int, ...]) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        said = f"half a surrogate pair (\\u{ord(text[error.start]):04x}) is not Unicode text: send whole characters"
-        raise RequestValidationError([{"type": "surrogate", "loc": ("body", *path), "msg": said}]) from None
+        message = f"half a surrogate pair (\\u{ord(text[error.start]):04x}) is not Unicode text: send whole characters"
+        raise RequestValidationError([{"type": "surrogate", "loc": ("body", *path), "msg": message}]) from None
 
 
 def _too_deep() -> UsageError:
-    return UsageError(f"the request body is nested more than {MAX_DEPTH} levels deep: send a flatter one.")
+    return UsageError(
+        f"the request body is nested too deeply: expected at most {MAX_DEPTH} levels. Send a flatter object."
+    )
 
 
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
-    return {list: "a list", str: "a text", bool: "true or false"}.get(type(value), "a number")
+    return {list: "a list", str: "a string", bool: "true or false"}.get(type(value), "a number")

@@ -1,4 +1,4 @@
-"""From a parsed request to its answer: prompt, leases, one engine request per choice, OpenAI's bodies and events."""
+"""Completions: from a parsed request to engine requests, and from their chunks to OpenAI's responses and events."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ from serve.engine import AdapterScale, Delta, Engine, FinishReason, GenerationRe
 
 log = logging.getLogger(__name__)
 
+UNEXPECTED = "the server failed unexpectedly: this is a bug. See the server's log."
+"""Message for errors that are not AdapterHubError."""
+
 DEFAULT_MAX_TOKENS = 512
-"""tokens of a chat answer when the client does not say, if the model has room for them"""
+"""Maximum answer length where the request has none and the model has room for it, in tokens."""
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request made concrete: which adapters, which tokens, one engine request per choice."""
+    """A request with its adapters and prompt tokens resolved, and one engine request per choice."""
 
     id: str
     model: str
     fingerprint: str
-    """base and adapters that answer: OpenAI's `system_fingerprint`"""
+    """Base and adapters of the completion: OpenAI's `system_fingerprint`."""
     adapters: tuple[Adapter, ...]
     prompt: tuple[int, ...]
     requests: tuple[GenerationRequest, ...]
@@ -44,16 +47,16 @@ class PreparedRequest:
 
 
 async def prepare_chat(services: Services, request: schemas.ChatRequest) -> PreparedRequest:
-    """Raises AdapterNotFound, UsageError, RequestTooLong."""
+    """Prepare a chat completion. Raises AdapterNotFound, UsageError, RequestTooLong."""
     chosen, mix = _chosen(services, request)
     template_of = chosen[0].adapter if len(chosen) == 1 else None
     messages = [message.plain() for message in request.messages]
     prompt = await services.prompts.chat(messages, template_of, max_tokens=services.engine.max_model_len)
-    return _question(services, request, chosen, mix, prompt, request.wanted_logprobs, is_chat=True)
+    return _prepared(services, request, chosen, mix, prompt, request.wanted_logprobs, is_chat=True)
 
 
 async def prepare_completion(services: Services, request: schemas.CompletionRequest) -> PreparedRequest:
-    """Raises AdapterNotFound, UsageError, RequestTooLong."""
+    """Prepare a text completion. Raises AdapterNotFound, UsageError, RequestTooLong."""
     chosen, mix = _chosen(services, request)
     given = request.single_prompt()
     room = services.engine.max_model_len
@@ -61,33 +64,35 @@ async def prepare_completion(services: Services, request: schemas.CompletionRequ
         prompt = await services.prompts.text(given, max_tokens=room)
     else:
         prompt = services.prompts.check_tokens(given, max_tokens=room)
-    return _question(services, request, chosen, mix, prompt, request.logprobs, is_chat=False)
+    return _prepared(services, request, chosen, mix, prompt, request.logprobs, is_chat=False)
 
 
 def _chosen(
     services: Services, request: schemas.ChatRequest | schemas.CompletionRequest
 ) -> tuple[list[Published], tuple[AdapterScale, ...]]:
-    """The adapters a request means, by `model` or by the `adapter` extension."""
+    """Return the adapters of a request, from `model` or from the `adapter` extension."""
     by_model = services.catalog.find(request.model)
     wanted = request.choices() or ([schemas.AdapterChoice(name=by_model.name, scale=1.0)] if by_model else [])
     names = [choice.name for choice in wanted]
     found = [services.catalog.find(name) for name in names]
     twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
-        raise UsageError(f"adapter names {', '.join(twice)} more than once: name each once, with its scale.")
+        raise UsageError(f"adapter has {', '.join(twice)} more than once: expected each name once. Give it one scale.")
     if by_model is not None and by_model.name not in names:
         raise UsageError(
-            f"model is {by_model.name!r} and adapter names {', '.join(names)}: they must agree, or model be "
-            f"{services.catalog.base_name!r}."
+            f"model {by_model.name!r} is not in adapter ({', '.join(names)}): expected one of those, or the base. Send "
+            f"model {services.catalog.base_name!r}."
         )
     chosen = [published for published in found if published is not None]
     if len(chosen) < len(found):
-        raise UsageError("adapter names the base model, which is always there: name adapters only.")
+        raise UsageError(
+            "adapter has the name of the base model: expected adapters only. Remove it: the base is always used."
+        )
     mix = tuple(AdapterScale(p.adapter.digest, c.scale) for p, c in zip(chosen, wanted, strict=True))
     return chosen, mix
 
 
-def _question(
+def _prepared(
     services: Services,
     request: schemas.ChatRequest | schemas.CompletionRequest,
     chosen: list[Published],
@@ -98,7 +103,7 @@ def _question(
     is_chat: bool,
 ) -> PreparedRequest:
     if not prompt:
-        raise UsageError("the prompt has no tokens: send some text.")
+        raise UsageError("the prompt has no tokens: expected at least one. Send some text.")
     room = services.engine.max_model_len - len(prompt)
     if room < 1:
         raise too_long(f"{len(prompt)} tokens", services.engine.max_model_len)
@@ -124,13 +129,13 @@ def _question(
     return PreparedRequest(name, request.model, "+".join(parts), adapters, prompt, requests, is_chat)
 
 
-async def answer(services: Services, question: PreparedRequest) -> AsyncGenerator[tuple[int, Delta], None]:
-    """(choice, chunk) as they come; leases the adapters for as long as it runs, aborts what is left when closed."""
-    async with services.cache.lease(question.adapters):
-        timers = [services.metrics.request(question.model, len(question.prompt)) for _ in question.requests]
-        async with aclosing(_merged(services.engine, question.requests)) as chunks:
+async def generate(services: Services, prepared: PreparedRequest) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Yield (index of the choice, chunk). Lease the adapters meanwhile; closing aborts the unfinished choices."""
+    async with services.cache.lease(prepared.adapters):
+        timers = [services.metrics.request(prepared.model, len(prepared.prompt)) for _ in prepared.requests]
+        async with aclosing(_merged(services.engine, prepared.requests)) as chunks:
             async for index, chunk in chunks:
-                timers[index].saw(chunk)
+                timers[index].record(chunk)
                 yield index, chunk
 
 
@@ -149,7 +154,7 @@ async def _merged(engine: Engine, requests: tuple[GenerationRequest, ...]) -> As
                     queue.put_nowait((index, chunk))
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # whatever it is: the others would be waited for without end
+        except BaseException as error:  # of any kind: without it, the other choices would be waited for forever
             queue.put_nowait(error)
 
     pumps = [asyncio.create_task(pump(index, request)) for index, request in enumerate(requests)]
@@ -169,6 +174,8 @@ async def _merged(engine: Engine, requests: tuple[GenerationRequest, ...]) -> As
 
 @dataclass
 class _Choice:
+    """A choice of a completion while its chunks arrive."""
+
     text: str = ""
     num_tokens: int = 0
     num_cached_tokens: int = 0
@@ -176,10 +183,10 @@ class _Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
-async def completion_response(services: Services, question: PreparedRequest) -> dict[str, Any]:
-    """The answer in one piece."""
-    choices = [_Choice() for _ in question.requests]
-    async with aclosing(answer(services, question)) as chunks:
+async def completion_response(services: Services, prepared: PreparedRequest) -> dict[str, Any]:
+    """Return the whole completion in OpenAI's form."""
+    choices = [_Choice() for _ in prepared.requests]
+    async with aclosing(generate(services, prepared)) as chunks:
         async for index, chunk in chunks:
             choice = choices[index]
             choice.text += chunk.text
@@ -187,50 +194,47 @@ async def completion_response(services: Services, question: PreparedRequest) -> 
             choice.num_cached_tokens = chunk.num_cached_tokens
             choice.finish_reason = chunk.finish_reason
             choice.logprobs += chunk.logprobs
-    kind = "chat.completion" if question.is_chat else "text_completion"
+    kind = "chat.completion" if prepared.is_chat else "text_completion"
     return {
-        **_head(question, kind),
-        "choices": [_whole_choice(question, index, choice) for index, choice in enumerate(choices)],
+        **_head(prepared, kind),
+        "choices": [_whole_choice(prepared, index, choice) for index, choice in enumerate(choices)],
         "usage": schemas.usage(
-            len(question.prompt),
+            len(prepared.prompt),
             sum(choice.num_tokens for choice in choices),
             cached_tokens=choices[0].num_cached_tokens,
         ),
     }
 
 
-async def event_stream(
-    services: Services, question: PreparedRequest, *, include_usage: bool
+async def completion_events(
+    services: Services, prepared: PreparedRequest, *, include_usage: bool
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events in OpenAI's form; an error in mid-stream is an event, too."""
-    kind = "chat.completion.chunk" if question.is_chat else "text_completion"
-    head = _head(question, kind)
-    counts = [0] * len(question.requests)
-    shared = 0
+    """Yield the completion as server-sent events in OpenAI's form; an error after the first event is an event too."""
+    kind = "chat.completion.chunk" if prepared.is_chat else "text_completion"
+    head = _head(prepared, kind)
+    counts = [0] * len(prepared.requests)
+    num_cached_tokens = 0
     try:
-        async with aclosing(answer(services, question)) as chunks:
+        async with aclosing(generate(services, prepared)) as chunks:
             async for index, chunk in chunks:
                 is_first = counts[index] == 0
                 counts[index] = chunk.num_tokens
-                shared = (
-                    chunk.num_cached_tokens if index == 0 else shared
-                )  # the others may share what the first computed
+                if index == 0:  # the other choices may share what the first computed
+                    num_cached_tokens = chunk.num_cached_tokens
                 if chunk.text or chunk.logprobs or chunk.finish_reason or is_first:
-                    yield _event({**head, "choices": [_delta_chunk(question, index, chunk, is_first=is_first)]})
+                    yield _event({**head, "choices": [_delta_chunk(prepared, index, chunk, is_first=is_first)]})
         if include_usage:
-            yield _event(
-                {**head, "choices": [], "usage": schemas.usage(len(question.prompt), sum(counts), cached_tokens=shared)}
-            )
+            usage = schemas.usage(len(prepared.prompt), sum(counts), cached_tokens=num_cached_tokens)
+            yield _event({**head, "choices": [], "usage": usage})
     except AdapterHubError as error:
         if not any(counts):
-            raise  # nothing was sent yet: the caller can still answer with a status
+            raise  # nothing was sent yet: the caller can still respond with a status
         yield _event(schemas.error_body(str(error), code=error.code, kind=schemas.kind_of_error(error.http_status)))
     except Exception:
         if not any(counts):
             raise
-        log.exception("the stream of %s failed", question.id)
-        said = "the server failed unexpectedly; its log says more."
-        yield _event(schemas.error_body(said, code="internal_error", kind="server_error"))
+        log.exception("the stream of %s failed", prepared.id)
+        yield _event(schemas.error_body(UNEXPECTED, code="internal_error", kind="server_error"))
     yield "data: [DONE]\n\n"
 
 
@@ -238,35 +242,35 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _head(question: PreparedRequest, kind: str) -> dict[str, Any]:
+def _head(prepared: PreparedRequest, kind: str) -> dict[str, Any]:
     return {
-        "id": question.id,
+        "id": prepared.id,
         "object": kind,
-        "created": question.created,
-        "model": question.model,
-        "system_fingerprint": question.fingerprint,
+        "created": prepared.created,
+        "model": prepared.model,
+        "system_fingerprint": prepared.fingerprint,
     }
 
 
-def _whole_choice(question: PreparedRequest, index: int, choice: _Choice) -> dict[str, Any]:
+def _whole_choice(prepared: PreparedRequest, index: int, choice: _Choice) -> dict[str, Any]:
     reason = choice.finish_reason.value if choice.finish_reason else None
-    logprobs = _logprobs(question, choice.logprobs)
-    if question.is_chat:
+    logprobs = _logprobs(prepared, choice.logprobs)
+    if prepared.is_chat:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
     return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _delta_chunk(question: PreparedRequest, index: int, chunk: Delta, *, is_first: bool) -> dict[str, Any]:
+def _delta_chunk(prepared: PreparedRequest, index: int, chunk: Delta, *, is_first: bool) -> dict[str, Any]:
     reason = chunk.finish_reason.value if chunk.finish_reason else None
-    logprobs = _logprobs(question, list(chunk.logprobs))
-    if not question.is_chat:
+    logprobs = _logprobs(prepared, list(chunk.logprobs))
+    if not prepared.is_chat:
         return {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": reason}
     delta = {"role": "assistant", "content": chunk.text} if is_first else {"content": chunk.text}
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _logprobs(question: PreparedRequest, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
+def _logprobs(prepared: PreparedRequest, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
     if not logprobs:
         return None
-    return schemas.chat_logprobs(logprobs) if question.is_chat else schemas.completion_logprobs(logprobs)
+    return schemas.chat_logprobs(logprobs) if prepared.is_chat else schemas.completion_logprobs(logprobs)

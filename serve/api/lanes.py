@@ -1,7 +1,4 @@
-"""Threads for work that would hold up the event loop, few enough that no crowd of requests takes them from each other.
-
-Knows nothing of requests: what is given here is a function and the size of what it works on.
-"""
+"""Threads for work that would block the event loop: one for light and one for heavy work of each kind."""
 
 from __future__ import annotations
 
@@ -11,48 +8,55 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 INLINE_SIZE = 4 << 10
-"""bytes or characters that are worked on at once: a thread would take longer to be woken than the work takes"""
+"""Size up to which work is done on the event loop, in bytes or characters: waking a thread would take longer."""
 LIGHT_SIZE = 16 << 10
-"""bytes or characters up to which work takes a few milliseconds and never waits for larger work"""
+"""Size up to which work is light, in bytes or characters: a few milliseconds, without waiting for heavy work."""
 SHORT_S = 0.002
+"""Time of work that needs no rest after it, in seconds."""
 REST = 3.0
-"""what follows work that held the interpreter for more than SHORT_S, as a multiple of it: the engine's thread and the
-event loop need the interpreter, too"""
+"""Rest after work that held the interpreter's lock longer than SHORT_S, as a multiple of its time.
+
+The engine's thread and the event loop need the lock too.
+"""
 
 
 class Lanes:
-    """A lane for light work and one for heavy work, which waits its turn there however many requests bring it."""
+    """A lane for light and one for heavy work. Heavy work waits its turn there, however many requests bring it."""
 
     def __init__(self) -> None:
         self._computing = {is_light: _Lane(rest=REST) for is_light in (True, False)}
         self._tokenizing = {is_light: _Lane(rest=0.0) for is_light in (True, False)}
 
-    async def compute(self, size: int, work: Callable[Given, Made], *given: Given.args, **named: Given.kwargs) -> Made:
+    async def compute(
+        self, size: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
         """Run work that holds the interpreter's lock while it runs (JSON, templates)."""
-        return await self._computing[size <= LIGHT_SIZE].run(lambda: work(*given, **named))
+        return await self._computing[size <= LIGHT_SIZE].run(lambda: work(*args, **kwargs))
 
-    async def tokenize(self, size: int, work: Callable[Given, Made], *given: Given.args, **named: Given.kwargs) -> Made:
-        """Run work that gives the interpreter's lock back while it runs."""
-        return await self._tokenizing[size <= LIGHT_SIZE].run(lambda: work(*given, **named))
+    async def tokenize(
+        self, size: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """Run work that releases the interpreter's lock while it runs."""
+        return await self._tokenizing[size <= LIGHT_SIZE].run(lambda: work(*args, **kwargs))
 
 
 class _Lane:
-    """One thread. Work that is cancelled while it waits never runs; what runs already runs on, for nobody."""
+    """One thread. Work that is cancelled while it waits never runs; work that has started runs to its end."""
 
     def __init__(self, *, rest: float) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="lane")
         self._rest = rest
         self._rests_until = 0.0
 
-    async def run(self, work: Callable[[], Made]) -> Made:
+    async def run(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._rested, work)
 
-    def _rested(self, work: Callable[[], Made]) -> Made:
-        # Before the next work, not after this one: whoever waits for this one has it at once.
+    def _rested(self, work: Callable[[], Result]) -> Result:
+        # The rest comes before the next work, so that the result of this one returns at once.
         time.sleep(max(0.0, self._rests_until - time.monotonic()))
         begun = time.thread_time()
         try:

@@ -1,4 +1,4 @@
-"""From messages to token ids, with the chat template that travels with the adapter."""
+"""Prompts: from messages to token ids, with the adapter's chat template."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from serve.api.lanes import Lanes
 from serve.api.token_length import TokenBound
 
 _MESSAGE_SIZE = 32
-"""what a message costs the template beside its text, in characters of text"""
+"""Cost of a message in the template beside its text, in characters of text."""
 
 
 class PromptRenderer:
-    """The base's tokenizer, and each adapter's own template; both at work in threads."""
+    """The base's tokenizer and each adapter's chat template, which run in threads."""
 
     def __init__(self, tokenizer: Any, lanes: Lanes | None = None) -> None:
         self._tokenizer = tokenizer
@@ -27,9 +27,9 @@ class PromptRenderer:
     async def chat(
         self, messages: Sequence[dict[str, str]], adapter: Adapter | None, *, max_tokens: int
     ) -> tuple[int, ...]:
-        """Token ids up to where the assistant speaks.
+        """Return the token ids of the messages, with the generation prompt.
 
-        Raises UsageError for messages the template refuses, RequestTooLong for text that cannot fit `max_tokens`.
+        Raises UsageError for messages that the template refuses, RequestTooLong for more than `max_tokens`.
         """
         size = sum(len(message["content"]) + _MESSAGE_SIZE for message in messages)
         text = await self.lanes.compute(size, self._render, messages, adapter)
@@ -37,25 +37,27 @@ class PromptRenderer:
         return await self.lanes.tokenize(len(text), self._tokenize, text, add_special_tokens=False)
 
     async def text(self, text: str, *, max_tokens: int) -> tuple[int, ...]:
-        """Token ids of a plain text. Raises RequestTooLong for one that cannot fit `max_tokens`."""
+        """Return the token ids of a text. Raises RequestTooLong for more than `max_tokens`."""
         self._check_length(text, max_tokens)
         return await self.lanes.tokenize(len(text), self._tokenize, text, add_special_tokens=True)
 
     def end_token(self, text: str | None) -> int | None:
-        """An adapter's own end token, spelt `text`; None when it is the base's, or no token of this vocabulary."""
+        """Return the id of an adapter's end token; None where it is the base's, or not in this vocabulary."""
         if text is None or text == self._tokenizer.eos_token:
             return None
         found = self._tokenizer.convert_tokens_to_ids(text)
         return int(found) if found is not None and self._tokenizer.convert_ids_to_tokens(found) == text else None
 
     def check_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> tuple[int, ...]:
-        """Token ids as given by a client. Raises UsageError for one the vocabulary does not have, RequestTooLong."""
+        """Return a client's token ids. Raises UsageError for one that is not in the vocabulary, RequestTooLong."""
         if len(tokens) > max_tokens:
             raise too_long(f"{len(tokens)} tokens", max_tokens)
         size = len(self._tokenizer)
-        strange = [token for token in tokens if not 0 <= token < size]
-        if strange:
-            raise UsageError(f"token {strange[0]} is not in the vocabulary of {size} tokens.")
+        unknown = [token for token in tokens if not 0 <= token < size]
+        if unknown:
+            raise UsageError(
+                f"token {unknown[0]} is not in the vocabulary: expected 0 to {size - 1}. Use the base's tokenizer."
+            )
         return tuple(tokens)
 
     def _render(self, messages: Sequence[dict[str, str]], adapter: Adapter | None) -> str:
@@ -65,11 +67,13 @@ class PromptRenderer:
                     list(messages), chat_template=self._template(adapter), add_generation_prompt=True, tokenize=False
                 )
             )
-        except Exception as error:  # a template is a program: it may divide by zero as well as refuse
-            raise UsageError(f"these messages do not fit the chat template: {error}.") from error
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise UsageError(
+                f"the chat template refuses these messages: {str(error).rstrip('.')}. Send messages that it takes."
+            ) from error
 
     def _tokenize(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        # Called, the tokenizer gives the interpreter's lock back while it works; its `encode` does not.
+        # `__call__` releases the interpreter's lock; `encode` does not.
         return tuple(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def _check_length(self, text: str, max_tokens: int) -> None:
@@ -86,7 +90,7 @@ class PromptRenderer:
 
 
 def too_long(length: str, max_tokens: int) -> RequestTooLong:
-    """The refusal of a prompt of this length by a server that holds `max_tokens`."""
+    """Return the error for a prompt of this length on a server with `max_tokens` of context."""
     return RequestTooLong(
-        f"the prompt has {length}, this server holds {max_tokens} tokens with the answer: shorten it."
+        f"the prompt has {length}: expected at most {max_tokens} tokens for prompt and answer. Shorten the prompt."
     )

@@ -1,4 +1,4 @@
-"""Sizes of single fields beyond which a request costs its neighbours more than it can be worth. Knows no engine."""
+"""Limits of single request fields that would slow down other requests."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from collections.abc import Sequence
 from adapterhub.errors import UsageError
 
 MAX_STOP_LENGTH = 1000
-"""characters of a stop string, which is looked for in every piece of an answer"""
+"""Length of a stop string, in characters: every delta of an answer is searched for it."""
 MAX_CONSTRAINT_LENGTH = 64 << 10
-"""characters of a schema, regex, grammar or list of choices: one that refers on and on takes a fifth of the stack that
-it is read on (serve/local_engine/guided_decoding.py)"""
+"""Length of a schema, regex, grammar or list of choices, in characters.
+
+At this length, a chain of references takes a fifth of the stack of its reader (serve/local_engine/guided_decoding.py).
+"""
 
 
 def check_stop(stop: Sequence[str]) -> None:
-    """Raises UsageError."""
+    """Check the length of each stop string. Raises UsageError."""
     longest = max(map(len, stop), default=0)
     if longest > MAX_STOP_LENGTH:
-        raise UsageError(f"a stop string has {longest:,} characters: send at most {MAX_STOP_LENGTH:,}.")
+        raise UsageError(
+            f"a stop string has {longest:,} characters: expected at most {MAX_STOP_LENGTH:,}. Send a shorter one."
+        )
 
 
 def check_length(length: int) -> None:
-    """Of what an answer must fit. Raises ValueError, for the field that it is in."""
+    """Check the length of a constraint. Raises ValueError, which pydantic reports with the field."""
     if length > MAX_CONSTRAINT_LENGTH:
-        raise ValueError(f"{length:,} characters are too long: send at most {MAX_CONSTRAINT_LENGTH:,}")
+        raise ValueError(f"{length:,} characters are too many: expected at most {MAX_CONSTRAINT_LENGTH:,}")

@@ -1,7 +1,8 @@
-"""The order of work on a request: rights and headers, then the body within its limits, then the route itself."""
+"""The order of work on a request: rights and headers, then the body within its limits, then the route."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from fastapi.routing import APIRoute
 from adapterhub.errors import WrongContentType
 from serve.api.access import ACCESS, JSON, Access, Right
 from serve.api.auth import ApiKeys
-from serve.api.body import BodyReader, Slot, has_body, parse_json
+from serve.api.body import BodyPermit, BodyReader, has_body, parse_json
 from serve.api.lanes import INLINE_SIZE, Lanes
 
 _JSON_BASED = re.compile(r"application/[a-z0-9!#$&^_.+-]+\+json")
@@ -22,14 +23,14 @@ _JSON_BASED = re.compile(r"application/[a-z0-9!#$&^_.+-]+\+json")
 
 
 class BodyField(Protocol):
-    """What FastAPI knows of a route's body."""
+    """FastAPI's description of a route's body."""
 
     def validate(self, value: Any, values: dict[str, Any], *, loc: tuple[str, ...]) -> tuple[Any, list[dict[str, Any]]]:
-        """The body as the route wants it, or what is wrong with it."""
+        """Return the body as the route takes it, and the validation errors."""
 
 
-class Door:
-    """What every route shares: the keys, and where bodies are read and parsed."""
+class RequestGuard:
+    """Checks keys and headers, and reads and parses bodies, for every route."""
 
     def __init__(self, keys: ApiKeys, bodies: BodyReader, lanes: Lanes) -> None:
         self._keys = keys
@@ -37,53 +38,59 @@ class Door:
         self._lanes = lanes
 
     def check(self, request: Request, access: Access) -> None:
-        """Raises InvalidKey, NotAllowed, WrongContentType; looks at nothing but the headers."""
+        """Check the headers, and nothing else. Raises InvalidKey, NotAllowed, WrongContentType."""
         if access.right is not Right.OPEN:
             needs_admin = access.right is Right.MANAGE
             self._keys.check(request.headers.get("authorization"), needs_admin=needs_admin)
         if has_body(request) and request.method not in ("GET", "HEAD"):
             _check_type(request, access.body_types)
 
-    async def answer(
+    async def handle(
         self, request: Request, access: Access, field: BodyField, route: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        """What `route` answers, given the body as `field` wants it."""
-        async with self._bodies.slot() as slot:
-            body = await self._bodies.read(request, slot)
+        """Return the response of `route` to a request whose body is parsed as `field` describes it."""
+        async with self._bodies.permit() as permit:
+            body = await self._bodies.read(request, permit)
             if len(body) <= INLINE_SIZE:
                 value = _validated(body, field)
             else:
                 value = await self._lanes.compute(len(body), _validated, body, field)
             del body
             if not access.keeps_body:
-                slot.free()
-            return await route(_ReadRequest(request, value, slot))
+                permit.release()
+            return await route(_ReadRequest(request, value, permit))
 
 
 class ApiRoute(APIRoute):
-    """A route of the API. Its path must be in ACCESS."""
+    """A route of the API. Its path must be in ACCESS; its docstring's first line is its summary in OpenAPI."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        summary, _, description = (inspect.getdoc(endpoint) or "").partition("\n")
+        options["summary"] = options.get("summary") or summary.removesuffix(".") or None
+        options["description"] = options.get("description") or description.strip()
+        super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Any]:
-        """FastAPI's own handler, behind the door."""
+        """Return FastAPI's own handler behind the guard."""
         if self.path not in ACCESS:
-            raise LookupError(f"{self.path} has no entry in serve/api/access.py: say there who may use it.")
+            raise LookupError(f"{self.path} has no entry in serve/api/access.py: every route needs one. Add it.")
         access, field, route = ACCESS[self.path], self.body_field, super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            door: Door = request.app.state.door
-            door.check(request, access)
-            return await (route(request) if field is None else door.answer(request, access, field, route))
+            guard: RequestGuard = request.app.state.guard
+            guard.check(request, access)
+            return await (route(request) if field is None else guard.handle(request, access, field, route))
 
         return handle
 
 
 class _ReadRequest(Request):
-    """A request whose body is a value already: FastAPI finds nothing left to read, parse or validate."""
+    """A request whose body is read, parsed and validated, so that FastAPI does none of it again."""
 
-    def __init__(self, request: Request, value: Any, slot: Slot) -> None:
+    def __init__(self, request: Request, value: Any, permit: BodyPermit) -> None:
         super().__init__(request.scope, request.receive)
         self._value = value
-        self._slot = slot
+        self._permit = permit
 
     async def body(self) -> bytes:
         return b"read"
@@ -91,15 +98,15 @@ class _ReadRequest(Request):
     async def json(self) -> Any:
         return self._value
 
-    def forget(self) -> None:
+    def release_body(self) -> None:
         self._value = None
-        self._slot.free()
+        self._permit.release()
 
 
-def forget_body(request: Request) -> None:
-    """Give back the memory of a large body, for routes that go on long after they have read it."""
+def release_body(request: Request) -> None:
+    """Release the memory of a large body, in routes that run long after they have read it."""
     if isinstance(request, _ReadRequest):
-        request.forget()
+        request.release_body()
 
 
 def _validated(body: bytearray, field: BodyField) -> Any:
@@ -112,9 +119,10 @@ def _validated(body: bytearray, field: BodyField) -> Any:
 def _check_type(request: Request, expected: tuple[str, ...]) -> None:
     coding = request.headers.get("content-encoding", "identity")
     if coding != "identity":
-        raise WrongContentType(f"the request body has the Content-Encoding {coding[:100]!r}: send it uncompressed.")
+        raise WrongContentType(f"invalid Content-Encoding {coding[:100]!r}: expected none. Send the body uncompressed.")
     essence = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     is_json = expected == JSON and _JSON_BASED.fullmatch(essence) is not None
     if essence not in expected and not is_json:
-        found = f"the Content-Type {essence[:100]!r}" if essence else "no Content-Type"
-        raise WrongContentType(f"the request body has {found}: send Content-Type: {expected[0]}.")
+        found = f"invalid Content-Type {essence[:100]!r}" if essence else "the Content-Type is missing"
+        types = " or ".join(expected)
+        raise WrongContentType(f"{found}: expected {types}. Send the header 'Content-Type: {expected[0]}'.")

@@ -1,4 +1,4 @@
-"""OpenAI's shapes: what requests may say, what answers look like. No logic beyond translation.
+"""OpenAI's request and response schemas, and their translation to the engine's types.
 
 https://platform.openai.com/docs/api-reference/chat and /completions; extensions are named in docs/api.md.
 """
@@ -18,12 +18,14 @@ from serve.engine import GuidedDecoding, SamplingParams, TokenLogprob
 
 
 class _Wire(BaseModel):
+    """Base of all schemas: unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid")
 
 
 def _not_a_boolean(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("a number is expected, not true or false")
+        raise ValueError("expected a number, not true or false")
     return value
 
 
@@ -32,24 +34,24 @@ def _underflow(value: float) -> float:
 
 
 _LEAST_FP32 = 2.0**-126
-"""the smallest normal number of fp32, which the engine computes in"""
+"""Smallest normal number of fp32, which the engine computes in."""
 
 
 def _token_id(key: str) -> str:
-    """So that no two keys are one token."""
+    """Refuse other spellings of a token id, so that no two keys are the same token."""
     if not re.fullmatch("0|[1-9][0-9]{0,18}", key):
-        raise ValueError("a token id is expected: digits, without sign, space or exponent")
+        raise ValueError("expected a token id: digits, without sign, space or exponent")
     return key
 
 
 def _as_json(value: object) -> object:
-    """A schema as the text that an engine reads, no longer than it was sent."""
+    """Return a schema as the engine's text, no longer than the client's."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")) if isinstance(value, dict) else value
 
 
 def _as_json_of_object(value: object) -> object:
     if value is not None and not isinstance(value, dict):
-        raise ValueError("an object is expected: the schema")
+        raise ValueError("expected an object: the schema")
     return _as_json(value)
 
 
@@ -66,45 +68,51 @@ def _check_text(text: str) -> str:
 Float = Annotated[float, BeforeValidator(_not_a_boolean), Field(allow_inf_nan=False)]
 Int = Annotated[int, BeforeValidator(_not_a_boolean)]
 Fp32 = AfterValidator(_underflow)
-"""After the bounds: what is checked as it was sent is 0 where it would be 0 in the arithmetic."""
+"""Validator after the bounds: what would be 0 in fp32 becomes 0."""
 TokenKey = Annotated[str, AfterValidator(_token_id)]
 Bias = Annotated[Float, Field(ge=-100, le=100), Fp32]
 BoundedText = Annotated[str, AfterValidator(_check_text)]
 Schema = Annotated[BoundedText, BeforeValidator(_as_json_of_object, json_schema_input_type=dict[str, Any])]
 AnySchema = Annotated[BoundedText, BeforeValidator(_as_json, json_schema_input_type=dict[str, Any] | str)]
-"""JSON as text, whichever way it was sent"""
+"""JSON schema as text, sent as an object or as text."""
 
 
 Name = Annotated[str, Field(max_length=500)]
 Label = Annotated[str, Field(max_length=512)]
-"""What is kept for as long as the request is, though nobody reads it."""
+"""Text without effect, kept in memory for as long as the request."""
 
 
 class TextPart(_Wire):
+    """Text content of a message."""
+
     type: Literal["text"]
     text: str
 
 
 class Message(_Wire):
+    """A message of a chat."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: Label | None = None
 
     def plain(self) -> dict[str, str]:
-        """What a chat template reads."""
+        """Return the message as chat templates take it."""
         parts = self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class AdapterChoice(_Wire):
-    """Extension: an adapter by published name, with the factor its update is multiplied by."""
+    """An adapter of a mix, by published name, and the scale of its update (our extension)."""
 
     name: Name
     scale: Annotated[Float, Field(ge=-4.0, le=4.0), Fp32] = 1.0
 
 
 class JsonSchema(_Wire):
+    """A named JSON schema."""
+
     name: Label = "answer"
     description: BoundedText | None = None
     schema_: Schema | None = Field(None, alias="schema")
@@ -112,7 +120,7 @@ class JsonSchema(_Wire):
 
 
 class ResponseFormat(_Wire):
-    """OpenAI's: free text, any JSON object, or JSON that fits a schema."""
+    """OpenAI's guided decoding: free text, any JSON object, or JSON that matches a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -120,10 +128,11 @@ class ResponseFormat(_Wire):
     @model_validator(mode="after")
     def _schema_where_it_belongs(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with type 'json_schema', and only with it")
+            raise ValueError("expected json_schema with type 'json_schema', and only with it")
         return self
 
     def constraint(self) -> GuidedDecoding | None:
+        """Return the constraint for the engine."""
         if self.type == "text":
             return None
         schema = self.json_schema.schema_ if self.json_schema else None
@@ -131,7 +140,7 @@ class ResponseFormat(_Wire):
 
 
 class StructuredOutputs(_Wire):
-    """vLLM's extension: exactly one of them."""
+    """vLLM's guided decoding: exactly one of the fields."""
 
     json_: AnySchema | None = Field(None, alias="json")
     regex: BoundedText | None = None
@@ -141,10 +150,11 @@ class StructuredOutputs(_Wire):
     @model_validator(mode="after")
     def _one(self) -> StructuredOutputs:
         if sum(one is not None for one in (self.json_, self.regex, self.choice, self.grammar)) != 1:
-            raise ValueError("exactly one of json, regex, choice and grammar must be given")
+            raise ValueError("expected exactly one of json, regex, choice and grammar")
         return self
 
     def constraint(self) -> GuidedDecoding:
+        """Return the constraint for the engine."""
         if self.json_ is not None:
             return GuidedDecoding("json_schema", self.json_)
         if self.regex is not None:
@@ -155,15 +165,19 @@ class StructuredOutputs(_Wire):
 
 
 _BEST_ONLY = 1e-6
-"""a top_p that keeps the best token alone, for one that fp32 makes 0, which vLLM refuses"""
+"""A top_p that keeps the best token alone, in place of 0, which vLLM refuses."""
 
 
 class StreamOptions(_Wire):
+    """Options of a streamed completion."""
+
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
 class _Request(_Wire):
+    """Fields that chat and text completions share."""
+
     model: Name
     adapter: AdapterChoice | list[AdapterChoice] | None = None
     max_tokens: Int | None = Field(None, ge=1)
@@ -185,7 +199,7 @@ class _Request(_Wire):
     ignore_eos: bool = False
     stop_token_ids: list[Int] = []
     structured_outputs: StructuredOutputs | None = None
-    # accepted because clients send them, without effect on the answer
+    # accepted because clients send them; without effect
     user: Label | None = None
     metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)] | None = None
     store: bool | None = None
@@ -197,19 +211,19 @@ class _Request(_Wire):
     @model_validator(mode="after")
     def _no_empty_stop(self) -> _Request:
         if "" in ([self.stop] if isinstance(self.stop, str) else self.stop or []):
-            raise ValueError("a stop string must not be empty")
+            raise ValueError("expected a stop string that is not empty")
         return self
 
     @model_validator(mode="after")
     def _one_constraint(self) -> _Request:
         if self.structured_outputs is not None and self.response_format is not None:
-            raise ValueError("response_format and structured_outputs both say what the answer must fit: send one")
+            raise ValueError("expected one of response_format and structured_outputs, not both")
         asked = self.structured_outputs or self.response_format
         self._constraint = asked.constraint() if asked else None
         return self
 
     def choices(self) -> list[AdapterChoice]:
-        """The adapters asked for through the extension, if any."""
+        """Return the adapters of the `adapter` extension."""
         if self.adapter is None:
             return []
         return self.adapter if isinstance(self.adapter, list) else [self.adapter]
@@ -217,7 +231,7 @@ class _Request(_Wire):
     def sampling(
         self, *, max_tokens: int, extra_stop: list[str], end_tokens: list[int], top_logprobs: int | None
     ) -> list[SamplingParams]:
-        """One for each choice."""
+        """Return the sampling parameters of each choice."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         first = SamplingParams(
             max_tokens=max_tokens,
@@ -237,11 +251,13 @@ class _Request(_Wire):
         )
         if self.seed is None:
             return [first] * self.n
-        # Each of n answers is another draw, and each can be repeated.
+        # Each choice has a seed of its own, and can be repeated.
         return [replace(first, seed=(self.seed + index) % 2**63) for index in range(self.n)]
 
 
 class ChatRequest(_Request):
+    """Body of POST /v1/chat/completions."""
+
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: Int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -249,14 +265,18 @@ class ChatRequest(_Request):
 
     @property
     def wanted_tokens(self) -> int | None:
+        """Maximum answer length, in tokens; None where the request has none."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def wanted_logprobs(self) -> int | None:
+        """Number of most likely tokens to list; None for no log-probabilities."""
         return self.top_logprobs if self.logprobs else None
 
 
 class CompletionRequest(_Request):
+    """Body of POST /v1/completions."""
+
     prompt: str | Annotated[list[Int], Field(fail_fast=True)] | Annotated[list[str], Field(fail_fast=True)]
     logprobs: Int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
@@ -265,19 +285,22 @@ class CompletionRequest(_Request):
 
     @property
     def wanted_tokens(self) -> int | None:
+        """Maximum answer length, in tokens; None where the request has none."""
         return self.max_tokens or 16  # OpenAI's default for this endpoint
 
     def single_prompt(self) -> str | list[int]:
-        """Raises UsageError for several prompts in one request."""
+        """Return the prompt, as text or token ids. Raises UsageError for several prompts."""
         if isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], str):
             if len(self.prompt) > 1:
-                raise UsageError("one prompt per request, please: send several requests, they share a batch anyway.")
+                raise UsageError(
+                    f"the request has {len(self.prompt)} prompts: expected one. Send one request for each."
+                )
             return self.prompt[0]
         return self.prompt  # type: ignore[return-value]
 
 
 class LoadRequest(_Wire):
-    """vLLM's names. `lora_path` is a reference: a registry name, a digest, or owner/name on the Hub."""
+    """Body of POST /v1/load_lora_adapter. `lora_path` is a registry name, a digest, or owner/name on the Hub."""
 
     lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
     lora_path: Name
@@ -285,21 +308,25 @@ class LoadRequest(_Wire):
 
 
 class UnloadRequest(_Wire):
+    """Body of POST /v1/unload_lora_adapter."""
+
     lora_name: Name
     lora_int_id: int | None = None
 
 
 def kind_of_error(status: int) -> str:
-    """OpenAI's `type` of an error with this HTTP status."""
+    """Return OpenAI's `type` of an error with this HTTP status."""
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
 def error_body(message: str, *, code: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    """Return OpenAI's body of an error response."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def usage(prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0) -> dict[str, Any]:
+    """Return OpenAI's usage figures."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -309,6 +336,7 @@ def usage(prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0)
 
 
 def chat_logprobs(logprobs: list[TokenLogprob]) -> dict[str, Any]:
+    """Return log-probabilities as a chat completion has them."""
     return {"content": [_one_logprob(one) for one in logprobs], "refusal": None}
 
 
@@ -326,6 +354,7 @@ def _byte_list(one: TokenLogprob) -> list[int] | None:
 
 
 def completion_logprobs(logprobs: list[TokenLogprob]) -> dict[str, Any]:
+    """Return log-probabilities as a text completion has them."""
     return {
         "tokens": [one.text for one in logprobs],
         "token_logprobs": [one.logprob for one in logprobs],
@@ -335,7 +364,7 @@ def completion_logprobs(logprobs: list[TokenLogprob]) -> dict[str, Any]:
 
 
 def _top_by_name(one: TokenLogprob) -> dict[str, float]:
-    """The strongest tokens and the chosen one, so up to n + 1; of two with one name, one goes by its number."""
+    """Return the most likely tokens and the sampled one, up to n + 1; a second token of one text by its id."""
     names = {one.token: one.text}
     for top in one.top:
         if top.token not in names:

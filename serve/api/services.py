@@ -1,4 +1,4 @@
-"""What the routes work with."""
+"""The services that the API's routes use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serve.training.runs import TrainingRuns
 
 @dataclass(frozen=True)
 class Services:
-    """What answering needs; built once, in server.py."""
+    """The services of a server, created once, in server.py."""
 
     engine: Engine
     catalog: Catalog
@@ -24,8 +24,8 @@ class Services:
     prompts: PromptRenderer
     metrics: Metrics
     training: TrainingRuns | None = None
-    """None: this server starts no training runs"""
+    """Training runs; None where the server starts none."""
     feedback: FeedbackStore | None = None
-    """None: this server keeps no feedback"""
+    """Feedback; None where the server stores none."""
     registry: Registry | None = None
-    """None: this server does not show what is on its machine"""
+    """Adapters of this machine; None where the server has no routes for them."""

@@ -1,4 +1,4 @@
-"""How many tokens a text gives at least: tells that it is too long without tokenizing it. Knows no requests."""
+"""Lower bound of the number of tokens of a text, to refuse one that is too long without tokenizing it."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 _SHRINKING = {"Prepend": 1, "NFD": 1, "NFKD": 1, "NFC": 4, "NFKC": 4}
-"""normalizer -> how many characters it may make one of: no character decomposes canonically into more than four"""
+"""Normalizer -> characters that it may merge into one: no character decomposes canonically into more than four."""
 _CUTTING = ("ByteLevel", "Metaspace", "Split", "Digits", "Punctuation")
-"""pre-tokenizers that cut a text and drop nothing of it, unless they are told to remove"""
+"""Pre-tokenizers that split a text and drop nothing of it, unless their behavior is Removed."""
 
 
 @dataclass(frozen=True)
 class TokenBound:
-    """A bound that holds for every text: no token stands for more than `max_length` characters of it."""
+    """A bound for every text: no token stands for more than `max_length` characters."""
 
     max_length: int
     dropped: str = ""
-    """characters that the vocabulary lacks, and that vanish"""
+    """Characters that the vocabulary lacks and the tokenizer drops."""
 
     @classmethod
     def of(cls, tokenizer: Any) -> TokenBound | None:
-        """The bound of a tokenizer; None where it sets none.
+        """Return the bound of a tokenizer; None where it has none.
 
-        There is one where characters end up in some token: byte-level BPE, and BPE that falls back to bytes, without
-        normalizers, pre-tokenizers or added tokens that swallow text.
+        It has one where every character becomes part of a token: byte-level BPE, and BPE with byte fallback, without
+        normalizers, pre-tokenizers or added tokens that drop text.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer) or not isinstance(backend.model, BPE):
             return None
         cuts = _steps(backend.pre_tokenizer, "pretokenizers")
         shrinking = [_shrinks_by(step) for step in _steps(backend.normalizer, "normalizers")]
-        swallows = (
+        drops_text = (
             any(step["type"] not in _CUTTING or step.get("behavior") == "Removed" for step in cuts)
             or any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
             or None in shrinking
         )
         dropped = _dropped(backend, is_byte_level=any(step["type"] == "ByteLevel" for step in cuts))
-        if swallows or dropped is None:
+        if drops_text or dropped is None:
             return None
         longest = max(map(len, backend.get_vocab(with_added_tokens=True)))
         for factor in shrinking:
@@ -49,13 +49,13 @@ class TokenBound:
         return cls(longest, dropped)
 
     def least(self, text: str) -> int:
-        """Tokens that `text` gives at least."""
+        """Return the least number of tokens of `text`."""
         kept = len(text) - sum(map(text.count, self.dropped))
         return -(-kept // self.max_length)
 
 
 def _dropped(backend: Tokenizer, *, is_byte_level: bool) -> str | None:
-    """Characters that give no token at all; None where they cannot be told."""
+    """Return the characters that give no token; None where they are unknown."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
     if not is_byte_level:
         bytes_of_their_own = {f"<0x{byte:02X}>" for byte in range(256)}
@@ -68,7 +68,7 @@ def _dropped(backend: Tokenizer, *, is_byte_level: bool) -> str | None:
 
 
 def _byte_letters() -> dict[int, str]:
-    """How byte-level BPE writes each byte (Radford et al. 2019, bytes_to_unicode)."""
+    """Map each byte to its character in byte-level BPE (Radford et al. 2019, bytes_to_unicode)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(0x100 + index) for index, byte in enumerate(others)}
@@ -82,7 +82,7 @@ def _shrinks_by(step: dict[str, Any]) -> int | None:
 
 
 def _steps(component: Any, name: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, as tokenizer.json describes them."""
+    """Return the steps of a normalizer or pre-tokenizer, as tokenizer.json describes them."""
     return [] if component is None else _flat(json.loads(component.__getstate__()), name)
 
 

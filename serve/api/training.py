@@ -1,4 +1,4 @@
-"""HTTP of training runs: routes and shapes, for administrators. The runs themselves are training_runs.py's."""
+"""HTTP routes below /v1/training, for admin keys."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ Authorization = Annotated[str | None, Header()]
 
 
 class RecipeBody(BaseModel):
+    """A recipe to plan or to run."""
+
     model_config = ConfigDict(extra="forbid")
     recipe: str = Field(min_length=1, max_length=100_000)
-    """TOML"""
+    """Recipe as TOML."""
 
 
 class ImproveBody(BaseModel):
+    """An adapter to improve from feedback, and how."""
+
     model_config = ConfigDict(extra="forbid")
     adapter: str = Field(min_length=1, max_length=500)
     method: Method = Method.dpo
@@ -32,39 +36,43 @@ class ImproveBody(BaseModel):
 
 
 def training_routes(runs: TrainingRuns, candidates: CandidatePipeline | None = None) -> APIRouter:
-    """The routes below /v1/training, for administrators.
-
-    Without candidates, runs begin from recipes alone and what they make stays in its folder.
-    """
+    """Return the routes. Without `candidates`, there is none for improving, publishing and promoting."""
     router = APIRouter(prefix="/v1/training", route_class=ApiRoute)
 
     @router.get("/recipes")
     async def recipes() -> Response:
+        """List the shipped recipes."""
         return JSONResponse({"data": await runs.recipes()})
 
     @router.post("/plan")
     async def plan(body: RecipeBody) -> Response:
+        """Plan a run without starting it."""
         return JSONResponse(await runs.plan(body.recipe))
 
     @router.get("/runs")
     async def list_runs() -> Response:
+        """List the training runs."""
         found = await asyncio.to_thread(runs.all)
         return JSONResponse({"data": [_summary(run) for run in found]})
 
     @router.post("/runs")
     async def start(body: RecipeBody) -> Response:
+        """Start a training run."""
         return JSONResponse(_summary(await runs.start(body.recipe)), status_code=201)
 
     @router.get("/runs/{name}")
     async def get(name: str) -> Response:
+        """Return a training run."""
         return JSONResponse(_whole(await asyncio.to_thread(runs.get, name)))
 
     @router.post("/runs/{name}/stop")
     async def stop(name: str) -> Response:
+        """Stop a training run after its step, with a checkpoint."""
         return JSONResponse(_summary(await runs.stop(name)))
 
     @router.post("/runs/{name}/resume")
     async def resume(name: str) -> Response:
+        """Resume a training run from its last checkpoint."""
         return JSONResponse(_summary(await runs.resume(name)))
 
     if candidates is not None:
@@ -75,15 +83,18 @@ def training_routes(runs: TrainingRuns, candidates: CandidatePipeline | None = N
 def _add_candidates(router: APIRouter, candidates: CandidatePipeline) -> None:
     @router.post("/improve")
     async def improve(body: ImproveBody) -> Response:
+        """Train a candidate for an adapter from feedback."""
         run = await candidates.improve(body.adapter, Improvement(body.method, body.steps))
         return JSONResponse(_summary(run), status_code=201)
 
     @router.post("/runs/{name}/publish")
     async def publish(name: str, authorization: Authorization = None) -> Response:
+        """Publish the adapter of a completed run."""
         return JSONResponse({"name": await candidates.publish(name, by=actor_of(authorization))}, status_code=201)
 
     @router.post("/runs/{name}/promote")
     async def promote(name: str, authorization: Authorization = None) -> Response:
+        """Promote the candidate of a completed run."""
         return JSONResponse({"name": await candidates.promote(name, by=actor_of(authorization))})
 
 

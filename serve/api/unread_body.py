@@ -1,4 +1,4 @@
-"""Ends connections whose request was answered before its body was read, so that the answer still arrives."""
+"""Closes connections whose response came before the body was read, so that the client still receives it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LINGER_BYTES = 64 << 20
+"""Bytes read and dropped after the response, at most."""
 LINGER_S = 5.0
-"""what is still taken from a client that sends before it listens: closed at once, its system would drop the answer"""
+"""Time of reading after the response, in seconds: closed at once, a client that still sends would lose the response."""
 
 
 class UnreadBody:
-    """Answers at once, then throws away what the client still sends, for a while, and closes."""
+    """Middleware that responds at once, then reads and drops what the client still sends, and closes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -36,10 +37,10 @@ class UnreadBody:
             nonlocal is_closing, can_linger
             if message["type"] == "http.response.start" and not is_read:
                 is_closing = True
-                answer = MutableHeaders(scope=message)
-                answer["connection"] = "close"
-                # A client that waits for leave to send has sent nothing; one that reads to the end cannot wait.
-                can_linger = "expect" not in headers and "content-length" in answer
+                response = MutableHeaders(scope=message)
+                response["connection"] = "close"
+                # A client that expects 100 has sent nothing; one that reads to the end of the connection cannot wait.
+                can_linger = "expect" not in headers and "content-length" in response
             is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
             if not (is_closing and can_linger and is_last):
                 await send(message)

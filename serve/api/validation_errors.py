@@ -1,4 +1,4 @@
-"""Puts what pydantic found wrong with a request into a sentence. Knows no routes."""
+"""Pydantic's validation errors of a request as one message."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_MAX_FAULTS = 5
+_MAX_ERRORS = 5
 _MAX_NAME = 100
 _BRANCH = re.compile(r"(str|int|float|bool|list|dict|AdapterChoice)(\[.*\])?")
-"""how pydantic calls the alternatives of a union, in the path to a fault"""
+"""Pydantic's names of the alternatives of a union, in the path to an error."""
 
 
-def described(faults: Sequence[Any]) -> tuple[str, str | None]:
-    """A sentence about the faults, and the field that the first is in."""
-    said: dict[str, str] = {}
-    for fault in faults[: 10 * _MAX_FAULTS]:
-        said.setdefault(_name(fault["loc"][1:]), fault["msg"].removeprefix("Value error, "))
-    # Of a union's alternatives, the one the client meant is the one that went deeper.
-    names = [name for name in said if not any(other.startswith(f"{name}.") for other in said if name)]
-    told = "; ".join(f"{name or 'body'}: {said[name]}" for name in names[:_MAX_FAULTS])
-    more = len(faults) - len(said) + len(names) - _MAX_FAULTS if len(names) > _MAX_FAULTS else 0
-    return told + (f"; and {more} more" if more > 0 else ""), names[0] or None
+def described(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """Return a message with the errors, and the field of the first."""
+    messages: dict[str, str] = {}
+    for error in errors[: 10 * _MAX_ERRORS]:
+        messages.setdefault(_name(error["loc"][1:]), error["msg"].removeprefix("Value error, "))
+    # Of a union's alternatives, the one the client meant is the one with the deeper path.
+    names = [name for name in messages if not any(other.startswith(f"{name}.") for other in messages if name)]
+    listed = "; ".join(f"{name or 'body'}: {messages[name]}" for name in names[:_MAX_ERRORS])
+    more = len(errors) - len(messages) + len(names) - _MAX_ERRORS if len(names) > _MAX_ERRORS else 0
+    return listed + (f"; and {more} more" if more > 0 else ""), names[0] or None
 
 
 def _name(path: Sequence[str | int]) -> str:

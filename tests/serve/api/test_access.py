@@ -55,7 +55,7 @@ def on_whole_app(
 
 
 def routes(app: FastAPI) -> list[tuple[str, str, str]]:
-    """(method, path to ask for, path as declared) of every route but the page's own."""
+    """Return (method, path to request, path as declared) of every route but the page's own."""
     found = []
     for route in iter_route_contexts(app.routes):
         if not isinstance(route.original_route, Mount):
@@ -63,6 +63,18 @@ def routes(app: FastAPI) -> list[tuple[str, str, str]]:
             concrete = route.path.replace("{name:path}", "captain").replace("{name}", "none")
             found += [(method, concrete, route.path) for method in sorted(route.methods or ())]
     return found
+
+
+def test_every_route_has_a_summary_of_its_own(tmp_path: Path) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        paths = (await client.get("/openapi.json")).json()["paths"]
+        summaries = [route["summary"] for methods in paths.values() for route in methods.values()]
+        assert "Create a chat completion" in summaries
+        assert "Pull an adapter from the server's Hub" in summaries
+        assert len(summaries) == len(set(summaries))
+        assert not [summary for summary in summaries if summary.istitle() or summary.endswith(".")]
+
+    on_whole_app(tmp_path, test, KEYS, has_page=False)
 
 
 def test_every_route_says_who_may_use_it_and_keeps_to_it(tmp_path: Path) -> None:

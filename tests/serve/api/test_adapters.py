@@ -39,6 +39,10 @@ def test_what_is_kept_is_listed_with_what_is_served(tmp_path: Path) -> None:
 def test_one_is_inspected_and_verified_by_name(tmp_path: Path) -> None:
     async def test(b: Bench) -> None:
         found = (await b.client.get("/v1/adapters/inspect", params={"ref": "spare"})).json()
+        assert (found["license"], found["has_probe"]) == (
+            found["licence"],
+            found["has_proof"],
+        )  # old names stay a version
         assert found["base"]["fingerprint"] == FINGERPRINT
         assert found["lora"]["rank"] == 4
         whole = await b.client.post("/v1/adapters/verify", json={"ref": "spare"})
@@ -131,7 +135,7 @@ def test_an_upload_that_another_overtakes(tmp_path: Path) -> None:
 
     registry = Overtaken(tmp_path / "home")
     with pytest.raises(Conflict, match="somebody moved it"):
-        routes_adapters._kept(registry, zipped, None, by=None)
+        routes_adapters._stored(registry, zipped, None, by=None)
     assert registry.resolve(AdapterRef.parse("fresh")).digest == first.digest
 
 

@@ -233,8 +233,8 @@ def test_adapters_are_mixed_by_the_extension(tmp_path: Path) -> None:
     ("body", "said"),
     [
         ({"adapter": {"name": "nobody"}}, "nobody"),
-        ({"adapter": [{"name": "poet"}, {"name": "poet"}, {"name": "captain"}]}, "names poet more than once"),
-        ({"model": "captain", "adapter": {"name": "poet"}}, "must agree"),
+        ({"adapter": [{"name": "poet"}, {"name": "poet"}, {"name": "captain"}]}, "has poet more than once"),
+        ({"model": "captain", "adapter": {"name": "poet"}}, "is not in adapter (poet)"),
         ({"adapter": {"name": "base"}}, "base model"),
         ({"adapter": {"name": "poet", "scale": 99}}, "scale"),
         ({"temperature": 9}, "temperature"),

@@ -40,7 +40,7 @@ def test_a_malformed_key_file_is_refused_without_its_keys(tmp_path: Path, text: 
 
 
 def test_a_missing_key_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot read the API keys"):
         ApiKeys.read(tmp_path / "none")
 
 

@@ -1,4 +1,4 @@
-"""Bodies that no client should send: each is refused in a sentence, on every route alike, and never with a 500."""
+"""Invalid request bodies: each is refused with a message, and never with a 500."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ GOOD = json.dumps(CHAT)
 
 
 def _with(field: str, value: str) -> bytes:
-    """The good request with one more field, as JSON text."""
+    """Return the good request with one more field, as JSON text."""
     return f'{GOOD[:-1]}, "{field}": {value}}}'.encode()
 
 
 def _regex(text: str) -> bytes:
-    """The good request with a long text in it, as it stands in JSON."""
+    """Return the good request with a long regex, which is already escaped for JSON."""
     return _with("structured_outputs", f'{{"regex": "{text}"}}')
 
 
@@ -34,17 +34,17 @@ def _regex(text: str) -> bytes:
         (b"null", 400, "is null", None),
         (b"[]", 400, "is a list", None),
         (b"5", 400, "is a number", None),
-        (b'"x"', 400, "is a text", None),
+        (b'"x"', 400, "is a string", None),
         (b"true", 400, "is true or false", None),
         (b'{"model":"x"', 400, "not valid JSON: Expecting ',' delimiter (line 1, column 13)", None),
         (b"{'model':'x'}", 400, "not valid JSON", None),
         (b'{"model":"x"} {}', 400, "not valid JSON: Extra data", None),
-        (b'{"model": "\xff\xfe"}', 400, "not utf-8 from byte 11 on", None),
-        (b'{"model": "\xed\xa0\xbd"}', 400, "not utf-8", None),  # a surrogate, as no UTF-8 may have it
+        (b'{"model": "\xff\xfe"}', 400, "invalid utf-8 at byte 11", None),
+        (b'{"model": "\xed\xa0\xbd"}', 400, "invalid utf-8", None),  # a surrogate, as no UTF-8 may have it
         (b"[" * 200_000, 413, "JSON values", None),
         (b'{"a":' * 150_000, 413, "JSON values", None),
-        (_with("metadata", "[" * 900 + "]" * 900), 400, "nested more than", None),
-        (_with("metadata", "[" * 5000 + "]" * 5000), 400, "nested more than", None),
+        (_with("metadata", "[" * 900 + "]" * 900), 400, "nested too deeply", None),
+        (_with("metadata", "[" * 5000 + "]" * 5000), 400, "nested too deeply", None),
         (_with("top_k", "9" * 5000), 400, "5,000 digits", None),
         (_with("stop", json.dumps([0] * (MAX_ENTRIES + 1))), 413, "entries", None),
         (_with("metadata", json.dumps({str(n): "" for n in range(MAX_ENTRIES + 1)})), 413, "members", None),

@@ -138,7 +138,7 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
 
 @contextmanager
 def opened_with(monkeypatch: pytest.MonkeyPatch, *pragmas: str) -> Iterator[None]:
-    """The store opens its file without patience, and with more pragmas."""
+    """Let the store open its file without waiting, and with more pragmas."""
     connect = sqlite3.connect
 
     def impatient(path: Path, timeout: float) -> sqlite3.Connection:

@@ -33,7 +33,7 @@ MIB = 1 << 20
 async def listening(
     tmp_path: Path, keys: ApiKeys | None = None, *, http: Any = "auto", **limits: Any
 ) -> AsyncIterator[tuple[Bench, int]]:
-    """The API behind a real HTTP server, by its own parser of HTTP or `http`; its port."""
+    """Serve the API over real HTTP, with the parser `http`; yield the port."""
     async with bench(tmp_path, keys, HttpLimits(**limits)) as b:
         app = b.client._transport.app  # type: ignore[attr-defined]
         with listen("127.0.0.1", 0) as listener:

@@ -27,7 +27,7 @@ from adapterhub.package.run_record import LOG_NAME
 from serve.api.auth import ApiKeys
 from serve.api.body import BodyReader
 from serve.api.lanes import Lanes
-from serve.api.route import Door
+from serve.api.route import RequestGuard
 from serve.api.training import training_routes
 from serve.training.runs import TrainingRuns, check_paths
 
@@ -54,7 +54,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture
 def folder(home: Path, tiny_base: StoredBase) -> Path:
-    """The training folder of a home that has the tiny base under the name `tiny`, with data."""
+    """Return the training folder of a home that has the tiny base under the name `tiny`, with data."""
     place = home / "bases" / "tiny"
     place.parent.mkdir(parents=True)
     place.symlink_to(tiny_base.path)
@@ -72,9 +72,9 @@ def folder(home: Path, tiny_base: StoredBase) -> Path:
 
 @asynccontextmanager
 async def server(folder: Path, keys: ApiKeys | None = None) -> AsyncIterator[httpx.AsyncClient]:
-    """The routes as the API mounts them."""
+    """Return the routes as the API mounts them."""
     app = FastAPI()
-    app.state.door = Door(keys or ApiKeys(), BodyReader(max_bytes=1 << 20, max_tokens=512), Lanes())
+    app.state.guard = RequestGuard(keys or ApiKeys(), BodyReader(max_bytes=1 << 20, max_tokens=512), Lanes())
     app.include_router(training_routes(TrainingRuns(folder)))
 
     @app.exception_handler(AdapterHubError)
@@ -94,7 +94,7 @@ def run(folder: Path, test: Callable[[httpx.AsyncClient], Awaitable[None]], keys
 
 
 async def until(client: httpx.AsyncClient, name: str, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """The run as soon as it is so. Fails when the run has ended otherwise."""
+    """Wait until the run is so. Fail when it has ended otherwise."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         found = (await client.get(f"/runs/{name}")).json()
@@ -106,7 +106,7 @@ async def until(client: httpx.AsyncClient, name: str, is_so: Callable[[dict[str,
 
 
 async def started(client: httpx.AsyncClient) -> str:
-    """A run that has taken its first steps."""
+    """Start a run, and wait for its first steps."""
     response = await client.post("/runs", json={"recipe": RECIPE})
     assert response.status_code == 201, response.text
     assert response.json()["status"] == "running"
@@ -208,24 +208,24 @@ def test_training_is_for_administrators(folder: Path, route: str) -> None:
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x.jsonl", "data/../../x", "~/x"])
 def test_a_recipe_that_reaches_for_the_servers_files(path: str) -> None:
-    with pytest.raises(UsageError, match="leaves the server's training folder"):
+    with pytest.raises(UsageError, match="is outside the server's training folder"):
         check_paths(RECIPE.replace("data/lines.jsonl", path))
 
 
 @pytest.mark.parametrize("line", ['base = "/models/x"', 'base = "tiny"\nstart = "./x"'])
 def test_a_base_or_start_that_is_a_path(line: str) -> None:
-    with pytest.raises(UsageError, match="clients may not choose"):
+    with pytest.raises(UsageError, match="is a path on the server's disk"):
         check_paths(RECIPE.replace('base = "tiny"', line))
 
 
 @pytest.mark.parametrize("recipe", ["name = ", f"rank = {'[' * 100_000}", f"rank = {'1' * 5000}"], ids=len)
 def test_a_recipe_that_is_not_toml(recipe: str) -> None:
-    with pytest.raises(UsageError, match="not TOML"):
+    with pytest.raises(UsageError, match="not valid TOML"):
         check_paths(recipe)
 
 
 def recorded(folder: Path, pid: int) -> str:
-    """A run that an earlier server began."""
+    """Write the record of a run that an earlier server started."""
     (folder / "run-1.toml").write_text(RECIPE)
     (folder / "run-1.json").write_text(json.dumps({"id": "run-1", "created": 1, "pid": pid, "started": 1.0}))
     return "run-1"
