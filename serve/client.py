@@ -1,4 +1,4 @@
-"""What every chat knows of the API: its models, an answer as it comes, a failure in one line. Knows no screen."""
+"""What the page and the terminal chat share as clients of the API: models, streamed answers, error messages."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NO_KEY = "none"
-"""what is sent where the server wants no key; OpenAI's client insists on one"""
+"""Key for servers without keys: OpenAI's client requires one."""
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 600.0
-"""between two events of an answer; a busy server may take its time before the first"""
+"""Time between two events of an answer, in seconds: a busy server may take long before the first."""
 
-_NO_API = "there is a server at {url}, but no API: its address ends in /v1."
+_NO_API = "the server at {url} has no API there: expected an address that ends in /v1. Check the URL."
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message that a model has read or written."""
+    """One message of a conversation."""
 
     role: str
     text: str
 
     def wire(self) -> dict[str, str]:
+        """Return the message as the API takes it."""
         return {"role": self.role, "content": self.text}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """A `seed` of None leaves the draw to the server; a temperature of 0 is greedy."""
+    """Sampling parameters. A `seed` of None leaves it to the server; a temperature of 0 is greedy."""
 
     temperature: float
     max_tokens: int
@@ -56,18 +57,19 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Scaled:
-    """An adapter and the factor its update is multiplied by, where several answer together."""
+    """An adapter of a mix, and the scale of its update."""
 
     name: str
     scale: float
 
     def wire(self) -> dict[str, Any]:
+        """Return the adapter as the API takes it."""
         return {"name": self.name, "scale": self.scale}
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean loss (nats a token) on questions training never saw."""
+    """Mean held-out loss, in nats per token."""
 
     data: str
     base: float
@@ -76,45 +78,47 @@ class Loss:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One entry of /v1/models: the base, or an adapter with what its package says of it."""
+    """One entry of /v1/models: the base, or an adapter with its package's metadata."""
 
     name: str
     parent: str | None = None
-    """the base's name; None for the base itself"""
+    """Name of the base; None for the base itself."""
     root: str | None = None
     fingerprint: str | None = None
     digest: str | None = None
     method: str | None = None
     rank: int | None = None
-    licence: str | None = None
+    license: str | None = None
     losses: tuple[Loss, ...] = ()
 
     @property
     def is_base(self) -> bool:
+        """Return whether this is the base, not an adapter."""
         return self.parent is None
 
     @classmethod
     def read(cls, model: Model) -> ServedModel:
-        """Other OpenAI-compatible servers say less: whatever is missing stays None."""
-        said = model.model_extra or {}
-        lora = said.get("lora") or {}
-        losses = (Loss(e["data"], e["base_loss"], e["adapter_loss"]) for e in said.get("evaluations") or ())
-        facts = {key: said.get(key) for key in ("parent", "root", "fingerprint", "digest", "licence")}
+        """Read the API's JSON. Fields that other OpenAI-compatible servers lack stay None."""
+        extra = model.model_extra or {}
+        lora = extra.get("lora") or {}
+        losses = (Loss(e["data"], e["base_loss"], e["adapter_loss"]) for e in extra.get("evaluations") or ())
+        facts = {key: extra.get(key) for key in ("parent", "root", "fingerprint", "digest", "license")}
+        facts["license"] = facts["license"] or extra.get("licence")  # the name that older servers send
         return cls(model.id, **facts, method=lora.get("method"), rank=lora.get("rank"), losses=tuple(losses))
 
 
 @dataclass
 class Answer:
-    """One answer while it arrives, and the figures about it. Times are seconds since the request was sent."""
+    """One answer while it arrives, with its figures. Times are in seconds since the request was sent."""
 
     model: str
     mix: tuple[Scaled, ...] = ()
-    """adapters that answer together; `model` is then the base"""
+    """Adapters of a mix; `model` is then the base."""
     text: str = ""
     tokens: list[str] = field(default_factory=list)
-    """the text in the model's own pieces, where they were asked for"""
+    """Tokens of the text, where they were requested."""
     digest: str | None = None
-    """of the adapter that answers, where the server tells it"""
+    """Digest of the adapter, where the server sends it."""
     num_tokens: int = 0
     prompt_tokens: int | None = None
     finish_reason: str | None = None
@@ -122,7 +126,8 @@ class Answer:
     last_token_s: float = 0.0
     _sent: float = field(default_factory=time.monotonic)
 
-    def saw(self, chunk: ChatCompletionChunk) -> None:
+    def add(self, chunk: ChatCompletionChunk) -> None:
+        """Add a chunk that has arrived now."""
         for choice in chunk.choices:
             self.finish_reason = choice.finish_reason or self.finish_reason
             if choice.logprobs is not None:
@@ -137,22 +142,22 @@ class Answer:
 
     @property
     def name(self) -> str:
-        """Who answers, for people: the model, or the adapters of a mix with their scales."""
+        """Name to show: the model, or the adapters of a mix with their scales."""
         return " + ".join(f"{part.name} × {part.scale:g}" for part in self.mix) or self.model
 
     def wire(self) -> dict[str, str | None]:
-        """What feedback says of it."""
+        """Return the answer as feedback has it."""
         return {"model": self.name, "digest": self.digest, "text": self.text}
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Rate after the first token, whose wait is told apart; None where there is nothing to divide."""
+        """Tokens per second after the first token; None for fewer than two tokens."""
         if self.first_token_s is None or self.num_tokens < 2 or self.last_token_s <= self.first_token_s:
             return None
         return (self.num_tokens - 1) / (self.last_token_s - self.first_token_s)
 
     def figures(self) -> str:
-        """How fast it came, and what cut it short."""
+        """Return the speed, and whether the token limit cut the answer."""
         parts = []
         if self.tokens_per_s is not None:
             parts.append(f"{self.tokens_per_s:.1f} tok/s")
@@ -163,7 +168,7 @@ class Answer:
         return " · ".join(parts)
 
     def summary(self) -> str:
-        """One line: who answered, and the figures."""
+        """Return the name and the figures in one line."""
         return " · ".join(part for part in (self.name, self.figures()) if part)
 
 
@@ -172,7 +177,7 @@ def _duration(seconds: float) -> str:
 
 
 def to_send(system: str | None, turns: list[Turn]) -> list[dict[str, str]]:
-    """The messages of a request. A question that got no answer is left out: chat templates want turns to alternate."""
+    """Return the messages of a request, without unanswered questions: chat templates require alternating turns."""
     answered = [
         turn
         for turn, following in zip(turns, [*turns[1:], None], strict=True)
@@ -185,7 +190,7 @@ def to_send(system: str | None, turns: list[Turn]) -> list[dict[str, str]]:
 def request_body(
     answer: Answer, messages: list[dict[str, str]], sampling: Sampling, *, wants_tokens: bool = False
 ) -> dict[str, Any]:
-    """Arguments of the OpenAI client's `chat.completions.create`, streaming and counted."""
+    """Return the arguments of the OpenAI client's `chat.completions.create`, for a stream with usage."""
     body: dict[str, Any] = {
         "model": answer.model,
         "messages": messages,
@@ -205,39 +210,49 @@ def request_body(
 
 
 def check_complete(answer: Answer, url: str) -> None:
-    """Raises ServeError for a stream that ended without saying why the answer ends."""
+    """Check that a stream has ended with a finish reason. Raises ServeError."""
     if answer.finish_reason is None:
         raise _broken(url)
 
 
 def _broken(url: str) -> ServeError:
-    return ServeError(f"the connection to {url} broke before the answer was complete: ask again.")
+    return ServeError(
+        f"the connection to {url} broke before the answer was complete: expected a finish reason. Ask again."
+    )
 
 
 def describe_error(error: Exception, url: str, *, has_begun: bool = False) -> AdapterHubError:
-    """The error of ours that says what the OpenAI client met. `has_begun`: part of an answer had come."""
+    """Return an error with a message for the user. `has_begun`: part of the answer has arrived."""
     import openai
 
     if isinstance(error, AdapterHubError):
         return error
     if isinstance(error, openai.APITimeoutError):
-        return ServeError(f"the server at {url} did not answer in time: it may be busy; ask again.")
+        return ServeError(f"the server at {url} did not respond in time: it may be busy. Ask again.")
     if isinstance(error, openai.APIConnectionError):
-        return _broken(url) if has_begun else ServeError(f"no server at {url}: start one with `adapterhub serve`.")
+        return (
+            _broken(url)
+            if has_begun
+            else ServeError(
+                f"cannot connect to {url}: no server is listening there. Start one with 'adapterhub serve'."
+            )
+        )
     if isinstance(error, openai.APIStatusError):
         return _refusal(error.status_code, error.body, url)
     if isinstance(error, openai.APIError):
         return ServeError(_message(error.body) or str(error))
     log.warning("unexpected error while asking %s", url, exc_info=error)
-    return ServeError(f"the answer of {url} could not be read ({type(error).__name__}): is it an OpenAI-style API?")
+    return ServeError(
+        f"cannot read the response of {url} ({type(error).__name__}): expected an OpenAI-compatible API. Check the URL."
+    )
 
 
 def _refusal(status: int, body: object, url: str) -> AdapterHubError:
-    message = _message(body) or f"the server at {url} refused with status {status}."
+    message = _message(body) or f"the server at {url} refused the request (HTTP status {status}). See its log."
     code = body.get("code") if isinstance(body, dict) else None
     if code == "context_length_exceeded":
         return RequestTooLong(message)
-    # A 404 without a code of ours is an address that is no API, not a missing model.
+    # A 404 without a code of ours means a wrong address, not a missing model.
     if status == 404:
         return UsageError(_NO_API.format(url=url)) if code in (None, "not_found") else AdapterNotFound(message)
     kinds: dict[int, type[AdapterHubError]] = {401: NotAuthorized, 403: NotAuthorized, 409: Conflict, 429: ServerBusy}

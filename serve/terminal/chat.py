@@ -1,4 +1,4 @@
-"""Chatting in a terminal: one question from the command line, or a conversation with commands."""
+"""Chat in a terminal: one message from the command line, or a conversation with commands."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _RANGES: dict[str, tuple[type[float] | type[int], float, float]] = {
     "max_tokens": (int, 1, 1_000_000),
     "seed": (int, 0, 2**63 - 1),
 }
-"""what /set takes, and its least and greatest value"""
+"""Parameter of /set -> its type, least and greatest value."""
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Where and how to ask. `url` ends in /v1; `model` None is the server's base."""
+    """Server, model and sampling of a chat. `url` ends in /v1; a `model` of None is the base."""
 
     url: str
     model: str | None
@@ -38,32 +38,32 @@ class ChatOptions:
 
 
 def run_chat(options: ChatOptions, *, prompt: str | None, as_json: bool = False) -> None:
-    """With `prompt`, ask it (and below it what is piped in), print the answer and return; without, talk until Ctrl+D.
+    """Answer `prompt`, followed by the piped input; without a prompt, hold a conversation until Ctrl+D.
 
     `as_json` prints the answer and its figures as one JSON object. Raises AdapterHubError, in a conversation only
-    before the first question: AdapterNotFound, NotAuthorized, RequestTooLong, UsageError for what the server refuses,
-    ServeError where there is none or its answer breaks off.
+    before the first message: AdapterNotFound, NotAuthorized, RequestTooLong, UsageError for a request that the server
+    refuses, ServeError where no server responds or its answer breaks off.
     """
     read_any_bytes()
-    question = None if prompt is None else _question(prompt)
+    message = None if prompt is None else _with_piped_input(prompt)
     with contextlib.closing(ChatApi(options.url)) as api:
         chat = TerminalChat(api, options)
-        if question is None:
-            chat.talk()
+        if message is None:
+            chat.converse()
         else:
-            chat.ask_once(question, as_json=as_json)
+            chat.answer_once(message, as_json=as_json)
 
 
-def _question(prompt: str) -> str:
+def _with_piped_input(prompt: str) -> str:
     piped = "" if sys.stdin.isatty() else sys.stdin.read().strip()
-    question = "\n\n".join(part for part in (prompt, piped) if part)
-    if not question:
-        raise UsageError("the prompt is empty: give --prompt TEXT, or pipe the question in.")
-    return question
+    message = "\n\n".join(part for part in (prompt, piped) if part)
+    if not message:
+        raise UsageError("the prompt is empty: expected text. Pass --prompt TEXT, or pipe text in.")
+    return message
 
 
 class TerminalChat:
-    """One conversation: the turns so far, who answers next, and the commands."""
+    """One conversation: its turns, the model of the next answer, and the commands."""
 
     def __init__(self, api: ChatApi, options: ChatOptions) -> None:
         self._api = api
@@ -71,33 +71,34 @@ class TerminalChat:
         self._turns: list[Turn] = []
         self._answers: list[Answer] = []
         self._commands: dict[str, tuple[Callable[[str], None], str, str]] = {
-            "/adapter": (self._switch, "NAME", "let NAME answer from now on (the base by its name, too)"),
-            "/adapters": (self._list, "", "who can answer"),
-            "/compare": (self._compare, "NAMES", "let others answer the last question, beside the conversation"),
-            "/system": (self._set_system, "TEXT", "set the system prompt; without TEXT remove it"),
-            "/set": (self._set, "KEY VALUE", f"{', '.join(_RANGES)}; without them show what is set"),
-            "/undo": (self._undo, "", "forget the last question and its answer"),
-            "/retry": (self._retry, "", "answer the last question again"),
-            "/clear": (self._clear, "", "forget the conversation"),
-            "/good": (lambda _: self._thumb("up"), "", "the last answer was good: kept by the server"),
-            "/bad": (lambda _: self._thumb("down"), "", "the last answer was bad: kept by the server"),
-            "/correct": (self._correct, "TEXT", "what the last answer should have said: kept, and gone on from"),
-            "/save": (self._save, "FILE", "append the conversation to FILE, as one JSONL line of training data"),
-            "/stats": (self._stats, "", "how fast the last answer came, and how much was said"),
-            "/help": (self._help, "", "this list"),
-            "/quit": (self._quit, "", "end, like Ctrl+D"),
+            "/adapter": (self._switch, "NAME", "switch to adapter NAME, or to the base by its name"),
+            "/adapters": (self._list, "", "list the models"),
+            "/compare": (self._compare, "NAMES", "show other models' answers to the last message"),
+            "/system": (self._set_system, "TEXT", "set the system prompt; without TEXT, remove it"),
+            "/set": (self._set, "KEY VALUE", f"set {', '.join(_RANGES)}; without KEY, show them"),
+            "/undo": (self._undo, "", "remove the last message and its answer"),
+            "/retry": (self._retry, "", "answer the last message again"),
+            "/clear": (self._clear, "", "remove the conversation"),
+            "/good": (lambda _: self._thumb("up"), "", "send thumbs up for the last answer"),
+            "/bad": (lambda _: self._thumb("down"), "", "send thumbs down for the last answer"),
+            "/correct": (self._correct, "TEXT", "send TEXT as the correction of the last answer, and continue from it"),
+            "/save": (self._save, "FILE", "append the conversation to FILE as one JSONL line of training data"),
+            "/stats": (self._stats, "", "show the speed of the last answer, and totals"),
+            "/help": (self._help, "", "show this list"),
+            "/quit": (self._quit, "", "end the chat, like Ctrl+D"),
         }
 
-    def ask_once(self, question: str, *, as_json: bool) -> None:
-        self._turns.append(Turn("user", question))
+    def answer_once(self, message: str, *, as_json: bool) -> None:
+        """Print the answer to one message."""
+        self._turns.append(Turn("user", message))
         if not as_json:
             self._answer()
             return
-        answer = self._filled(self._options.model or self._base(), show=lambda piece: None)
+        answer = self._filled(self._options.model or self._base(), show=lambda delta: None)
         print(json.dumps(_figures(answer), ensure_ascii=False))
 
-    def talk(self) -> None:
-        """Read, answer, repeat, until the input ends. A failure is said, and the conversation goes on."""
+    def converse(self) -> None:
+        """Read messages and print answers until the input ends. An error is printed, and the chat continues."""
         if self._options.model is None:
             self._options = replace(self._options, model=self._base())
         else:
@@ -125,17 +126,19 @@ class TerminalChat:
     def _command(self, name: str) -> Callable[[str], None]:
         if name not in self._commands:
             near = difflib.get_close_matches(name, self._commands, n=1) or ["/help"]
-            raise UsageError(f"there is no {name}: did you mean {near[0]}? (// sends a line that begins with /)")
+            raise UsageError(
+                f"unknown command {name}: expected one of /help. Did you mean {near[0]}? // starts a message with /."
+            )
         return self._commands[name][0]
 
     def _answer_until_interrupted(self) -> None:
         try:
             self._answer()
         except KeyboardInterrupt:
-            say("[stopped; what came is kept]")
+            say("[stopped; the text so far is kept]")
 
     def _answer(self) -> None:
-        """Print the answer to the last question as it comes, and keep what came however it ends."""
+        """Print the answer to the last message as it arrives, and keep its text however it ends."""
         answer = Answer(self._options.model or self._base())
         try:
             self._fill(answer, show=write)
@@ -152,25 +155,25 @@ class TerminalChat:
 
     def _fill(self, answer: Answer, *, show: Callable[[str], None]) -> None:
         messages = to_send(self._options.system, self._turns)
-        with contextlib.closing(self._api.ask(answer, messages, self._options.sampling)) as pieces:
-            for piece in pieces:
-                show(piece)
+        with contextlib.closing(self._api.stream(answer, messages, self._options.sampling)) as deltas:
+            for delta in deltas:
+                show(delta)
 
     def _base(self) -> str:
         models = self._api.models()
         if not models:
-            raise ServeError(f"the server at {self._api.url} has no model.")
+            raise ServeError(f"the server at {self._api.url} lists no model: expected at least the base. See its log.")
         return models[0].name
 
     # Commands
 
     def _switch(self, name: str) -> None:
         if not name:
-            raise UsageError("/adapter needs a NAME: /adapters lists them.")
+            raise UsageError("/adapter has no NAME: expected a model. List them with /adapters.")
         self._api.check(name)
         self._options = replace(self._options, model=name)
         if not sys.stdin.isatty():
-            say(f"{name} answers from now on")
+            say(f"switched to {name}")
 
     def _list(self, _: str) -> None:
         for model in self._api.models():
@@ -179,11 +182,11 @@ class TerminalChat:
             say(f"{mark} {model.name} ({kind})")
 
     def _compare(self, names: str) -> None:
-        """The conversation stays as it is: what others would have said is only shown."""
+        """Show other models' answers without adding them to the conversation."""
         if not names:
-            raise UsageError("/compare needs NAMES: /adapters lists them.")
+            raise UsageError("/compare has no NAMES: expected models. List them with /adapters.")
         turns, answers = list(self._turns), list(self._answers)
-        self._forget_answer()
+        self._remove_answer()
         try:
             for name in names.split():
                 say(f"-- {name}")
@@ -202,25 +205,25 @@ class TerminalChat:
     def _set(self, argument: str) -> None:
         key, _, value = argument.partition(" ")
         if key and key not in _RANGES:
-            raise UsageError(f"/set knows {', '.join(_RANGES)}, not {key}.")
+            raise UsageError(f"unknown parameter {key}: expected {', '.join(_RANGES)}. Use /set KEY VALUE.")
         if key:
             changed: dict[str, Any] = {key: _number(key, value.strip())}
             self._options = replace(self._options, sampling=replace(self._options.sampling, **changed))
         say(", ".join(f"{name} {value}" for name, value in asdict(self._options.sampling).items() if value is not None))
 
     def _undo(self, _: str) -> None:
-        question = self._forget_answer()
+        message = self._remove_answer()
         self._turns.pop()
-        say(f"forgot: {question.text.splitlines()[0]}")
+        say(f"removed: {message.text.splitlines()[0]}")
 
     def _retry(self, _: str) -> None:
-        self._forget_answer()
+        self._remove_answer()
         self._answer_until_interrupted()
 
-    def _forget_answer(self) -> Turn:
-        """Leave the last question as the last turn. Raises UsageError where there is none."""
+    def _remove_answer(self) -> Turn:
+        """Remove the last answer. Return the message before it. Raises UsageError where there is none."""
         if not self._turns:
-            raise UsageError("nothing was asked yet.")
+            raise UsageError("there is no message yet: expected one to answer. Write one first.")
         if self._turns[-1].role == "assistant":
             self._turns.pop()
             self._answers.pop()
@@ -229,26 +232,26 @@ class TerminalChat:
     def _clear(self, _: str) -> None:
         self._turns.clear()
         self._answers.clear()
-        say("forgot everything; adapter and system prompt stay")
+        say("removed the conversation; adapter and system prompt stay")
 
     def _thumb(self, thumb: str) -> None:
         answer = self._last_answer()
         self._api.send_feedback("thumb", answer, self._before_answer(), thumb=thumb)
-        say(f"kept: thumb {thumb} for {answer.model}")
+        say(f"sent: thumbs {thumb} for {answer.model}")
 
     def _correct(self, text: str) -> None:
         if not text:
-            raise UsageError("/correct needs the TEXT that the answer should have been.")
+            raise UsageError("/correct has no TEXT: expected the correct answer. Write it after /correct.")
         answer = self._last_answer()
         self._api.send_feedback("correction", answer, self._before_answer(), text=text)
         self._turns[-1] = Turn("assistant", text)
-        say(f"kept: the correction of {answer.model}; the conversation goes on from it")
+        say(f"sent: the correction of {answer.model}; the conversation continues from it")
 
     def _last_answer(self) -> Answer:
-        """Raises UsageError where the last turn is no answer as a model gave it."""
+        """Return the last answer. Raises UsageError where the last turn is not as a model wrote it."""
         is_answer = bool(self._turns and self._answers) and self._turns[-1].role == "assistant"
         if not is_answer or self._turns[-1].text != self._answers[-1].text:
-            raise UsageError("there is no answer to judge: ask first.")
+            raise UsageError("there is no answer to rate: expected one as the last turn. Write a message first.")
         return self._answers[-1]
 
     def _before_answer(self) -> list[dict[str, str]]:
@@ -256,10 +259,10 @@ class TerminalChat:
 
     def _save(self, name: str) -> None:
         if not name:
-            raise UsageError("/save needs a FILE.")
+            raise UsageError("/save has no FILE: expected a path. Write it after /save.")
         turns = self._turns if self._turns and self._turns[-1].role == "assistant" else self._turns[:-1]
         if not turns:
-            raise UsageError("there is no answer to save yet.")
+            raise UsageError("there is no answer to save: expected at least one. Write a message first.")
         path = expanded(name)
         line = json.dumps({"messages": to_send(self._options.system, turns)}, ensure_ascii=False)
         _append_line(path, line)
@@ -267,7 +270,7 @@ class TerminalChat:
 
     def _stats(self, _: str) -> None:
         if not self._answers:
-            raise UsageError("nothing was answered yet.")
+            raise UsageError("there is no answer yet: expected at least one. Write a message first.")
         say(self._answers[-1].summary())
         tokens = sum(answer.num_tokens for answer in self._answers)
         say(f"{len(self._answers)} answers, {tokens} tokens, {len(self._turns)} messages in the conversation")
@@ -275,17 +278,17 @@ class TerminalChat:
     def _help(self, _: str) -> None:
         for name, (_act, argument, meaning) in self._commands.items():
             say(f"  {f'{name} {argument}':<15} {meaning}")
-        say(f"  {BLOCK:<15} begins and ends a question of several lines")
-        say("  Ctrl+C          stop the answer; what came is kept")
+        say(f"  {BLOCK:<15} starts and ends a message of several lines")
+        say("  Ctrl+C          stop the answer; its text so far is kept")
 
     def _quit(self, _: str) -> None:
         raise EOFError
 
 
 def _append_line(path: Path, line: str) -> None:
-    """A line of its own, whatever bytes the file holds. Raises StorageFull, and then the file is as it was."""
+    """Append a line, after a line break where the file lacks one. Raises StorageFull, with the file unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with raise_storage_full(path), path.open("ab+", buffering=0) as file:  # a buffer writes what is left when it closes
+    with raise_storage_full(path), path.open("ab+", buffering=0) as file:  # a buffer would write its rest on close
         if size := file.tell():
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else f"\n{line}"
@@ -300,7 +303,7 @@ def _append_line(path: Path, line: str) -> None:
 
 
 def _number(key: str, text: str) -> float | int | None:
-    """What /set sets `key` to; no text unsets the seed, the only one that may be unset."""
+    """Return the value for `key`; None for the seed without text, which unsets it."""
     if key == "seed" and not text:
         return None
     kind, least, greatest = _RANGES[key]
@@ -309,12 +312,14 @@ def _number(key: str, text: str) -> float | int | None:
     except ValueError:
         value = float("nan")
     if not least <= value <= greatest:
-        raise UsageError(f"{key} is a number from {least:g} to {greatest:g}, not {text or 'nothing'}.")
+        raise UsageError(
+            f"invalid {key} {text!r}: expected a number from {least:g} to {greatest:g}. Use /set {key} VALUE."
+        )
     return value
 
 
 def _figures(answer: Answer) -> dict[str, Any]:
-    """One answer for a program to read."""
+    """Return an answer and its figures for JSON."""
     return {
         "model": answer.model,
         "answer": answer.text,

@@ -1,4 +1,4 @@
-"""Lines to and from a person: several typed as one, their history, answers that cannot command the terminal."""
+"""Terminal input and output: multi-line input, its history, and text without control characters."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from collections.abc import Iterator
 from adapterhub.paths import home
 
 HISTORY_FILE = "chat_history"
-"""questions typed, in ADAPTERHUB_HOME, readable by their owner only"""
+"""File of typed lines in ADAPTERHUB_HOME, readable by its owner only."""
 HISTORY_LINES = 1000
+"""Lines kept in the history, at most."""
 BLOCK = '"""'
-"""begins and ends a question of several lines"""
+"""Mark at the start and end of a message of several lines."""
 
-# An adapter is a stranger's work: its answers must not move the cursor, set the title or fill the clipboard.
+# An adapter may be anybody's work: its answers must not move the cursor, set the title or fill the clipboard.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def say(line: str) -> None:
-    """A note for the reader, kept apart from the answers."""
+    """Print a note to stderr, apart from the answers."""
     print(line, file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:
-    """A piece of an answer."""
+    """Print a delta of an answer to stdout."""
     print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def read_any_bytes() -> None:
-    """What is piped in may be in any encoding: bytes that are none of ours become a mark, not the end of the chat."""
+    """Accept piped input in any encoding: invalid bytes become a replacement character."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
 
 
 def read(prompt: str) -> str | None:
-    """What is typed next: a line, or all lines between two marks; None at the end of the input."""
+    """Return the next input: a line, or all lines between two marks; None at the end of the input."""
     line = _read_line(prompt)
     if line is None or not line.lstrip().startswith(BLOCK):
         return line
@@ -61,12 +62,12 @@ def _read_line(prompt: str) -> str | None:
                 say("")
             return None
         except KeyboardInterrupt:
-            say("")  # drops the line, as a shell does
+            say("")  # the line is dropped, as in a shell
 
 
 @contextlib.contextmanager
 def history() -> Iterator[None]:
-    """Line editing with the questions of earlier conversations, where there is a terminal and readline."""
+    """Enable line editing with the history of earlier chats, on a terminal with readline."""
     try:
         import readline
     except ImportError:  # Windows
@@ -81,7 +82,7 @@ def history() -> Iterator[None]:
     try:
         yield
     finally:
-        # A conversation does not fail for its history.
+        # A history that cannot be written ends no chat.
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)

@@ -1,4 +1,4 @@
-"""The browser page at /ui: a client of the HTTP API like any other. It holds no model and knows no engine."""
+"""The browser page at /ui, a client of the HTTP API."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ from serve.ui.tabs.train import TrainTab
 PAGE_PATH = "/ui"
 _UPLOAD_PATH = "/gradio_api/upload"
 MAX_WAITING = 256
-"""events queued in the page's server; beyond that a visitor is told that it is busy"""
+"""Events queued in the page's server; beyond that, visitors see that it is busy."""
 
 
 def mount_page(app: FastAPI, api_url: str, *, needs_key: bool, max_body_bytes: int = HttpLimits.max_body_bytes) -> None:
-    """Serve the page at /ui; it talks to the API at `api_url` like any other client.
+    """Serve the page at /ui, as a client of the API at `api_url`.
 
-    With `needs_key` nothing of it is shown before the visitor signs in with a key that the API takes.
+    With `needs_key` the visitor must first sign in with a key that the API accepts.
     """
     client = PageClient(api_url)
     blocks = build_page(client, needs_key=needs_key)
-    # Behind what the application guards itself with already, which is there first.
+    # Appended: the application's own guards run first.
     app.user_middleware.append(Middleware(_ContentPolicy))
     if needs_key:
         app.user_middleware.append(Middleware(Gate, path=PAGE_PATH, client=client))
-    # Gradio leaves CORS alone where the parent has a policy; by itself it would let every origin in, with cookies.
+    # Gradio adds no CORS where the parent application has it; its own would allow every origin, with cookies.
     app.user_middleware.append(Middleware(CORSMiddleware, allow_origins=()))
     app.user_middleware.append(Middleware(_BodyLimit, max_bytes=max_body_bytes))
 
@@ -79,7 +79,7 @@ def mount_page(app: FastAPI, api_url: str, *, needs_key: bool, max_body_bytes: i
 
 
 def build_page(client: PageClient, *, needs_key: bool) -> gr.Blocks:
-    """The page, not yet mounted."""
+    """Return the page, not yet mounted."""
     hour_s = 3600
     with gr.Blocks(title="adapterhub", analytics_enabled=False, delete_cache=(hour_s, hour_s)) as blocks:
         with gr.Row(elem_classes="top", equal_height=True):
@@ -104,9 +104,9 @@ def build_page(client: PageClient, *, needs_key: bool) -> gr.Blocks:
 def run_page(
     url: str, *, host: str, port: int, allowed_hosts: tuple[str, ...] = (), report: Callable[[str], None]
 ) -> None:
-    """Serve the page alone, before the API at `url`, until SIGINT or SIGTERM.
+    """Serve the page alone, for the API at `url`, until SIGINT or SIGTERM.
 
-    Raises ServeError where no server answers there, UsageError for an open interface before an open API, PortBusy.
+    Raises ServeError where no server responds, UsageError where other machines would reach an open API, PortBusy.
     """
     _share_arenas()
     api_url = url.rstrip("/").removesuffix("/v1")
@@ -115,7 +115,7 @@ def run_page(
 
 
 def _share_arenas() -> None:
-    """Two pools of memory for all threads: glibc gives each its own, whose free parts add up (benchmarks/page.py)."""
+    """Limit glibc to two memory arenas: one per thread leaves much free memory unused (benchmarks/page.py)."""
     arena_max = -8  # malloc.h: M_ARENA_MAX
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).mallopt(arena_max, 2)
@@ -132,15 +132,15 @@ async def _serve_page(
     needs_key = not await PageClient(api_url).lets_in(None)
     if is_open and not needs_key:
         raise UsageError(
-            f"the API at {api_url} asks for no key, so that a page that other machines reach would let everybody in: "
-            "start the server with API keys, or stay on 127.0.0.1."
+            f"the API at {api_url} asks for no key: a page that other machines can reach needs one. Start the server "
+            "with API keys, or serve the page on 127.0.0.1."
         )
     app = FastAPI(openapi_url=None)
     app.add_middleware(
         BrowserGuard,
         is_open=not needs_key,
         allowed_hosts=allowed_hosts,
-        refuse=lambda said: JSONResponse({"detail": said}, status_code=403),
+        refuse=lambda message: JSONResponse({"detail": message}, status_code=403),
     )
     app.get("/", include_in_schema=False)(lambda: RedirectResponse(PAGE_PATH))
     mount_page(app, api_url, needs_key=needs_key)
@@ -149,7 +149,7 @@ async def _serve_page(
 
 
 class _BodyLimit:
-    """Bounds what is sent to the page, uploads aside: those go to the disk, and have a limit of their own."""
+    """Middleware that limits request bodies, except uploads: those go to disk and have a limit of their own."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -164,7 +164,7 @@ class _BodyLimit:
 
 
 class _ContentPolicy:
-    """Tells the browser what the page may load, whatever an answer or a card contains."""
+    """Middleware that adds the content security policy, whatever an answer or a card contains."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

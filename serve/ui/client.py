@@ -1,4 +1,4 @@
-"""The API as the page uses it, for many visitors at once, each with a key of their own. Knows no widget."""
+"""Client of the API for the page: many visitors at once, each with a key of their own."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from serve.client import (
 
 Messages = list[dict[str, str]]
 Verdict = Literal["a", "b", "tie", "both_bad"]
-_PIECE_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
 
 
 class PageClient:
-    """The API at `url` (without /v1). Every method raises AdapterHubError with a line a visitor can read."""
+    """The API at `url` (without /v1). Every method raises AdapterHubError with a message for the visitor."""
 
     def __init__(self, url: str) -> None:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
@@ -36,7 +36,7 @@ class PageClient:
         self._client = AsyncOpenAI(
             base_url=self.url,
             api_key=NO_KEY,
-            max_retries=0,  # a person sees the refusal and has a Retry button
+            max_retries=0,  # the visitor sees the error and has a Retry button
             timeout=Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             http_client=DefaultAsyncHttpxClient(trust_env=trusts_proxy(url)),
         )
@@ -44,10 +44,10 @@ class PageClient:
     def _for(self, key: str | None) -> Any:
         return self._client.with_options(api_key=(key or "").strip() or NO_KEY)
 
-    # What every OpenAI-style server offers
+    # Of every OpenAI-compatible server
 
     async def models(self, key: str | None) -> list[ServedModel]:
-        """The base first, then the adapters."""
+        """Return the base, then the adapters."""
         try:
             page = await self._for(key).models.list()
             return sorted((ServedModel.read(model) for model in page.data), key=lambda model: not model.is_base)
@@ -55,7 +55,7 @@ class PageClient:
             raise describe_error(error, self.url) from error
 
     async def lets_in(self, key: str | None) -> bool:
-        """Whether the server takes this key."""
+        """Return whether the server accepts this key."""
         try:
             await self.models(key)
         except NotAuthorized:
@@ -71,14 +71,14 @@ class PageClient:
         key: str | None,
         wants_tokens: bool = False,
     ) -> None:
-        """Ask, and let `answer` grow until it is complete. Cancelling cancels the request."""
+        """Request `answer` and fill it until it is complete. Cancelling cancels the request."""
         identity = asyncio.create_task(self._digest(answer, key))
         try:
             body = request_body(answer, messages, sampling, wants_tokens=wants_tokens)
             stream = await self._for(key).chat.completions.create(**body)
             async with stream:
                 async for chunk in stream:
-                    answer.saw(chunk)
+                    answer.add(chunk)
             answer.digest = await identity
         except Exception as error:
             raise describe_error(error, self.url, has_begun=bool(answer.text)) from error
@@ -87,7 +87,7 @@ class PageClient:
         check_complete(answer, self.url)
 
     async def _digest(self, answer: Answer, key: str | None) -> str | None:
-        """Which adapter the name leads to while it answers; a name can lead elsewhere a minute later."""
+        """Return the digest that the name points to while it answers: it may point elsewhere a minute later."""
         try:
             found = {model.name: model.digest for model in await self.models(key)}
         except AdapterHubError:
@@ -95,31 +95,31 @@ class PageClient:
         digests = [found.get(name) for name in ([part.name for part in answer.mix] or [answer.model])]
         return "+".join(digest for digest in digests if digest) or None
 
-    # What only ours offers
+    # Of adapterhub's own server
 
     async def get(self, path: str, key: str | None, **query: str | None) -> Any:
-        """The JSON that GET /v1/`path` gives."""
-        given = {name: value for name, value in query.items() if value}
-        return await self._call("get", path, key, options={"params": given})
+        """Return the JSON of GET /v1/`path`."""
+        params = {name: value for name, value in query.items() if value}
+        return await self._call("get", path, key, options={"params": params})
 
     async def post(self, path: str, key: str | None, **body: Any) -> Any:
-        """The JSON that POST /v1/`path` gives; a plain text as it is."""
+        """Return the JSON of POST /v1/`path`; a plain text as it is."""
         return await self._call("post", path, key, body=body)
 
     async def send_file(self, path: str, key: str | None, *, file: Path, **query: str | None) -> Any:
-        """POST a file as the body; read as it is sent."""
-        given = {name: value for name, value in query.items() if value}
-        options = {"headers": {"Content-Type": "application/octet-stream"}, "params": given}
-        return await self._call("post", path, key, content=_pieces(file), options=options)
+        """Send a file as the body of POST /v1/`path`, reading it meanwhile. Return the JSON of the reply."""
+        params = {name: value for name, value in query.items() if value}
+        options = {"headers": {"Content-Type": "application/octet-stream"}, "params": params}
+        return await self._call("post", path, key, content=_blocks(file), options=options)
 
     async def refusal(self, path: str, key: str | None) -> str | None:
-        """Why this key may not POST to `path`, or None where it may. Asks with a body that can have no effect."""
+        """Return why this key may not POST to `path`, or None where it may. Sends a body that has no effect."""
         try:
             await self.post(path, key)
         except (NotAuthorized, ServeError) as error:
             return str(error)
         except AdapterHubError:
-            return None  # the right was there, only the body made no sense
+            return None  # the key may; only the body was invalid
         return None
 
     async def _call(self, method: str, path: str, key: str | None, **arguments: Any) -> Any:
@@ -135,11 +135,13 @@ class PageClient:
                 else None
             )
             if isinstance(error, openai.NotFoundError) and code in (None, "not_found"):
-                raise ServeError(f"the server at {self.url} does not offer this (no /v1/{path}).") from error
+                raise ServeError(
+                    f"the server at {self.url} has no /v1/{path}: only adapterhub's own server has. Use its URL."
+                ) from error
             raise describe_error(error, self.url) from error
 
 
-async def _pieces(file: Path) -> AsyncIterator[bytes]:
+async def _blocks(file: Path) -> AsyncIterator[bytes]:
     with file.open("rb") as content:
-        while piece := await asyncio.to_thread(content.read, _PIECE_BYTES):
-            yield piece
+        while block := await asyncio.to_thread(content.read, _READ_BYTES):
+            yield block

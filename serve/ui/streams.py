@@ -1,4 +1,4 @@
-"""Answers under way in each visitor's page: begun together, drawn as they grow, ended from outside. Knows no widget."""
+"""Answers that stream into a visitor's page: started together, drawn as they grow, cancelled from outside."""
 
 from __future__ import annotations
 
@@ -11,40 +11,44 @@ from typing import Any
 from serve.client import Answer
 
 REDRAW_S = 0.05
-"""a redraw costs more than a token of a small model: draw at most 20 times a second"""
+"""Least time between two redraws, in seconds: one costs more than a token of a small model."""
 
 
-class Ending(Enum):
-    """What becomes of answers that are ended from outside."""
+class StreamEnd(Enum):
+    """Why a stream was cancelled."""
 
     STOPPED = "stopped"
+    """By the user; the text so far is kept."""
     LEFT = "left"
-    """for another conversation, or none: the run draws that last, since what it drew before may still be on its way"""
+    """For another conversation, or an empty one: the stream draws that last, after everything it drew before."""
     REPLACED = "replaced"
-    """by a newer run, which draws"""
+    """By a newer stream, which draws instead."""
 
 
 @dataclass
-class Run:
+class AnswerStream:
     """Answers to one question, each filled by a task of its own."""
 
     answers: tuple[Answer, ...]
     tasks: tuple[asyncio.Task[None], ...]
-    ending: Ending | None = None
-    left_for: Any = None
-    """what to draw in the end of a run that was left"""
+    end: StreamEnd | None = None
+    """Why the stream was cancelled; None where it was not."""
+    show_instead: Any = None
+    """Conversation to draw at the end of a stream that was left."""
 
     @property
     def is_done(self) -> bool:
+        """Return whether every answer is complete, failed or cancelled."""
         return all(task.done() for task in self.tasks)
 
-    def end(self, ending: Ending, left_for: Any = None) -> None:
-        self.ending, self.left_for = ending, left_for
+    def cancel(self, end: StreamEnd, show_instead: Any = None) -> None:
+        """Cancel all answers."""
+        self.end, self.show_instead = end, show_instead
         for task in self.tasks:
             task.cancel()
 
     def error(self, index: int) -> str | None:
-        """What one answer failed with."""
+        """Return the error that the answer at `index` failed with, or None."""
         task = self.tasks[index]
         if not task.done() or task.cancelled():
             return None
@@ -53,45 +57,47 @@ class Run:
 
 
 @dataclass
-class Runs:
-    """By session: a visitor has one run in each tab at most."""
+class AnswerStreams:
+    """The open streams of one tab, at most one for each session."""
 
-    _of: dict[str | None, Run] = field(default_factory=dict)
+    _by_session: dict[str | None, AnswerStream] = field(default_factory=dict)
 
-    def end(self, session: str | None, ending: Ending, left_for: Any = None) -> bool:
-        """Whether there was something to end."""
-        run = self._of.get(session)
-        if run is not None:
-            run.end(ending, left_for)
-        return run is not None
+    def cancel(self, session: str | None, end: StreamEnd, show_instead: Any = None) -> bool:
+        """Cancel the session's stream. Return whether one was open."""
+        stream = self._by_session.get(session)
+        if stream is not None:
+            stream.cancel(end, show_instead)
+        return stream is not None
 
     async def follow(
         self, session: str | None, filled: list[tuple[Answer, Coroutine[Any, Any, None]]]
-    ) -> AsyncGenerator[Run, None]:
-        """Begin, then give the run at once, each time there is more to draw, and when all is over.
+    ) -> AsyncGenerator[AnswerStream, None]:
+        """Start a stream and yield it at once, whenever there is more to draw, and when it is done.
 
-        Closing it, as Gradio does when the visitor leaves, cancels what is under way.
+        Closing the generator, as Gradio does when the visitor leaves, cancels the answers.
         """
-        self.end(session, Ending.REPLACED)
-        run = Run(tuple(answer for answer, _ in filled), tuple(asyncio.create_task(work) for _, work in filled))
-        self._of[session] = run
+        self.cancel(session, StreamEnd.REPLACED)
+        stream = AnswerStream(
+            tuple(answer for answer, _ in filled), tuple(asyncio.create_task(work) for _, work in filled)
+        )
+        self._by_session[session] = stream
         try:
-            yield run
-            drawn = _state(run)
-            while not run.is_done:
-                await asyncio.wait([task for task in run.tasks if not task.done()], timeout=REDRAW_S)
-                if not run.is_done and _state(run) != drawn:
-                    drawn = _state(run)
-                    yield run
-            if run.ending is not Ending.REPLACED:
-                yield run
+            yield stream
+            drawn = _progress(stream)
+            while not stream.is_done:
+                await asyncio.wait([task for task in stream.tasks if not task.done()], timeout=REDRAW_S)
+                if not stream.is_done and _progress(stream) != drawn:
+                    drawn = _progress(stream)
+                    yield stream
+            if stream.end is not StreamEnd.REPLACED:
+                yield stream
         finally:
-            for task in run.tasks:
+            for task in stream.tasks:
                 task.cancel()
-            await asyncio.gather(*run.tasks, return_exceptions=True)
-            if self._of.get(session) is run:
-                del self._of[session]
+            await asyncio.gather(*stream.tasks, return_exceptions=True)
+            if self._by_session.get(session) is stream:
+                del self._by_session[session]
 
 
-def _state(run: Run) -> list[tuple[int, bool]]:
-    return [(len(answer.text), task.done()) for answer, task in zip(run.answers, run.tasks, strict=True)]
+def _progress(stream: AnswerStream) -> list[tuple[int, bool]]:
+    return [(len(answer.text), task.done()) for answer, task in zip(stream.answers, stream.tasks, strict=True)]

@@ -1,9 +1,10 @@
-"""What became of a name, and what differs between two adapters, as the page shows them. Knows no widget."""
+"""HTML for an adapter's alias history and for a diff of two adapters."""
 
 from __future__ import annotations
 
-import html
 from typing import Any
+
+from markupsafe import Markup
 
 from serve.ui.render.tables import rows_table
 
@@ -11,11 +12,12 @@ _LAYERS_SHOWN = 40
 
 
 def short_digest(digest: str | None) -> str:
+    """Return a digest short enough for a table."""
     return (digest or "")[:19]
 
 
-def history_html(found: dict[str, Any]) -> str:
-    """Every move, newest first."""
+def history_html(found: dict[str, Any]) -> Markup:
+    """Return a table of every move of an adapter's aliases, newest first."""
     rows = [
         (move["at"][:19].replace("T", " "), move["act"], move["revision"], short_digest(move["before"]),
          short_digest(move["after"]), move["by"])
@@ -24,8 +26,8 @@ def history_html(found: dict[str, Any]) -> str:
     return rows_table(("at (UTC)", "act", "revision", "from", "to", "by"), rows, caption="History")
 
 
-def difference_html(found: dict[str, Any]) -> str:
-    """Facts that changed, then the layers whose update did, the farthest first."""
+def adapter_diff_html(found: dict[str, Any]) -> Markup:
+    """Return tables of the facts that changed and of the layers that changed, largest change first."""
     facts = [
         (change["fact"], change["before"], change["after"])
         for part in ("config", "provenance", "metrics")
@@ -37,11 +39,10 @@ def difference_html(found: dict[str, Any]) -> str:
         (layer["module"], layer["norm_before"], layer["norm_after"], layer["distance"])
         for layer in changed[:_LAYERS_SHOWN]
     ]
-    told = f"{len(changed)} of {len(found['layers'])} layers differ"
+    count = f"{len(changed)} of {len(found['layers'])} layers differ"
     if len(changed) > _LAYERS_SHOWN:
-        told += f"; the {_LAYERS_SHOWN} farthest apart"
+        count += f"; the {_LAYERS_SHOWN} with the largest change"
     return (
-        rows_table(("fact", "before", "after"), facts, caption="What is not the same")
-        + rows_table(("layer", "norm before", "norm after", "norm of the difference"), layers, caption=told)
-        or f"<p>{html.escape(told)}.</p>"
-    )
+        rows_table(("fact", "before", "after"), facts, caption="Changed facts")
+        + rows_table(("layer", "norm before", "norm after", "norm of the difference"), layers, caption=count)
+    ) or Markup("<p>{}.</p>").format(count)

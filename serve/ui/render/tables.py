@@ -1,52 +1,47 @@
-"""Small HTML tables of whatever the API tells; every text in them is a stranger's and is escaped. Knows no widget."""
+"""HTML tables and notes of values from the API: every value comes from another machine and is escaped."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
 
-def rows_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str) -> str:
-    """A table with a header row; the first cell of each row names it. An empty text without rows."""
-    drawn = "".join(_row(row) for row in rows)
-    if not drawn:
-        return ""
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in columns)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption)}"><table class="plain">'
-        f"<caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{drawn}</tbody></table></div>"
-    )
+from serve.ui.render.templates import render
 
 
-def facts_table(facts: Mapping[str, Any]) -> str:
-    """Two columns, nested facts as dotted names; what is empty is left out."""
-    drawn = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{_cell(value)}</td></tr>'
-        for name, value in _flat(facts)
-        if value not in (None, "", [], {})
-    )
-    return f'<table class="plain facts"><tbody>{drawn}</tbody></table>' if drawn else ""
+def rows_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str) -> Markup:
+    """Return a table with a header row, or empty Markup without rows. The first cell of a row is its heading."""
+    cells = [[_text(cell) for cell in row] for row in rows]
+    return render("rows_table", columns=columns, rows=cells, caption=caption) if cells else Markup()
 
 
-def note_html(message: str) -> str:
-    return f'<p class="trouble" role="status">⚠ {html.escape(message)}</p>'
+def facts_table(facts: Mapping[str, Any]) -> Markup:
+    """Return a table of two columns: nested facts under dotted names, without empty values."""
+    rows = [(name, _text(value)) for name, value in _flat(facts) if value not in (None, "", [], {})]
+    return render("facts_table", facts=rows) if rows else Markup()
+
+
+def bullet_list(items: Iterable[str]) -> Markup:
+    """Return a bullet list, or empty Markup without items."""
+    drawn = Markup().join(Markup("<li>{}</li>").format(item) for item in items)
+    return Markup("<ul>{}</ul>").format(drawn) if drawn else Markup()
+
+
+def note_html(message: str) -> Markup:
+    """Return a warning."""
+    return Markup('<p class="trouble" role="status">⚠ {}</p>').format(message)
 
 
 def size_text(size_bytes: float) -> str:
-    """In the largest unit that leaves a whole number before the point."""
+    """Return the size in the largest unit of which there is at least one."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size_bytes >= factor:
             return f"{size_bytes / factor:.2f} {unit}"
     return f"{size_bytes:.0f} B"
 
 
-def _row(cells: Sequence[Any]) -> str:
-    first, *rest = cells
-    return f'<tr><th scope="row">{_cell(first)}</th>{"".join(f"<td>{_cell(cell)}</td>" for cell in rest)}</tr>'
-
-
-def _cell(value: Any) -> str:
+def _text(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -54,8 +49,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
-        return html.escape(", ".join(str(one) for one in value))
-    return html.escape(str(value))
+        return ", ".join(str(one) for one in value)
+    return str(value)
 
 
 def _flat(facts: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:

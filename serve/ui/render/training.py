@@ -1,16 +1,18 @@
-"""A training plan and a run as the page shows them. Draws what the API tells, and nothing it does not."""
+"""HTML of a training plan and of a training run, from the API's JSON."""
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
+from markupsafe import Markup
+
 from serve.ui.render.plots import loss_plot
-from serve.ui.render.tables import facts_table, rows_table, size_text
+from serve.ui.render.tables import bullet_list, facts_table, rows_table, size_text
+from serve.ui.render.templates import render
 
 
-def plan_html(plan: dict[str, Any]) -> str:
-    """What a run would take, and which tokens it would learn from."""
+def plan_html(plan: dict[str, Any]) -> Markup:
+    """Return what a run needs, and the first samples with the tokens it learns from marked."""
     memory, seconds = plan["memory_bytes"], plan["seconds"]
     facts = {
         "method": f"{plan['method']}, {plan['dtype']} on {plan['device']}",
@@ -27,50 +29,47 @@ def plan_html(plan: dict[str, Any]) -> str:
         },
     }
     items = [(item["name"], size_text(item["size_bytes"])) for item in plan["memory"]]
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in plan["notes"])
-    return (
-        facts_table(facts)
-        + (f"<ul>{notes}</ul>" if notes else "")
-        + rows_table(("what", "memory"), items, caption="Memory, item by item")
-        + _masks(plan["masks"])
-    )
-
-
-def _masks(masks: dict[str, Any]) -> str:
-    """The first samples as the model reads them; what it learns from is marked, the rest dimmed."""
-    said = (
+    masks = plan["masks"]
+    trained = (
         f"{masks['trained_tokens']:,} of {masks['tokens']:,} tokens are trained; {masks['cut']} samples cut; "
         f"the end of the answer is trained in {masks['ends_trained']} of {masks['samples']}."
     )
-    rows = "".join(f'<p class="tokens sample">{"".join(map(_piece, row))}</p>' for row in masks["rows"])
-    return f"<h2>What it learns from</h2><p>{html.escape(said)}</p>{rows}"
+    return render(
+        "plan",
+        facts=facts_table(facts),
+        notes=bullet_list(plan["notes"]),
+        memory=rows_table(("what", "memory"), items, caption="Memory, item by item"),
+        trained=trained,
+        samples=masks["rows"],
+    )
 
 
-def _piece(piece: dict[str, Any]) -> str:
-    text = html.escape(piece["text"])
-    return f"<mark>{text}</mark>" if piece["is_trained"] else f'<span class="masked">{text}</span>'
-
-
-def run_html(run: dict[str, Any]) -> str:
-    """Where a run stands, and its loss so far."""
+def run_html(run: dict[str, Any]) -> Markup:
+    """Return the status of a run, its loss so far, and its sample answers."""
     steps = [(step["step"], step["loss"]) for step in run["steps"]]
     held_out = [(measured["step"], measured["loss"]) for measured in run.get("held_out", ())]
-    parts = [f'<span class="status {html.escape(run["status"])}">{html.escape(run["status"])}</span>']
+    figures = []
     if steps:
-        parts.append(f"step {steps[-1][0]}, loss {steps[-1][1]:.3f}")
+        figures.append(f"step {steps[-1][0]}, loss {steps[-1][1]:.3f}")
     if held_out:
-        parts.append(f"held-out loss {held_out[-1][1]:.3f}")
-    said = f'<p class="run">{" · ".join(parts)}</p>'
-    judged = "".join(f"<p>{html.escape(_verdict(one))}</p>" for one in run.get("evaluations", ()))
-    # The last thing the command says of a run that is done is the same verdict.
-    message = f"<p>{html.escape(run['message'])}</p>" if run.get("message") and not judged else ""
-    return said + message + judged + loss_plot(steps, held_out) + _samples(run.get("sampled") or [])
+        figures.append(f"held-out loss {held_out[-1][1]:.3f}")
+    results = [_result(evaluation) for evaluation in run.get("evaluations", ())]
+    # The last line that the command prints for a completed run is the same result.
+    lines = results or [line for line in (run.get("message"),) if line]
+    return render(
+        "run",
+        status=run["status"],
+        figures=figures,
+        lines=lines,
+        plot=loss_plot(steps, held_out),
+        samples=_samples(run.get("sampled") or []),
+    )
 
 
-def _samples(sampled: list[dict[str, Any]]) -> str:
-    """The fixed prompts, and what the base and the newest adapter say to them."""
+def _samples(sampled: list[dict[str, Any]]) -> Markup:
+    """Return a table of the fixed prompts with the answers of the base and of the newest adapter."""
     if not sampled:
-        return ""
+        return Markup()
     first, last = sampled[0], sampled[-1]
     columns = ["prompt", "base" if first["step"] == 0 else f"after step {first['step']}"]
     rows = [[one["prompt"], one["text"]] for one in first["answers"]]
@@ -81,12 +80,12 @@ def _samples(sampled: list[dict[str, Any]]) -> str:
     return rows_table(columns, rows, caption="Samples")
 
 
-def _verdict(evaluation: dict[str, Any]) -> str:
-    """What the run came to, where nothing was learnt from."""
+def _result(evaluation: dict[str, Any]) -> str:
+    """Return the result on held-out data as a sentence."""
     tuned = evaluation.get("preference")
     if tuned is not None:
         return (
-            f"On {tuned['pairs']} held-out pairs the better reply is the likelier one in "
+            f"On {tuned['pairs']} held-out pairs the chosen reply is more likely in "
             f"{tuned['accuracy_before']:.0%} before, {tuned['accuracy_after']:.0%} after."
         )
     return (

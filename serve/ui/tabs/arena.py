@@ -1,14 +1,14 @@
-"""The Arena tab: two answers without names, one vote, then the names, and the ratings that the votes add up to."""
+"""The Arena tab: two answers without names, one vote, then the names and the ratings of all votes."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from markupsafe import Markup
 
 from adapterhub.errors import AdapterHubError, Conflict
 from adapterhub.feedback.ratings import Rating
@@ -18,9 +18,9 @@ from serve.ui.client import Messages, PageClient, Verdict
 from serve.ui.model_picker import QUIET, Models, model_picker, trouble
 from serve.ui.render.conversation import escape
 from serve.ui.render.plots import interval_plot
-from serve.ui.render.tables import note_html, rows_table
+from serve.ui.render.tables import bullet_list, note_html, rows_table
 from serve.ui.sign_in import key_of
-from serve.ui.streams import Run, Runs
+from serve.ui.streams import AnswerStream, AnswerStreams
 from serve.ui.tabs.chat import CONCURRENT_ANSWERS
 
 _VERDICTS: tuple[tuple[Verdict, str], ...] = (
@@ -34,8 +34,8 @@ _TOP_P = 0.9
 
 
 @dataclass(frozen=True)
-class Battle:
-    """A pair that waits for its vote. Stays with the page's server: the browser must not know the names yet."""
+class PendingVote:
+    """A pair of answers without a vote yet, kept by the page's server: the browser must not know the names."""
 
     id: str
     messages: Messages
@@ -44,11 +44,11 @@ class Battle:
 
 
 class ArenaTab:
-    """Its widgets and handlers, drawn inside the current `gr.Tab`."""
+    """The tab's widgets and handlers, drawn inside the current `gr.Tab`."""
 
     def __init__(self, client: PageClient, tab: Any) -> None:
         self._client = client
-        self._runs = Runs()
+        self._streams = AnswerStreams()
         self._battle = gr.State(None)
         self._draw(client)
         models = Models(client)
@@ -63,18 +63,18 @@ class ArenaTab:
                 label="Question",
                 show_label=False,
                 container=False,
-                placeholder="Ask, read two answers, vote: the names come after",
+                placeholder="Ask, read two answers, vote: then the names are shown",
                 max_lines=8,
             )
             self._ask = gr.Button("Ask two", variant="primary", scale=0, min_width=110)
-        self._said = gr.Markdown(elem_classes="said", elem_id="arena-vote")
+        self._message = gr.Markdown(elem_classes="said", elem_id="arena-vote")
         self._panels = Panels(client, 2, prefix="arena")
         with gr.Row(visible=False, elem_classes="votes") as self._votes:
             self._buttons = [(verdict, gr.Button(label, size="md", min_width=120)) for verdict, label in _VERDICTS]
         with gr.Accordion("Settings", open=False, elem_id="arena-settings"):
             self._among = model_picker(
                 elem_id="arena-among",
-                label="Only these take part (none: the server draws the pairs that teach most)",
+                label="Adapters that take part (none picked: the server picks the most informative pairs)",
                 multiselect=True,
             )
             self._temperature = gr.Slider(0.0, 2.0, value=0.7, step=0.05, label="Temperature")
@@ -86,7 +86,7 @@ class ArenaTab:
         self._table = gr.HTML(elem_id="ratings", padding=False)
 
     def _connect(self) -> None:
-        drawn = [*self._panels.outputs, self._battle, self._votes, self._said, self._ask]
+        drawn = [*self._panels.outputs, self._battle, self._votes, self._message, self._ask]
         gr.on(
             [self._prompt.submit, self._ask.click],
             self._begin,
@@ -99,65 +99,70 @@ class ArenaTab:
         )
         panels = self._panels.panels
         heads, actions = [panel.head for panel in panels], [panel.actions for panel in panels]
-        voted = [self._said, self._votes, self._battle, *heads, *actions]
+        voted = [self._message, self._votes, self._battle, *heads, *actions]
         for verdict, button in self._buttons:
             button.click(self._voting(verdict), [self._battle], voted, **QUIET).then(
                 self._ratings, [self._method], [self._table], **QUIET
             )
         self._method.input(self._ratings, [self._method], [self._table], **QUIET)
 
-    async def _begin(self, given: dict[Any, Any], request: gr.Request) -> AsyncGenerator[Updates, None]:
-        prompt, key = given[self._prompt] or "", key_of(request)
+    async def _begin(self, values: dict[Any, Any], request: gr.Request) -> AsyncGenerator[Updates, None]:
+        prompt, key = values[self._prompt] or "", key_of(request)
         if not prompt.strip():
-            yield {self._said: trouble("write a question first.")}
+            yield {self._message: trouble("write a question first.")}
             return
         try:
-            drawn = await self._client.post("arena/battles", key, **_among(given[self._among]))
+            drawn = await self._client.post("arena/battles", key, **_among(values[self._among]))
         except AdapterHubError as error:
-            yield {self._said: trouble(str(error))}
+            yield {self._message: trouble(str(error))}
             return
         messages = to_send(None, [Turn("user", prompt)])
-        sampling = Sampling(given[self._temperature], int(given[self._max_tokens]), _TOP_P)
+        sampling = Sampling(values[self._temperature], int(values[self._max_tokens]), _TOP_P)
         answers = (Answer(drawn["a"]), Answer(drawn["b"]))
         filled = [(answer, self._client.fill(answer, messages, sampling, key=key)) for answer in answers]
-        async with aclosing(self._runs.follow(request.session_hash, filled)) as states:
+        async with aclosing(self._streams.follow(request.session_hash, filled)) as states:
             await anext(states)
-            hidden = {self._battle: None, self._votes: gr.update(visible=False), self._said: ""}
-            yield self._panels.begun(_BLIND) | hidden | {self._ask: gr.update(interactive=False)}
-            async for run in states:
-                yield self._ended(run, str(drawn["battle"]), messages) if run.is_done else self._panels.growing(run)
+            hidden = {self._battle: None, self._votes: gr.update(visible=False), self._message: ""}
+            yield self._panels.draw_empty(_BLIND) | hidden | {self._ask: gr.update(interactive=False)}
+            async for stream in states:
+                is_done = stream.is_done
+                battle = str(drawn["battle"])
+                yield self._draw_final(stream, battle, messages) if is_done else self._panels.draw_growing(stream)
 
-    def _ended(self, run: Run, battle: str, messages: Messages) -> Updates:
-        """The vote opens when both answers are whole; nobody judges half an answer."""
-        drawn = self._panels.ended(run, messages) | {self._ask: gr.update(interactive=True)}
-        if any(run.error(index) for index in range(2)):
-            # The reason may name the adapter, but there is no vote any more that it could sway.
-            return drawn | {self._said: trouble("no vote on this pair: ask again.")}
-        # Feedback on one of them would name it.
+    def _draw_final(self, stream: AnswerStream, battle: str, messages: Messages) -> Updates:
+        """Show both answers, and open the vote when both are complete."""
+        drawn = self._panels.draw_final(stream, messages) | {self._ask: gr.update(interactive=True)}
+        if any(stream.error(index) for index in range(2)):
+            # The error may name the adapter, but there is no vote left for it to bias.
+            return drawn | {self._message: trouble("no vote on this pair: an answer is incomplete. Ask again.")}
+        # Feedback on one answer would name its adapter.
         drawn |= {panel.actions: gr.update(visible=False) for panel in self._panels.panels}
-        return drawn | {self._battle: Battle(battle, messages, *run.answers), self._votes: gr.update(visible=True)}
+        return drawn | {
+            self._battle: PendingVote(battle, messages, *stream.answers),
+            self._votes: gr.update(visible=True),
+        }
 
     def _voting(self, verdict: Verdict) -> Callable[..., Any]:
-        async def vote(battle: Battle | None, request: gr.Request) -> tuple[Any, ...]:
+        async def vote(battle: PendingVote | None, request: gr.Request) -> tuple[Any, ...]:
             return await self._vote(verdict, battle, request)
 
         return vote
 
-    async def _vote(self, verdict: Verdict, battle: Battle | None, request: gr.Request) -> tuple[Any, ...]:
+    async def _vote(self, verdict: Verdict, battle: PendingVote | None, request: gr.Request) -> tuple[Any, ...]:
         closed = (gr.update(visible=False), None)
         unchanged = (gr.skip(),) * 4
         if battle is None:
-            return (trouble("this vote is over: ask again."), *closed, *unchanged)
+            return (trouble("this pair has its vote already. Ask again."), *closed, *unchanged)
         body = {"battle": battle.id, "messages": battle.messages, "a": battle.a.wire(), "b": battle.b.wire()}
         try:
             await self._client.post("feedback", key_of(request), kind="vote", **body, winner=verdict)
-            said = "✓ your vote counts."
+            message = "✓ your vote counts."
         except Conflict as error:
-            said = trouble(str(error))
+            message = trouble(str(error))
         except AdapterHubError as error:
             return (trouble(str(error)), gr.skip(), gr.skip(), *unchanged)
         open_to_feedback = gr.update(visible=True)
-        return (said, *closed, _revealed(battle.a), _revealed(battle.b), open_to_feedback, open_to_feedback)
+        return (message, *closed, _revealed(battle.a), _revealed(battle.b), open_to_feedback, open_to_feedback)
 
     async def _ratings(self, method: str, request: gr.Request) -> str:
         try:
@@ -169,8 +174,8 @@ class ArenaTab:
         ]
         if not ratings:
             return "<p>No votes yet.</p>"
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in found.get("notes", ()))
-        return interval_plot(ratings) + _table(ratings) + (f"<ul>{notes}</ul>" if notes else "")
+        plot = Markup(interval_plot(ratings))  # noqa: S704 -- it escapes the names of models
+        return plot + _table(ratings) + bullet_list(found.get("notes", ()))
 
 
 def _among(models: list[str] | None) -> dict[str, list[str]]:
@@ -181,6 +186,6 @@ def _revealed(answer: Answer) -> str:
     return f"## {escape(answer.name)}\n\n{escape(answer.figures())}"
 
 
-def _table(ratings: list[Rating]) -> str:
+def _table(ratings: list[Rating]) -> Markup:
     rows = [(one.model, f"{one.rating:.0f}", f"{one.low:.0f} to {one.high:.0f}", one.games) for one in ratings]
-    return rows_table(("model", "rating", "95 % interval", "games"), rows, caption="What the votes add up to")
+    return rows_table(("model", "rating", "95 % interval", "games"), rows, caption="Ratings of all votes")

@@ -1,4 +1,4 @@
-"""The Chat tab: its widgets, and which handler or script each of them reaches."""
+"""The Chat tab: its widgets, and the handlers and scripts that they are connected to."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from serve.ui.client import PageClient
 from serve.ui.feedback import CORRECT
 from serve.ui.model_picker import QUIET, Models, model_picker
 from serve.ui.script import (
-    EXPORT_JSON,
-    EXPORT_MARKDOWN,
-    FORGET,
+    DELETE,
     KEEP,
     KEEP_IN_ADDRESS,
     LIST,
-    NOTHING,
+    NEW,
     OPEN,
     OPEN_IF_WIDE,
+    SAVE_AS_JSON,
+    SAVE_AS_MARKDOWN,
 )
 from serve.ui.style import LATEX
-from serve.ui.tabs.chat_handlers import Talk, Widgets
+from serve.ui.tabs.chat_handlers import ChatHandlers, Widgets
 
 CONCURRENT_ANSWERS = 64
-"""what the engine batches and queues; Gradio's own default is 1"""
-_HINT = "**Enter** sends, **Shift+Enter** starts a line, **Esc** stops, **Ctrl+K** goes to the adapters."
-_PLACEHOLDER = "### Ask something\nSwitch the adapter whenever you like: the next answer is by the one picked."
+"""Answers that stream at once. Gradio's default is 1; the engine batches and queues them."""
+_HINT = "**Enter** sends, **Shift+Enter** starts a line, **Esc** stops, **Ctrl+K** opens the model picker."
+_PLACEHOLDER = "### Ask something\nSwitch the adapter at any time: the picked one gives the next answer."
 
 
 def chat_tab(blocks: Any, client: PageClient) -> None:
@@ -35,11 +35,11 @@ def chat_tab(blocks: Any, client: PageClient) -> None:
         with gr.Column(scale=1, min_width=280, elem_classes="chat-side"):
             side = _draw_models() | _draw_conversations() | _draw_settings()
         with gr.Column(scale=4, min_width=300, elem_classes="chat-main"):
-            talk = _draw_talk() | _draw_composer()
-    widgets = Widgets(**side, **talk, corrected_at=gr.State(None))
+            chat = _draw_chat() | _draw_composer()
+    widgets = Widgets(**side, **chat, corrected_at=gr.State(None))
     _connect_models(blocks, widgets, Models(client))
     _connect_conversations(blocks, widgets)
-    _connect_talk(widgets, Talk(client, widgets))
+    _connect_chat(widgets, ChatHandlers(client, widgets))
 
 
 def _draw_models() -> dict[str, Any]:
@@ -48,8 +48,8 @@ def _draw_models() -> dict[str, Any]:
         card = gr.Markdown(elem_id="card")
     with gr.Accordion("Mix two adapters", open=False, elem_id="mix"):
         partner = model_picker(elem_id="partner", label="Together with")
-        scale = gr.Slider(-1.0, 2.0, value=0.5, step=0.05, label="Strength of the first", elem_id="scale")
-        partner_scale = gr.Slider(-1.0, 2.0, value=0.5, step=0.05, label="Strength of the second")
+        scale = gr.Slider(-1.0, 2.0, value=0.5, step=0.05, label="Scale of the first", elem_id="scale")
+        partner_scale = gr.Slider(-1.0, 2.0, value=0.5, step=0.05, label="Scale of the second")
     return {
         "picker": picker,
         "about": about,
@@ -69,7 +69,7 @@ def _draw_conversations() -> dict[str, Any]:
         with gr.Row(elem_classes="small-buttons"):
             as_json = gr.Button("Save as JSON", size="sm", min_width=90)
             as_markdown = gr.Button("Save as Markdown", size="sm", min_width=90)
-    # Gradio's own check knows only the choices it was built with; these are the browser's.
+    # Gradio would check the choice against those it was built with; these come from the browser.
     kept.preprocess = lambda payload: payload
     return {"kept": kept, "fresh": fresh, "forget": forget, "as_json": as_json, "as_markdown": as_markdown}
 
@@ -81,13 +81,13 @@ def _draw_settings() -> dict[str, Any]:
             "temperature": gr.Slider(0.0, 2.0, value=0.7, step=0.05, label="Temperature", elem_id="temperature"),
             "top_p": gr.Slider(0.05, 1.0, value=0.9, step=0.05, label="Top-p", elem_id="top-p"),
             "max_tokens": gr.Slider(1, 2048, value=256, step=1, label="Max tokens", elem_id="max-tokens"),
-            "seed": gr.Number(None, label="Seed (empty: another draw each time)", precision=0, elem_id="seed"),
+            "seed": gr.Number(None, label="Seed (empty: a new one for each answer)", precision=0, elem_id="seed"),
         }
         gr.Markdown(_HINT, elem_id="hint")
     return drawn
 
 
-def _draw_talk() -> dict[str, Any]:
+def _draw_chat() -> dict[str, Any]:
     chat = gr.Chatbot(
         elem_id="chat",
         label="Conversation",
@@ -146,31 +146,31 @@ def _connect_models(blocks: Any, on: Widgets, models: Models) -> None:
 def _connect_conversations(blocks: Any, on: Widgets) -> None:
     here = {"api_visibility": "private"}
     gr.on([blocks.load, on.kept.focus], None, None, [on.kept], js=LIST, **here)
-    on.as_json.click(None, [on.chat, on.system], None, js=EXPORT_JSON, **here)
-    on.as_markdown.click(None, [on.chat, on.system], None, js=EXPORT_MARKDOWN, **here)
+    on.as_json.click(None, [on.chat, on.system], None, js=SAVE_AS_JSON, **here)
+    on.as_markdown.click(None, [on.chat, on.system], None, js=SAVE_AS_MARKDOWN, **here)
 
 
-def _connect_talk(on: Widgets, talk: Talk) -> None:
+def _connect_chat(on: Widgets, handlers: ChatHandlers) -> None:
     here = {"api_visibility": "private"}
     quiet = here | {"outputs": on.drawn, "show_progress": "hidden"}
-    # Gradio loses an event that joins its queue in the moment in which the one before leaves it. So only answers queue,
+    # Gradio loses an event that joins its queue at the moment the previous one leaves it. So only answers are queued,
     # and asking again is always possible.
     at_once = quiet | {"queue": False}
     asking = quiet | {"concurrency_limit": CONCURRENT_ANSWERS, "trigger_mode": "multiple"}
     kept = here | {"fn": None, "inputs": [on.kept, on.chat], "outputs": [on.kept], "js": KEEP}
-    gr.on([on.box.submit, on.send.click], talk.send, on.asked, **asking).then(**kept)
-    on.chat.retry(talk.retry, on.asked, **asking).then(**kept)
-    on.chat.edit(talk.edit, on.asked, **asking).then(**kept)
-    on.chat.undo(talk.undo, {on.chat}, **at_once).then(**kept)
-    on.chat.clear(talk.clear, set(), **at_once).then(None, None, [on.kept], js="() => null", **here)
-    on.stop.click(talk.stop, {on.chat}, **at_once)
+    gr.on([on.box.submit, on.send.click], handlers.send, on.asked, **asking).then(**kept)
+    on.chat.retry(handlers.retry, on.asked, **asking).then(**kept)
+    on.chat.edit(handlers.edit, on.asked, **asking).then(**kept)
+    on.chat.undo(handlers.undo, {on.chat}, **at_once).then(**kept)
+    on.chat.clear(handlers.clear, set(), **at_once).then(None, None, [on.kept], js="() => null", **here)
+    on.stop.click(handlers.stop, {on.chat}, **at_once)
     turned = at_once | {"inputs": [on.kept, on.chat]}
-    on.kept.input(talk.leave, js=OPEN, **turned)
-    on.fresh.click(talk.leave, js=NOTHING, **turned).then(None, None, [on.kept], js="() => null", **here)
-    on.forget.click(None, [on.kept], [on.kept], js=FORGET, **here).then(talk.leave, js=NOTHING, **turned)
+    on.kept.input(handlers.leave, js=OPEN, **turned)
+    on.fresh.click(handlers.leave, js=NEW, **turned).then(None, None, [on.kept], js="() => null", **here)
+    on.forget.click(None, [on.kept], [on.kept], js=DELETE, **here).then(handlers.leave, js=NEW, **turned)
     liking = at_once | {"outputs": [on.said, on.correcting, on.wording, on.corrected_at]}
-    on.chat.like(talk.liked, {on.chat, on.system, on.corrected_at}, **liking)
+    on.chat.like(handlers.liked, {on.chat, on.system, on.corrected_at}, **liking)
     wording = {on.chat, on.system, on.wording, on.corrected_at}
     saving = at_once | {"outputs": [on.said, on.correcting, on.wording, on.chat]}
-    on.save_wording.click(talk.save_wording, wording, **saving).then(**kept)
-    on.drop_wording.click(talk.drop_wording, set(), **(at_once | {"outputs": [on.correcting, on.wording]}))
+    on.save_wording.click(handlers.save_wording, wording, **saving).then(**kept)
+    on.drop_wording.click(handlers.drop_wording, set(), **(at_once | {"outputs": [on.correcting, on.wording]}))

@@ -1,4 +1,4 @@
-"""What the buttons of the Chat tab do. Conversations live in the browser: each handler gets one and gives it back."""
+"""Handlers of the Chat tab. Conversations stay in the browser: each handler receives one and returns it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ import gradio as gr
 
 from serve.client import Answer, Sampling, Scaled, to_send
 from serve.ui.client import PageClient
-from serve.ui.feedback import CORRECT, Feedback
+from serve.ui.feedback import CORRECT, FeedbackSender
 from serve.ui.render.conversation import (
-    Line,
-    answered,
-    answering,
-    corrected,
-    failed,
-    given_at,
-    read_lines,
-    settled,
-    stopped,
+    ChatEntry,
+    failed_entries,
+    final_entries,
+    finalize_pending,
+    pending_entries,
+    rated_answer_at,
+    read_entries,
+    stopped_entries,
     text_of,
     turns_of,
+    with_correction,
 )
 from serve.ui.sign_in import key_of
-from serve.ui.streams import Ending, Run, Runs
+from serve.ui.streams import AnswerStream, AnswerStreams, StreamEnd
 
-Given = dict[Any, Any]
-"""the values of the widgets"""
+Values = dict[Any, Any]
+"""Widget -> its value."""
 Updates = dict[Any, Any]
+"""Widget -> its update."""
 
 
 @dataclass(frozen=True)
 class Widgets:
+    """The widgets of the Chat tab."""
+
     about: Any
     picker: Any
     card: Any
@@ -61,139 +64,150 @@ class Widgets:
     send: Any
     stop: Any
     corrected_at: Any
-    """where in the conversation the answer is that is being corrected"""
+    """Index in the conversation of the answer that is being corrected."""
 
     @property
     def asked(self) -> set[Any]:
-        """What an answer depends on. As a set, it reaches the handler in one dictionary."""
+        """Inputs that an answer depends on. Gradio passes a set as one dictionary."""
         mix = {self.picker, self.partner, self.scale, self.partner_scale}
         return {self.chat, self.box, self.system, self.temperature, self.top_p, self.max_tokens, self.seed} | mix
 
     @property
     def drawn(self) -> list[Any]:
+        """Outputs that a handler draws."""
         return [self.chat, self.box, self.send, self.stop]
 
 
-class Talk:
-    """The handlers.
+class ChatHandlers:
+    """The handlers of the Chat tab.
 
-    An answer is drawn by the handler that asked for it and by no other, so that no late drawing undoes a stop.
+    An answer is drawn by the handler that requested it and by no other, so that no late drawing undoes a stop.
     """
 
     def __init__(self, client: PageClient, on: Widgets) -> None:
         self._client = client
         self._on = on
-        self._runs = Runs()
-        self._feedback = Feedback(client)
+        self._streams = AnswerStreams()
+        self._feedback = FeedbackSender(client)
         self._nothing: Updates = {on.chat: gr.skip()}
-        """an empty dictionary is an error to Gradio, and then nothing that was to follow does"""
+        """Updates that change nothing: an empty dictionary is an error in Gradio, and the events after it are lost."""
 
-    async def send(self, given: Given, request: gr.Request) -> AsyncGenerator[Updates, None]:
-        yield {self._on.box: ""}  # in any case: Gradio takes an end without a drawing for a drawing of nothing
-        text = given[self._on.box] or ""
+    async def send(self, values: Values, request: gr.Request) -> AsyncGenerator[Updates, None]:
+        """Answer the message in the box."""
+        yield {self._on.box: ""}  # always: Gradio reads an end without an update as an update to nothing
+        text = values[self._on.box] or ""
         if not text.strip():
             return
-        lines = [*settled(read_lines(given[self._on.chat])), Line("user", text)]
-        async with aclosing(self._answer(lines, given, request)) as updates:
+        entries = [*finalize_pending(read_entries(values[self._on.chat])), ChatEntry("user", text)]
+        async with aclosing(self._answer(entries, values, request)) as updates:
             async for update in updates:
                 yield update
 
-    async def retry(self, given: Given, request: gr.Request, event: gr.RetryData) -> AsyncGenerator[Updates, None]:
-        lines = read_lines(given[self._on.chat])[: event.index + 1]
-        async with aclosing(self._answer(lines, given, request)) as updates:
+    async def retry(self, values: Values, request: gr.Request, event: gr.RetryData) -> AsyncGenerator[Updates, None]:
+        """Answer the last message again."""
+        entries = read_entries(values[self._on.chat])[: event.index + 1]
+        async with aclosing(self._answer(entries, values, request)) as updates:
             async for update in updates:
                 yield update
 
-    async def edit(self, given: Given, request: gr.Request, event: gr.EditData) -> AsyncGenerator[Updates, None]:
-        lines = [*read_lines(given[self._on.chat])[: event.index], Line("user", text_of(event.value))]
-        async with aclosing(self._answer(lines, given, request)) as updates:
+    async def edit(self, values: Values, request: gr.Request, event: gr.EditData) -> AsyncGenerator[Updates, None]:
+        """Answer an edited message, and drop what follows it."""
+        kept = read_entries(values[self._on.chat])[: event.index]
+        entries = [*kept, ChatEntry("user", text_of(event.value))]
+        async with aclosing(self._answer(entries, values, request)) as updates:
             async for update in updates:
                 yield update
 
-    def undo(self, given: Given, event: gr.UndoData) -> Updates:
-        return self._draw(read_lines(given[self._on.chat])[: event.index]) | {self._on.box: text_of(event.value)}
+    def undo(self, values: Values, event: gr.UndoData) -> Updates:
+        """Remove the last message and its answer, and put the message back into the box."""
+        return self._draw(read_entries(values[self._on.chat])[: event.index]) | {self._on.box: text_of(event.value)}
 
-    def clear(self, given: Given, request: gr.Request) -> Updates:
-        self._runs.end(request.session_hash, Ending.LEFT, [])
+    def clear(self, values: Values, request: gr.Request) -> Updates:
+        """Cancel the answer of the conversation that the browser has cleared."""
+        self._streams.cancel(request.session_hash, StreamEnd.LEFT, [])
         return self._nothing  # the browser has cleared it already
 
     def leave(self, _: str | None, chat: Any, request: gr.Request) -> Updates:
-        """The visitor turns to the conversation `chat`, out of the browser's own or empty."""
-        lines = read_lines(chat)
-        self._runs.end(request.session_hash, Ending.LEFT, lines)
-        return self._draw(lines)
+        """Show the conversation `chat`, one of the browser's or an empty one."""
+        entries = read_entries(chat)
+        self._streams.cancel(request.session_hash, StreamEnd.LEFT, entries)
+        return self._draw(entries)
 
-    def stop(self, given: Given, request: gr.Request) -> Updates:
-        if self._runs.end(request.session_hash, Ending.STOPPED):
-            return self._nothing  # the run draws its own end
-        return self._draw(settled(read_lines(given[self._on.chat])))  # the server was restarted meanwhile
+    def stop(self, values: Values, request: gr.Request) -> Updates:
+        """Stop the answer, and keep its text so far."""
+        if self._streams.cancel(request.session_hash, StreamEnd.STOPPED):
+            return self._nothing  # the stream draws its own end
+        return self._draw(finalize_pending(read_entries(values[self._on.chat])))  # the server was restarted meanwhile
 
-    async def liked(self, given: Given, request: gr.Request, event: gr.LikeData) -> Updates:
-        """A thumb, or the flag that opens the box for a better wording."""
+    async def liked(self, values: Values, request: gr.Request, event: gr.LikeData) -> Updates:
+        """Send a thumb, or open the box for a correction when the flag was clicked."""
         on, index = self._on, _index(event)
-        found = given_at(read_lines(given[on.chat]), index)
-        # The same button once more says "": the flag then opens again, a thumb stays as it was kept.
-        is_flag = event.liked == CORRECT or (event.liked == "" and index == given[on.corrected_at])
+        found = rated_answer_at(read_entries(values[on.chat]), index)
+        # A second click on a button sends "": the flag then opens again, a thumb stays as it was stored.
+        is_flag = event.liked == CORRECT or (event.liked == "" and index == values[on.corrected_at])
         if is_flag and found is not None:
             wording = {on.wording: found.answer["text"], on.corrected_at: index}
             return {on.correcting: gr.update(visible=True), on.said: "", **wording}
         if found is None or not isinstance(event.liked, bool):
             return {on.said: "", on.corrected_at: None}
-        messages = to_send(given[on.system], found.before)
-        said = await self._feedback.thumb(messages, found.answer, is_up=event.liked, key=key_of(request))
-        return {on.said: said, on.corrected_at: None}
+        messages = to_send(values[on.system], found.before)
+        message = await self._feedback.thumb(messages, found.answer, is_up=event.liked, key=key_of(request))
+        return {on.said: message, on.corrected_at: None}
 
-    async def save_wording(self, given: Given, request: gr.Request) -> Updates:
-        """Keep the correction, and go on from it."""
-        on, index = self._on, given[self._on.corrected_at]
-        lines = read_lines(given[on.chat])
-        found = None if index is None else given_at(lines, index)
+    async def save_wording(self, values: Values, request: gr.Request) -> Updates:
+        """Send the correction, and continue the conversation from it."""
+        on, index = self._on, values[self._on.corrected_at]
+        entries = read_entries(values[on.chat])
+        found = None if index is None else rated_answer_at(entries, index)
         if found is None:
             return {on.said: "", **self._closed()}
-        text = given[on.wording] or ""
-        messages = to_send(given[on.system], found.before)
-        said = await self._feedback.correction(messages, found.answer, text, key=key_of(request))
-        if said.startswith("⚠"):
-            return {on.said: said}
+        text = values[on.wording] or ""
+        messages = to_send(values[on.system], found.before)
+        message = await self._feedback.correction(messages, found.answer, text, key=key_of(request))
+        if message.startswith("⚠"):
+            return {on.said: message}
         return {
-            on.said: said,
+            on.said: message,
             **self._closed(),
-            on.chat: _messages(corrected(lines, index, text)),
+            on.chat: _messages(with_correction(entries, index, text)),
         }
 
-    def drop_wording(self, given: Given) -> Updates:
+    def drop_wording(self, values: Values) -> Updates:
+        """Close the box for a correction without sending it."""
         return self._closed()
 
     def _closed(self) -> Updates:
-        """The box without its text: else it opens again with that, and what is typed at once is overwritten."""
+        """Hide the box and empty it: else it opens with the old text, and what is typed at once is overwritten."""
         return {self._on.correcting: gr.update(visible=False), self._on.wording: ""}
 
-    async def _answer(self, lines: list[Line], given: Given, request: gr.Request) -> AsyncGenerator[Updates, None]:
-        """Ask, draw the answer as it grows, then how it ended. No failure leaves: Gradio would lock the page."""
+    async def _answer(
+        self, entries: list[ChatEntry], values: Values, request: gr.Request
+    ) -> AsyncGenerator[Updates, None]:
+        """Request an answer, draw it as it grows, then how it ended. Raise nothing: Gradio would lock the page."""
         on = self._on
-        mix = _mix(given[on.picker], given[on.scale], given[on.partner], given[on.partner_scale])
-        answer = Answer(given[on.picker] or "", mix)
-        messages = to_send(given[on.system], turns_of(lines))
-        seed = given[on.seed]
+        mix = _mix(values[on.picker], values[on.scale], values[on.partner], values[on.partner_scale])
+        answer = Answer(values[on.picker] or "", mix)
+        messages = to_send(values[on.system], turns_of(entries))
+        seed = values[on.seed]
         sampling = Sampling(
-            given[on.temperature], int(given[on.max_tokens]), given[on.top_p], None if seed is None else int(seed)
+            values[on.temperature], int(values[on.max_tokens]), values[on.top_p], None if seed is None else int(seed)
         )
         filled = [(answer, self._client.fill(answer, messages, sampling, key=key_of(request)))]
-        async with aclosing(self._runs.follow(request.session_hash, filled)) as states:
+        async with aclosing(self._streams.follow(request.session_hash, filled)) as states:
             is_first = True
-            async for run in states:
-                if run.is_done:
-                    yield self._draw(_ended(lines, run))
+            async for stream in states:
+                if stream.is_done:
+                    yield self._draw(_with_end(entries, stream))
                 else:
-                    drawn = {on.chat: _messages([*lines, *answering(answer)])}
-                    yield drawn | (self._buttons(is_running=True) if is_first else {})
+                    drawn = {on.chat: _messages([*entries, *pending_entries(answer)])}
+                    yield drawn | (self._buttons(is_streaming=True) if is_first else {})
                 is_first = False
 
-    def _draw(self, lines: list[Line]) -> Updates:
-        return {self._on.chat: _messages(lines), **self._buttons(is_running=False)}
+    def _draw(self, entries: list[ChatEntry]) -> Updates:
+        return {self._on.chat: _messages(entries), **self._buttons(is_streaming=False)}
 
-    def _buttons(self, *, is_running: bool) -> Updates:
-        return {self._on.send: gr.update(visible=not is_running), self._on.stop: gr.update(visible=is_running)}
+    def _buttons(self, *, is_streaming: bool) -> Updates:
+        return {self._on.send: gr.update(visible=not is_streaming), self._on.stop: gr.update(visible=is_streaming)}
 
 
 def _index(event: gr.LikeData) -> int:
@@ -201,21 +215,21 @@ def _index(event: gr.LikeData) -> int:
 
 
 def _mix(name: str | None, scale: float, partner: str | None, partner_scale: float) -> tuple[Scaled, ...]:
-    """Two adapters that answer together; nothing where one answers alone at its own strength."""
+    """Return the mix of two adapters; nothing where one answers alone at its own scale."""
     if name and partner and partner != name:
         return (Scaled(name, scale), Scaled(partner, partner_scale))
     return ()
 
 
-def _ended(lines: list[Line], run: Run) -> list[Line]:
-    (answer,) = run.answers
-    if run.ending is Ending.LEFT:
-        return list(run.left_for)
-    if run.ending is Ending.STOPPED:
-        return [*lines, *stopped(answer)]
-    error = run.error(0)
-    return [*lines, *(failed(answer, error) if error else answered(answer))]
+def _with_end(entries: list[ChatEntry], stream: AnswerStream) -> list[ChatEntry]:
+    (answer,) = stream.answers
+    if stream.end is StreamEnd.LEFT:
+        return list(stream.show_instead)
+    if stream.end is StreamEnd.STOPPED:
+        return [*entries, *stopped_entries(answer)]
+    error = stream.error(0)
+    return [*entries, *(failed_entries(answer, error) if error else final_entries(answer))]
 
 
-def _messages(lines: list[Line]) -> list[dict[str, Any]]:
-    return [line.message() for line in lines]
+def _messages(entries: list[ChatEntry]) -> list[dict[str, Any]]:
+    return [entry.message() for entry in entries]

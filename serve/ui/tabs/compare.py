@@ -1,4 +1,4 @@
-"""The Compare tab: one prompt, two to four adapters in one batch, where their answers part, and a report of it."""
+"""The Compare tab: one prompt to two to four adapters, a diff of their answers, and a report."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from serve.client import Answer, Sampling, Turn, to_send
 from serve.ui.answer_panels import Panels, Updates
 from serve.ui.client import PageClient
 from serve.ui.model_picker import QUIET, Models, model_picker, trouble
-from serve.ui.render.answer_diff import Comparison, difference_html, differences, report_html, report_markdown
+from serve.ui.render.answer_diff import Comparison, report_html, report_markdown, token_diff_html, token_diffs
 from serve.ui.render.conversation import escape
-from serve.ui.script import SAVE_FILE
+from serve.ui.script import save_file
 from serve.ui.sign_in import key_of
-from serve.ui.streams import Ending, Run, Runs
+from serve.ui.streams import AnswerStream, AnswerStreams, StreamEnd
 from serve.ui.tabs.chat import CONCURRENT_ANSWERS
 
 MOST = 4
+"""Adapters compared at once, at most."""
 
 
 class CompareTab:
-    """Its widgets and handlers, drawn inside the current `gr.Tab`; `picker` can be set from elsewhere."""
+    """The tab's widgets and handlers, drawn inside the current `gr.Tab`. Other tabs may set `picker`."""
 
     def __init__(self, client: PageClient, tab: Any) -> None:
         self._client = client
-        self._runs = Runs()
+        self._streams = AnswerStreams()
         self._draw(client)
         models = Models(client)
         tab.select(models.several, [self.picker], [self.picker], **QUIET)
@@ -40,7 +41,7 @@ class CompareTab:
         with gr.Row(elem_classes="asking"):
             self.picker = model_picker(
                 elem_id="compared",
-                label="Adapters, two to four; the others are compared with the first",
+                label="Adapters, two to four; each is compared with the first",
                 multiselect=True,
                 max_choices=MOST,
                 scale=3,
@@ -95,44 +96,43 @@ class CompareTab:
             (self._as_markdown, report_markdown, "comparison.md", "text/markdown"),
             (self._as_html, report_html, "comparison.html", "text/html"),
         ):
-            js = f"(text) => ({SAVE_FILE})({name!r}, {kind!r}, text)"
             button.click(make, [self._comparison], [self._file], **QUIET).then(
-                None, [self._file], None, js=js, api_visibility="private"
+                None, [self._file], None, js=save_file(name, kind), api_visibility="private"
             )
 
     def _stopped(self, request: gr.Request) -> None:
-        self._runs.end(request.session_hash, Ending.STOPPED)
+        self._streams.cancel(request.session_hash, StreamEnd.STOPPED)
 
-    async def _compare(self, given: dict[Any, Any], request: gr.Request) -> AsyncGenerator[Updates, None]:
-        names, prompt = given[self.picker] or [], given[self._prompt] or ""
+    async def _compare(self, values: dict[Any, Any], request: gr.Request) -> AsyncGenerator[Updates, None]:
+        names, prompt = values[self.picker] or [], values[self._prompt] or ""
         if not prompt.strip() or len(names) < 2:
             yield {self._trouble: trouble("write a prompt, and pick at least two to compare.")}
             return
         answers = tuple(Answer(name) for name in names)
-        messages = to_send(given[self._system], [Turn("user", prompt)])
-        sampling = Sampling(given[self._temperature], int(given[self._max_tokens]))
+        messages = to_send(values[self._system], [Turn("user", prompt)])
+        sampling = Sampling(values[self._temperature], int(values[self._max_tokens]))
         key = key_of(request)
         filled = [
             (answer, self._client.fill(answer, messages, sampling, key=key, wants_tokens=True)) for answer in answers
         ]
-        async with aclosing(self._runs.follow(request.session_hash, filled)) as states:
+        async with aclosing(self._streams.follow(request.session_hash, filled)) as states:
             await anext(states)
-            yield self._panels.begun(list(names)) | self._buttons(is_running=True) | {self._trouble: ""}
-            async for run in states:
-                if not run.is_done:
-                    yield self._panels.growing(run)
+            yield self._panels.draw_empty(list(names)) | self._buttons(is_streaming=True) | {self._trouble: ""}
+            async for stream in states:
+                if not stream.is_done:
+                    yield self._panels.draw_growing(stream)
                     continue
                 made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-                comparison = Comparison(messages, sampling, run.answers, made)
-                yield self._panels.ended(run, messages) | await self._marked(run, comparison)
+                comparison = Comparison(messages, sampling, stream.answers, made)
+                yield self._panels.draw_final(stream, messages) | await self._draw_diffs(stream, comparison)
 
-    async def _marked(self, run: Run, comparison: Comparison) -> Updates:
-        marked = await asyncio.to_thread(differences, run.answers)
-        drawn: Updates = self._buttons(is_running=False)
-        for panel, answer, own in zip(self._panels.panels, run.answers, marked, strict=False):
+    async def _draw_diffs(self, stream: AnswerStream, comparison: Comparison) -> Updates:
+        diffs = await asyncio.to_thread(token_diffs, stream.answers)
+        drawn: Updates = self._buttons(is_streaming=False)
+        for panel, answer, tokens in zip(self._panels.panels, stream.answers, diffs, strict=False):
             drawn[panel.head] = f"## {escape(answer.name)}\n\n{escape(answer.figures())}"
-            drawn[panel.more] = difference_html(own)
+            drawn[panel.more] = token_diff_html(tokens)
         return drawn | {self._reports: gr.update(visible=True), self._comparison: comparison}
 
-    def _buttons(self, *, is_running: bool) -> Updates:
-        return {self._ask: gr.update(visible=not is_running), self._stop: gr.update(visible=is_running)}
+    def _buttons(self, *, is_streaming: bool) -> Updates:
+        return {self._ask: gr.update(visible=not is_streaming), self._stop: gr.update(visible=is_streaming)}

@@ -1,4 +1,4 @@
-"""The Train tab's way from feedback to a candidate: pick the adapter people judged, begin. The run is the tab's."""
+"""The part of the Train tab that starts a run from feedback: the adapter to improve, the method, the steps."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _SLOW = QUIET | {"show_progress": "minimal"}
 
 
 class ImproveBox:
-    """Its widgets and handlers, drawn inside the current layout; `runs` is the picker that shows the run begun."""
+    """The widgets and handlers, drawn inside the current layout."""
 
     def __init__(self, client: PageClient) -> None:
         self._client = client
         with gr.Accordion("Improve an adapter from feedback", open=False, elem_id="improve"):
-            self._adapter = model_picker(elem_id="improved", label="Adapter that people judged")
+            self._adapter = model_picker(elem_id="improved", label="Adapter to improve")
             self._method = gr.Radio([one.value for one in Method], value=Improvement.method.value, label="Method")
             self._steps = gr.Number(Improvement.steps, label="Steps", precision=0, minimum=1, elem_id="improve-steps")
             self._counts = gr.Markdown(elem_classes="said", elem_id="feedback-counts")
             self._command = gr.Markdown(elem_id="improve-command")
             self.begin = gr.Button("Improve", variant="primary", size="md", scale=0, min_width=130)
-            self._said = gr.Markdown(elem_classes="said", elem_id="improve-said")
+            self._message = gr.Markdown(elem_classes="said", elem_id="improve-said")
 
     def connect(self, tab: Any, runs: Any) -> Any:
-        """Returns the event after which the run picked in `runs` is to be shown."""
+        """Connect the handlers. Return the event that picks the started run in `runs`, the picker of runs."""
         opened = [self._adapter, self._counts]
         tab.select(self._opened, [self._adapter], opened, **QUIET)
         self._adapter.focus(self._opened, [self._adapter], opened, **QUIET)
         asked = [self._adapter, self._method, self._steps]
         gr.on([one.input for one in asked], _command, asked, [self._command], **QUIET)
-        return self.begin.click(self._begin, asked, [runs, self._said], **_SLOW)
+        return self.begin.click(self._begin, asked, [runs, self._message], **_SLOW)
 
     async def _opened(self, picked: str | None, request: gr.Request) -> tuple[Any, str]:
         key = key_of(request)
@@ -47,13 +47,13 @@ class ImproveBox:
             models, counts = await asyncio.gather(self._client.models(key), self._client.get("feedback/counts", key))
         except AdapterHubError as error:
             return gr.skip(), trouble(str(error))
-        told = ", ".join(f"{count} {escape(what.replace('_', ' '))}" for what, count in counts.items() if count)
+        counted = ", ".join(f"{count} {escape(what.replace('_', ' '))}" for what, count in counts.items() if count)
         adapters = [model for model in models if not model.is_base]
-        return gr.update(choices=choices_of(adapters), value=picked), f"Feedback so far: {told or 'none'}."
+        return gr.update(choices=choices_of(adapters), value=picked), f"Feedback so far: {counted or 'none'}."
 
     async def _begin(self, adapter: str | None, method: str, steps: int | None, request: gr.Request) -> tuple[Any, str]:
         if not adapter:
-            return gr.skip(), trouble("pick the adapter to improve first.")
+            return gr.skip(), trouble("no adapter is picked: pick the adapter to improve first.")
         key, body = key_of(request), {"adapter": adapter, "method": method, "steps": int(steps or Improvement.steps)}
         try:
             run = await self._client.post("training/improve", key, **body)

@@ -1,4 +1,4 @@
-"""The Train tab: a form over a recipe, its plan before anything starts, the run as it goes, then into Compare."""
+"""The Train tab: a form for a recipe, its plan, and the progress of a run."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from serve.ui.recipe_form import FIELDS, Field, read_fields, with_field
 from serve.ui.render.conversation import escape
 from serve.ui.render.tables import note_html
 from serve.ui.render.training import plan_html, run_html
-from serve.ui.script import SAVE_FILE
+from serve.ui.script import save_file
 from serve.ui.sign_in import key_of
 from serve.ui.tabs.improve import ImproveBox
 
 _POLL_S = 1.0
 _SLOW = QUIET | {"show_progress": "minimal"}
-"""for what takes the server seconds"""
+"""Options of events that take the server seconds."""
 
 
 class TrainTab:
-    """Its widgets and handlers, drawn inside the current `gr.Tab`.
+    """The tab's widgets and handlers, drawn inside the current `gr.Tab`.
 
-    A run's state is the server's: the page only reads it, so a reload loses nothing. `compared` is the picker of the
-    tab `compare` of `tabs`, where a finished run is shown beside its base.
+    The server keeps the state of a run and the page reads it, so a reload loses nothing. `compared` is the picker of
+    the tab `compare` of `tabs`, where the adapter of a finished run is shown beside its base.
     """
 
     def __init__(self, client: PageClient, tab: Any, *, tabs: Any, compared: Any) -> None:
@@ -40,14 +40,14 @@ class TrainTab:
                 self._draw_run()
         self._recipes = gr.State({})
         self._timer = gr.Timer(_POLL_S, active=False)
-        opened = [self._shipped, self._recipes, self._runs, self._start, self._plan, self._improve.begin, self._said]
+        opened = [self._shipped, self._recipes, self._runs, self._start, self._plan, self._improve.begin, self._message]
         tab.select(self._opened, [self._shipped], opened, **QUIET)
         self._connect_recipe()
         self._connect_run(tab)
         self._try.click(self._tried, [self._runs], [self._done, tabs, compared], **_SLOW)
 
     def _draw_recipe(self) -> None:
-        self._shipped = gr.Dropdown([], value=None, label="Begin with", interactive=True, elem_id="recipe")
+        self._shipped = gr.Dropdown([], value=None, label="Start from", interactive=True, elem_id="recipe")
         self._shipped.preprocess = lambda payload: payload
         with gr.Row(elem_classes="fields"):
             self._fields = [_draw_field(field) for field in FIELDS]
@@ -57,7 +57,7 @@ class TrainTab:
             self._plan = gr.Button("Plan", size="md", min_width=90, elem_id="plan-run")
             self._start = gr.Button("Start training", variant="primary", size="md", min_width=130, elem_id="start-run")
             self._save = gr.Button("Save recipe", size="md", min_width=110)
-        self._said = gr.Markdown(elem_classes="said")
+        self._message = gr.Markdown(elem_classes="said")
 
     def _draw_run(self) -> None:
         self._runs = gr.Dropdown([], value=None, label="Run", interactive=True, elem_id="run")
@@ -72,24 +72,25 @@ class TrainTab:
         self._planned = gr.HTML(elem_id="plan", padding=False)
 
     def _connect_recipe(self) -> None:
-        filled = [self._toml, *self._fields, self._command, self._said]
+        filled = [self._toml, *self._fields, self._command, self._message]
         self._shipped.input(self._chosen, [self._shipped, self._recipes], filled, **QUIET)
-        # Gradio tells of keys, not of a paste: that is read when the box is left.
+        # Gradio reports keys but no paste: pasted text is read when the box loses focus.
         typed = [self._toml.input, self._toml.blur]
-        gr.on(typed, self._read, [self._toml], [*self._fields, self._command, self._said], **QUIET)
+        gr.on(typed, self._read, [self._toml], [*self._fields, self._command, self._message], **QUIET)
         for field, widget in zip(FIELDS, self._fields, strict=True):
             others = [self._widget(field.instead_of)] if field.instead_of else []
             changed = [self._toml, self._command, *others]
             widget.input(self._setting(field), [self._toml, widget], changed, **QUIET)
         self._plan.click(self._make_plan, [self._toml], [self._planned], **_SLOW)
-        js = f"(toml) => ({SAVE_FILE})('recipe.toml', 'application/toml', toml)"
-        self._save.click(None, [self._toml], None, js=js, api_visibility="private")
+        self._save.click(
+            None, [self._toml], None, js=save_file("recipe.toml", "application/toml"), api_visibility="private"
+        )
 
     def _connect_run(self, tab: Any) -> None:
         shown = [self._run, self._stop, self._resume, self._try, self._promote, self._timer]
         self._improve.connect(tab, self._runs).then(self._show, [self._runs], shown, **QUIET)
         self._promote.click(self._promoted, [self._runs], [self._done], **_SLOW)
-        started = self._start.click(self._begin, [self._toml], [self._runs, self._said], **_SLOW)
+        started = self._start.click(self._begin, [self._toml], [self._runs, self._message], **_SLOW)
         started.then(self._show, [self._runs], shown, **QUIET)
         self._runs.input(self._show, [self._runs], shown, **QUIET)
         self._timer.tick(self._show, [self._runs], shown, **QUIET)
@@ -99,7 +100,7 @@ class TrainTab:
             )
 
     async def _opened(self, shipped: str | None, request: gr.Request) -> tuple[Any, ...]:
-        """Recipes and runs of now; the buttons only where the key may train."""
+        """List the recipes and runs, and enable the buttons where the key may train."""
         key = key_of(request)
         try:
             recipes = {one["name"]: one["toml"] for one in (await self._client.get("training/recipes", key))["data"]}
@@ -115,7 +116,7 @@ class TrainTab:
         return toml, *self._read(toml)
 
     def _read(self, toml: str) -> tuple[Any, ...]:
-        """The form's fields, the command, and what is wrong with the text."""
+        """Return the form's fields, the command, and the error in the text."""
         try:
             fields = read_fields(toml)
         except AdapterHubError as error:
@@ -162,7 +163,7 @@ class TrainTab:
         return acted
 
     async def _show(self, name: str | None, request: gr.Request) -> tuple[Any, ...]:
-        """The run as it stands; the page asks again every second while it goes on."""
+        """Show the run, and poll it every second while it is running."""
         off = (gr.update(interactive=False),) * 4
         if not name:
             return "", *off, gr.Timer(active=False)
@@ -180,10 +181,10 @@ class TrainTab:
             promoted = await self._client.post(f"training/runs/{run}/promote", key_of(request))
         except AdapterHubError as error:
             return trouble(str(error))
-        return f"✓ {escape(promoted['name'])} leads to the candidate now."
+        return f"✓ {escape(promoted['name'])} points to the candidate now."
 
     async def _tried(self, run: str, request: gr.Request) -> tuple[str, Any, Any]:
-        """Publish the run's adapter, and turn to Compare with it and what it came from picked."""
+        """Publish the run's adapter, and open the Compare tab with it and the adapter it started from."""
         key = key_of(request)
         try:
             published = await self._client.post(f"training/runs/{run}/publish", key)

@@ -49,12 +49,12 @@ def options(api: FakeApi, **changes: Any) -> ChatOptions:
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """What stdin holds when the chat starts."""
+    """Set the text on stdin when the chat starts."""
     return lambda text: monkeypatch.setattr(sys, "stdin", io.StringIO(text))
 
 
 @pytest.fixture
-def talk(
+def chat(
     api: FakeApi, typed: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[str, str]]:
     """Have a conversation line by line; gives what was answered and what was said about it."""
@@ -156,13 +156,15 @@ def test_failed_answer_is_one_line(
 
 def test_no_server_says_how_to_start_one(api: FakeApi, typed: Callable[[str], None]) -> None:
     typed("")
-    with pytest.raises(ServeError, match=r"no server at http://127\.0\.0\.1:9/v1: start one with `adapterhub serve`"):
+    with pytest.raises(
+        ServeError, match=r"cannot connect to http://127\.0\.0\.1:9/v1: .* Start one with 'adapterhub serve'"
+    ):
         run_chat(options(api, url="http://127.0.0.1:9/v1"), prompt="ahoy")
 
 
 def test_address_that_is_no_api_is_said(api: FakeApi, typed: Callable[[str], None]) -> None:
     typed("")
-    with pytest.raises(UsageError, match="its address ends in /v1"):
+    with pytest.raises(UsageError, match="expected an address that ends in /v1"):
         run_chat(options(api, url=api.url), prompt="ahoy")
 
 
@@ -192,8 +194,8 @@ def test_unknown_adapter_ends_the_conversation_before_it_begins(api: FakeApi, ty
         run_chat(options(api, model="kaptain"), prompt=None)
 
 
-def test_conversation_goes_on_after_a_failure(talk: Callable[..., tuple[str, str]]) -> None:
-    answered, said = talk("500 once", "/retry", "next")
+def test_conversation_goes_on_after_a_failure(chat: Callable[..., tuple[str, str]]) -> None:
+    answered, said = chat("500 once", "/retry", "next")
     assert answered == "captain says: 500 once\ncaptain says: next\n"
     assert "the server failed unexpectedly" in said
 
@@ -202,54 +204,54 @@ def test_conversation_goes_on_after_a_failure(talk: Callable[..., tuple[str, str
 
 
 def test_whole_conversation_is_sent_and_the_adapter_can_change(
-    api: FakeApi, talk: Callable[..., tuple[str, str]]
+    api: FakeApi, chat: Callable[..., tuple[str, str]]
 ) -> None:
-    answered, _ = talk("one", "/adapter trivia", "two")
+    answered, _ = chat("one", "/adapter trivia", "two")
     assert answered == "captain says: one\ntrivia says: two\n"
     last = api.requests()[-1]["body"]
     assert last["model"] == "trivia"
     assert [message["content"] for message in last["messages"]] == ["one", "captain says: one", "two"]
 
 
-def test_question_without_an_answer_is_not_sent_again(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
-    talk("404", "two")
+def test_question_without_an_answer_is_not_sent_again(api: FakeApi, chat: Callable[..., tuple[str, str]]) -> None:
+    chat("404", "two")
     assert [message["content"] for message in api.requests()[-1]["body"]["messages"]] == ["two"]
 
 
-def test_unknown_adapter_is_refused_and_the_old_one_stays(talk: Callable[..., tuple[str, str]]) -> None:
-    answered, said = talk("/adapter kaptain", "one")
+def test_unknown_adapter_is_refused_and_the_old_one_stays(chat: Callable[..., tuple[str, str]]) -> None:
+    answered, said = chat("/adapter kaptain", "one")
     assert answered == "captain says: one\n"
     assert "'kaptain' does not exist here" in said
 
 
-def test_undo_forgets_the_last_question_and_answer(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
-    _, said = talk("one", "two", "/undo", "three")
-    assert "forgot: two" in said
+def test_undo_removes_the_last_message_and_its_answer(api: FakeApi, chat: Callable[..., tuple[str, str]]) -> None:
+    _, said = chat("one", "two", "/undo", "three")
+    assert "removed: two" in said
     contents = [message["content"] for message in api.requests()[-1]["body"]["messages"]]
     assert contents == ["one", "captain says: one", "three"]
 
 
-def test_retry_asks_the_last_question_again(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
-    answered, _ = talk("one", "/adapter trivia", "/retry")
+def test_retry_asks_the_last_question_again(api: FakeApi, chat: Callable[..., tuple[str, str]]) -> None:
+    answered, _ = chat("one", "/adapter trivia", "/retry")
     assert answered == "captain says: one\ntrivia says: one\n"
     assert [message["content"] for message in api.requests()[-1]["body"]["messages"]] == ["one"]
 
 
-def test_clear_forgets_turns_and_keeps_the_system_prompt(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
-    talk("/system Be brief.", "one", "/clear", "two")
+def test_clear_forgets_turns_and_keeps_the_system_prompt(api: FakeApi, chat: Callable[..., tuple[str, str]]) -> None:
+    chat("/system Be brief.", "one", "/clear", "two")
     messages = api.requests()[-1]["body"]["messages"]
     assert [message["content"] for message in messages] == ["Be brief.", "two"]
 
 
-def test_adapters_marks_base_and_current(talk: Callable[..., tuple[str, str]]) -> None:
-    _, said = talk("/adapters")
+def test_adapters_marks_base_and_current(chat: Callable[..., tuple[str, str]]) -> None:
+    _, said = chat("/adapters")
     assert "  tiny-base (base)\n* captain (rank 8, sha256:0123456789ab)\n  trivia" in said
 
 
-def test_save_appends_one_line_of_training_data(tmp_path: Path, talk: Callable[..., tuple[str, str]]) -> None:
+def test_save_appends_one_line_of_training_data(tmp_path: Path, chat: Callable[..., tuple[str, str]]) -> None:
     file = tmp_path / "kept.jsonl"
     file.write_text('{"messages": []}')
-    talk("one", "404", f"/save {file}", system="Be brief.")
+    chat("one", "404", f"/save {file}", system="Be brief.")
     before, added = file.read_text().splitlines()
     assert before == '{"messages": []}'
     assert json.loads(added)["messages"] == [
@@ -260,81 +262,81 @@ def test_save_appends_one_line_of_training_data(tmp_path: Path, talk: Callable[.
     assert [path.name for path in tmp_path.iterdir()] == ["kept.jsonl"]
 
 
-def test_save_behind_bytes_that_are_no_utf8(tmp_path: Path, talk: Callable[..., tuple[str, str]]) -> None:
+def test_save_behind_bytes_that_are_no_utf8(tmp_path: Path, chat: Callable[..., tuple[str, str]]) -> None:
     file = tmp_path / "kept.jsonl"
     file.write_bytes(b"gr\xfc\xdfe")
-    talk("one", f"/save {file}", f"/save {file}")
+    chat("one", f"/save {file}", f"/save {file}")
     before, *added = file.read_bytes().splitlines()
     assert before == b"gr\xfc\xdfe"
     assert [json.loads(line)["messages"][0]["content"] for line in added] == ["one", "one"]
 
 
-def test_save_to_a_file_that_cannot_grow_by_a_line(tmp_path: Path, talk: Callable[..., tuple[str, str]]) -> None:
+def test_save_to_a_file_that_cannot_grow_by_a_line(tmp_path: Path, chat: Callable[..., tuple[str, str]]) -> None:
     file = tmp_path / "kept.jsonl"
     file.write_bytes(b"x" * 1_000_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_010, limits[1]))
     try:
-        _, said = talk("one", f"/save {file}")
+        _, said = chat("one", f"/save {file}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in said
     assert file.read_bytes() == b"x" * 1_000_000
 
 
-def test_undone_answer_is_judged_no_more(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
-    _, said = talk("one", "two", "/undo", "/good", "/stats", "/undo", "/good")
+def test_undone_answer_is_judged_no_more(api: FakeApi, chat: Callable[..., tuple[str, str]]) -> None:
+    _, said = chat("one", "two", "/undo", "/good", "/stats", "/undo", "/good")
     assert [given["answer"]["text"] for given in api.posted()] == ["captain says: one"]
     assert "1 answers, 3 tokens, 2 messages" in said
-    assert "there is no answer to judge" in said
+    assert "there is no answer to rate" in said
 
 
-def test_compare_leaves_the_answer_to_be_judged(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
-    talk("one", "/compare trivia", "/good")
+def test_compare_leaves_the_answer_to_be_judged(api: FakeApi, chat: Callable[..., tuple[str, str]]) -> None:
+    chat("one", "/compare trivia", "/good")
     assert [given["answer"]["model"] for given in api.posted()] == ["captain"]
 
 
-def test_compare_lets_others_answer_beside_the_conversation(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
-    answered, said = talk("one", "/compare tiny-base trivia", "two")
+def test_compare_lets_others_answer_beside_the_conversation(api: FakeApi, chat: Callable[..., tuple[str, str]]) -> None:
+    answered, said = chat("one", "/compare tiny-base trivia", "two")
     assert answered == "captain says: one\ntiny-base says: one\ntrivia says: one\ncaptain says: two\n"
     assert said.index("-- tiny-base") < said.index("-- trivia")
     contents = [message["content"] for message in api.requests()[-1]["body"]["messages"]]
     assert contents == ["one", "captain says: one", "two"]
 
 
-def test_several_lines_between_marks_are_one_question(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
-    talk('"""', "def f():", "    return 1", '"""', '"""on one line"""', '"""begun', 'ended"""')
+def test_several_lines_between_marks_are_one_question(api: FakeApi, chat: Callable[..., tuple[str, str]]) -> None:
+    chat('"""', "def f():", "    return 1", '"""', '"""on one line"""', '"""begun', 'ended"""')
     asked = [request["body"]["messages"][-1]["content"] for request in api.requests()]
     assert asked == ["def f():\n    return 1", "on one line", "begun\nended"]
 
 
-def test_set_changes_the_sampling_of_the_next_answer(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
-    _, said = talk("/set temperature 0", "/set max_tokens 9", "/set seed 4", "one", "/set seed", "two")
+def test_set_changes_the_sampling_of_the_next_answer(api: FakeApi, chat: Callable[..., tuple[str, str]]) -> None:
+    _, said = chat("/set temperature 0", "/set max_tokens 9", "/set seed 4", "one", "/set seed", "two")
     first, second = (request["body"] for request in api.requests())
     assert (first["temperature"], first["max_tokens"], first["seed"]) == (0, 9, 4)
     assert "seed" not in second
     assert "temperature 0.0, max_tokens 9, top_p 1.0, seed 4" in said
 
 
-def test_thumbs_and_a_correction_are_sent(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
-    _, said = talk("one", "/good", "two", "/bad", "/correct Aye: two.", "three", system="Be brief.")
+def test_thumbs_and_a_correction_are_sent(api: FakeApi, chat: Callable[..., tuple[str, str]]) -> None:
+    _, said = chat("one", "/good", "two", "/bad", "/correct Aye: two.", "three", system="Be brief.")
     up, down, correction = api.posted()
     assert (up["thumb"], down["thumb"], correction["text"]) == ("up", "down", "Aye: two.")
     assert up["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
     assert correction["answer"] == {"model": "captain", "digest": MODELS[1]["digest"], "text": "captain says: two"}
-    assert "the conversation goes on from it" in said
+    assert "the conversation continues from it" in said
     assert "Aye: two." in [message["content"] for message in api.requests()[-1]["body"]["messages"]]
 
 
-def test_stats_name_adapter_and_rate(talk: Callable[..., tuple[str, str]]) -> None:
-    _, said = talk("one two three", "/stats")
+def test_stats_name_adapter_and_rate(chat: Callable[..., tuple[str, str]]) -> None:
+    _, said = chat("one two three", "/stats")
     assert "captain · " in said
     assert " tok/s · " in said
     assert "1 answers, 5 tokens, 2 messages" in said
 
 
-def test_help_lists_every_command(talk: Callable[..., tuple[str, str]]) -> None:
-    _, said = talk("/help", "/quit", "never asked")
+def test_help_lists_every_command(chat: Callable[..., tuple[str, str]]) -> None:
+    _, said = chat("/help", "/quit", "never asked")
     for command in ("/adapter NAME", "/adapters", "/system TEXT", "/undo", "/retry", "/clear", "/save FILE", "/stats",
                     "/compare NAMES", "/set KEY VALUE", "/good", "/bad", "/correct TEXT"):  # fmt: skip
         assert f"  {command} " in said
@@ -343,35 +345,35 @@ def test_help_lists_every_command(talk: Callable[..., tuple[str, str]]) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("/adapt", "there is no /adapt: did you mean /adapter?"),
-        ("/adapter", "/adapter needs a NAME"),
-        ("/save", "/save needs a FILE"),
-        ("/save nowhere.jsonl", "there is no answer to save yet"),
-        ("/undo", "nothing was asked yet"),
-        ("/retry", "nothing was asked yet"),
-        ("/stats", "nothing was answered yet"),
-        ("/compare", "/compare needs NAMES"),
-        ("/compare trivia", "nothing was asked yet"),
-        ("/good", "there is no answer to judge"),
-        ("/correct", "/correct needs the TEXT"),
-        ("/correct Aye.", "there is no answer to judge"),
-        ("/set temprature 1", "/set knows temperature, top_p, max_tokens, seed, not temprature"),
-        ("/set temperature hot", "temperature is a number from 0 to 2, not hot"),
-        ("/set max_tokens 0", "max_tokens is a number from 1 to 1e+06, not 0"),
+        ("/adapt", "unknown command /adapt: expected one of /help. Did you mean /adapter?"),
+        ("/adapter", "/adapter has no NAME"),
+        ("/save", "/save has no FILE"),
+        ("/save nowhere.jsonl", "there is no answer to save"),
+        ("/undo", "there is no message yet"),
+        ("/retry", "there is no message yet"),
+        ("/stats", "there is no answer yet"),
+        ("/compare", "/compare has no NAMES"),
+        ("/compare trivia", "there is no message yet"),
+        ("/good", "there is no answer to rate"),
+        ("/correct", "/correct has no TEXT"),
+        ("/correct Aye.", "there is no answer to rate"),
+        ("/set temprature 1", "unknown parameter temprature: expected temperature, top_p, max_tokens, seed."),
+        ("/set temperature hot", "invalid temperature 'hot': expected a number from 0 to 2."),
+        ("/set max_tokens 0", "invalid max_tokens '0': expected a number from 1 to 1e+06."),
     ],
 )
-def test_command_that_makes_no_sense_is_said(talk: Callable[..., tuple[str, str]], line: str, said: str) -> None:
-    assert said in talk(line)[1]
+def test_command_that_makes_no_sense_is_said(chat: Callable[..., tuple[str, str]], line: str, said: str) -> None:
+    assert said in chat(line)[1]
 
 
-def test_unwritable_file_is_said(tmp_path: Path, talk: Callable[..., tuple[str, str]]) -> None:
-    answered, said = talk("one", f"/save {tmp_path}", "two")
+def test_unwritable_file_is_said(tmp_path: Path, chat: Callable[..., tuple[str, str]]) -> None:
+    answered, said = chat("one", f"/save {tmp_path}", "two")
     assert "Is a directory" in said
     assert answered.endswith("captain says: two\n")
 
 
-def test_two_slashes_send_a_line_that_begins_with_one(api: FakeApi, talk: Callable[..., tuple[str, str]]) -> None:
-    talk("//etc is what?")
+def test_two_slashes_send_a_line_that_begins_with_one(api: FakeApi, chat: Callable[..., tuple[str, str]]) -> None:
+    chat("//etc is what?")
     assert api.requests()[0]["body"]["messages"][-1]["content"] == "/etc is what?"
 
 
@@ -422,7 +424,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_came(api: FakeApi, tmp_path: Pat
     terminal.type("slow\n")
     terminal.wait_for("and 3")
     terminal.interrupt()
-    terminal.wait_for("[stopped; what came is kept]")
+    terminal.wait_for("[stopped; the text so far is kept]")
     terminal.wait_for("captain> ")
     terminal.type("go on\n")
     terminal.wait_for("captain says: go on")
@@ -448,4 +450,7 @@ def test_command_line_reports_a_missing_server_in_one_line() -> None:
     command = [COMMAND, "chat", "--url", "http://127.0.0.1:9/v1", "-p", "ahoy"]
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr == "adapterhub: no server at http://127.0.0.1:9/v1: start one with `adapterhub serve`.\n"
+    expected = (
+        "cannot connect to http://127.0.0.1:9/v1: no server is listening there. Start one with 'adapterhub serve'."
+    )
+    assert ended.stderr == f"adapterhub: {expected}\n"

@@ -50,23 +50,23 @@ def test_picked_adapter_is_inspected(adapters: Page) -> None:
 def test_each_button_asks_the_api_for_what_it_says(adapters: Page, api: FakeApi) -> None:
     _pick(adapters, "captain")
     for act, said, body in (
-        ("Verify", "whole and unchanged", {"path": "adapters/verify", "ref": "captain"}),
+        ("Verify", "complete and unchanged", {"path": "adapters/verify", "ref": "captain"}),
         ("Unload", "is unloaded", {"path": "unload_lora_adapter", "lora_name": "captain"}),
-        ("Load", "answers now", {"path": "load_lora_adapter", "lora_name": "captain", "lora_path": "captain"}),
+        ("Load", "is loaded", {"path": "load_lora_adapter", "lora_name": "captain", "lora_path": "captain"}),
     ):
         button(adapters, act).click()
         expect(adapters.locator(SAID)).to_contain_text(said)
         assert api.posted()[-1] == body
     for act, said, body in (
-        ("Promote", "captain@stable leads where captain leads", {"ref": "captain", "alias": "stable"}),
-        ("Roll back", "captain@stable leads where it led before", {"name": "captain", "alias": "stable"}),
+        ("Promote", "captain@stable points to captain now", {"ref": "captain", "alias": "stable"}),
+        ("Roll back", "captain@stable points to what it pointed to before", {"name": "captain", "alias": "stable"}),
     ):
         button(adapters, act).click()
         expect(adapters.locator(SAID)).to_contain_text(said)
         assert api.posted()[-1] == {"path": f"adapters/{act.lower().replace(' ', '')}", **body}
     adapters.get_by_role("textbox", name="From the Hub").fill("me/far@main")
     button(adapters, "Pull").click()
-    expect(adapters.locator(SAID)).to_contain_text("is here")
+    expect(adapters.locator(SAID)).to_contain_text("is pulled")
     assert api.posted()[-1] == {"path": "adapters/pull", "ref": "me/far@main"}
 
 
@@ -100,7 +100,7 @@ def test_zip_is_uploaded_as_it_is_and_a_refusal_is_said(adapters: Page, api: Fak
     adapters.get_by_role("textbox", name="Name").fill("mine")
     expect(adapters.get_by_role("cell", name="captain.zip")).to_be_visible()
     button(adapters, "Upload").click()
-    expect(adapters.locator(SAID)).to_contain_text("verified and kept as mine")
+    expect(adapters.locator(SAID)).to_contain_text("verified and stored as mine")
     assert api.posted()[-1] == {"path": "adapters/upload", "name": "mine", "size": 3_000_002}
     button(adapters, "Clear").click()
     path.write_bytes(b"torn")

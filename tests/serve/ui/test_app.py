@@ -222,7 +222,7 @@ def test_picking_changes_card_and_address(page: Page) -> None:
 
 def test_deep_link_to_a_missing_adapter_is_said(open_page: Callable[..., Page], api: FakeApi) -> None:
     page = open_page(api.url, "?adapter=kaptain")
-    expect(page.locator("#card")).to_contain_text("there is no adapter kaptain here")
+    expect(page.locator("#card")).to_contain_text("this server has no adapter kaptain")
     expect(picker(page)).to_have_value("tiny-base (base)")
 
 
@@ -249,7 +249,7 @@ def test_two_adapters_answer_together_at_their_strengths(page: Page, api: FakeAp
     page.get_by_role("combobox", name="Together with").click()
     expect(page.get_by_role("option", name="tiny-base")).to_have_count(0)
     page.get_by_role("option", name="trivia").click()
-    page.get_by_role("spinbutton", name="Strength of the first").fill("0.75")
+    page.get_by_role("spinbutton", name="Scale of the first").fill("0.75")
     ask(page, "one")
     expect(note(page, "captain × 0.75 + trivia × 0.5 · ")).to_be_visible()
     assert api.requests()[0]["body"]["adapter"] == [
@@ -261,7 +261,7 @@ def test_two_adapters_answer_together_at_their_strengths(page: Page, api: FakeAp
 def test_thumb_is_sent_with_what_was_read_and_who_answered(page: Page, api: FakeApi) -> None:
     ask_and_wait(page, "one")
     button(page, "Dislike").click()
-    expect(page.locator("#said")).to_contain_text("thumb down kept")
+    expect(page.locator("#said")).to_contain_text("thumb down stored")
     (posted,) = api.posted()
     assert (posted["kind"], posted["thumb"]) == ("thumb", "down")
     assert posted["messages"] == [{"role": "user", "content": "one"}]

@@ -1,4 +1,4 @@
-"""The Compare tab in a real Chromium: several adapters side by side, where they part, and the report."""
+"""The Compare tab in a real Chromium: several adapters side by side, their diffs, and the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = needs_browser
 
 @pytest.fixture
 def compare(open_page: Callable[..., Page], api: FakeApi) -> Page:
-    """The tab, with the base and `captain` picked by itself."""
+    """Open the tab, with the base and `captain` picked by itself."""
     page = open_page(api.url)
     turn_to(page, "Compare")
     expect(page.locator("#compared .token")).to_have_count(2)
@@ -107,13 +107,13 @@ def test_comparison_is_saved_as_a_report(compare: Page) -> None:
 def test_feedback_on_a_column_names_its_answer(compare: Page, api: FakeApi) -> None:
     _ask(compare, "one")
     _panel(compare, 1).get_by_role("button", name="Good").click()
-    expect(compare.locator("#compare-said")).to_contain_text("thumb up kept")
+    expect(compare.locator("#compare-said")).to_contain_text("thumb up stored")
     _panel(compare, 0).get_by_role("button", name="Correct").click()
     wording = compare.get_by_role("textbox", name="What it should have said").locator("visible=true")
     expect(wording).to_have_value("tiny-base says: one")
     wording.fill("Aye.")
     button(compare, "Save correction").click()
-    expect(compare.locator("#compare-said")).to_contain_text("correction kept")
+    expect(compare.locator("#compare-said")).to_contain_text("correction stored")
     thumb, correction = api.posted()
     assert (thumb["thumb"], thumb["answer"]["model"], thumb["answer"]["digest"]) == (
         "up",

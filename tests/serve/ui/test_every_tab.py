@@ -73,7 +73,7 @@ def _use(page: Page, tab: str) -> None:
 def test_tab_is_accessible_in_light_and_dark_and_fits_a_phone(
     tab: str, browser: Browser, open_page: Callable[..., Page], api: FakeApi
 ) -> None:
-    """axe's rules: names of controls, contrast, roles; then 390 px without scrolling sideways."""
+    """Axe's rules: names of controls, contrast, roles; then 390 px without scrolling sideways."""
     with browser.new_context(viewport={"width": 1280, "height": 860}) as context:
         page = open_page(api.url, context=context)
         expect(picker(page)).to_have_value("tiny-base (base)")
@@ -88,7 +88,7 @@ def test_tab_is_accessible_in_light_and_dark_and_fits_a_phone(
 
 
 def _violations(page: Page) -> list[str]:
-    """What axe calls serious or critical, with where it is."""
+    """Return the violations that axe calls serious or critical, with their places."""
     page.evaluate(AXE)
     found = page.evaluate("async () => (await axe.run()).violations")
     assert len(page.evaluate("async () => (await axe.run()).passes")) > 15
@@ -201,7 +201,7 @@ def test_key_opens_the_page_and_goes_along_with_each_request(
         page = open_page(api.keyed_url, "?adapter=captain", context=visitor)
         page.get_by_label("API key").fill("wrong")
         button(page, "Sign in").click()
-        expect(page.get_by_role("alert")).to_have_text("The server does not take this key.")
+        expect(page.get_by_role("alert")).to_have_text("The server does not accept this key.")
         sign_in(page, ASKING_KEY)
         expect(picker(page)).to_have_value("captain")
         ask_and_wait(page, "one")

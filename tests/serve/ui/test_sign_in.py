@@ -30,7 +30,7 @@ def _replies(key: str) -> tuple[httpx.Response, httpx.Response]:
 def test_key_that_no_header_can_carry(key: str) -> None:
     signed_in, shown = _replies(key)
     assert (signed_in.status_code, shown.status_code) == (401, 401)
-    assert "does not take this key" in signed_in.text
+    assert "does not accept this key" in signed_in.text
 
 
 @pytest.mark.parametrize(("needs_key", "status"), [(False, 200), (True, 401)], ids=["page", "sign-in form"])

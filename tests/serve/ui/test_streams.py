@@ -1,4 +1,4 @@
-"""Answers under way, without a page."""
+"""Streams of answers, without a page."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import asyncio
 import pytest
 
 from serve.client import Answer
-from serve.ui.streams import Ending, Runs
+from serve.ui.streams import AnswerStreams, StreamEnd
 
 
 @pytest.mark.parametrize(
-    ("ending", "left_for", "drawn"),
-    [(Ending.LEFT, ["another"], ["another"]), (Ending.STOPPED, None, None), (Ending.REPLACED, None, "nothing")],
+    ("end", "show_instead", "drawn"),
+    [
+        (StreamEnd.LEFT, ["another"], ["another"]),
+        (StreamEnd.STOPPED, None, None),
+        (StreamEnd.REPLACED, None, "nothing"),
+    ],
 )
-def test_a_run_that_is_ended_draws_once_more_unless_another_draws(
-    ending: Ending, left_for: object, drawn: object
+def test_cancelled_stream_is_drawn_once_more_unless_another_replaces_it(
+    end: StreamEnd, show_instead: object, drawn: object
 ) -> None:
-    """What it drew before may be on its way still: only the last drawing of its own comes after that."""
+    """What it drew before may still be on its way: only the stream's own last drawing comes after that."""
 
     async def fill(answer: Answer) -> None:
         while True:
@@ -25,18 +29,18 @@ def test_a_run_that_is_ended_draws_once_more_unless_another_draws(
             await asyncio.sleep(0.01)
 
     async def test() -> None:
-        runs, answer = Runs(), Answer("captain", ())
+        streams, answer = AnswerStreams(), Answer("captain", ())
         seen = 0
         last: object = "nothing"
-        async for run in runs.follow("visitor", [(answer, fill(answer))]):
-            if run.ending is None:
+        async for stream in streams.follow("visitor", [(answer, fill(answer))]):
+            if stream.end is None:
                 seen += 1
                 if seen == 3:
-                    assert runs.end("visitor", ending, left_for)
+                    assert streams.cancel("visitor", end, show_instead)
             else:
-                last = run.left_for
-                assert run.is_done
+                last = stream.show_instead
+                assert stream.is_done
         assert last == drawn
-        assert not runs.end("visitor", Ending.STOPPED)
+        assert not streams.cancel("visitor", StreamEnd.STOPPED)
 
     asyncio.run(test())
