@@ -1,4 +1,4 @@
-"""Builds everything a server needs, in order, and runs it until told to stop."""
+"""The server process: create the services, load the adapters, and serve until stopped."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ from serve.training.runs import TrainingRuns
 
 Report = Callable[[str], None]
 SWITCH_S = 0.0005
-"""how long a thread that needs the interpreter waits for one that does not give it back: a step of the engine asks for
-it dozens of times, which Python's own 5 ms would make a stream's gap"""
+"""Time after which a waiting thread gets the interpreter's lock, in seconds.
+
+A step of the engine needs the lock dozens of times; Python's default of 5 ms would delay every token.
+"""
 
 
 def run_server(config: ServeConfig, registry: Registry, keys: ApiKeys, *, report: Report) -> None:
-    """Serve until SIGINT or SIGTERM. Every adapter given must load, or nothing starts.
+    """Serve until SIGINT or SIGTERM. Start only where every given adapter loads.
 
     Raises UsageError for an open interface without keys, PortBusy, BaseNotFound, and what loading raises.
     """
@@ -57,9 +59,8 @@ async def _serve(
                 name, ref, weight=config.weights.get(name, 1.0), is_pinned=name in config.pinned, may_wait=True
             )
             is_resident = published.adapter.digest in services.cache.resident
-            report(
-                f"adapter {name}: {published.adapter.digest[:19]} ({ref}){'' if is_resident else ', loaded when asked'}"
-            )
+            note = "" if is_resident else ", loaded on its first request"
+            report(f"adapter {name}: {published.adapter.digest[:19]} ({ref}){note}")
         app, url = create_app(services, keys, config.http), url_of(listener)
         if config.has_page:
             from serve.ui.app import mount_page
@@ -69,7 +70,7 @@ async def _serve(
         gc.collect()
         trim_heap()
         sys.setswitchinterval(SWITCH_S)
-        gc.freeze()  # the model stays: full collections that walk it cost a lone stream some 4 % of its speed
+        gc.freeze()  # the model stays: full collections over it cost a single stream some 4 % of its speed
         report(f"ready: {url}/v1" + (f", page {url}/ui" if config.has_page else ""))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         watch = asyncio.create_task(_end_with_engine(services.engine, server))
@@ -77,24 +78,26 @@ async def _serve(
         watch.cancel()
         status = services.engine.status()
         if status.has_ended:
-            raise EngineStopped(f"the engine has stopped ({status.reason}): its log says more; start the server again.")
+            raise EngineStopped(
+                f"the engine stopped ({status.reason}): the server cannot continue. See the log, and start it again."
+            )
     finally:
         await services.engine.close()
 
 
 async def _end_with_engine(engine: Engine, server: uvicorn.Server) -> None:
-    """A server without its engine only refuses: once its clients were told, it ends, to be started again."""
+    """Stop the server when its engine has ended: it could only refuse requests."""
     while not engine.status().has_ended:
         await asyncio.sleep(1)
     server.should_exit = True
 
 
 async def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
-    """Start the engine on its base; everything else hangs on these two."""
+    """Start the engine on its base, and create the services on it."""
     stored = find_base(config.base)
     engine, tokenizer = await start_engine(config, stored, registry, report=report)
     loader = ProbedLoader(engine, replays=config.replay_probe, report=report)
-    # vLLM servers that run already were not started with our --max-num-seqs, and take more at once.
+    # Running vLLM servers were not started with our --max-num-seqs, and may take more at once.
     max_leases = None if config.vllm.endpoints else config.engine.limits.max_num_seqs
     cache = AdapterCache(
         config.max_loras, load=loader.load, unload=engine.unload, max_bytes=config.max_lora_bytes,

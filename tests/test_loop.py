@@ -81,7 +81,7 @@ def test_votes_and_corrections_make_a_better_adapter(at_home: Path, open_page: C
         assert judged["accuracy_after"] >= judged["accuracy_before"]
         assert judged["loss_after"] < judged["loss_before"]
         page.locator("#run-actions").get_by_role("button", name="Promote").click()
-        expect(page.get_by_text("captain leads to the candidate now")).to_be_visible(timeout=TRAINING_MS)
+        expect(page.get_by_text("captain points to the candidate now")).to_be_visible(timeout=TRAINING_MS)
 
         after = _get(f"{url}/v1/models/captain")["digest"]
         assert after != before

@@ -1,4 +1,4 @@
-"""What a server's training runs begin from and what becomes of them: feedback before, registry and names after."""
+"""Candidates: runs that train from feedback, published and promoted through the registry and the catalog."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from serve.training.runs import TrainingRun, TrainingRuns
 
 
 class CandidatePipeline:
-    """Joins the runs to feedback, registry and catalog; belongs to the event loop."""
+    """Train a candidate from feedback, publish it, promote it. Belongs to the event loop."""
 
     def __init__(self, runs: TrainingRuns, feedback: FeedbackStore, registry: Registry, catalog: Catalog) -> None:
         self._runs = runs
@@ -28,31 +28,34 @@ class CandidatePipeline:
         self._catalog = catalog
 
     async def improve(self, ref: str, improvement: Improvement) -> TrainingRun:
-        """Begin a run from all feedback there is, on an adapter as it is served or kept here.
+        """Start a run from all feedback on an adapter that is served or in the registry.
 
         Raises UsageError, AdapterNotFound, TrainingBusy.
         """
         served = {published.name: published.adapter for published in self._catalog.list()}
-        adapter = served[ref] if ref in served else await asyncio.to_thread(self._kept, ref)
+        adapter = served[ref] if ref in served else await asyncio.to_thread(self._stored, ref)
         if not await asyncio.to_thread(self._feedback.counts):
-            raise UsageError("there is no feedback to learn from yet: votes with a winner and corrections are.")
+            raise UsageError(
+                "there is no feedback to train from: expected votes with a winner, or corrections. Rate answers first."
+            )
         base = await asyncio.to_thread(_name_of_base, adapter)
         recipe = improvement.recipe(adapter, base=base)
-        with ExitStack() as lease:  # one served from a folder is kept: a run finds its beginning by the digest alone
+        with ExitStack() as lease:  # one served from a folder is stored: a run finds its start by digest alone
             try:
                 await asyncio.to_thread(self._keep, adapter, lease)
             except FileNotFoundError as error:
                 raise AdapterNotFound(
-                    f"{adapter.path}, from which {ref} is served, is no longer whole: put it back, or load another."
+                    f"{adapter.path}, from which {ref} is served, has lost files: expected a complete package. Restore "
+                    "them, or load another adapter."
                 ) from error
             improves = await asyncio.to_thread(self._name_of, adapter)
             return await self._runs.start(recipe, improves=improves)
 
     async def publish(self, name: str, *, by: str | None = None) -> str:
-        """Pack what a run made, keep it, and let it answer beside the others. Returns the name it answers to.
+        """Pack the adapter of a run, store it, and serve it. Return the name it is served under.
 
         Raises TrainingRunNotFound, UsageError for a run that is not complete, SignatureInvalid, and what packing and
-        loading raise; the name is led there last, so that none leads to what could not be loaded.
+        loading raise. The registry's name is moved last, so that it never points to an adapter that cannot be loaded.
         """
         adapter = await self._packed(name)
         called = f"{adapter.manifest.name}-{name.rpartition('-')[2]}"
@@ -63,14 +66,16 @@ class CandidatePipeline:
         return called
 
     async def promote(self, name: str, *, by: str | None = None) -> str:
-        """Let the name that an improvement began from lead to its result, here and wherever it is served.
+        """Point the name of the improved adapter to the candidate, and serve the candidate in its place.
 
-        Raises as publish does, UsageError for a run that improves nothing, and Conflict for a name that leads to
-        something else than the run began from.
+        Raises as publish does, UsageError for a run that improves no adapter, and Conflict for a name that points to
+        another adapter than the run started from.
         """
         run = await asyncio.to_thread(self._runs.get, name)
         if run.improves is None:
-            raise UsageError(f"run {name} began from no adapter: publish it under a name of its own.")
+            raise UsageError(
+                f"run {name} improves no adapter: expected a run from feedback. Publish it under a name of its own."
+            )
         adapter = await self._packed(name)
         before = tomllib.loads(run.recipe).get("start")
         expect = await asyncio.to_thread(self._expected, run.improves, before, adapter)
@@ -90,35 +95,35 @@ class CandidatePipeline:
         return await asyncio.to_thread(open_adapter, self._runs.folder / name)
 
     def _name_of(self, adapter: Adapter) -> str:
-        """What the registry calls it, under whatever name it is served."""
+        """Return the adapter's name in the registry, which may differ from the served one."""
         kept = (entry for entry in self._registry.list() if entry.digest == adapter.digest)
         names = [entry.name for entry in kept if entry.revision == DEFAULT_REVISION]
         return names[0] if names else adapter.manifest.name
 
-    def _kept(self, text: str) -> Adapter:
+    def _stored(self, text: str) -> Adapter:
         return Registry(self._registry.root).resolve(clients_ref(text))
 
     def _expected(self, name: str, before: str | None, after: Adapter) -> str:
-        """Where `name` leads, if it may be led from there to `after`. Raises Conflict."""
+        """Return the digest that `name` points to, or NOTHING. Raises Conflict where it may not move to `after`."""
         known = self._registry.log.read(name)
         there = known.leads_to(DEFAULT_REVISION) if known else None
         if there not in (None, before, after.digest):
             raise Conflict(
-                f"{name} leads to {there[:19]}, not to {str(before)[:19]} that the run began from: publish the result "
-                "under a name of its own."
+                f"{name} points to {there[:19]}: expected {str(before)[:19]}, which the run started from. Publish the "
+                "candidate under a name of its own."
             )
         return there or NOTHING
 
     def _keep(self, adapter: Adapter, lease: ExitStack, name: str | None = None) -> None:
-        """No collection takes it until `lease` ends. Raises SignatureInvalid where it may not be used as `name`."""
+        """Store it, safe from garbage collection until `lease` ends. Raises SignatureInvalid by `name`'s policy."""
         kept = lease.enter_context(self._registry.store.keep(adapter))
         if name is not None:
             Policy.read(self._registry.root).check(kept, name)
 
 
 def _name_of_base(adapter: Adapter) -> str:
-    """What the store calls the base an adapter was made for: runs know bases by name, never by path."""
+    """Return the name of the adapter's base in the store: a client's recipe may have no path."""
     named = next((name for name, base in list_bases() if base.ref.fingerprint == adapter.base.fingerprint), None)
     if named is None:
-        raise UsageError(f"{adapter.base} is not among this machine's bases: `adapterhub base pull` puts it there.")
+        raise UsageError(f"base {adapter.base} is not on this machine: training needs it. Run 'adapterhub base pull'.")
     return named

@@ -1,12 +1,10 @@
-"""Training runs started by a server: child processes of the installed command, and their records on disk.
+"""Training runs of a server: child processes of the installed command, one at a time, and their records on disk.
 
-Knows recipes as text only; what they mean, and the training, is the command's. One run at a time.
-
-    <home>/training/
-      data/                    where an administrator puts data sets
-      RUN.toml                 the recipe as sent; its relative paths start here
-      RUN.json  RUN.log        the record; what the command said
-      RUN  RUN.run             the adapter; the run's own folder until there is one
+<home>/training/
+  data/                    data sets, put there by an administrator
+  RUN.toml                 the recipe as sent; its relative paths start here
+  RUN.json  RUN.log        the record; the command's output
+  RUN  RUN.run             the adapter; the run folder until there is one
 """
 
 from __future__ import annotations
@@ -39,21 +37,21 @@ _MAX_MESSAGE = 500
 
 
 class _Record(BaseModel):
-    """What a restarted server knows of a run."""
+    """Record of a run, from which a restarted server finds it again."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     id: str
     created: int
     pid: int
     started: float
-    """of the process, by the system's clock of processes: a pid alone may be another's by now"""
+    """Start of the process, in kernel ticks since boot: its pid may belong to another process by now."""
     is_stop_wanted: bool = False
     improves: str | None = None
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run as a client sees it."""
+    """A run as the API shows it."""
 
     id: str
     created: int
@@ -63,17 +61,17 @@ class TrainingRun:
     measured: tuple[RunMeasured, ...]
     sampled: tuple[RunSampled, ...]
     end: RunEnd | None
-    """what it came to"""
+    """Result of a completed run."""
     improves: str | None
-    """the name of the adapter whose feedback it learns from"""
+    """Name of the adapter that the run improves from feedback."""
     output: Path | None
-    """the adapter's folder, once it is complete"""
+    """Folder of the adapter, once it is complete."""
     message: str
-    """the last thing the command said"""
+    """Last line of the command's output."""
 
 
 class TrainingRuns:
-    """Owns `folder`. Children outlive the server, which finds them again by their records."""
+    """The runs in `folder`. Child processes outlive the server, which finds them again by their records."""
 
     def __init__(self, folder: Path, command: Path | None = None) -> None:
         self.folder = folder
@@ -82,23 +80,23 @@ class TrainingRuns:
         self._starting = asyncio.Lock()
 
     async def recipes(self) -> list[dict[str, str]]:
-        """Name and TOML of each recipe that comes with adapterhub."""
-        shipped = json.loads(await self._ask("recipes", "--json"))
+        """Return the name and TOML of each shipped recipe."""
+        shipped = json.loads(await self._run_command("recipes", "--json"))
         return [{"name": entry["name"], "toml": entry["toml"]} for entry in shipped]
 
     async def plan(self, recipe: str) -> dict[str, Any]:
-        """What `adapterhub train --plan` says of a recipe. Raises UsageError with its refusal."""
+        """Return the output of `adapterhub train --plan`. Raises UsageError with its error."""
         check_paths(recipe)
         path = self.folder / f"plan-{secrets.token_hex(4)}.toml"
         write_atomic(path, recipe)
         try:
-            found = json.loads(await self._ask("train", str(path), "--plan", "--json"))
+            found = json.loads(await self._run_command("train", str(path), "--plan", "--json"))
         finally:
             path.unlink()
         return dict(found)
 
     async def start(self, recipe: str, *, improves: str | None = None) -> TrainingRun:
-        """Raises UsageError for a recipe that reaches beyond the data folder, TrainingBusy."""
+        """Start a run. Raises UsageError for a recipe with paths outside the data folder, TrainingBusy."""
         check_paths(recipe)
         async with self._starting:
             self._check_idle()
@@ -108,23 +106,23 @@ class TrainingRuns:
             return self.get(name)
 
     async def pack(self, name: str) -> None:
-        """Make what a run left a package. Raises TrainingRunNotFound, UsageError where there is nothing to pack yet."""
+        """Pack the adapter of a run. Raises TrainingRunNotFound, UsageError for a run that is not complete."""
         run = await asyncio.to_thread(self.get, name)
         if run.output is None:
-            raise UsageError(f"run {name} is {run.status}, not done: there is nothing to pack yet.")
+            raise UsageError(f"run {name} is {run.status}: expected a run that is done. Wait for it, or resume it.")
         async with self._starting:
             if not (run.output / MANIFEST_NAME).is_file():
                 called = tomllib.loads(run.recipe).get("name", name)
-                await self._ask("pack", str(run.output), "--name", str(called))
+                await self._run_command("pack", str(run.output), "--name", str(called))
 
     async def resume(self, name: str) -> TrainingRun:
-        """Raises TrainingRunNotFound, TrainingBusy, and UsageError for a run that is complete."""
+        """Resume a run. Raises TrainingRunNotFound, TrainingBusy, and UsageError for a run that is complete."""
         async with self._starting:
             run = self.get(name)
             if run.status == "done":
-                raise UsageError(f"run {name} is complete: start another one.")
+                raise UsageError(f"run {name} is complete: expected one that stopped or failed. Start another run.")
             self._check_idle()
-            # A run that had no checkpoint yet left nothing to go on from.
+            # Without a checkpoint, the run starts anew.
             if any(self._run_folder(name).glob("step-*")):
                 self._launch(name, "--resume", str(self.folder / name), improves=run.improves)
             else:
@@ -132,8 +130,8 @@ class TrainingRuns:
             return self.get(name)
 
     async def stop(self, name: str) -> TrainingRun:
-        """Ask the run to write a checkpoint and end; it does so after its step. Raises TrainingRunNotFound."""
-        # Nothing is awaited up to the signal, so that nothing is launched between reading the record and writing it.
+        """Stop a run after its step, with a checkpoint. Raises TrainingRunNotFound."""
+        # No await before the signal, so that nothing is launched between reading the record and writing it.
         record = self._read(name)
         if self._is_alive(record):
             self._write(record.model_copy(update={"is_stop_wanted": True}))
@@ -142,14 +140,14 @@ class TrainingRuns:
         return await asyncio.to_thread(self.get, name)
 
     def all(self) -> list[TrainingRun]:
-        """Newest first."""
+        """List all runs, newest first."""
         names = [path.stem for path in self.folder.glob("run-*.json")]
         return sorted((self.get(name) for name in names), key=lambda run: (run.created, run.id), reverse=True)
 
     def get(self, name: str) -> TrainingRun:
-        """Raises TrainingRunNotFound."""
+        """Return a run. Raises TrainingRunNotFound."""
         record = self._read(name)
-        is_alive = self._is_alive(record)  # asked first: one that completes meanwhile is not taken for failed
+        is_alive = self._is_alive(record)  # checked first: a run that completes meanwhile has not failed
         output = self.folder / name
         is_complete = (output / LOG_NAME).is_file()
         events = self._events(output if is_complete else self._run_folder(name))
@@ -170,13 +168,15 @@ class TrainingRuns:
     def _check_idle(self) -> None:
         for path in self.folder.glob("run-*.json"):
             if self._is_alive(self._read(path.stem)):
-                raise TrainingBusy(f"run {path.stem} is going on, and there is one at a time: stop it, or wait.")
+                raise TrainingBusy(
+                    f"run {path.stem} is running: this server trains one run at a time. Stop it, or wait."
+                )
 
     def _anew(self, name: str) -> tuple[str, ...]:
         return str(self.folder / f"{name}.toml"), "--output", str(self.folder / name)
 
     def _launch(self, name: str, *arguments: str, improves: str | None) -> None:
-        """In a process group of its own: a Ctrl-C meant for the server does not reach it, a stop reaches all of it."""
+        """Start the process in a group of its own: Ctrl+C at the server does not reach it."""
         with (self.folder / f"{name}.log").open("ab") as log:
             child = subprocess.Popen(
                 [self._command, "train", *arguments],
@@ -194,29 +194,31 @@ class TrainingRuns:
             return child.poll() is None
         return _start_of_process(record.pid) == record.started
 
-    async def _ask(self, *arguments: str) -> bytes:
+    async def _run_command(self, *arguments: str) -> bytes:
         child = await asyncio.create_subprocess_exec(
             self._command, *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,
         )  # fmt: skip
         try:
-            out, said = await asyncio.wait_for(child.communicate(), _PLAN_TIMEOUT_S)
+            output, errors = await asyncio.wait_for(child.communicate(), _PLAN_TIMEOUT_S)
         except TimeoutError as error:
-            raise UsageError(f"no answer within {_PLAN_TIMEOUT_S} s: try it with the command itself.") from error
+            raise UsageError(
+                f"'adapterhub {arguments[0]}' took over {_PLAN_TIMEOUT_S} s: it was stopped. Run it in a terminal."
+            ) from error
         finally:
             if child.returncode is None:
                 with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
                 await child.wait()
         if child.returncode:
-            raise UsageError(_last_line(said.decode(errors="replace")))
-        return out
+            raise UsageError(_last_line(errors.decode(errors="replace")))
+        return output
 
     def _events(self, folder: Path) -> list[RunEvent]:
         log = folder / LOG_NAME
         try:
             return read_run_events(log, is_whole=False)
-        except FileNotFoundError:  # not begun, or moved into its place this moment
+        except FileNotFoundError:  # not started yet, or being moved into place
             return []
 
     def _run_folder(self, name: str) -> Path:
@@ -227,18 +229,22 @@ class TrainingRuns:
         if not path.is_file():
             return ""
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        # The command ends with advice for a terminal and the folder for a script.
-        told = [line for line in lines if not line.startswith("next: ") and line != str(self.folder / name)]
-        return _last_line("\n".join(told))
+        # The last lines are advice for a terminal and the folder for a script.
+        lines = [line for line in lines if not line.startswith("next: ") and line != str(self.folder / name)]
+        return _last_line("\n".join(lines))
 
     def _read(self, name: str) -> _Record:
         path = self.folder / f"{name}.json"
         if "/" in name or not name.startswith("run-") or not path.is_file():
-            raise TrainingRunNotFound(f"there is no training run {name}: GET /v1/training/runs lists them.")
+            raise TrainingRunNotFound(
+                f"unknown training run {name!r}: expected one of this server's. List them with GET /v1/training/runs."
+            )
         try:
             return _Record.model_validate_json(path.read_text())
         except ValidationError as error:
-            raise TrainingRunNotFound(f"the record of run {name} is damaged: remove {path.name}.") from error
+            raise TrainingRunNotFound(
+                f"the record of run {name} is damaged: expected JSON. Remove {path.name} on the server."
+            ) from error
 
     def _write(self, record: _Record) -> None:
         write_atomic(self.folder / f"{record.id}.json", record.model_dump_json())
@@ -253,34 +259,36 @@ def _status(record: _Record, *, is_alive: bool, is_complete: bool) -> Status:
 
 
 def check_paths(recipe: str) -> None:
-    """A client may not choose files on the server's disk, but those below the folder of training data.
+    """Check that a client's recipe has no paths outside the folder of training data. Raises UsageError.
 
-    Raises UsageError. Everything else that may be wrong with a recipe is for the command to say.
+    The command checks the rest of the recipe.
     """
     try:
         raw = tomllib.loads(recipe)
     except (ValueError, RecursionError) as error:  # tomllib's own, a number too long, brackets too deep
-        raise UsageError(f"the recipe is not TOML: {error}.") from error
+        raise UsageError(f"the recipe is not valid TOML: {error}. Correct it.") from error
     data = raw.get("data")
     for key in ("path", "template"):
         path = data.get(key) if isinstance(data, dict) else None
         if isinstance(path, str) and (Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts):
             raise UsageError(
-                f"{key} = {path!r} leaves the server's training folder: put the file into its data/ and write "
-                "data/NAME."
+                f"{key} = {path!r} is outside the server's training folder: expected data/NAME. Put the file "
+                "into data/ there."
             )
     for key in ("base", "start"):
         if str(raw.get(key, "")).startswith(("/", ".", "~")):
-            raise UsageError(f"{key} = {raw[key]!r} is a path on the server's disk, which clients may not choose.")
+            raise UsageError(
+                f"{key} = {raw[key]!r} is a path on the server's disk: expected a name. Use one that the server knows."
+            )
 
 
-def _last_line(said: str) -> str:
-    lines = said.strip().splitlines()
+def _last_line(output: str) -> str:
+    lines = output.strip().splitlines()
     return lines[-1].removeprefix("adapterhub: ")[:_MAX_MESSAGE] if lines else ""
 
 
 def _start_of_process(pid: int) -> float | None:
-    """When a living process began, in the kernel's ticks; None when there is none (or it only waits to be buried)."""
+    """Return the start of a process, in kernel ticks since boot; None where there is none, or only a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -289,7 +297,7 @@ def _start_of_process(pid: int) -> float | None:
 
 
 def _exists(pid: int) -> bool:
-    """Where the system has no /proc."""
+    """Return whether a process exists, on systems without /proc."""
     try:
         os.kill(pid, 0)
     except OSError:

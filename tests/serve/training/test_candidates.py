@@ -85,7 +85,7 @@ def test_improving_one_whose_folder_is_gone(tmp_path: Path, monkeypatch: pytest.
 
 def test_path_on_the_server_s_disk_is_not_improved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(b: Bench, w: CandidatePipeline) -> None:
-        with pytest.raises(UsageError, match="clients may not choose"):
+        with pytest.raises(UsageError, match="is a path on the server's disk"):
             await w.improve(str(tmp_path / "spare"), Improvement())
 
     run(tmp_path, monkeypatch, test)
@@ -148,7 +148,7 @@ def test_promoting_for_a_name_that_leads_elsewhere(tmp_path: Path, monkeypatch: 
         visitor = write_package(tmp_path / "elsewhere", name="captain", seed=5)
         await b.services.catalog.load("visitor", AdapterRef(folder=visitor))
         begun = await w.improve("visitor", Improvement())
-        await _refused(b, w.promote(begun.id), "captain leads to", Conflict)
+        await _refused(b, w.promote(begun.id), "captain points to", Conflict)
 
     run(tmp_path, monkeypatch, test)
 
@@ -157,7 +157,7 @@ def test_promoting_for_a_name_that_moved_during_the_run(tmp_path: Path, monkeypa
     async def test(b: Bench, w: CandidatePipeline) -> None:
         begun = await w.improve("captain", Improvement())
         b.registry.add(open_adapter(write_package(tmp_path / "v2", name="captain", seed=6)))
-        await _refused(b, w.promote(begun.id), "captain leads to", Conflict)
+        await _refused(b, w.promote(begun.id), "captain points to", Conflict)
 
     run(tmp_path, monkeypatch, test)
 

@@ -124,7 +124,7 @@ def test_adapter_is_improved_from_feedback_and_promoted(train: Page, api: FakeAp
     expect(_act(train, "Promote")).to_be_disabled()
     expect(_status(train)).to_have_text("done")
     _act(train, "Promote").click()
-    expect(train.get_by_text("captain leads to the candidate now")).to_be_visible()
+    expect(train.get_by_text("captain points to the candidate now")).to_be_visible()
     began, promoted = api.posted()
     assert began == {"path": "training/improve", "adapter": "captain", "method": "kto", "steps": 20}
     assert promoted["path"] == "training/runs/{name}/promote"
