@@ -18,6 +18,7 @@ from pathlib import Path
 from adapterhub.errors import DemoFailed
 from adapterhub.net import listen
 from adapterhub.package.manifest import MANIFEST_NAME, read_manifest
+from adapterhub.units import format_duration
 
 BASE = "smollm2-135m-instruct"
 ADAPTERS = ("trivia", "captain")
@@ -70,7 +71,7 @@ def run_demo(work: Path, *, port: int, leave: bool) -> None:
 
         _title("6. The same questions to the base and to both adapters, in one batch")
         asyncio.run(_ask_all(url))
-        _say(f"The road took {time.monotonic() - started:.0f} s.")
+        _say(f"The road took {format_duration(time.monotonic() - started)}.")
         if not leave:
             _stay(url)
 
@@ -247,7 +248,7 @@ def _wait_for(process: subprocess.Popen[bytes], is_ready: Callable[[], bool]) ->
         if process.poll() is not None:
             raise DemoFailed(f"the server ended with status {process.returncode}; its message is above.")
         if time.monotonic() > until:
-            raise DemoFailed(f"the server was not ready within {_WAIT_S:.0f} s.")
+            raise DemoFailed(f"the server was not ready within {format_duration(_WAIT_S)}.")
         time.sleep(0.2)
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 from adapterhub.bases.store import list_bases
 from adapterhub.errors import AdapterHubError
 from adapterhub.paths import home
+from adapterhub.units import format_bytes
 
 Status = Literal["ok", "warn", "fail"]
 HUB_WAIT_S = 2.0
@@ -119,7 +120,7 @@ def _memory() -> Finding:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return Finding("memory", "ok", "unknown here")
-    found = f"{total / 1e9:.1f} GB"
+    found = format_bytes(total)
     if total < _LEAST_MEMORY_BYTES:
         return Finding("memory", "warn", found, "close other programs: training the demo takes about 2 GB.")
     return Finding("memory", "ok", found)
@@ -136,7 +137,7 @@ def _home() -> Finding:
 def _disk() -> Finding:
     folder = home()
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
-    found = f"{free / 1e9:.1f} GB free"
+    found = f"{format_bytes(free)} free"
     if free < _LEAST_DISK_BYTES:
         return Finding("disk", "warn", found, "free some, or set ADAPTERHUB_HOME to a folder on another disk.")
     return Finding("disk", "ok", found)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapterhub.errors import StorageFull, UsageError
+from adapterhub.units import format_bytes
 
 _CHUNK = 1 << 20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
@@ -132,8 +133,8 @@ def raise_storage_full(path: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         folder = next(parent for parent in (path, *path.parents) if parent.exists())
-        free_mb = shutil.disk_usage(folder).free / 1e6
+        free = format_bytes(shutil.disk_usage(folder).free)
         raise StorageFull(
-            f"the disk is full: could not write {path} ({free_mb:.0f} MB free). Free some space, or point "
+            f"the disk is full: could not write {path} ({free} free). Free some space, or point "
             "ADAPTERHUB_HOME (or the output option) at another disk; nothing half-written was left."
         ) from error

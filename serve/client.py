@@ -17,6 +17,7 @@ from adapterhub.errors import (
     ServerBusy,
     UsageError,
 )
+from adapterhub.units import format_duration
 
 if TYPE_CHECKING:
     from openai.types import Model
@@ -162,7 +163,7 @@ class Answer:
         if self.tokens_per_s is not None:
             parts.append(f"{self.tokens_per_s:.1f} tok/s")
         if self.first_token_s is not None:
-            parts.append(f"{_duration(self.first_token_s)} to first token")
+            parts.append(f"{format_duration(self.first_token_s)} to first token")
         if self.finish_reason == "length":
             parts.append(f"cut at {self.num_tokens} tokens")
         return " · ".join(parts)
@@ -170,10 +171,6 @@ class Answer:
     def summary(self) -> str:
         """Return the name and the figures in one line."""
         return " · ".join(part for part in (self.name, self.figures()) if part)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds < 0.9995 else f"{seconds:.1f} s"
 
 
 def to_send(system: str | None, turns: list[Turn]) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ import yaml
 
 from adapterhub.package.manifest import Manifest
 from adapterhub.package.run_record import REPORT_NAME
+from adapterhub.units import format_duration
 
 
 def render(manifest: Manifest) -> str:
@@ -62,7 +63,7 @@ def _body(manifest: Manifest) -> str:
             "## Training",
             "",
             f"{run.samples} samples, {run.steps} steps, {run.trained_tokens:,} trained tokens, "
-            f"{run.seconds:.0f} s, seed {run.seed}; recipe.toml and train_log.jsonl are the full record.",
+            f"{format_duration(run.seconds)}, seed {run.seed}; recipe.toml and train_log.jsonl are the full record.",
         ]
         if REPORT_NAME in manifest.files:
             lines += ["", f"[{REPORT_NAME}]({REPORT_NAME}): loss curves, answers, masks, memory, environment."]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from adapterhub.adapter import Adapter
 from adapterhub.errors import ServerBusy, UsageError
 from adapterhub.package.lora_config import WEIGHTS_NAME
+from adapterhub.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -342,8 +343,8 @@ class AdapterCache:
             )
         if self.max_bytes is not None and size > self.max_bytes:
             raise UsageError(
-                f"the adapter needs {size:,} bytes, this server has {self.max_bytes:,} for adapters: serve with a "
-                "larger --lora-memory-mb."
+                f"the adapter needs {format_bytes(size)}, this server has {format_bytes(self.max_bytes)} for adapters: "
+                "serve with a larger --lora-memory-mb."
             )
 
     def _no_room(self) -> ServerBusy:

@@ -16,6 +16,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 
 from adapterhub.errors import BodyTimeout, BodyTooLarge, UsageError
+from adapterhub.units import format_duration
 
 BODY_TIMEOUT_S = 60.0
 """Time for a whole JSON body, or for the next chunk of an upload, in seconds."""
@@ -142,8 +143,8 @@ async def body_chunks(request: Request, deadline: Deadline | None = None) -> Asy
                 message = await request.receive()
         except TimeoutError:
             raise BodyTimeout(
-                f"the request body did not arrive in time: expected within {BODY_TIMEOUT_S:.0f} s. Send it faster, or "
-                "less."
+                f"the request body did not arrive in time: expected within {format_duration(BODY_TIMEOUT_S)}. "
+                "Send it faster, or less."
             ) from None
         if message["type"] == "http.disconnect":
             raise ClientGone

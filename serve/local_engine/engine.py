@@ -25,6 +25,7 @@ from adapterhub.errors import (
     ServerBusy,
     UsageError,
 )
+from adapterhub.units import format_bytes
 from serve.adapters.weights import Weights, kept_bytes, read_weights
 from serve.config import LocalEngineConfig
 from serve.engine import Delta, EngineStatus, GenerationRequest, GuidedDecoding, Precision
@@ -61,8 +62,8 @@ class LocalEngine:
         self.max_model_len = min(self.config.max_model_len or model_config.max_position_embeddings, capacity - 1)
         if self.max_model_len < 1:
             raise UsageError(
-                f"a KV cache of {self.config.kv_cache_bytes:,} bytes holds no token of this model "
-                f"({shape.bytes_per_token:,} bytes each): give it more memory."
+                f"a KV cache of {format_bytes(self.config.kv_cache_bytes)} holds no token of this model "
+                f"({format_bytes(shape.bytes_per_token)} each): give it more memory."
             )
         self._pool = BlockPool(num_blocks, self.config.block_size)
         self._scheduler = Scheduler(self.config.limits, self._pool)

@@ -22,6 +22,7 @@ from adapterhub.compatibility import module_shapes
 from adapterhub.errors import AdapterHubError, AdapterNotFound, EngineStopped
 from adapterhub.files import new_folder
 from adapterhub.package.lora_config import CONFIG_NAME, WEIGHTS_NAME
+from adapterhub.units import format_duration
 from serve.adapters.cache import file_size
 from serve.engine import Delta, EngineStatus, GenerationRequest, Precision
 from serve.vllm_engine import compat
@@ -249,7 +250,7 @@ class VllmEngine:
             return "it does not answer"
         if replica.is_up:
             is_stalled = replica.num_awaited and time.monotonic() - replica.moved_at > STALLED_S
-            return f"it has given no token for {STALLED_S:.0f} s" if is_stalled else None
+            return f"it has given no token for {format_duration(STALLED_S)}" if is_stalled else None
         try:
             await self._mark_up(replica)
         except (AdapterHubError, OSError) as error:

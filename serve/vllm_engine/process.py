@@ -17,6 +17,7 @@ from pathlib import Path
 
 from adapterhub.adapter import StoredBase
 from adapterhub.errors import EngineStopped, UsageError
+from adapterhub.units import format_duration
 from serve.vllm_engine import cpu_lora_plugin
 from serve.vllm_engine.client import VllmServer
 from serve.vllm_engine.guard import GRACE_S
@@ -125,7 +126,9 @@ class VllmProcess:
                 return server
             await asyncio.sleep(0.5)
         await self._abandon(server)
-        raise EngineStopped(f"vLLM did not answer within {START_S:.0f} s of its start. Its log is {self.log}.")
+        raise EngineStopped(
+            f"vLLM did not answer within {format_duration(START_S)} of its start. Its log is {self.log}."
+        )
 
     async def _abandon(self, server: VllmServer) -> None:
         await server.close()

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from adapterhub.package.run_record import RunStep
+from adapterhub.units import format_bytes
 
 
 class Progress(Protocol):
@@ -85,11 +86,11 @@ def progress_on(stream: TextIO) -> Progress:
 
 
 def describe(done: RunStep) -> str:
-    """Format a step as `loss 1.234  410 tokens/s (32 trained)  peak 1.9 GB`."""
+    """Format a step as `loss 1.234  410 tokens/s (32 trained)  peak 1.93 GB`."""
     seconds = max(done.seconds, 1e-9)
     return (
         f"loss {done.loss:.3f}  {done.tokens / seconds:.0f} tokens/s ({done.trained_tokens / seconds:.0f} trained)  "
-        f"peak {peak_memory_bytes() / 1e9:.1f} GB"
+        f"peak {format_bytes(peak_memory_bytes())}"
     )
 
 

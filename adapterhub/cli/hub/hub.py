@@ -10,6 +10,7 @@ import typer
 from adapterhub.cli.app import app
 from adapterhub.cli.options import HubUrl, hub_at, registry, resolved, say
 from adapterhub.errors import UsageError
+from adapterhub.units import format_bytes
 
 if TYPE_CHECKING:
     from adapterhub.adapter import AdapterRef
@@ -110,7 +111,7 @@ def export_bundle(
 
     adapter = resolved(ref)
     write_bundle(adapter, file)
-    say(f"{file}: {adapter.manifest.name}, {file.stat().st_size / 1e6:.1f} MB")
+    say(f"{file}: {adapter.manifest.name}, {format_bytes(file.stat().st_size)}")
     typer.echo(adapter.digest)
 
 

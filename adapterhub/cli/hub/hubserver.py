@@ -10,6 +10,7 @@ import typer
 from adapterhub.cli.app import hub_app
 from adapterhub.cli.options import say, until_interrupted
 from adapterhub.errors import UsageError
+from adapterhub.units import format_bytes
 
 
 @hub_app.command("serve")
@@ -60,7 +61,7 @@ def hub_gc(
         grace = grace_hours / 24
     deleted = (GarbageCollector(root) if grace is None else GarbageCollector(root, grace_s=grace * 86_400)).gc()
     typer.echo(
-        f"deleted {deleted.num_objects} objects and {deleted.num_commits} commits, {deleted.freed_bytes / 1e6:.1f} MB"
+        f"deleted {deleted.num_objects} objects and {deleted.num_commits} commits, {format_bytes(deleted.freed_bytes)}"
     )
 
 

@@ -10,6 +10,7 @@ import typer
 
 from adapterhub.cli.app import app
 from adapterhub.cli.options import AsJson, base_with, registry, replay_probe, resolved, say
+from adapterhub.units import format_bytes
 
 
 @app.command()
@@ -135,7 +136,7 @@ def inspect(
         ("method", f"{manifest.lora.method}, rank {manifest.lora.rank}, alpha {manifest.lora.alpha:g}"),
         ("targets", ", ".join(manifest.lora.targets)),
         ("parameters", f"{found.parameters:,} in {found.modules} layers ({', '.join(found.dtypes)})"),
-        ("size", f"{found.size_bytes / 1e6:.1f} MB in {len(manifest.files)} files"),
+        ("size", f"{format_bytes(found.size_bytes)} in {len(manifest.files)} files"),
         ("licence", manifest.licence or "not stated"),
         ("probe", f"{len(probe.answers)} prompts ({probe.dtype}){passed}" if probe else "none"),
         ("signature", f"says key {signer[:16]}; `adapterhub verify --key` checks it" if signer else "none"),

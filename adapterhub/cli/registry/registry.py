@@ -21,6 +21,7 @@ from adapterhub.cli.options import (
     table,
     until_interrupted,
 )
+from adapterhub.units import format_bytes
 
 Expect = Annotated[
     str | None,
@@ -214,7 +215,7 @@ def gc(
     for digest in removed.packages:
         typer.echo(digest)
     what = "would go" if dry_run else "are gone"
-    say(f"{len(removed.packages)} packages {what}, {removed.num_bytes / 1e6:.1f} MB")
+    say(f"{len(removed.packages)} packages {what}, {format_bytes(removed.num_bytes)}")
 
 
 def _figure(value: float | None) -> str:

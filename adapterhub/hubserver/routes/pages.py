@@ -24,6 +24,7 @@ from adapterhub.hubserver.storage.cards import CARD_NAME
 from adapterhub.hubserver.storage.catalog import RepoQuery
 from adapterhub.hubserver.storage.commit import RepoCommit
 from adapterhub.hubserver.storage.store import DEFAULT_BRANCH, Repo
+from adapterhub.units import format_bytes
 
 router = APIRouter()
 _PAGE_SIZE = 100
@@ -121,7 +122,7 @@ def _card(hub: HubServices, commit: RepoCommit) -> Markup | None:
 
 def _files(repo: Repo, commit: RepoCommit) -> list[dict[str, str]]:
     return [
-        {"path": path, "size": f"{entry.size:,}", "href": f"/{repo.id}/resolve/{commit.sha}/{quote(path)}"}
+        {"path": path, "size": format_bytes(entry.size), "href": f"/{repo.id}/resolve/{commit.sha}/{quote(path)}"}
         for path, entry in commit.files.items()
     ]
 

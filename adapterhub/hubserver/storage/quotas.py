@@ -10,6 +10,7 @@ from adapterhub.errors import StorageFull
 from adapterhub.hubserver.errors import QuotaExceeded
 from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.storage.store import HubStore, Repo
+from adapterhub.units import format_bytes
 
 PART_BYTES = 256 << 20
 
@@ -45,8 +46,8 @@ class Quotas:
         free = shutil.disk_usage(self._root).free
         if added_bytes + self.limits.free_bytes > free:
             raise StorageFull(
-                f"{added_bytes / 1e6:.0f} MB do not fit on the hub's disk: {free / 1e6:.0f} MB are free, of which "
-                f"{self.limits.free_bytes / 1e6:.0f} MB are reserved. Free some space (adapterhub hub gc)."
+                f"{format_bytes(added_bytes)} do not fit on the hub's disk: {format_bytes(free)} are free, of which "
+                f"{format_bytes(self.limits.free_bytes)} are reserved. Free some space (adapterhub hub gc)."
             )
 
     def check_quota(self, repo_id: RepoId, *, added_bytes: int) -> None:
@@ -66,6 +67,6 @@ class Quotas:
 def _check(whose: str, stored: int, added: int, limit: int) -> None:
     if stored + added > limit:
         raise QuotaExceeded(
-            f"{added / 1e6:.1f} MB do not fit: {whose} uses {stored / 1e6:.1f} MB of its {limit / 1e6:.1f} MB. "
+            f"{format_bytes(added)} do not fit: {whose} uses {format_bytes(stored)} of its {format_bytes(limit)}. "
             "Delete files permanently (permanently_delete_lfs_files), or ask the hub's administrator for more."
         )

@@ -34,6 +34,7 @@ from adapterhub.hubserver.storage.commit import Change, NewCommit, RepoCommit, R
 from adapterhub.hubserver.storage.discussion import Discussion
 from adapterhub.hubserver.storage.git_ids import blob_id, lfs_pointer
 from adapterhub.hubserver.storage.objects import ObjectStore, touch_if_exists
+from adapterhub.units import format_duration
 
 DEFAULT_BRANCH = "main"
 RefKind = Literal["branches", "tags"]
@@ -368,7 +369,9 @@ class HubStore:
         try:
             lock.acquire()
         except Timeout:
-            raise StoreBusy(f"{repo_id} was locked by other writers for {_LOCK_TIMEOUT_S:.0f} s: try again.") from None
+            raise StoreBusy(
+                f"{repo_id} was locked by other writers for {format_duration(_LOCK_TIMEOUT_S)}: try again."
+            ) from None
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from adapterhub.errors import UsageError
+from adapterhub.units import format_bytes
 
 _LINE = 64
 """Size of a cache line, in bytes."""
@@ -25,7 +26,7 @@ def zeros(size: Sequence[int], dtype: torch.dtype, *, huge_pages: bool = False) 
     try:
         block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise UsageError(f"{nbytes:,} bytes of memory cannot be allocated ({error}): ask for less.") from error
+        raise UsageError(f"{format_bytes(nbytes)} of memory cannot be allocated ({error}): ask for less.") from error
     advice = getattr(mmap, "MADV_HUGEPAGE" if huge_pages else "MADV_NOHUGEPAGE", None)
     if advice is not None:
         with contextlib.suppress(OSError):  # a Linux kernel without huge pages

@@ -8,6 +8,7 @@ from difflib import SequenceMatcher
 
 from markupsafe import Markup
 
+from adapterhub.units import format_duration
 from serve.client import Answer, Sampling
 from serve.ui.render.adapter_history import short_digest
 from serve.ui.render.templates import render
@@ -108,7 +109,7 @@ def report_html(comparison: Comparison) -> Markup:
 
 def _figures(answer: Answer) -> list[str]:
     rate = "" if answer.tokens_per_s is None else f"{answer.tokens_per_s:.1f}"
-    first = "" if answer.first_token_s is None else f"{answer.first_token_s * 1000:.0f} ms"
+    first = "" if answer.first_token_s is None else format_duration(answer.first_token_s)
     return [str(answer.num_tokens), rate, first]
 
 

@@ -109,7 +109,7 @@ def test_an_adapter_lies_in_the_order_a_step_reads_it(tiny_base: StoredBase) -> 
 
 
 def test_a_cache_larger_than_any_memory() -> None:
-    with pytest.raises(UsageError, match=r"bytes of memory cannot be allocated .*ask for less"):
+    with pytest.raises(UsageError, match=r"of memory cannot be allocated .*ask for less"):
         KvCache(KvShape(1000, 1000, 1 << 17, torch.float32), 64, 16, torch.device("cpu"))
 
 
