@@ -16,6 +16,14 @@ def rows_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, caption
     return render("rows_table", columns=columns, rows=cells, caption=caption) if cells else Markup()
 
 
+def scrollable(drawn: Markup, *, label: str) -> Markup:
+    """Return the HTML in a region that scrolls sideways, also with the keyboard; empty Markup stays empty."""
+    if not drawn:
+        return drawn
+    opening = Markup('<div class="scroll" tabindex="0" role="region" aria-label="{}">').format(label)
+    return opening + drawn + Markup("</div>")
+
+
 def facts_table(facts: Mapping[str, Any]) -> Markup:
     """Return a table of two columns: nested facts under dotted names, without empty values."""
     rows = [(name, _text(value)) for name, value in _flat(facts) if value not in (None, "", [], {})]
@@ -31,14 +39,6 @@ def bullet_list(items: Iterable[str]) -> Markup:
 def note_html(message: str) -> Markup:
     """Return a warning."""
     return Markup('<p class="trouble" role="status">⚠ {}</p>').format(message)
-
-
-def size_text(size_bytes: float) -> str:
-    """Return the size in the largest unit of which there is at least one."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.2f} {unit}"
-    return f"{size_bytes:.0f} B"
 
 
 def _text(value: Any) -> str:

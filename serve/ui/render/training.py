@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from serve.ui.render.plots import loss_plot
-from serve.ui.render.tables import bullet_list, facts_table, rows_table, size_text
+from adapterhub.svg_plot import Curve, line_plot
+from adapterhub.units import format_bytes, format_duration
+from serve.ui.render.tables import bullet_list, facts_table, rows_table, scrollable
 from serve.ui.render.templates import render
 
 
@@ -19,16 +21,16 @@ def plan_html(plan: dict[str, Any]) -> Markup:
         "base": plan["base"],
         "data": plan["data"],
         "steps": f"{plan['steps']} ({plan['tokens']:,} tokens)",
-        "time": f"{_duration(seconds['low'])} to {_duration(seconds['high'])} on the server's machine",
-        "memory": f"{size_text(memory['low'])} to {size_text(memory['high'])}",
+        "time": f"{format_duration(seconds['low'])} to {format_duration(seconds['high'])} on the server's machine",
+        "memory": f"{format_bytes(memory['low'])} to {format_bytes(memory['high'])}",
         "trained": f"{plan['trainable_parameters']:,} of {plan['parameters']:,} parameters",
-        "adapter": f"{size_text(plan['adapter_bytes'])} on disk, {size_text(plan['disk_free_bytes'])} free",
+        "adapter": f"{format_bytes(plan['adapter_bytes'])} on disk, {format_bytes(plan['disk_free_bytes'])} free",
         **{
             engine["engine"]: f"{'yes' if engine['can_serve'] else 'no'}: {engine['how']}"
             for engine in plan["servable"]
         },
     }
-    items = [(item["name"], size_text(item["size_bytes"])) for item in plan["memory"]]
+    items = [(item["name"], format_bytes(item["size_bytes"])) for item in plan["memory"]]
     masks = plan["masks"]
     trained = (
         f"{masks['trained_tokens']:,} of {masks['tokens']:,} tokens are trained; {masks['cut']} samples cut; "
@@ -61,9 +63,20 @@ def run_html(run: dict[str, Any]) -> Markup:
         status=run["status"],
         figures=figures,
         lines=lines,
-        plot=loss_plot(steps, held_out),
+        plot=_loss_plot(steps, held_out),
         samples=_samples(run.get("sampled") or []),
     )
+
+
+def _loss_plot(steps: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]]) -> Markup:
+    """Return loss (nats per token) over optimizer steps, and dashed on held-out questions; empty before two steps."""
+    if len(steps) < 2:
+        return Markup()
+    (first, at_first), (last, at_last) = steps[0], steps[-1]
+    curves = (Curve(steps, "trained", "trained on"), Curve(held_out, "held-out", "held out"))
+    label = f"Loss from {at_first:.3f} at step {first} to {at_last:.3f} at step {last}"
+    plot = Markup(line_plot(curves, label=label, from_zero=True))  # noqa: S704 -- it escapes its texts
+    return scrollable(plot, label="Plot")
 
 
 def _samples(sampled: list[dict[str, Any]]) -> Markup:
@@ -92,9 +105,3 @@ def _result(evaluation: dict[str, Any]) -> str:
         f"Held-out loss on {evaluation['data']}: {evaluation['base_loss']:.3f} for the base, "
         f"{evaluation['adapter_loss']:.3f} with the adapter."
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -12,13 +12,13 @@ from markupsafe import Markup
 
 from adapterhub.errors import AdapterHubError, Conflict
 from adapterhub.feedback.ratings import Rating
+from adapterhub.svg_plot import Interval, interval_plot
 from serve.client import Answer, Sampling, Turn, to_send
 from serve.ui.answer_panels import Panels, Updates
 from serve.ui.client import Messages, PageClient, Verdict
 from serve.ui.model_picker import QUIET, Models, model_picker, trouble
 from serve.ui.render.conversation import escape
-from serve.ui.render.plots import interval_plot
-from serve.ui.render.tables import bullet_list, note_html, rows_table
+from serve.ui.render.tables import bullet_list, note_html, rows_table, scrollable
 from serve.ui.sign_in import key_of
 from serve.ui.streams import AnswerStream, AnswerStreams
 from serve.ui.tabs.chat import CONCURRENT_ANSWERS
@@ -174,8 +174,14 @@ class ArenaTab:
         ]
         if not ratings:
             return "<p>No votes yet.</p>"
-        plot = Markup(interval_plot(ratings))  # noqa: S704 -- it escapes the names of models
-        return plot + _table(ratings) + bullet_list(found.get("notes", ()))
+        return _plot(ratings) + _table(ratings) + bullet_list(found.get("notes", ()))
+
+
+def _plot(ratings: list[Rating]) -> Markup:
+    values = "; ".join(f"{one.model} {one.rating:.0f}, from {one.low:.0f} to {one.high:.0f}" for one in ratings)
+    intervals = [Interval(one.model, one.rating, one.low, one.high) for one in ratings]
+    plot = interval_plot(intervals, label=f"Ratings with 95 % intervals: {values}")
+    return scrollable(Markup(plot), label="Plot")  # noqa: S704 -- it escapes the names of models
 
 
 def _among(models: list[str] | None) -> dict[str, list[str]]:
