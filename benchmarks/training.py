@@ -289,7 +289,7 @@ def work(name: str, *, batch: int, steps: int) -> None:
 
 def base_bytes(model: Any) -> int:
     """Of the frozen weights and, in 4 bit, their constants."""
-    from adapterhub.memory.training import constant_bytes
+    from adapterhub.memory.estimate import constant_bytes
     from train.distributed.world import frozen_bytes
 
     codes = sum(p.nbytes for p in model.parameters() if not p.requires_grad and not p.is_floating_point())

@@ -18,8 +18,10 @@ from adapterhub.bases.loading import LoadedBase, load_base
 from adapterhub.choice import Choice
 from adapterhub.errors import DatasetError, OutputNotFresh, RunNotResumable, UsageError
 from adapterhub.files import new_folder
+from adapterhub.memory.estimate import Estimate
 from adapterhub.package.layout import TEMPLATE_NAME, open_adapter
 from adapterhub.package.run_record import LOG_NAME, RECIPE_NAME, REPORT_NAME, RunEnd, RunStart, RunStep
+from adapterhub.units import format_bytes
 from train.distributed.world import World, current_world, frozen_bytes, shard_base
 from train.inputs import Inputs, load_inputs, with_lora_of
 from train.loop.lora_init import init_lora
@@ -35,7 +37,7 @@ from train.objectives.base import EvalResult, Objective
 from train.objectives.mask_report import mask_report
 from train.objectives.sample_answers import FixedPrompts
 from train.planning.out_of_memory import memory_errors_named
-from train.planning.plan import MemoryItem, planned_memory
+from train.planning.plan import planned_memory
 from train.planning.preflight import check_room
 from train.recipe import Recipe
 from train.reporting.html_report import report
@@ -64,7 +66,7 @@ def train(
         # 1. The data, before anything expensive.
         inputs = _load(recipe, base, start, progress)
         memory = planned_memory(recipe, base, inputs.objective)
-        with RunFolder.create(output, recipe, start=start) as run, memory_errors_named(memory):
+        with RunFolder.create(output, recipe, start=start) as run, memory_errors_named(memory.device):
             run.listen = listen
             return _train_in(run, base, inputs, start, memory, progress)
     finally:
@@ -89,7 +91,7 @@ def resume(
             inputs = _load(run.recipe, base, start, progress)
             run.listen = listen
             memory = planned_memory(run.recipe, base, inputs.objective)
-            with memory_errors_named(memory):
+            with memory_errors_named(memory.device):
                 return _train_in(run, base, inputs, start, memory, progress)
     finally:
         progress.close()
@@ -108,7 +110,7 @@ def _load(recipe: Recipe, base: StoredBase, start: Adapter | None, progress: Pro
 
 
 def _train_in(
-    run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | None, memory: Sequence[MemoryItem],
+    run: RunFolder, base: StoredBase, inputs: Inputs, start: Adapter | None, memory: Estimate,
     progress: Progress,
 ) -> RunEnd:  # fmt: skip
     recipe, objective = run.recipe, inputs.objective
@@ -258,7 +260,7 @@ def _shard(model: Any, world: World, progress: Progress) -> None:
     whole = frozen_bytes(model)
     shard_base(model, world)
     part = frozen_bytes(model)
-    progress.say(f"{world.size} processes; of the base's {whole / 1e6:.1f} MB each holds {part / 1e6:.1f} MB")
+    progress.say(f"{world.size} processes; of the base's {format_bytes(whole)} each holds {format_bytes(part)}")
 
 
 def _peak_bytes(model: Any) -> int:

@@ -15,6 +15,7 @@ import typer
 # Importing registers the commands, in the order `--help` lists them.
 # isort: off
 import adapterhub.cli.training.train
+import adapterhub.cli.training.recipes
 import adapterhub.cli.training.memory
 import adapterhub.cli.registry.package
 import adapterhub.cli.registry.registry

@@ -61,6 +61,20 @@ def resolved(ref: str, hub: Hub | None = None) -> Adapter:
     return registry(hub).open(parsed)
 
 
+def find_recipe(named: str) -> Path:
+    """Return the path of a recipe file, or of a shipped recipe by its name. Raises RecipeError."""
+    from adapterhub.errors import RecipeError
+    from train.recipe import shipped_recipes
+
+    path = Path(named)
+    if not path.is_file():
+        shipped = shipped_recipes()
+        if named not in shipped:
+            raise RecipeError(f"there is no recipe {named}: expected a file, or one of {', '.join(sorted(shipped))}.")
+        path = shipped[named]
+    return path
+
+
 def table(rows: list[dict[str, Any]], as_json: bool, *, empty: str) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=1))

@@ -1,4 +1,4 @@
-"""Shapes of well-known base models, so that their memory can be estimated without a download. Figures only."""
+"""Shapes of well-known base models, so that their memory can be estimated without a download."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ MODEL_SHAPES = {
     "qwen2.5-7b": ModelShape(28, 3584, 18_944, 512, 152_064),
     "qwen3-8b": ModelShape(36, 4096, 12_288, 1024, 151_936),
 }
-"""layers, hidden, intermediate, key_value, vocabulary, from each model's config.json"""
+"""Layers, hidden, intermediate, key_value and vocabulary of each model, from its config.json."""
 
 
 def shape_of(base: BaseName) -> ModelShape | None:
-    """The shape of a base known by its name; `-instruct` and `-chat` have those of the model they are tuned from."""
+    """Return the shape of a base that is known by its name, else None.
+
+    `-instruct` and `-chat` models have the shape of the model they are tuned from.
+    """
     name = str(base.name).lower()
     return MODEL_SHAPES.get(name) or MODEL_SHAPES.get(name.removesuffix("-instruct").removesuffix("-chat"))

@@ -15,16 +15,19 @@ class ModelShape:
     hidden: int
     intermediate: int
     key_value: int
-    """width of the keys of all heads together"""
+    """Width of the keys of all heads together."""
     vocabulary: int
     query: int = 0
-    """width of the queries of all heads together; 0: the hidden size"""
+    """Width of the queries of all heads together; 0: the hidden size."""
     is_tied: bool = False
-    """one matrix is both embedding and output head"""
+    """Whether one matrix is both embedding and output head."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """Raises KeyError for a config without these sizes, each a single number (Gemma 3n has one for each layer)."""
+        """Return the shape that a config.json states.
+
+        Raises KeyError for a config without these sizes, each a single number (Gemma 3n has one for each layer).
+        """
         for key in ("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
             if type(config[key]) is not int or config[key] < 1:
                 raise KeyError(key)
@@ -41,7 +44,7 @@ class ModelShape:
         )
 
     def layer_linears(self) -> dict[str, tuple[int, int]]:
-        """Name -> (inputs, outputs) of one layer's linear modules, gated as in LLaMA (arXiv 2302.13971)."""
+        """Return name -> (inputs, outputs) of one layer's linear modules, gated as in LLaMA (arXiv 2302.13971)."""
         query = self.query or self.hidden
         return {
             "q_proj": (self.hidden, query),
@@ -55,19 +58,30 @@ class ModelShape:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of all layers' linear modules: what is held in 4 bit."""
+        """Weights of all layers' linear modules, which quantization applies to."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.layer_linears().values())
 
     @property
     def embedding_weights(self) -> int:
-        """Weights of embedding and output head, once when they are tied."""
+        """Weights of embedding and output head, counted once when they are tied."""
         return self.vocabulary * self.hidden * (1 if self.is_tied else 2)
 
     @property
     def weights(self) -> int:
+        """Weights of the whole model."""
         return self.linear_weights + self.embedding_weights + self.hidden * (2 * self.layers + 1)
 
-    def lora_weights(self, rank: int, modules: Sequence[str] = ()) -> int:
-        """A and B of rank `rank` on these modules, on all linear ones when none is named. Raises KeyError."""
+    def lora_weights(self, rank: int, modules: Sequence[str] = (), *, is_dora: bool = False) -> int:
+        """Return the weights of A and B of rank `rank` on these modules, on all linear ones when none is named.
+
+        `embed_tokens` and `lm_head` name embedding and head. DoRA adds a magnitude for each output
+        (arXiv 2402.09353). Raises KeyError for another name.
+        """
         linears = self.layer_linears()
-        return self.layers * sum(rank * sum(linears[name]) for name in modules or linears)
+        outside = {"embed_tokens": (self.vocabulary, self.hidden), "lm_head": (self.hidden, self.vocabulary)}
+        found = 0
+        for name in modules or linears:
+            inputs, outputs = outside[name] if name in outside else linears[name]
+            weights = rank * (inputs + outputs) + (outputs if is_dora else 0)
+            found += weights * (1 if name in outside else self.layers)
+        return found

@@ -14,10 +14,9 @@ from typer.testing import CliRunner
 from adapterhub.adapter import BaseName, BaseRef, StoredBase
 from adapterhub.bases.store import known_bases
 from adapterhub.cli.main import app
-from adapterhub.memory.estimate import estimate_training
 from adapterhub.memory.known_shapes import shape_of
 from adapterhub.memory.model_shape import ModelShape
-from train.planning.estimate import setting_of
+from train.planning.load import estimate_recipe, modules_of
 from train.planning.plan import make_plan
 from train.recipe import DatasetsData, FileData, LoraSection, Recipe, read_recipe, shipped_recipes
 
@@ -115,28 +114,30 @@ def test_guanaco_fits_the_gpus_the_paper_names(name: str, gpu_gib: int) -> None:
     found = recipe(name)
     shape = shape_of(found.base_name)
     assert shape is not None
-    assert estimate_training(shape, setting_of(found)).size_bytes < gpu_gib << 30
+    assert estimate_recipe(found, shape, device="cuda").size_bytes < gpu_gib << 30
 
 
 def test_the_70b_recipe_needs_its_shards() -> None:
     found = recipe("fsdp-70b")
     shape = shape_of(found.base_name)
     assert shape is not None
-    assert estimate_training(shape, setting_of(found)).size_bytes > 36e9
+    assert estimate_recipe(found, shape, device="cuda").size_bytes > 36e9
+
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
 @pytest.mark.parametrize(
     ("targets", "modules"),
     [
         ("all-linear", ()),
-        (("all-linear", "head"), ()),
-        ("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
-        (("mlp", "embeddings", "q_proj"), ("gate_proj", "up_proj", "down_proj", "q_proj")),
+        (("all-linear", "head"), (*ATTENTION, *MLP, "lm_head")),
+        ("attention", ATTENTION),
+        (("mlp", "embeddings", "q_proj"), (*MLP, "embed_tokens", "q_proj")),
     ],
 )
 def test_words_for_targets_are_estimated_as_their_layers(targets: Any, modules: tuple[str, ...]) -> None:
-    found = recipe("guanaco-7b").model_copy(update={"lora": LoraSection(targets=targets)})
-    assert setting_of(found).modules == modules
+    assert modules_of(LoraSection(targets=targets).targets) == modules
 
 
 def test_the_list_says_what_each_recipe_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from adapterhub.memory.training import places_at_once
 from train.data.packing import Row
 
 _ends_with_head: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Models whose forward pass was asked already -> `ends_with_head`."""
 
 
 def token_losses(model: Any, row: Row) -> torch.Tensor:
@@ -26,7 +27,7 @@ def token_losses(model: Any, row: Row) -> torch.Tensor:
     inner = bare_model(model)
     inputs = _inputs(model, inner, row)
     keep = row.keep + (inputs["position_ids"].shape[1] - row.position_ids.shape[1])
-    if not _head_is_last(inner):
+    if not _known_to_end_with_head(inner):
         return _losses(inner(**inputs, logits_to_keep=keep).logits[0], row.targets)
     hidden: torch.Tensor = inner.get_decoder()(**inputs).last_hidden_state[0, keep]
     head = inner.get_output_embeddings()
@@ -50,18 +51,59 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _head_is_last(inner: Any) -> bool:
-    """Return whether the logits are the head's output, unchanged. Tried on the model once."""
-    if inner not in _ends_with_head:
-        ids = torch.tensor([[1, 2, 3]], device=inner.device)
-        was_training = inner.training
-        inner.eval()
+class _DecoderOutput:
+    """What a decoder returns, as far as a head reads it."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, place: int) -> torch.Tensor | None:
+        return None if place else self.last_hidden_state
+
+
+def ends_with_head(inner: Any) -> bool:
+    """Return whether the output head is all there is between the decoder's output and the logits.
+
+    Only then can `token_losses` compute logits in pieces. A plan asks the same of a model without weights (device
+    meta). The forward pass is run with a decoder that returns a given tensor: the head must receive that tensor, and
+    the logits must be the head's output, unchanged. Soft caps and scales change them.
+    """
+    ids = torch.tensor([[1, 2, 3]], device=inner.device)
+    decoder, head = inner.get_decoder(), inner.get_output_embeddings()
+    hidden = torch.zeros(1, 3, head.weight.shape[-1], dtype=inner.dtype, device=inner.device)
+    seen: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+    handle = head.register_forward_hook(lambda module, given, logits: seen.append((given[0], logits, logits._version)))
+    own_forward = decoder.__dict__.get("forward")
+    decoder.forward = lambda *args, **options: _DecoderOutput(hidden)
+    try:
         with torch.no_grad():
             logits = inner(input_ids=ids, use_cache=False).logits
-            hidden = inner.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            head_output = inner.get_output_embeddings()(hidden)
-        inner.train(was_training)
-        _ends_with_head[inner] = torch.equal(logits, head_output)
+    except Exception:  # a forward pass unlike the others: it computes its logits itself, which is always right
+        return False
+    finally:
+        handle.remove()
+        del decoder.forward
+        if own_forward is not None:
+            decoder.forward = own_forward
+    if len(seen) != 1:
+        return False
+    ((given, found, version),) = seen
+    # Also a change in place, which keeps the storage, counts up the version.
+    return _is_same(given, hidden) and _is_same(logits, found) and logits._version == version
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Is one the other, or a view of all of it?"""
+    is_shared = one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return is_shared and (one.dtype, one.shape) == (other.dtype, other.shape)
+
+
+def _known_to_end_with_head(inner: Any) -> bool:
+    if inner not in _ends_with_head:
+        _ends_with_head[inner] = ends_with_head(inner)
     return _ends_with_head[inner]
 
 

@@ -1,4 +1,4 @@
-"""A run that met the end of memory, told which part of its plan to cut. Frees nothing."""
+"""Advice for a run that ran out of memory: which part of its plan to make smaller."""
 
 from __future__ import annotations
 
@@ -8,28 +8,38 @@ from contextlib import contextmanager
 import torch
 
 from adapterhub.errors import TrainingFailed
-from train.planning.plan import MemoryItem
+from adapterhub.memory.estimate import Item, total
+from adapterhub.units import format_bytes
 
 _SMALLER_ROWS = (
     "set activation_checkpointing = true, or halve batch_size and double gradient_accumulation (the result is the "
     "same), or lower max_length"
 )
+_FEWER_WEIGHTS = "lower rank, or name fewer targets"
+_QUANTIZE = 'set kind = "nf4" in [quantization], or train on a smaller base'
+_SHARD = "train on a smaller base, or divide this one: --launch N --shard"
 _CUTS = {
-    "base, 4-bit codes": "train on a smaller base, or divide this one: --launch N --shard",
-    "weights left unquantized": 'set kind = "nf4" in [quantization] if it is not set, or train on a smaller base',
-    "adapter, fp32": "lower rank, or name fewer targets",
-    "gradients, fp32": "lower rank, or name fewer targets",
+    "base, 4-bit codes": _SHARD,
+    "base, 8-bit codes": _QUANTIZE,
+    "base, 16-bit": _QUANTIZE,
+    "base, 32-bit": _QUANTIZE,
+    "embedding, head and norms": "train on a smaller base",
+    "trained weights, fp32": 'set method = "lora"',
+    "adapter, fp32": _FEWER_WEIGHTS,
+    "gradients, fp32": _FEWER_WEIGHTS,
     "optimizer": 'set optimizer = "paged-adamw-8bit", or lower rank',
+    "optimizer, paged": 'set optimizer = "paged-adamw-8bit", or lower rank',
     "activations": _SMALLER_ROWS,
     "attention mask": _SMALLER_ROWS,
     "logits": _SMALLER_ROWS,
+    "one layer's backward pass": _SMALLER_ROWS,
 }
-"""memory item -> what makes it smaller"""
+"""Item of the memory estimate -> what makes it smaller."""
 
 
 @contextmanager
-def memory_errors_named(planned: Sequence[MemoryItem]) -> Iterator[None]:
-    """Raises TrainingFailed, with what of the plan to cut, when the block runs out of memory."""
+def memory_errors_named(planned: Sequence[Item]) -> Iterator[None]:
+    """Convert running out of memory into TrainingFailed, which names the part of the plan to make smaller."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -40,8 +50,10 @@ def memory_errors_named(planned: Sequence[MemoryItem]) -> Iterator[None]:
         raise TrainingFailed(f"memory ran out; {what_to_cut(planned)}.") from error
 
 
-def what_to_cut(items: Sequence[MemoryItem]) -> str:
-    """The plan's largest item that a recipe can make smaller, and how."""
-    name, size = max(((item.name, item.size_bytes) for item in items if item.name in _CUTS), key=lambda one: one[1])
-    total = sum(item.size_bytes for item in items)
-    return f"of the {total / 1e9:.2f} GB planned, {size / 1e9:.2f} GB are for {name}: {_CUTS[name]}"
+def what_to_cut(items: Sequence[Item]) -> str:
+    """Return the plan's largest item that a recipe can make smaller, and how."""
+    largest = max((item for item in items if item.name in _CUTS), key=lambda item: item.size_bytes)
+    return (
+        f"of the {format_bytes(total(items))} planned, {format_bytes(largest.size_bytes)} are for {largest.name}: "
+        f"{_CUTS[largest.name]}"
+    )

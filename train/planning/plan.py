@@ -1,4 +1,4 @@
-"""A full dry run: data, marks, adapted layers, memory, time, disk and who can serve the result. Trains nothing."""
+"""A full dry run: data, masks, adapted layers, memory, time, disk, and the engines that can serve the result."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.bases.loading import choose_precision
 from adapterhub.errors import BaseNotFound, IncompatibleBase
+from adapterhub.memory.estimate import Estimate, Item
 from adapterhub.memory.model_shape import ModelShape
-from adapterhub.memory.training import SPREAD, TrainingLoad, places_at_once, training_memory
+from adapterhub.memory.training import LogitsMode, WeightCounts, estimate_training
 from train.data.packing import common_prefix
 from train.data.tokenization import Sample
 from train.distributed.world import current_world
@@ -25,16 +26,18 @@ from train.loop.schedule import step_batches
 from train.model.lora import trainable
 from train.model.methods import attach
 from train.objectives.base import Objective
+from train.objectives.forward import ends_with_head
 from train.objectives.mask_report import MaskReport, mask_report
+from train.planning.load import training_load
 from train.planning.preflight import HubAccess, disk_needed, disk_problems, free_bytes, hub_access, memory_problems
 from train.recipe import LoraSection, Method, Recipe, adapter_size
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""what vLLM 0.32 takes for --max-lora-rank"""
+"""Values that vLLM 0.32 accepts for --max-lora-rank."""
 _DEFAULT_MAX_RANK = 64
-"""of `adapterhub serve --max-lora-rank`"""
+"""Default of `adapterhub serve --max-lora-rank`."""
 _SHARE_OF_MATMUL_RATE = (0.25, 0.7)
-"""of the machine's plain matmul rate that a step reaches: 0.54 measured on SmolLM2-135M with rows of 512 tokens"""
+"""Share of the machine's matmul rate that a step reaches: 0.54 measured on SmolLM2-135M, rows of 512 tokens."""
 
 
 class _Closed(BaseModel):
@@ -50,24 +53,25 @@ class Layers(_Closed):
     outputs: int
 
 
-class MemoryItem(_Closed):
-    name: str
-    size_bytes: int
-
-
 class Range(_Closed):
+    """An expected range."""
+
     low: float
     high: float
 
 
 class Servable(_Closed):
+    """Whether an engine can serve the result."""
+
     engine: Literal["adapterhub", "vllm"]
     can_serve: bool
     how: str
-    """the option it needs, or why not"""
+    """Option that it needs, or the reason why not."""
 
 
 class Plan(_Closed):
+    """What a run would do and need."""
+
     name: str
     base: str
     method: str
@@ -75,7 +79,7 @@ class Plan(_Closed):
     dtype: str
     steps: int
     tokens: int
-    """tokens of all forward passes"""
+    """Number of tokens in all forward passes."""
     data: str
     data_sha256: str
     notes: list[str]
@@ -83,24 +87,26 @@ class Plan(_Closed):
     parameters: int
     trainable_parameters: int
     adapted: list[Layers]
-    memory: list[MemoryItem]
+    memory: list[Item]
     memory_bytes: Range
     seconds: Range
     adapter_bytes: int
     disk_bytes: int
-    """at most, while the run goes on"""
+    """Bytes on disk while the run goes on, at most."""
     disk_free_bytes: int
     hub: HubAccess
     stop: list[str]
-    """strings a server ends an answer at, beside the end of text"""
+    """Strings at which a server ends an answer, beside the end of text."""
     servable: list[Servable]
     problems: list[str]
-    """what would stop the run, and what to do about it"""
+    """Reasons why the run would fail, each with what to do about it."""
 
 
 def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None = None) -> Plan:
-    """What `train` would do with the same arguments. Raises RecipeError, DatasetError, BaseNotFound, UsageError,
-    IncompatibleBase."""
+    """Return what `train` would do with the same arguments.
+
+    Raises RecipeError, DatasetError, BaseNotFound, UsageError, IncompatibleBase.
+    """
     recipe = with_lora_of(recipe, start)
     inputs = load_inputs(recipe, base, start=start)
     objective = inputs.objective
@@ -109,12 +115,10 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
     device, dtype = choose_precision(recipe.base_arguments()["dtype"], None)
     model = _on_meta(recipe, base, dtype.value)
     rows = list(_rows(recipe, objective))
-    items = _memory(recipe, model, rows, device=device.value, dtype=dtype.value)
-    total = sum(item.size_bytes for item in items)
+    memory = _memory(recipe, model, rows, device=device.value, dtype=dtype.value)
     tokens = sum(map(_row_tokens, rows))
     adapter_bytes = 4 * model.trainable
     disk_bytes = disk_needed(model.trainable, recipe.train.moment_bytes)
-    low, high = total * (1 - SPREAD), total * (1 + SPREAD)
     hub = hub_access()
     return Plan(
         name=recipe.name,
@@ -131,8 +135,8 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
         parameters=model.parameters,
         trainable_parameters=model.trainable,
         adapted=_layers(model.adapted),
-        memory=items,
-        memory_bytes=Range(low=low, high=high),
+        memory=list(memory.device),
+        memory_bytes=Range(low=memory.low, high=memory.high),
         seconds=_seconds(_flops(rows, model.linear, model.trainable, model.head), dtype.value, device.value),
         adapter_bytes=adapter_bytes,
         disk_bytes=disk_bytes,
@@ -142,21 +146,24 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
         servable=servable(recipe.lora, method=recipe.method),
         problems=[
             *disk_problems(output, disk_bytes, base, model.parameters),
-            *memory_problems(low, device.value),
+            *memory_problems(memory.low, device.value),
             *hub.problems,
         ],
     )
 
 
-def planned_memory(recipe: Recipe, base: StoredBase, objective: Objective) -> list[MemoryItem]:
-    """The plan's memory items alone, for a run whose data is read already. Raises BaseNotFound, IncompatibleBase."""
+def planned_memory(recipe: Recipe, base: StoredBase, objective: Objective) -> Estimate:
+    """Return the plan's memory alone, for a run whose data is read already, in each of the processes that train.
+
+    Raises BaseNotFound, IncompatibleBase.
+    """
     device, dtype = choose_precision(recipe.base_arguments()["dtype"], current_world().device)
     rows = list(_rows(recipe, objective))
     return _memory(recipe, _on_meta(recipe, base, dtype.value), rows, device=device.value, dtype=dtype.value)
 
 
 def servable(lora: LoraSection, *, method: Method = "lora") -> list[Servable]:
-    """Which engines take the adapter a recipe makes, and with which option."""
+    """Return which engines serve the adapter that a recipe makes, and with which option."""
 
     def answer(ours: str, vllm: str, *, can_ours: bool = True, can_vllm: bool = False) -> list[Servable]:
         return [
@@ -189,11 +196,12 @@ class _MetaModel:
     adapted: Any
     shape: ModelShape
     parameters: int
-    """of the base"""
+    """Number of weights of the base."""
     linear: int
-    """weights of linear layers but the output head, which loading holds in 4 bit"""
+    """Number of weights in linear layers except the output head: those that are quantized."""
     head: int
     trainable: int
+    logits: LogitsMode
 
 
 def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
@@ -214,6 +222,7 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
     model.requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
+    logits: LogitsMode = "pieces" if ends_with_head(model) else "whole"
     layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
     linear = sum(layer.weight.numel() for layer in layers)
     adapted = attach(model, recipe)
@@ -224,36 +233,30 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
         linear=linear,
         head=head.weight.numel(),
         trainable=sum(parameter.numel() for parameter in trainable(adapted)),
+        logits=logits,
     )
 
 
 def _memory(
     recipe: Recipe, model: _MetaModel, rows: Sequence[Sequence[Sample]], *, device: str, dtype: str
-) -> list[MemoryItem]:
-    quantized = model.linear if recipe.quantization.kind != "none" else 0
-    items = training_memory(
-        model.shape,
-        TrainingLoad(
-            quantized=quantized,
-            # Trained whole, the base's weights are the trained ones.
-            unquantized=0 if recipe.method == "full" else model.parameters - quantized,
-            trainable=model.trainable,
-            row_tokens=max(map(_row_tokens, rows)),
-            row_trained=min(
-                max(sum(sample.num_trained for sample in row) for row in rows),
-                places_at_once(model.shape.vocabulary),
-            ),
-            dtype_bytes=getattr(torch, dtype).itemsize,
-            moment_bytes=recipe.train.moment_bytes,
-            device="cuda" if device.startswith("cuda") else "cpu",
-            weight_bits=8 if recipe.quantization.kind == "int8" else 4,
-            block_size=recipe.quantization.block_size,
-            is_double_quantized=recipe.quantization.double_quant,
-            is_checkpointed=recipe.train.activation_checkpointing,
-            layer_inputs="copied" if recipe.lora.method == "dora" else "dropped" if recipe.lora.dropout else "shared",
-        ),
+) -> Estimate:
+    world = current_world()
+    # Trained whole, the base's weights are the trained ones.
+    frozen = 0 if recipe.method == "full" else model.parameters
+    linear = min(model.linear, frozen)
+    load = training_load(
+        recipe,
+        device=device,
+        dtype=dtype,
+        counts=WeightCounts(linear=linear, other=frozen - linear, trainable=model.trainable),
+        tokens=max(map(_row_tokens, rows)),
+        trained_tokens=max(sum(sample.num_trained for sample in row) for row in rows),
+        logits=model.logits,
+        gpus=world.size,
+        sharding="layers" if world.shards else "none",
+        is_offloaded=world.shards == "host",
     )
-    return [MemoryItem(name=item.name, size_bytes=item.size_bytes) for item in items]
+    return estimate_training(model.shape, load)
 
 
 def _layers(model: Any) -> list[Layers]:
@@ -266,9 +269,9 @@ def _layers(model: Any) -> list[Layers]:
 
 
 def _rows(recipe: Recipe, objective: Objective) -> Iterator[list[Sample]]:
-    """The samples of each forward pass that carries gradients."""
+    """Yield the samples of each forward pass with gradients."""
     for places in step_batches(objective.lengths(), train=recipe.train, seed=recipe.seed):
-        for row in places:
+        for row in current_world().share(places):
             yield [sample for place in row for sample in objective.samples_at(place)]
 
 
@@ -278,8 +281,11 @@ def _row_tokens(row: Sequence[Sample]) -> int:
 
 
 def _flops(rows: Sequence[Sequence[Sample]], frozen: int, num_trainable: int, head: int) -> float:
-    """Multiplications and additions of all rows: frozen weights take a forward and a backward to their inputs,
-    trained ones a backward to themselves too; the head works on trained places only."""
+    """Return the multiplications and additions of all rows.
+
+    Frozen weights take a forward pass and the gradient of their inputs, trained ones the gradient of themselves too;
+    the head works on trained tokens only.
+    """
     tokens = sum(map(_row_tokens, rows))
     targets = sum(sample.num_trained for row in rows for sample in row)
     return tokens * (4.0 * frozen + 6.0 * num_trainable) + targets * 4.0 * head
@@ -292,7 +298,7 @@ def _seconds(flops: float, dtype: str, device: str) -> Range:
 
 
 def _matmul_rate(dtype: str, device: str) -> float:
-    """Operations a second of this machine, from the fastest of a few products."""
+    """Return the operations per second of this device, from the fastest of a few products."""
     left = torch.ones(512, 1024, dtype=getattr(torch, dtype), device=device)
     right = torch.ones(1024, 1024, dtype=left.dtype, device=device)
     best = float("inf")

@@ -1,4 +1,4 @@
-"""What can be known to stand in a run's way before it begins: disk, memory, the Hub's token. Computes no plan."""
+"""Checks before a run: room on disk, memory, and the Hub's token."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from pydantic import BaseModel, ConfigDict
 from adapterhub.adapter import StoredBase
 from adapterhub.errors import HubError, NotAuthorized, StorageFull
 from adapterhub.hub.client import Hub
+from adapterhub.memory.estimate import total
+from adapterhub.memory.training import disk_items
 from adapterhub.paths import home
+from adapterhub.units import format_bytes
 from train.recipe import Recipe
 
 
 class HubAccess(BaseModel):
-    """What the Hub at hand says of the token at hand; nothing is asked without one."""
+    """What the configured Hub answers about the configured token; without a token nothing is asked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     endpoint: str
@@ -29,6 +32,7 @@ class HubAccess(BaseModel):
 
 
 def hub_access(hub: Hub | None = None) -> HubAccess:
+    """Return what the token may do on the Hub."""
     hub = hub or Hub.from_environment()
 
     def access(note: str, *problems: str, user: str | None = None, can_push: bool = False) -> HubAccess:
@@ -48,39 +52,37 @@ def hub_access(hub: Hub | None = None) -> HubAccess:
 
 
 def disk_needed(num_trainable: int, moment_bytes: int) -> int:
-    """Bytes at most while a run goes on: while a checkpoint is written the one before is still there, and beside
-    them the output and the best weights."""
-    adapter = 4 * num_trainable
-    return 2 * (adapter + moment_bytes * num_trainable) + 2 * adapter
+    """Return the bytes on disk, at most, while a run goes on."""
+    return total(disk_items(num_trainable, moment_bytes))
 
 
 def check_room(output: Path, parameters: Sequence[torch.nn.Parameter], recipe: Recipe) -> None:
-    """Raises StorageFull when the first checkpoints could not be written: better now than after hours."""
+    """Check that the first checkpoints can be written. Raises StorageFull: better now than after hours."""
     needed = disk_needed(sum(parameter.numel() for parameter in parameters), recipe.train.moment_bytes)
     if problems := list(_room(output, needed, "the run and its checkpoints")):
         raise StorageFull(problems[0])
 
 
 def disk_problems(output: Path, needed: int, base: StoredBase, num_weights: int) -> Iterator[str]:
-    """`needed` bytes at the output; and the weights (bf16) of a base that is not here yet, where bases are kept."""
+    """Yield a problem when the output, or the weights (bf16) of a base that is not here yet, do not fit on disk."""
     yield from _room(output, needed, "the run and its checkpoints")
     if base.ref.fingerprint is None:
         yield from _room(home(), 2 * num_weights, f"the weights of {base.ref.id}")
 
 
 def memory_problems(least: float, device: str) -> Iterator[str]:
-    """`least` bytes against all the machine or the GPU has."""
+    """Yield a problem when `least` bytes are more than the machine or the GPU has in all."""
     have = _memory_of(device)
     if least > have:
         yield (
-            f"memory: at least {_gb(least)} are needed and {device} has {_gb(have)}: lower batch_size and raise "
-            "gradient_accumulation (the result is the same), lower max_length, or divide the base among devices "
-            "(--launch N --shard)."
+            f"memory: at least {format_bytes(least)} are needed and {device} has {format_bytes(have)}: lower "
+            "batch_size and raise gradient_accumulation (the result is the same), lower max_length, or divide the base "
+            "among devices (--launch N --shard)."
         )
 
 
 def free_bytes(path: Path) -> int:
-    """On the disk `path` is, or will be, on."""
+    """Return the free bytes on the disk that `path` is, or will be, on."""
     absolute = path.absolute()
     existing = next(parent for parent in (absolute, *absolute.parents) if parent.exists())
     return shutil.disk_usage(existing).free
@@ -90,8 +92,8 @@ def _room(path: Path, needed: int, what: str) -> Iterator[str]:
     free = free_bytes(path)
     if needed > free:
         yield (
-            f"disk: {what} need up to {_gb(needed)} at {path} and {_gb(free)} are free: free some, or choose another "
-            "place."
+            f"disk: {what} need up to {format_bytes(needed)} at {path} and {format_bytes(free)} are free: free some, "
+            "or choose another place."
         )
 
 
@@ -99,7 +101,3 @@ def _memory_of(device: str) -> int:
     if device.startswith("cuda"):
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"

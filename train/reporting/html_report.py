@@ -1,6 +1,6 @@
-"""A run as one HTML page that stands alone: curves, answers, masks, memory against the plan. Holds no training text.
+"""The report of a run as one self-contained HTML page: curves, answers, masks, and memory against the plan.
 
-No script, nothing fetched, drawings inline; so it can travel in a package (docs/adapter-format.md).
+It holds no training text and no script, and fetches nothing, so a package can contain it (docs/adapter-format.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jinja2
 import torch
 
 from adapterhub.bases.loading import LoadedBase
-from adapterhub.memory.training import SPREAD
+from adapterhub.memory.estimate import Estimate
 from adapterhub.package.run_record import (
     REPORT_HEAD,
     Answer,
@@ -26,57 +26,47 @@ from adapterhub.package.run_record import (
     RunStart,
     RunStep,
 )
+from adapterhub.svg_plot import Curve, bar_plot, line_plot
+from adapterhub.units import format_bytes, format_duration
 from train.distributed.world import current_world
 from train.objectives.base import Objective
 from train.objectives.mask_report import mask_report
-from train.planning.plan import MemoryItem
 from train.recipe import Recipe
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 240, 52, 28
 _SMOOTHING = 0.9
-"""of the running mean drawn over the losses of single steps"""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve in the drawing's own units, as an SVG `points` attribute."""
-
-    kind: str
-    points: str
-
-
-@dataclass(frozen=True)
-class Tick:
-    place: float
-    label: str
+"""Decay of the running mean drawn over the losses of single steps."""
 
 
 @dataclass(frozen=True)
 class Chart:
+    """A titled plot."""
+
     title: str
-    lines: list[Line]
-    across: list[Tick]
-    up: list[Tick]
+    svg: str
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A fixed prompt, and its answers after (step, text); step 0 is the bare base."""
+    """A fixed prompt and its answers, as (when, text)."""
 
     prompt: str
     answers: list[tuple[str, str]]
 
 
 def report(
-    recipe: Recipe, events: Sequence[RunEvent], memory: Sequence[MemoryItem], objective: Objective, loaded: LoadedBase
+    recipe: Recipe, events: Sequence[RunEvent], memory: Estimate, objective: Objective, loaded: LoadedBase
 ) -> str:
-    """The page of a run whose record is complete, `memory` as planned; bytes follow from these, the data and the
-    machine."""
+    """Return the page of a run whose record is complete; `memory` is the run's plan.
+
+    The same record, data and machine give the same bytes.
+    """
     start = next(event for event in events if isinstance(event, RunStart))
     end = next(event for event in events if isinstance(event, RunEnd))
     steps = [event for event in events if isinstance(event, RunStep)]
-    planned = sum(item.size_bytes for item in memory)
+    masks = mask_report(objective, loaded.tokenizer)
+    bars = [(f"to {bin_.up_to} tokens", bin_.samples) for bin_ in masks.lengths]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"bytes": format_bytes, "duration": format_duration}
     template = environment.from_string((Path(str(package_files("train.reporting"))) / "report.html.jinja").read_text())
     return REPORT_HEAD + template.render(
         recipe=recipe,
@@ -86,11 +76,9 @@ def report(
         described=objective.describe(),
         charts=_charts(events),
         asked=_asked(events),
-        masks=mask_report(objective, loaded.tokenizer),
+        masks=masks,
+        lengths=bar_plot(bars, label="Samples by length"),
         memory=memory,
-        planned=planned,
-        planned_low=planned * (1 - SPREAD),
-        planned_high=planned * (1 + SPREAD),
         tokens_per_second=sum(step.tokens for step in steps) / max(end.seconds, 1e-9),
         environment=_environment(loaded),
     )
@@ -100,44 +88,24 @@ def _charts(events: Sequence[RunEvent]) -> list[Chart]:
     losses = [(event.step, event.loss) for event in events if isinstance(event, RunStep)]
     measured = [(event.step, event.loss) for event in events if isinstance(event, RunMeasured)]
     rates = [(event.step, event.learning_rate) for event in events if isinstance(event, RunStep)]
-    charts = [_chart("Training loss", {"faint": losses, "strong": _smoothed(losses)})]
+    charts = [_chart("Training loss", Curve(losses, "faint"), Curve(_smoothed(losses), "strong"))]
     if len(measured) > 1:
-        charts.append(_chart("Held-out loss", {"strong": measured}))
-    return [*charts, _chart("Learning rate", {"strong": rates})]
+        charts.append(_chart("Held-out loss", Curve(measured, "strong")))
+    return [*charts, _chart("Learning rate", Curve(rates, "strong"))]
+
+
+def _chart(title: str, *curves: Curve) -> Chart:
+    return Chart(title, line_plot(curves, label=f"{title} by step"))
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """A running mean without the pull towards zero at its beginning (as in Adam, arXiv 1412.6980, section 3)."""
+    """Return a running mean, corrected for its start at zero (as in Adam, arXiv 1412.6980, section 3)."""
     found, mean, weight = [], 0.0, 0.0
     for place, value in points:
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
         weight = _SMOOTHING * weight + (1 - _SMOOTHING)
         found.append((place, mean / weight))
     return found
-
-
-def _chart(title: str, curves: dict[str, Sequence[tuple[int, float]]]) -> Chart:
-    every = [point for points in curves.values() for point in points]
-    last = max(place for place, _ in every)
-    first = min(place for place, _ in every)
-    low, high = min(value for _, value in every), max(value for _, value in every)
-    if high - low < 1e-12:
-        low, high = low - abs(low) * 0.1 - 1e-9, high + abs(high) * 0.1 + 1e-9
-
-    def x(place: float) -> float:
-        return round(_LEFT + (place - first) / max(1, last - first) * (_WIDTH - _LEFT - 8), 1)
-
-    def y(value: float) -> float:
-        return round(8 + (high - value) / (high - low) * (_HEIGHT - _BOTTOM - 16), 1)
-
-    lines = [Line(kind, " ".join(f"{x(p)},{y(v)}" for p, v in points)) for kind, points in curves.items()]
-    across = sorted({first + (last - first) * part // 4 for part in range(5)})
-    return Chart(
-        title,
-        lines,
-        [Tick(x(place), str(place)) for place in across],
-        [Tick(y(value), f"{value:.2g}") for value in (low + (high - low) * part / 4 for part in range(5))],
-    )
 
 
 def _asked(events: Sequence[RunEvent]) -> list[Asked]:

@@ -1,7 +1,7 @@
-"""A run's figures told to an experiment tracker that was asked for by name. Nothing is sent anywhere unasked.
+"""Logging of a run's metrics to experiment trackers, only to those that were named.
 
-Each tracker keeps its own ways of being told where to write (`TRACKIO_DIR`, `WANDB_MODE`, ...);
-left alone, trackio and TensorBoard write to this machine's disk. A tracker that fails ends tracking, not the run.
+Each tracker reads its own configuration (`TRACKIO_DIR`, `WANDB_MODE`, ...); by default, trackio and TensorBoard write
+to this machine's disk. When a tracker fails, its tracking ends and the run goes on.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ PROJECT = "adapterhub"
 
 
 class Tracker(Protocol):
+    """One run in an experiment tracker."""
+
     def log(self, figures: dict[str, float], step: int) -> None: ...
 
     def finish(self) -> None: ...
 
 
-class _RunLike:
-    """trackio, and Weights & Biases, whose verbs trackio speaks."""
+class _RunTracker:
+    """A run of trackio or Weights & Biases; trackio has the same interface."""
 
     def __init__(self, module: Any, options: dict[str, Any], recipe: Recipe) -> None:
         self._run = module.init(project=PROJECT, name=recipe.name, config=recipe.model_dump(mode="json"), **options)
@@ -57,40 +59,44 @@ class _TensorBoard:
 
 def _trackio(module: Any, recipe: Recipe) -> Tracker:
     # Machine figures every ten seconds are not the run's, and asking for them starts threads.
-    return _RunLike(module, {"auto_log_gpu": False, "auto_log_cpu": False, "resume": "allow"}, recipe)
+    return _RunTracker(module, {"auto_log_gpu": False, "auto_log_cpu": False, "resume": "allow"}, recipe)
 
 
 TRACKERS: dict[str, tuple[str, Callable[[Any, Recipe], Tracker]]] = {
     "trackio": ("trackio", _trackio),
-    "wandb": ("wandb", lambda module, recipe: _RunLike(module, {"resume": "allow"}, recipe)),
+    "wandb": ("wandb", lambda module, recipe: _RunTracker(module, {"resume": "allow"}, recipe)),
     "tensorboard": ("tensorboard", lambda module, recipe: _TensorBoard(recipe, Path("runs"))),
 }
-"""name -> (the module it needs, how it begins a run)"""
+"""Name -> (the module it needs, the function that starts a run)."""
 
 
 @contextmanager
 def tracking(names: Sequence[str], recipe: Recipe) -> Iterator[Listener]:
-    """What to call with each event of the run. Raises UsageError for a tracker that is unknown, not installed or
-    cannot begin."""
+    """Yield the function to call with each event of the run.
+
+    Raises UsageError for a tracker that is unknown, not installed, or cannot start.
+    """
     modules = [_module_of(name) for name in names]
     with ExitStack() as stack:
         trackers: dict[str, Tracker] = {}
         for name, module in zip(names, modules, strict=True):
-            trackers[name] = _begun(name, module, recipe)
-            stack.callback(_told, trackers, name, lambda tracker: tracker.finish())
+            trackers[name] = _start(name, module, recipe)
+            stack.callback(_call, trackers, name, lambda tracker: tracker.finish())
 
         def listen(event: RunEvent) -> None:
             if found := _figures(event):
                 figures, step = found
                 for name in list(trackers):
-                    _told(trackers, name, lambda tracker: tracker.log(figures, step))
+                    _call(trackers, name, lambda tracker: tracker.log(figures, step))
 
         yield listen
 
 
 def _module_of(name: str) -> Any:
     if name not in TRACKERS:
-        raise UsageError(f"there is no tracker {name}: expected one of {', '.join(TRACKERS)}.")
+        raise UsageError(
+            f"unknown tracker {name}: expected one of {', '.join(TRACKERS)}. Correct --report-to, or leave it out."
+        )
     module = TRACKERS[name][0]
     try:
         return import_module(module)
@@ -98,28 +104,32 @@ def _module_of(name: str) -> Any:
         raise UsageError(f"the tracker {name} is not installed: pip install {module}") from error
 
 
-def _begun(name: str, module: Any, recipe: Recipe) -> Tracker:
+def _start(name: str, module: Any, recipe: Recipe) -> Tracker:
     try:
         return TRACKERS[name][1](module, recipe)
     except Exception as error:  # trackers raise what they like
         raise UsageError(
-            f"the tracker {name} cannot begin ({type(error).__name__}: {error}): set it up, or leave out --report-to "
+            f"the tracker {name} cannot start ({type(error).__name__}: {error}): set it up, or leave out --report-to "
             f"{name}."
         ) from error
 
 
-def _told(trackers: dict[str, Tracker], name: str, act: Callable[[Tracker], None]) -> None:
+def _call(trackers: dict[str, Tracker], name: str, act: Callable[[Tracker], None]) -> None:
     if name not in trackers:
         return
     try:
         act(trackers[name])
     except Exception as error:  # trackers raise what they like, and hours of training are not theirs to end
         del trackers[name]
-        print(f"note: {name} failed and is told no more ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+        print(
+            f"note: the tracker {name} failed, its logging ends here ({type(error).__name__}: {error})",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _figures(event: RunEvent) -> tuple[dict[str, float], int] | None:
-    """(name -> value, step), in the names transformers' trackers use."""
+    """Return (name -> value, step), with the names that transformers' trackers use."""
     if isinstance(event, RunStep):
         named = {"train/loss": event.loss, "train/learning_rate": event.learning_rate}
         speed = {"train/grad_norm": event.grad_norm, "train/tokens_per_second": event.tokens / max(event.seconds, 1e-9)}

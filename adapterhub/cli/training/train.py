@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapterhub.cli.app import app
-from adapterhub.cli.options import AsJson, HubUrl, hub_at, resolved, say, table
+from adapterhub.cli.options import AsJson, HubUrl, find_recipe, hub_at, resolved, say
 
 if TYPE_CHECKING:
     from adapterhub.adapter import Adapter, StoredBase
@@ -65,8 +64,8 @@ def train(
         raise UsageError("--offload keeps the parts of a divided base in host memory: give --shard with it.")
     if plan and (launch is not None or shard):
         raise UsageError(
-            "--plan counts one process: leave --launch and --shard out; `adapterhub memory BASE --gpus N` counts "
-            "several."
+            "--plan counts one process: leave --launch and --shard out; `adapterhub memory --recipe RECIPE --gpus N` "
+            "counts several."
         )
     if as_json and not plan:
         raise UsageError("--json is for --plan: a run's figures are in train_log.jsonl.")
@@ -96,7 +95,7 @@ def train(
         from adapterhub.cli.training.feedback_export import feedback_exported
         from train.inputs import with_lora_of
 
-        path = _found(str(recipe))
+        path = find_recipe(str(recipe))
         given = read_recipe(path)
         folder = output or Path(given.name)
         # A plan needs no weights, and a base may be a hundred gigabytes.
@@ -129,20 +128,6 @@ def train(
     typer.echo(folder)
 
 
-@app.command()
-def recipes(as_json: AsJson = False) -> None:
-    """List the recipes that come with adapterhub."""
-    from train.planning.estimate import described
-    from train.recipe import read_recipe, shipped_recipes
-
-    rows = []
-    for name, path in shipped_recipes().items():
-        text = path.read_text(encoding="utf-8")
-        more = {"about": _about(text), "toml": text} if as_json else {}
-        rows.append({"name": name, **described(read_recipe(path)), **more})
-    table(rows, as_json, empty="no recipes")
-
-
 def _next(folder: Path) -> str:
     """What to do with a result: not every method makes an adapter."""
     from adapterhub.package.run_record import RECIPE_NAME
@@ -154,12 +139,6 @@ def _next(folder: Path) -> str:
     if method in ("prompt", "prefix"):
         return f"next: PeftModel.from_pretrained(base, {str(folder)!r}); a soft prompt is not packed"
     return f"next: adapterhub pack {folder}"
-
-
-def _about(toml: str) -> str:
-    """The comment a recipe begins with."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), toml.splitlines())
-    return " ".join(line.removeprefix("#").strip() for line in lines).strip()
 
 
 def _plan(recipe: Recipe, base: StoredBase, folder: Path, start: Adapter | None, *, as_json: bool) -> None:
@@ -206,20 +185,6 @@ def _bound_kernel_caches() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")
-
-
-def _found(named: str) -> Path:
-    """A recipe file, or a shipped recipe by its name. Raises RecipeError."""
-    from adapterhub.errors import RecipeError
-    from train.recipe import shipped_recipes
-
-    path = Path(named)
-    if not path.is_file():
-        shipped = shipped_recipes()
-        if named not in shipped:
-            raise RecipeError(f"there is no recipe {named}: expected a file, or one of {', '.join(sorted(shipped))}.")
-        path = shipped[named]
-    return path
 
 
 def _start_of(recipe: Recipe, hub: str | None) -> Adapter | None:

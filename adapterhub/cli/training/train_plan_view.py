@@ -1,4 +1,4 @@
-"""How a training plan is shown to a person. Computes nothing."""
+"""The printed form of a training plan."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from adapterhub.memory.estimate import total
+from adapterhub.units import format_bytes, format_duration
+
 if TYPE_CHECKING:
     from train.planning.plan import Plan
 
 
 def print_plan(plan: Plan) -> None:
-    """To stdout, in colour on a terminal; trained text is green and, for eyes and logs without colour, in ⟦ ⟧."""
+    """Print the plan to stdout, in color on a terminal.
+
+    Trained text is green, and in ⟦ ⟧ for logs without color.
+    """
     console = Console(highlight=False, soft_wrap=True)
 
     def line(key: str, value: str) -> None:
@@ -23,18 +29,20 @@ def print_plan(plan: Plan) -> None:
     for note in plan.notes:
         line("", f"note: {note}")
     line("steps", f"{plan.steps} ({plan.tokens:,} tokens in all forward passes)")
-    line("time", f"{_duration(plan.seconds.low)} to {_duration(plan.seconds.high)} on this machine, without loading")
+    line(
+        "time",
+        f"{format_duration(plan.seconds.low)} to {format_duration(plan.seconds.high)} on this machine, without loading",
+    )
     share = plan.trainable_parameters / plan.parameters
     line("adapter", f"{plan.trainable_parameters:,} trainable parameters ({share:.2%} of {plan.parameters:,})")
     for layer in plan.adapted:
         line("", f"{layer.count} x {layer.name} [{layer.inputs} -> {layer.outputs}]")
-    line("memory", f"{_gb(plan.memory_bytes.low)} to {_gb(plan.memory_bytes.high)}")
+    low, high = format_bytes(plan.memory_bytes.low), format_bytes(plan.memory_bytes.high)
+    line("memory", f"{format_bytes(total(plan.memory))} ({low} to {high})")
     for item in plan.memory:
-        line("", f"{_gb(item.size_bytes):>9}  {item.name}")
-    line(
-        "disk",
-        f"{_gb(plan.disk_bytes)} while it runs, {_gb(plan.adapter_bytes)} after; {_gb(plan.disk_free_bytes)} free",
-    )
+        line("", f"{format_bytes(item.size_bytes):>9}  {item.name}")
+    disk, after, free = map(format_bytes, (plan.disk_bytes, plan.adapter_bytes, plan.disk_free_bytes))
+    line("disk", f"{disk} while it runs, {after} after; {free} free")
     line("hub", f"{plan.hub.endpoint}: {plan.hub.note}")
     if plan.stop:
         line("stop", f"a server ends an answer at {', '.join(map(repr, plan.stop))} too; the package says so")
@@ -57,13 +65,3 @@ def _print_masks(console: Console, plan: Plan) -> None:
         for piece in row:
             shown.append(f"⟦{piece.text}⟧" if piece.is_trained else piece.text, "green" if piece.is_trained else "dim")
         console.print(shown)
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

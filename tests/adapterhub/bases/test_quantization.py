@@ -11,7 +11,7 @@ from bitsandbytes import functional
 from adapterhub.adapter import StoredBase
 from adapterhub.bases.loading import LoadedBase, load_base
 from adapterhub.bases.nf4 import quantized_layers
-from adapterhub.memory.training import constant_bytes
+from adapterhub.memory.estimate import constant_bytes
 from adapterhub.package.manifest import Quantization
 
 # QLoRA (arXiv 2305.14314), appendix E.

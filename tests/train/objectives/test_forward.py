@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapterhub.memory import training as memory
 from train.data.packing import Row, pack
 from train.data.tokenization import Sample
-from train.objectives.forward import token_losses
+from train.objectives.forward import ends_with_head, token_losses
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -85,3 +86,40 @@ def test_a_base_that_works_on_its_logits_afterwards_keeps_doing_so(
     rows = heads_rows(model)
     torch.testing.assert_close(token_losses(model, row), wanted)
     assert (max(rows) == 20) == in_pieces
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "is_last"),
+    [
+        ("llama", {}, True),
+        ("gpt2", {}, True),
+        ("mixtral", {}, True),
+        ("gemma2", {"head_dim": 16, "final_logit_softcapping": None}, True),
+        ("gemma2", {"head_dim": 16, "final_logit_softcapping": 30.0}, False),
+        ("granite", {"logits_scaling": 8.0}, False),
+        ("cohere", {"logit_scale": 0.5, "pad_token_id": 0, "eos_token_id": 1}, False),
+    ],
+)
+def test_a_model_without_weights_is_asked_as_a_real_one_is(family: str, options: dict[str, Any], is_last: bool) -> None:
+    with torch.device("meta"):
+        bare = make_model(family, **options)
+    assert ends_with_head(bare) == ends_with_head(make_model(family, **options)) == is_last
+
+
+def test_a_head_that_changes_its_output_in_place() -> None:
+    model = make_model("llama")
+
+    def forward(**inputs: Any) -> SimpleNamespace:
+        logits = model.lm_head(model.model(**inputs).last_hidden_state)
+        return SimpleNamespace(logits=logits.mul_(0.5))
+
+    assert ends_with_head(model)
+    model.forward = forward
+    assert not ends_with_head(model)
+
+
+def test_a_model_that_fails_without_its_decoder_computes_its_logits_itself() -> None:
+    model = make_model("llama")
+    model.forward = lambda **inputs: model.model(**inputs).last_hidden_state.no_such_thing
+    assert not ends_with_head(model)
+    assert "forward" not in vars(model.model)

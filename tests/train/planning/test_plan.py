@@ -13,14 +13,15 @@ import pytest
 from preference_rows import preference_recipe
 from tiny_models import TINY_VOCABULARY
 from training import WEIGHTS, make_recipe, run
-from transformers import AutoTokenizer, Gemma3Config, OPTConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3Config, OPTConfig, PretrainedConfig
 from typer.testing import CliRunner
 
 from adapterhub.adapter import StoredBase
 from adapterhub.cli.main import app
 from adapterhub.errors import DatasetError, IncompatibleBase, RecipeError
+from adapterhub.memory import training as memory
 from adapterhub.memory.model_shape import ModelShape
-from adapterhub.memory.training import TrainingLoad, training_memory
+from adapterhub.memory.training import TrainingLoad, WeightCounts, estimate_training
 from adapterhub.pack import pack
 from adapterhub.package.lora_config import lora_tensors, read_lora_config
 from adapterhub.package.run_record import read_run_record
@@ -80,33 +81,65 @@ def test_the_peak_of_a_run_on_the_real_base_lies_in_the_planned_range(tmp_path: 
     assert plan.parameters == 134_515_008
     assert plan.trainable_parameters == 4_884_480
     assert 0 < plan.seconds.low < plan.seconds.high
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        "from adapterhub.cli.main import main; main()",
-        "train",
-        "short.toml",
-        "-o",
-        "out",
-    ]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    train_by_command(tmp_path, "short.toml")
     record = read_run_record(tmp_path / "out")
     assert record is not None
     assert plan.memory_bytes.low < record.peak_memory_bytes < plan.memory_bytes.high
+
+
+def train_by_command(folder: Path, recipe: str) -> None:
+    """Train into `out`, alone in a process: a peak belongs to the whole process."""
+    code = "from adapterhub.cli.main import main; main()"
+    command = [sys.executable, "-P", "-c", code, "train", recipe, "-o", "out"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
 
 def test_memory_follows_the_row_and_the_optimizer() -> None:
     shape = ModelShape(layers=2, hidden=64, intermediate=128, key_value=32, vocabulary=1000)
 
     def total(**changed: Any) -> int:
-        sizes: dict[str, Any] = {"quantized": 10**6, "unquantized": 10**5, "trainable": 10**4, "row_tokens": 100}
-        sizes |= {"row_trained": 50, "dtype_bytes": 2, "moment_bytes": 8, "device": "cpu"}
-        return sum(item.size_bytes for item in training_memory(shape, TrainingLoad(**(sizes | changed))))
+        load: dict[str, Any] = {"counts": WeightCounts(10**6, 10**5, 10**4), "tokens": 100, "device": "cpu"}
+        return estimate_training(shape, TrainingLoad(**(load | changed))).size_bytes
 
     assert total(moment_bytes=2) == total() - 6 * 10**4
-    assert total(row_tokens=200) > total()
+    assert total(tokens=200) > total()
     assert total(dtype_bytes=4) > total()
+
+
+GEMMA2 = {
+    "vocab_size": TINY_VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("cap", "is_whole"), [(30.0, True), (None, False)])
+def test_all_logits_of_a_base_with_soft_caps_are_counted(
+    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch, cap: float | None, is_whole: bool
+) -> None:
+    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", 16 * TINY_VOCABULARY)
+    base = base_of(tmp_path / "base", Gemma2Config(**GEMMA2, final_logit_softcapping=cap), tiny_base)
+    recipe = make_recipe(tmp_path, train={"loss_on": "all", "batch_size": 8})
+    plan = make_plan(recipe, base, tmp_path / "out")
+    logits = next((item.size_bytes for item in plan.memory if item.name == "logits"), 0)
+    assert (logits > 5 * 16 * TINY_VOCABULARY * 12) == is_whole
+
+
+def test_the_peak_of_a_base_with_soft_caps_lies_in_the_planned_range(tmp_path: Path, smollm2: StoredBase) -> None:
+    """Four rows of 240 tokens over the vocabulary of SmolLM2: their logits are alive together."""
+    config = Gemma2Config(**(GEMMA2 | {"vocab_size": 49_152, "hidden_size": 128, "head_dim": 32}))
+    base = base_of(tmp_path / "base", config, smollm2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base.path)
+    lines = [{"text": f"{number} {'and so on, ' * 240}"} for number in range(100, 124)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "capped.toml").write_text(
+        f'name = "capped"\nbase = "{base.path}"\n[data]\nsource = "file"\npath = "lines.jsonl"\nformat = "text"\n'
+        'held_out = 0\nmax_length = 240\n[train]\nsteps = 3\nbatch_size = 4\nloss_on = "all"\n'
+    )
+    plan = make_plan(read_recipe(tmp_path / "capped.toml"), base, tmp_path / "out")
+    train_by_command(tmp_path, "capped.toml")
+    record = read_run_record(tmp_path / "out")
+    assert record is not None
+    assert plan.memory_bytes.low < record.peak_memory_bytes < plan.memory_bytes.high
 
 
 def base_of(folder: Path, config: PretrainedConfig, tokenizer_from: StoredBase) -> StoredBase:

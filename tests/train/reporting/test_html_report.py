@@ -22,6 +22,7 @@ from adapterhub.bases.loading import load_base
 from adapterhub.cli.main import app
 from adapterhub.errors import TrainingFailed, UnsafeFile, UsageError
 from adapterhub.files import sha256_of
+from adapterhub.memory.estimate import Item
 from adapterhub.pack import pack
 from adapterhub.package.layout import open_adapter
 from adapterhub.package.run_record import (
@@ -33,12 +34,12 @@ from adapterhub.package.run_record import (
     RunStep,
     read_run_events,
 )
+from adapterhub.units import format_bytes
 from train import trainer
 from train.data.tokenization import Sample
 from train.loop.progress import Silent
 from train.objectives.evaluation import eval_rows
 from train.planning.out_of_memory import what_to_cut
-from train.planning.plan import MemoryItem
 from train.recipe import Recipe
 from train.reporting.trackers import TRACKERS, tracking
 
@@ -148,7 +149,7 @@ def test_the_page_says_what_the_record_says(reported: Path) -> None:
     found = end.evaluations[0]
     for part in (
         f"{found.base_loss:.3f}", f"{found.adapter_loss:.3f}", "Training loss", "Held-out loss", "float32 (as asked)",
-        f"Measured peak <b>{end.peak_memory_bytes / 1e9:.2f} GB</b>", "quantization constants", "rank = 4",
+        f"Measured peak <b>{format_bytes(end.peak_memory_bytes)}</b>", "quantization constants", "rank = 4",
     ):  # fmt: skip
         assert part in page
     assert "Is &lt;b&gt;this&lt;/b&gt; &amp; that so?" in page
@@ -232,7 +233,7 @@ def test_a_tracker_that_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise ConnectionError("no key is configured")
 
     monkeypatch.setitem(TRACKERS, "keyless", ("json", begin))
-    said = r"the tracker keyless cannot begin \(ConnectionError: no key is configured\)"
+    said = r"the tracker keyless cannot start \(ConnectionError: no key is configured\)"
     with pytest.raises(UsageError, match=said), tracking(["keyless"], make_recipe(tmp_path)):
         pass
 
@@ -268,8 +269,8 @@ def test_a_tracker_that_fails_does_not_end_the_run(
     [("logits", "halve batch_size"), ("optimizer", "paged-adamw-8bit"), ("base, 4-bit codes", "--launch N --shard")],
 )
 def test_out_of_memory_the_largest_part_that_can_be_cut_is_named(largest: str, said: str) -> None:
-    items = [MemoryItem(name=name, size_bytes=1 << 20) for name in ("adapter, fp32", "activations", "optimizer")]
-    items += [MemoryItem(name="process", size_bytes=1 << 40), MemoryItem(name=largest, size_bytes=3 << 30)]
+    items = [Item(name=name, size_bytes=1 << 20) for name in ("adapter, fp32", "activations", "optimizer")]
+    items += [Item(name="process", size_bytes=1 << 40), Item(name=largest, size_bytes=3 << 30)]
     advice = what_to_cut(items)
     assert f"3.22 GB are for {largest}" in advice
     assert said in advice
@@ -281,7 +282,7 @@ def test_out_of_memory_in_a_run_names_the_plan(
     from training import failing_loss
 
     failing_loss(monkeypatch, MemoryError())
-    with pytest.raises(TrainingFailed, match=r"memory ran out; of the [\d.]+ GB planned, [\d.]+ GB are for"):
+    with pytest.raises(TrainingFailed, match=r"memory ran out; of the [\d.]+ [MG]B planned, [\d.]+ [kMG]B are for"):
         run(make_recipe(tmp_path), tiny_base, tmp_path / "out")
 
 

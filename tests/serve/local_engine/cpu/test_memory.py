@@ -14,8 +14,8 @@ from engine_runs import load_tiny
 
 from adapterhub.adapter import BaseName, StoredBase
 from adapterhub.errors import UsageError
-from adapterhub.memory.estimate import ServingSetting, estimate_serving
 from adapterhub.memory.known_shapes import shape_of
+from adapterhub.memory.serving import ServingLoad, estimate_serving
 from serve.adapters.weights import LowRank
 from serve.local_engine.attention import KvCache, KvShape
 from serve.local_engine.cpu.memory import HugePages, trim_heap, zeros
@@ -156,6 +156,6 @@ def test_the_peak_of_serving_the_real_base_lies_in_the_estimated_range(smollm2: 
     """Eight adapters of rank 16, and requests that fill 2,048 tokens of keys and values."""
     shape = shape_of(BaseName.parse("smollm2-135m-instruct"))
     assert shape is not None
-    found = estimate_serving(shape, ServingSetting(adapters=8, rank=16, kv_tokens=2048, requests=8, device="cpu"))
+    found = estimate_serving(shape, ServingLoad(adapters=8, rank=16, kv_tokens=2048, requests=8, device="cpu"))
     done = subprocess.run([sys.executable, "-c", _SERVE, str(smollm2.path)], capture_output=True, text=True, check=True)
     assert found.low < int(done.stdout) < found.high

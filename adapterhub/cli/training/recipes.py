@@ -1,0 +1,42 @@
+"""The command that lists the shipped recipes."""
+
+from __future__ import annotations
+
+import itertools
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from adapterhub.cli.app import app
+from adapterhub.cli.options import AsJson, table
+
+
+class DeviceKind(StrEnum):
+    """Kind of device that memory is estimated for."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@app.command()
+def recipes(
+    device: Annotated[DeviceKind, typer.Option(help="Kind of device that trains.")] = DeviceKind.cuda,
+    as_json: AsJson = False,
+) -> None:
+    """List the recipes that come with adapterhub, with the most memory that each can need on one device."""
+    from train.planning.load import summarize
+    from train.recipe import read_recipe, shipped_recipes
+
+    rows = []
+    for name, path in shipped_recipes().items():
+        text = path.read_text(encoding="utf-8")
+        more = {"about": _about(text), "toml": text} if as_json else {}
+        rows.append({"name": name, **summarize(read_recipe(path), device=device.value), **more})
+    table(rows, as_json, empty="no recipes")
+
+
+def _about(toml: str) -> str:
+    """Return the comment that a recipe begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), toml.splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines).strip()
