@@ -23,7 +23,7 @@ from adapterhub.memory.model_shape import ModelShape
 
 Method = Literal["lora", "full"]
 QuantizationKind = Literal["nf4", "fp4", "int8", "none"]
-LogitsMode = Literal["pieces", "whole", "every-token"]
+LogitsMode = Literal["pieces", "whole", "capped", "every-token"]
 LayerInputs = Literal["shared", "dropped", "copied"]
 Sharding = Literal["none", "layers", "all"]
 
@@ -41,9 +41,8 @@ _GATHERED_LAYERS = 3
 """Layers that are whole at one time under FSDP: in use, fetched ahead, being freed."""
 _LOGIT_BYTES = 12
 """Bytes of a logit in our loss: bf16, fp32 and a gradient of each; or fp32, its log-probability and the gradient."""
-_WHOLE_LOGIT_BYTES = 16
-"""Bytes of a logit that the base changes after its head: what the change keeps for its gradient too. Measured on tiny
-Gemma 2 models (soft cap), bf16 and fp32, with 44 to 181 million logits; a scale (Granite) keeps less."""
+_CAPPED_LOGIT_BYTES = 16
+"""Bytes of a logit with a soft cap, which keeps its tanh for the gradient: measured, tiny Gemma 2, bf16 and fp32."""
 _EVERY_TOKEN_LOGIT_BYTES = 18
 """Bytes of a logit in Hugging Face's loss: bf16, fp32, its shifted copy, the log-softmax and its gradient."""
 
@@ -91,7 +90,7 @@ class TrainingLoad:
     with its mask; or a copy for each layer in fp32, as PEFT's layers do."""
     logits: LogitsMode = "pieces"
     """How the loss computes logits: at trained tokens, `LOGITS_AT_ONCE` at a time; at all of them at once, for a base
-    that changes its logits after the head; or at every token, as Hugging Face's models do."""
+    that scales or caps its logits after the head; or at every token, as Hugging Face's models do."""
     has_mask: bool = True
     """Whether attention reads a mask of tokens x tokens, which keeps packed samples apart."""
     gpus: int = 1
@@ -274,7 +273,7 @@ def _dequantized(shape: ModelShape, load: TrainingLoad) -> int:
 def _logits(shape: ModelShape, load: TrainingLoad) -> int:
     if load.logits == "every-token":
         return _EVERY_TOKEN_LOGIT_BYTES * load.tokens * shape.vocabulary
-    logit = _WHOLE_LOGIT_BYTES if load.logits == "whole" else _LOGIT_BYTES
+    logit = _CAPPED_LOGIT_BYTES if load.logits == "capped" else _LOGIT_BYTES
     return logit * _trained_at_once(shape, load) * shape.vocabulary
 
 

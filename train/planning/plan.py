@@ -222,7 +222,8 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
     model.requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
-    logits: LogitsMode = "pieces" if ends_with_head(model) else "whole"
+    is_capped = bool(getattr(config.get_text_config(), "final_logit_softcapping", None))
+    logits: LogitsMode = "pieces" if ends_with_head(model) else "capped" if is_capped else "whole"
     layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
     linear = sum(layer.weight.numel() for layer in layers)
     adapted = attach(model, recipe)
