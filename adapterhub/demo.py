@@ -1,4 +1,4 @@
-"""`adapterhub demo`: the whole road on a real model, each station the command a user would type."""
+"""The demo: every step from base model to chat, each by the command that a user would type."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ QUESTIONS = (
 )
 _WAIT_S = 180.0
 _STOP_S = 20.0
-"""seconds in which a command that was interrupted should end: a training takes its step, then writes a checkpoint"""
+"""Time for an interrupted command to exit, in seconds: a training run finishes its step and writes a checkpoint."""
 
 
 def run_demo(work: Path, *, port: int, leave: bool) -> None:
-    """Walk the road inside `work`; what is there from an earlier walk is used again.
+    """Run the demo inside `work`, reusing the results of an earlier run.
 
-    Leaves server and page running until interrupted, unless `leave`. Raises DemoFailed when a station fails, and
-    PortBusy before the first one.
+    Keeps the server and the page running until interrupted, unless `leave` is set. Raises DemoFailed when a step fails,
+    and PortBusy before the first step.
     """
     started = time.monotonic()
-    # Asked now, for the server comes last; and `port` 0 takes a free one.
+    # Check the port now, since the server starts last; `port` 0 picks a free one.
     with listen("127.0.0.1", port) as listener:
         port = listener.getsockname()[1]
     work.mkdir(parents=True, exist_ok=True)
-    _say(f"Everything this makes stays in {work}; remove that folder to start afresh.")
+    _say(f"All files are kept in {work}; delete that folder to start over.")
 
-    _title("1. A base model, checked and fingerprinted")
+    _title("1. Download a base model and check it")
     home = work / "home"
     _adapterhub(home, "base", "pull", BASE)
 
@@ -60,7 +60,7 @@ def run_demo(work: Path, *, port: int, leave: bool) -> None:
             _adapterhub(home, "push", _written(_folder(work, name)), f"{OWNER}/{name}", "--hub", hub_url, token=token)
         _adapterhub(home, "list", "--hub", hub_url, token=token)
 
-        _title("4. Pull both into a second, empty store, as somebody else would")
+        _title("4. Pull both into a second, empty registry, as another user would")
         second = work / "second-home"
         for name in ADAPTERS:
             _adapterhub(second, "pull", f"{OWNER}/{name}", "--hub", hub_url, token=token)
@@ -69,15 +69,15 @@ def run_demo(work: Path, *, port: int, leave: bool) -> None:
         _title("5. Serve one base with both adapters")
         url = running.enter_context(_server(second, home / "bases" / BASE, port))
 
-        _title("6. The same questions to the base and to both adapters, in one batch")
+        _title("6. Ask the base and both adapters the same questions, in one batch")
         asyncio.run(_ask_all(url))
-        _say(f"The road took {format_duration(time.monotonic() - started)}.")
+        _say(f"The demo took {format_duration(time.monotonic() - started)}.")
         if not leave:
             _stay(url)
 
 
 def _train(home: Path, work: Path) -> None:
-    """Each adapter in a process with its share of the cores: loading, small products and writing keep one core only."""
+    """Train each adapter in a process with its share of the cores: loading and writing keep only one core busy."""
     lanes = {name: _commands(_folder(work, name), name) for name in ADAPTERS}
     environment = {"OMP_NUM_THREADS": str(max(1, _cores() // len(lanes)))} | _environment(home)
     try:
@@ -91,12 +91,12 @@ def _train(home: Path, work: Path) -> None:
 
 
 def _cores() -> int:
-    """Those this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _commands(folder: Path, name: str) -> list[tuple[str, ...]]:
-    """What is left to do for a packed adapter, also after an interruption: to train, go on training, pack, nothing."""
+    """Return the commands that are still needed for a packed adapter: train or resume, pack, or nothing."""
     if (folder / MANIFEST_NAME).is_file():
         return []
     pack = ("pack", str(folder), "--licence", "apache-2.0")
@@ -112,13 +112,13 @@ def _folder(work: Path, name: str) -> Path:
 
 
 def _written(folder: Path) -> str:
-    """As a path, not as a name: `./` goes before what would look like one."""
+    """Return the folder written so that it is read as a path, not as a name."""
     return str(folder) if folder.is_absolute() else f"./{folder}"
 
 
 @contextmanager
 def _local_hub(home: Path, root: Path) -> Iterator[tuple[str, str]]:
-    """(URL, token) of a Hub server that runs while the block does."""
+    """Run a Hub server during the block; yield its URL and token."""
     (root / "url").unlink(missing_ok=True)
     with _background(home, "hub", "serve", "--root", str(root), "--port", "0") as process:
         _wait_for(
@@ -162,19 +162,19 @@ def _stay(url: str) -> None:
     _say(f"Chat in the browser:   {url}/ui")
     _say(f"Chat in the terminal:  adapterhub chat captain --url {url}/v1")
     _say(f"Any OpenAI client:     base_url={url}/v1, model=captain")
-    _say("Ctrl+C ends the server.")
+    _say("Press Ctrl+C to stop the server.")
     try:
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
-        _say("\nstopped; `adapterhub demo` starts it again within a minute.")
+        _say("\nstopped; run `adapterhub demo` to start it again within a minute.")
 
 
 def _command() -> str:
-    """The `adapterhub` beside this Python."""
+    """Return the path of the `adapterhub` command beside this Python. Raises DemoFailed."""
     found = shutil.which("adapterhub", path=str(Path(sys.executable).parent)) or shutil.which("adapterhub")
     if found is None:
-        raise DemoFailed("the command adapterhub is not installed beside this Python: run `make setup`.")
+        raise DemoFailed("the command `adapterhub` is not installed beside this Python: run `make setup`.")
     return found
 
 
@@ -183,7 +183,7 @@ def _environment(home: Path, token: str | None = None) -> dict[str, str]:
 
 
 def _adapterhub(home: Path, *arguments: str, token: str | None = None) -> None:
-    """Show and run one command; its output is the reader's."""
+    """Print and run one command, whose output is shown. Raises DemoFailed."""
     _say(f"$ adapterhub {' '.join(arguments)}")
     done = subprocess.run([_command(), *arguments], env=_environment(home, token), check=False)
     if done.returncode:
@@ -206,7 +206,7 @@ async def _run_lane(head: str, commands: Sequence[tuple[str, ...]], environment:
         try:
             status = await _shown(head, process)
         except asyncio.CancelledError:
-            # Ctrl+C reaches the command as well. Told again at once, a training would not write its checkpoint.
+            # Ctrl+C reaches the command as well. A second signal would keep a training run from writing its checkpoint.
             try:
                 await asyncio.wait_for(_shown(head, process), _STOP_S)
             except TimeoutError:
@@ -220,7 +220,7 @@ async def _run_lane(head: str, commands: Sequence[tuple[str, ...]], environment:
 
 
 async def _shown(head: str, process: asyncio.subprocess.Process) -> int:
-    """Show a command's lines, each with its lane's name, to its end. Returns its status."""
+    """Print a command's lines after its lane's name until it exits; return its status."""
     assert process.stdout is not None
     async for line in process.stdout:
         _say(f"{head}{line.decode(errors='replace').rstrip()}")

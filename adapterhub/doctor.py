@@ -1,4 +1,4 @@
-"""What this machine offers adapterhub, and what to do about what it lacks. Loads no torch and waits for nobody long."""
+"""Checks of this machine, and how to fix what is missing. Imports no torch and waits briefly for the Hub."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OLDEST_PYTHON = (3, 11)
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. Without a `fix` there is nothing to do."""
+    """The result of one check. Without a `fix` there is nothing to do."""
 
     check: str
     status: Status
@@ -40,7 +40,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Every check, in the order it is worth reading."""
+    """Run every check; return the findings in reading order."""
     checks: tuple[Callable[[], Finding], ...] = (
         _python, _packages, _processor, _compiler, _accelerator, _memory, _home, _disk, _bases, _hub, _browser,
     )  # fmt: skip
@@ -55,7 +55,7 @@ def _python() -> Finding:
 
 
 def _packages() -> Finding:
-    """That what pyproject.toml asks for is installed; versions are pip's to judge."""
+    """Check that the installed packages satisfy the requirements in pyproject.toml."""
     from packaging.requirements import Requirement
 
     missing, found = [], []
@@ -83,7 +83,9 @@ def _processor() -> Finding:
     wide = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), None)
     found = f"{cores} cores, {platform.machine()}{f', {wide}' if wide else ''}"
     if flags and wide is None:
-        return Finding("processor", "warn", found, "no wide vectors here: serving will be slow; another machine helps.")
+        return Finding(
+            "processor", "warn", found, "serving is slow without AVX2, AVX-512 or NEON: use another machine if you can."
+        )
     return Finding("processor", "ok", found)
 
 
@@ -94,7 +96,7 @@ def _compiler() -> Finding:
             "C compiler",
             "warn",
             "none",
-            "apt-get install gcc (or clang): without it CPU serving is several times slower.",
+            "install gcc or clang: without a compiler, serving on a CPU is several times slower.",
         )
     return Finding("C compiler", "ok", found)
 
@@ -111,7 +113,10 @@ def _accelerator() -> Finding:
             )
         return Finding("GPU", "ok", "NVIDIA")
     return Finding(
-        "GPU", "warn", "none: the CPU computes", "nothing to do for small models; `adapterhub memory` tells what fits."
+        "GPU",
+        "warn",
+        "none: computing on the CPU",
+        "small models need none; run `adapterhub memory` for what a model needs.",
     )
 
 
@@ -122,7 +127,7 @@ def _memory() -> Finding:
         return Finding("memory", "ok", "unknown here")
     found = format_bytes(total)
     if total < _LEAST_MEMORY_BYTES:
-        return Finding("memory", "warn", found, "close other programs: training the demo takes about 2 GB.")
+        return Finding("memory", "warn", found, "close other programs: the demo's training takes about 2 GB.")
     return Finding("memory", "ok", found)
 
 
@@ -139,7 +144,7 @@ def _disk() -> Finding:
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
     found = f"{format_bytes(free)} free"
     if free < _LEAST_DISK_BYTES:
-        return Finding("disk", "warn", found, "free some, or set ADAPTERHUB_HOME to a folder on another disk.")
+        return Finding("disk", "warn", found, "free some space, or set ADAPTERHUB_HOME to a folder on another disk.")
     return Finding("disk", "ok", found)
 
 
@@ -147,7 +152,7 @@ def _bases() -> Finding:
     try:
         found = [stored.ref.id for name, stored in list_bases()]
     except AdapterHubError as error:
-        return Finding("bases", "fail", str(error), "delete that folder and pull the base again.")
+        return Finding("bases", "fail", str(error), "delete that folder and run `adapterhub base pull` again.")
     if not found:
         return Finding("bases", "warn", "none yet", "adapterhub base pull smollm2-135m-instruct")
     return Finding("bases", "ok", ", ".join(found))
@@ -158,23 +163,23 @@ def _hub() -> Finding:
     if os.environ.get("HF_HUB_OFFLINE"):
         return Finding("hub", "warn", "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE to push and pull.")
     said = ["in time"]
-    # A thread of its own: looking a name up has no time limit.
+    # In a thread, since a name lookup has no time limit.
     asking = threading.Thread(target=lambda: said.append(_trouble_with(url)), daemon=True)
     asking.start()
     asking.join(HUB_WAIT_S)
     if said[-1]:
-        fix = "check network and proxy, or work without: `adapterhub hub serve` is a Hub of your own (--hub URL)."
+        fix = "check the network and the proxy, or run a Hub of your own: `adapterhub hub serve`, then --hub URL."
         return Finding("hub", "warn", f"{url} does not answer ({said[-1]})", fix)
     return Finding("hub", "ok", url)
 
 
 def _trouble_with(url: str) -> str:
-    """Why it does not answer; an empty text where it does, be it with a refusal."""
+    """Return why the Hub cannot be reached; an empty text if it answers, even with a refusal."""
     try:
         with urllib.request.urlopen(f"{url}/api/models?limit=1", timeout=HUB_WAIT_S):  # noqa: S310 (the user's own URL)
             return ""
     except urllib.error.HTTPError as error:
-        # A proxy answers for a Hub that it cannot reach, too.
+        # A proxy also answers for a Hub that it cannot reach.
         return f"status {error.code}" if error.code >= 500 or error.code == 407 else ""
     except (OSError, ValueError, http.client.HTTPException) as error:
         return str(getattr(error, "reason", error))
@@ -184,7 +189,7 @@ def _browser() -> Finding:
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
         return Finding(
-            "browser", "warn", "no Chromium", "only tests of the page need one: scripts/browser.sh installs it."
+            "browser", "warn", "no Chromium", "only the page's tests need one: run scripts/browser.sh to install it."
         )
     return Finding("browser", "ok", found)
 

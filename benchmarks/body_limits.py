@@ -1,7 +1,8 @@
-"""What the largest allowed request bodies cost everybody else: /health and a running stream, quiet and under load.
+"""Measure how much the largest allowed request bodies delay /health and a running stream.
 
-A real server on the real base; 100 clients, each sending one such body after the other, in a process of their own with
-low priority (in life they are other machines). Kinds of bodies: the dearest that were found, at the server's limits.
+A real server serves the real base. 100 clients send such bodies one after the other from a process of their own, at a
+low priority, since in practice they are other machines. The bodies are the most expensive kinds that were found, at the
+server's limits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MODEL = "smollm2-135m-instruct"
 BODY_BYTES = (8 << 20) - 1000
 PROSE = "The quick brown fox jumps over the lazy dog and then it goes home. "
 MAX_VALUES = 36_000
-"""that the server lets through with this base's context of 8,192 tokens"""
+"""Largest length that the server accepts with this base's context of 8,192 tokens."""
 
 
 def chat(**fields: object) -> bytes:
@@ -69,7 +70,7 @@ KINDS: dict[str, Callable[[], bytes]] = {
 
 @contextlib.contextmanager
 def serving() -> Iterator[str]:
-    """A server of this checkout; its URL."""
+    """Start a server of this checkout; yield its URL."""
     command = [
         sys.executable,
         "-c",
@@ -90,7 +91,7 @@ def serving() -> Iterator[str]:
 
 
 class Watch:
-    """Pings /health and reads a stream until closed; keeps the seconds between one event and the next."""
+    """Ping /health and read a stream until closed; keep the seconds between consecutive events."""
 
     def __init__(self, url: str) -> None:
         self._url, self._ends = url, threading.Event()
@@ -132,7 +133,7 @@ class Watch:
 
 
 async def send_bodies(url: str, kind: str, *, clients: int, seconds: float) -> Counter[str]:
-    """Statuses of the answers."""
+    """Return the status codes of the answers."""
     place, body, found = urlsplit(url), KINDS[kind](), Counter[str]()
     path = "/v1/completions" if b'"prompt"' in body[:80] else "/v1/chat/completions"
     head = (

@@ -1,4 +1,4 @@
-"""Decode tokens/s of our engine against PEFT's mixed batch and transformers' generate, on one NF4 base, in one run.
+"""Measure decode tokens/s of our engine, PEFT's mixed batch and transformers' generate on one NF4 base.
 
     .venv/bin/python benchmarks/decode.py [--threads 1] [--rounds 5] [--tokens 24]
 
@@ -43,7 +43,7 @@ def stored_base() -> StoredBase:
 
 
 def random_adapter(bank: AdapterBank, number: int, rank: int = RANK) -> Weights:
-    """A and B on every linear layer but the head."""
+    """Return random A and B matrices for every linear layer except the head."""
     torch.manual_seed(number)
     weights: Weights = {}
     for name, (group, place) in bank.places.items():
@@ -55,7 +55,7 @@ def random_adapter(bank: AdapterBank, number: int, rank: int = RANK) -> Weights:
 
 
 def server_dtype() -> str | None:
-    """What the server would choose here."""
+    """Return the dtype that the server would choose here."""
     return "float32" if load_kernels()[0] is not None else None
 
 
@@ -69,7 +69,7 @@ class Ours:
             self.runner.adapters.install(f"{number:04}", random_adapter(self.runner.adapters, number, rank))
 
     def decode(self, rows: int, num_adapters: int, tokens: int) -> float:
-        """Tokens/s of `tokens` steps with `rows` sequences on `num_adapters` distinct adapters (0: bare base)."""
+        """Return tokens/s over `tokens` steps of `rows` sequences on `num_adapters` adapters (0: the bare base)."""
         scheduler = Scheduler(SchedulerLimits(max_num_seqs=rows), BlockPool(1024, 16))
         for row, prompt in enumerate(prompts(rows)):
             mix = (AdapterScale(f"{row % num_adapters:04}"),) if num_adapters else ()
@@ -93,7 +93,7 @@ class Ours:
 
 
 class Peft:
-    """transformers' static-batch generate, bare or with PEFT's `adapter_names`, one adapter a row."""
+    """The static-batch generate of transformers, bare or with PEFT's `adapter_names`, one adapter per row."""
 
     def __init__(self, stored: StoredBase, num_adapters: int) -> None:
         from peft import LoraConfig, get_peft_model
@@ -180,7 +180,7 @@ RATIOS = [
 
 
 def take_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Tokens/s of each contender, round by round; a first round warms up and does not count."""
+    """Return tokens/s of each contender per round; the first round warms up and is not counted."""
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, run in contenders.items():
@@ -203,7 +203,7 @@ def print_ratios(medians: dict[str, float], ratios: list[tuple[str, str, str]]) 
 
 
 def plot(figures: dict[int, list[float]], path: str) -> None:
-    """Throughput against the number of distinct adapters, 32 rows."""
+    """Plot throughput against the number of distinct adapters, for 32 rows."""
     import matplotlib.pyplot as plt
 
     plt.figure(figsize=(6, 3.5))

@@ -1,6 +1,6 @@
-"""Push and pull of one large adapter against our Hub, as ratios of copying the file and hashing it once.
+"""Measure push and pull of one large adapter with our Hub, relative to copying the file and hashing it once.
 
-Also the server's peak memory meanwhile, and fifty pulls at once. The client is huggingface_hub, unmodified.
+Also measures the server's peak memory meanwhile, and fifty pulls at once. The client is huggingface_hub, unmodified.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def seconds(act: object) -> float:
 
 
 def copy_and_hash(source: Path) -> float:
-    """What no push or pull can do without."""
+    """Copy the file and hash it once, the least that a push or pull does."""
     target = source.with_suffix(".copy")
     taken = seconds(lambda: (shutil.copyfile(source, target), sha256_of(target)))
     target.unlink()
@@ -47,7 +47,7 @@ def peak_mb(pid: int) -> float:
 
 
 def push(api: HfApi, repo: str, source: Path, *, is_xet: bool) -> float:
-    """The file's chunks are new to the hub and to the client."""
+    """Push a file whose chunks neither the Hub nor the client has seen."""
     constants.HF_HUB_DISABLE_XET = not is_xet
     operation = CommitOperationAdd("adapter_model.safetensors", source)
     return seconds(lambda: api.create_commit(repo, [operation], commit_message="push"))
@@ -60,7 +60,7 @@ def pull(api: HfApi, repo: str, cache: Path) -> float:
 
 
 def raw_pull(url: str, repo: str) -> float:
-    """What the server alone can do: a client that throws the bytes away."""
+    """Download with a client that discards the bytes, which measures the server alone."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"))
     buffer = bytearray(1 << 20)
 
@@ -74,7 +74,7 @@ def raw_pull(url: str, repo: str) -> float:
 
 
 def raw_push(api: HfApi, repo: str, source: Path) -> float:
-    """What the server alone can do: LFS by a client that only sends."""
+    """Upload by LFS with a client that only sends, which measures the server alone."""
     sha256, size = sha256_of(source), source.stat().st_size
     host = api.endpoint.removeprefix("http://")
     connection = http.client.HTTPConnection(host, blocksize=1 << 20)
@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def many(api: HfApi, folder: Path) -> None:
-    """Fifty clients pull one 20 MB adapter at the same time."""
+    """Pull one 20 MB adapter with fifty clients at the same time."""
     source = folder / "small"
     source.write_bytes(os.urandom(20 << 20))
     repo = api.create_repo("local/popular").repo_id

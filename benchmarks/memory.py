@@ -1,4 +1,4 @@
-"""Peak resident memory of answering 8 requests on 8 adapters: our engine against transformers + PEFT, a process each.
+"""Measure peak resident memory of 8 requests on 8 adapters: our engine against transformers and PEFT, one process each.
 
 .venv/bin/python benchmarks/memory.py
 """

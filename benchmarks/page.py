@@ -1,7 +1,7 @@
-"""The browser page as its visitors meet it: how soon it can be used, and twenty people reading answers at once.
+"""Measure the browser page: how soon it can be used, and how it streams answers to twenty users at once.
 
-The page's server runs by itself, as `adapterhub page`, before an API that streams words at a fixed pace without a
-model, so that the figures are the page's own. A real Chromium looks at it; it shares the machine.
+The page's server runs alone, as `adapterhub page`, in front of an API that streams words at a fixed pace without a
+model, so that the figures are the page's own. A real Chromium on the same machine opens it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fake_api import TOKEN_S, start_fake_api
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WAIT_MS = 120_000
 WORDS = 123
-"""of the answer to `long`: model, "says:", the question, and sixty times "and" and a number"""
+"""Words of the answer to `long`: model, "says:", the question, and sixty times "and" and a number."""
 TOKENS = 63
 WATCH = """() => {
     window.texts = []; window.times = []; window.updates = 0;
@@ -53,7 +53,7 @@ WATCH = """() => {
 
 @contextlib.contextmanager
 def page_server(api_url: str) -> Iterator[tuple[str, int]]:
-    """(URL, pid) of `adapterhub page`."""
+    """Start `adapterhub page`; yield its URL and process id."""
     command = [str(Path(sys.executable).with_name("adapterhub")), "page", "--url", f"{api_url}/v1", "--port", "0"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -66,7 +66,7 @@ def page_server(api_url: str) -> Iterator[tuple[str, int]]:
 
 
 def opened(context: BrowserContext, url: str) -> tuple[Page, float]:
-    """The page when it can be used, and the seconds until then."""
+    """Open the page; return it and the seconds until it can be used."""
     page = context.new_page()
     page.set_default_timeout(WAIT_MS)
     began = time.perf_counter()
@@ -77,7 +77,7 @@ def opened(context: BrowserContext, url: str) -> tuple[Page, float]:
 
 
 def seconds_to_open(context: BrowserContext, url: str) -> float:
-    """Closed again: a browser has six connections to a host, and each open page keeps one."""
+    """Open a page and close it again: a browser has six connections per host, and each open page keeps one."""
     page, seconds = opened(context, url)
     page.close()
     return seconds
@@ -89,7 +89,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def read_at_once(browser: Browser, url: str, users: int) -> list[dict[str, float]]:
-    """One dictionary a user: updates that came, texts drawn, whether the whole answer came, the longest pause."""
+    """Return per user: updates received, texts drawn, whether the answer is complete, and the longest pause."""
     with contextlib.ExitStack() as stack:
         contexts = [stack.enter_context(browser.new_context()) for _ in range(users)]
         pages = [opened(context, url)[0] for context in contexts]

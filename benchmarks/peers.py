@@ -1,4 +1,4 @@
-"""Decode tokens/s of our engine against llama.cpp's server and transformers' continuous batching, in one run.
+"""Measure decode tokens/s of our engine, llama.cpp's server and transformers' continuous batching.
 
     .venv/bin/pip install --editable .[bench] --constraint constraints.txt
     .venv/bin/python benchmarks/peers.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf [--threads 1] [--rounds 5] [--tokens 24]
@@ -29,7 +29,7 @@ from serve.local_engine.engine import LocalEngine
 
 SHORT = 4
 Answer = Callable[[int, int], None]
-"""(requests at once, tokens of each)"""
+"""Pairs of simultaneous requests and tokens of each."""
 
 
 class Engine:
@@ -60,7 +60,7 @@ class Engine:
 
 
 class LlamaCpp:
-    """llama.cpp's server in this process, by its prebuilt wheel."""
+    """The server of llama.cpp in this process, from its prebuilt wheel."""
 
     def __init__(self, gguf: str, threads: int, slots: int) -> None:
         import xllamacpp
@@ -84,7 +84,7 @@ class LlamaCpp:
 
 
 class ContinuousBatching:
-    """transformers' generate_batch on the same NF4 base."""
+    """The generate_batch of transformers on the same NF4 base."""
 
     def __init__(self, stored: StoredBase) -> None:
         self._model: Any = load_base(stored, purpose="serve", dtype="float32").model

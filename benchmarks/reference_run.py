@@ -1,9 +1,9 @@
-"""The demo's adapters trained again, their loss curves drawn, and memory and time held against each run's plan.
+"""Train the demo's adapters again, plot their losses, and compare memory and time with each run's plan.
 
     .venv/bin/pip install ".[bench]"
     .venv/bin/python benchmarks/reference_run.py [--only demo-trivia ...] [--draw docs/reference-run.png]
 
-Each recipe is the shipped one with held-out losses on the way added, which changes no byte of the adapter; each is
+Each recipe is the shipped one with evaluations during the run added, which changes no byte of the adapter. Each is
 planned and trained by the command, in a process of its own.
 """
 
@@ -20,12 +20,12 @@ from typing import Any
 
 RECIPES = ("demo-trivia", "demo-captain", "demo-coding")
 MEASURED = 7
-"""held-out losses on the way"""
+"""Evaluations of the held-out loss during the run."""
 COMMAND = [sys.executable, "-P", "-c", "from adapterhub.cli.main import main; main()", "train"]
 
 
 def run(name: str, place: Path, *, threads: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(plan, events) of a recipe."""
+    """Plan and train a recipe; return the plan and the run's events."""
     from train.recipe import shipped_recipes
 
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

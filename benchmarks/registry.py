@@ -1,4 +1,4 @@
-"""The registry against copying and hashing: verify, push and pull of one adapter of 200 MB; a list of 10,000; 50 pulls.
+"""Measure the registry against copying and hashing: a 200 MB adapter, a list of 10,000 names and 50 pulls at once.
 
     .venv/bin/python benchmarks/registry.py [--rounds 5] [--megabytes 200] [--names 10000]
 
@@ -41,14 +41,14 @@ NUM_PULLS = 50
 
 
 def timed(act: Callable[[], object]) -> float:
-    """Seconds."""
+    """Return the seconds that the call takes."""
     start = time.perf_counter()
     act()
     return time.perf_counter() - start
 
 
 def write_adapter(folder: Path, megabytes: int, seed: int) -> Path:
-    """A package whose weights are random fp32 of that size, in 32 layers."""
+    """Write a package of that size with random fp32 weights in 32 layers."""
     write_peft_folder(folder)
     rank, layers = 4, 32
     width = megabytes * 1_000_000 // (4 * rank * 2 * layers)
@@ -64,7 +64,7 @@ def write_adapter(folder: Path, megabytes: int, seed: int) -> Path:
 
 
 def write_names(registry: Registry, folder: Path, count: int) -> None:
-    """So many names, each leading to a package of its own, as `add` leaves them; the checks of adding are left out."""
+    """Write `count` names that each point to a package of their own, as `add` does but without its checks."""
     adapter = open_adapter(folder)
     log = NameLog(registry.root / "names")
     log.folder.mkdir(parents=True)
@@ -82,7 +82,7 @@ def write_names(registry: Registry, folder: Path, count: int) -> None:
 
 
 def carrying(work: Path, url: str, rounds: int, megabytes: int) -> dict[str, list[float]]:
-    """Seconds of each act, contenders taking turns; every push and pull is of an adapter not seen before."""
+    """Return the seconds of each action, in turn; every push and pull is of a new adapter."""
     took: dict[str, list[float]] = {name: [] for name in ("copy + sha256", "sha256", "verify", "push", "pull", "add")}
     hub = Hub(url, ALICE)
     for number in range(rounds + 1):
@@ -108,7 +108,7 @@ def carrying(work: Path, url: str, rounds: int, megabytes: int) -> dict[str, lis
 
 
 def pulls_at_once(work: Path, url: str) -> float:
-    """Seconds for 50 pulls of one 20 MB adapter, each into a registry of its own; raises if one fails."""
+    """Return the seconds of 50 pulls of one 20 MB adapter into separate registries. Raises if one fails."""
     hub = Hub(url, ALICE)
     digest = open_adapter(write_adapter(work / "shared", 20, 0)).digest
     hub.push(open_adapter(work / "shared"), "alice/shared")

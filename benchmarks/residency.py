@@ -1,10 +1,10 @@
-"""Adapters that are not resident: the first token of one on disk or on a Hub, more than slots, a thousand registered.
+"""Measure adapters that are not resident: on disk, on a Hub, more than there are slots, and a thousand registered.
 
     .venv/bin/python benchmarks/residency.py [--threads 1] [--rounds 5]
 
 SmolLM2-135M NF4, rank-16 adapters on all linear layers in files of their own, the engine behind its AdapterCache, no
-HTTP. The files are in the page cache, as after a pull. Of the thousand, each shares its file with thirty others. The
-Hub is ours, a process on loopback; the transfer alone is what huggingface_hub's own download takes from it.
+HTTP. The files are in the page cache, as after a pull. Of the thousand, about thirty share a file. The Hub is ours,
+a process on loopback; the download alone is what huggingface_hub's own download takes from it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NUM_FILES, SLOTS, TOKENS, PROMPT = 32, 32, 16, 16
 
 
 def write_adapters(root: Path, engine: LocalEngine, count: int) -> list[Adapter]:
-    """`count` adapters over NUM_FILES files; what packing checks is not measured here."""
+    """Register `count` adapters over NUM_FILES files, without the checks of packing."""
     bank = engine._runner.adapters
     for number in range(NUM_FILES):
         folder = root / str(number)
@@ -84,7 +84,7 @@ class Server:
         return AdapterCache(slots, load=self.engine.load, unload=self.engine.unload)
 
     async def ask(self, cache: AdapterCache, adapter: Adapter, tokens: int = TOKENS) -> float:
-        """Seconds to the first token of an answer, its adapter loaded first if it must be."""
+        """Return the seconds to the first token, including loading the adapter if needed."""
         self._number += 1
         prompt = [1000 + self._number, *decode.prompts(1)[0][1:PROMPT]]
         sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
@@ -101,7 +101,7 @@ class Server:
 
 
 async def cold(server: Server, adapters: list[Adapter], rounds: int) -> tuple[float, float]:
-    """Median seconds to the first token: resident, on disk."""
+    """Return the median seconds to the first token for a resident adapter and for one on disk."""
     resident, on_disk = [], []
     cache = server.cache(1)
     for number in range(2 * rounds):
@@ -113,7 +113,7 @@ async def cold(server: Server, adapters: list[Adapter], rounds: int) -> tuple[fl
 
 
 async def on_a_hub(server: Server, stored: StoredBase, rounds: int) -> tuple[float, float]:
-    """Median seconds to the first token of an adapter that must be pulled first, and of a download of its files."""
+    """Return the median seconds to the first token of an adapter on a Hub, and of downloading its files."""
     whole, transfer = [], []
     cache = server.cache(1)
     with tempfile.TemporaryDirectory() as text, start_hub(Path(text) / "hub", PEOPLE) as url:
@@ -133,7 +133,7 @@ async def on_a_hub(server: Server, stored: StoredBase, rounds: int) -> tuple[flo
 
 
 async def crowded(server: Server, adapters: list[Adapter], slots: int, rounds: int) -> float:
-    """Median seconds to the first token of 16 adapters in turn, 4 clients."""
+    """Return the median seconds to the first token of 16 adapters in turn, with 4 clients."""
     cache = server.cache(slots)
     turns = iter([adapters[n % 16] for n in range(16 * (rounds + 1))])
     found: list[float] = []
@@ -148,13 +148,13 @@ async def crowded(server: Server, adapters: list[Adapter], slots: int, rounds: i
 
 
 def resident_mib() -> float:
-    """Of this process, files it has mapped included."""
+    """Return the resident memory of this process, mapped files included."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 async def zipf(server: Server, adapters: list[Adapter], requests: int, seed: int) -> tuple[float, float]:
-    """Tokens/s of 16 clients whose adapters follow Zipf's law, 32 slots, after a warm-up of half as many requests.
+    """Return tokens/s of 16 clients whose adapters follow Zipf's law, 32 slots, after a warm-up of half as many.
 
     And the process's MiB at the end.
     """

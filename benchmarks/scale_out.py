@@ -1,9 +1,9 @@
-"""One process against two over gloo, the base whole in each or divided (FSDP): losses, bytes and peaks of each process.
+"""Compare one training process with two over gloo, with a replicated or divided (FSDP) base: losses, bytes, peaks.
 
     .venv/bin/python benchmarks/scale_out.py [--layers 20] [--hidden 1024] [--steps 4]
 
-The base is a random Llama of about 300 million parameters, made on the spot, in NF4; the runs are the command's own
-(`adapterhub train ... --launch 2 [--shard]`), on the shipped captain data. Losses and bytes are compared, and the
+The base is a random Llama of about 300 million parameters, created by the script, in NF4. The runs are those of
+`adapterhub train ... --launch 2 [--shard]` on the shipped captain data. Losses and bytes are compared, and the
 adapter of the divided run is loaded by PEFT and by our engine, whose answers are compared.
 """
 
@@ -44,7 +44,7 @@ warmup_steps = 1
 
 
 def make_base(folder: Path, *, layers: int, hidden: int) -> int:
-    """A random Llama with SmolLM2's tokenizer; its parameters."""
+    """Create a random Llama with SmolLM2's tokenizer; return its number of parameters."""
     import decode
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -64,7 +64,7 @@ def make_base(folder: Path, *, layers: int, hidden: int) -> int:
 
 
 def peaks_of(process: subprocess.Popen[str]) -> list[int]:
-    """Bytes at the peak of each process that trains, largest first, watched until the end."""
+    """Watch the training processes to their end; return the peak bytes of each, largest first."""
     import psutil
 
     peaks: dict[int, int] = {}
@@ -107,7 +107,7 @@ def train(place: Path, name: str) -> dict[str, Any]:
 
 
 def answers(base: Path, folder: Path) -> str:
-    """Packs the adapter, which records what PEFT answers, and lets our engine replay that."""
+    """Pack the adapter, which records PEFT's answers, and replay them on our engine."""
     import asyncio
 
     from adapterhub.adapter import BaseName

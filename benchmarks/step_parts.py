@@ -1,6 +1,6 @@
-"""Milliseconds of a decode step's parts by our kernels: for this processor's vectors, and compiled for AVX2.
+"""Measure the parts of a decode step in our kernels, for this processor's vectors and compiled for AVX2.
 
-.venv/bin/python benchmarks/step_parts.py [--rounds 9]
+    .venv/bin/python benchmarks/step_parts.py [--rounds 9]
 
 The real SmolLM2-135M, all 30 layers' NF4 products, the bf16 head, and the low-rank updates of one adapter a row and of
 one for all, at rank 16 in fp32; one thread, the best of the rounds.
@@ -24,7 +24,7 @@ NUM_ADAPTERS = 32
 
 
 def compiled(tunings: Sequence[str]) -> CpuKernels:
-    """The kernels, tuned by the first of these flags that the compiler knows."""
+    """Compile the kernels with the first of these flags that the compiler knows."""
     return CpuKernels(kernel_build.build(tunings)[0])
 
 

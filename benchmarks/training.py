@@ -1,13 +1,13 @@
-"""Useful tokens/s and peak memory of a training step: our loop against TRL's SFTTrainer, on one NF4 base, in one run.
+"""Measure useful tokens/s and peak memory of a training step: our loop against TRL's SFTTrainer on one NF4 base.
 
     .venv/bin/pip install ".[bench]"
     .venv/bin/python benchmarks/training.py [--threads 1] [--rounds 3] [--steps 4] [--batch 8] [--only ours trl ...]
 
-Data: the chatterbot corpus' topics mixed (lengths as people write them), the loss on the answers, LoRA of rank 16 on
+Data: the chatterbot corpus's topics mixed (lengths as people write them), the loss on the answers, LoRA of rank 16 on
 all linear layers, AdamW, the same first weights, the same samples in the same order. Each contender is a process; they
 take turns, one step to warm up. Useful tokens are those of the samples, padding not counted. Medians over rounds; peaks
-are the process'. Held-out loss is measured after all steps, in the same way for all. Against TRL's packing ours takes
-the very rows that TRL packed, so that a step learns from the same samples.
+are those of the process. Held-out loss is measured after all steps, in the same way for all. Against TRL's packing ours
+takes the rows that TRL packed, so that a step learns from the same samples.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Taken:
-    """What a step learnt from."""
+    """Work of one training step."""
 
     tokens: int
-    """of its samples, without padding"""
+    """Tokens of its samples, without padding."""
     flops: float = 0.0
-    """of its products with weights, computed ones only: forward, and backward to inputs and trained weights"""
+    """Floating-point operations of products with weights: forward, and backward to inputs and trained weights."""
 
 
 Step = Callable[[], Taken]
 
 
 def samples() -> tuple[list[Any], list[Any]]:
-    """(to train on, held out), shuffled."""
+    """Return the shuffled training samples and held-out samples."""
     import decode
     from transformers import AutoTokenizer
 
@@ -85,14 +85,14 @@ def samples() -> tuple[list[Any], list[Any]]:
 
 
 def compute_dtype() -> str:
-    """What our loop chooses on this machine, for all: bf16 without instructions for it is far slower than fp32."""
+    """Return the dtype that our loop chooses, used by all: without instructions for it, bf16 is slower than fp32."""
     from adapterhub.bases.loading import choose_precision
 
     return choose_precision(None, None)[1].value
 
 
 def draw_first_weights(model: Any) -> None:
-    """A of every adapted layer, the same for all contenders; B is zero."""
+    """Set A of every adapted layer to the same values for all contenders; B stays zero."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -103,7 +103,7 @@ def draw_first_weights(model: Any) -> None:
 
 
 def as_rows(train: list[Any]) -> Any:
-    """The samples as SFTTrainer takes them."""
+    """Return the samples as SFTTrainer takes them."""
     import datasets
 
     listed = [
@@ -115,7 +115,7 @@ def as_rows(train: list[Any]) -> Any:
 
 
 def batches(train: list[Any], batch: int, *, is_packed: bool) -> Iterator[list[Any]]:
-    """The samples of each step, over and over."""
+    """Yield the samples of each step, endlessly."""
     from train.data.tokenization import Sample
 
     if not is_packed:
@@ -133,7 +133,7 @@ def batches(train: list[Any], batch: int, *, is_packed: bool) -> Iterator[list[A
 
 
 def padded_loss(model: Any, row: list[Any]) -> Any:
-    """Sum of the losses of samples that stand one below the other, padded at the right; logits as in ours."""
+    """Return the summed loss of a right-padded batch, with logits computed as in our loop."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -196,7 +196,7 @@ def ours(name: str, batch: int) -> tuple[Step, Any]:
 
 
 def trl(batch: int, *, steps: int, is_packed: bool, is_checkpointed: bool, turn: Callable[[Step], None]) -> Any:
-    """Trains `steps` steps; `turn` is called for each, and calls it."""
+    """Train `steps` steps, each run by the call of `turn`."""
     import decode
     import torch
     from peft import LoraConfig
@@ -258,7 +258,7 @@ def trl(batch: int, *, steps: int, is_packed: bool, is_checkpointed: bool, turn:
 
 
 def work(name: str, *, batch: int, steps: int) -> None:
-    """Wait for a line, take a step, write a line with its tokens and seconds; at the end loss and peak memory."""
+    """Take a step per input line and write its tokens and seconds; at the end, write loss and peak memory."""
     out, sys.stdout = sys.stdout, sys.stderr
 
     def turn(step: Step) -> None:
@@ -288,7 +288,7 @@ def work(name: str, *, batch: int, steps: int) -> None:
 
 
 def base_bytes(model: Any) -> int:
-    """Of the frozen weights and, in 4 bit, their constants."""
+    """Return the bytes of the frozen weights and of their 4-bit constants."""
     from adapterhub.memory.estimate import constant_bytes
     from train.distributed.world import frozen_bytes
 
@@ -318,7 +318,7 @@ class Worker:
 
 
 def matmul_rate(threads: int) -> float:
-    """Operations a second of this machine in the dtype the contenders compute in."""
+    """Return the operations per second of this machine in the contenders' dtype."""
     import torch
 
     torch.set_num_threads(threads)

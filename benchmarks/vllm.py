@@ -1,12 +1,12 @@
-"""Our server against vLLM's CPU build, as shipped and with our LoRA plugin, over HTTP, in one run.
+"""Compare our server with vLLM's CPU build, as shipped and with our LoRA plugin, over HTTP.
 
     scripts/vllm.sh .venv-vllm
     .venv/bin/python benchmarks/vllm.py [--rounds 3] [--tokens 24] [--vllm-python .venv-vllm/bin/python]
 
 SmolLM2-135M-Instruct, NF4 in fp32 arithmetic for us and bfloat16 for vLLM, each computing on one core; 16 random
 adapters of rank 16 on all linear layers. Every server answers the same 32-token prompts greedily and streams; they
-take turns, and stand still meanwhile (vLLM's workers poll). A rate is all tokens over all seconds, prefill and HTTP
-included; memory is what the server's processes hold (PSS).
+take turns; those not measured are stopped, since vLLM's workers poll. A rate is all tokens over all seconds,
+prefill and HTTP included; memory is what the server's processes hold (PSS).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NUM_ADAPTERS, RANK, BASE = 16, 16, "smollm2-135m-instruct"
 
 
 def write_adapters(root: Path, stored: StoredBase) -> list[Path]:
-    """Packages without a proof, saved by PEFT."""
+    """Write packages without a probe, saved by PEFT."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -126,7 +126,7 @@ async def start_vllm(
 
 
 async def ask(contender: Contender, requests: int, num_adapters: int, tokens: int, salt: int) -> tuple[float, float]:
-    """(tokens/s, median seconds to the first token) of `requests` at once."""
+    """Send `requests` at once; return tokens/s and the median seconds to the first token."""
     firsts: list[float] = []
     async with httpx.AsyncClient(timeout=600, headers=contender.headers, limits=httpx.Limits()) as client:
 
@@ -155,7 +155,7 @@ SCENES = {
 
 
 def below(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+    """Return a process and all its descendants."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [pid, *(one for child in children for one in below(int(child)))]
 
@@ -166,7 +166,7 @@ def tell_all(pid: int, what: signal.Signals) -> None:
 
 
 def memory_mb(pid: int) -> float:
-    """PSS of a process and all below it, MiB."""
+    """Return the PSS of a process and its descendants, in MiB."""
     rollups = [Path(f"/proc/{one}/smaps_rollup").read_text().split() for one in below(pid)]
     return sum(int(rollup[rollup.index("Pss:") + 1]) for rollup in rollups) / 1024
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The page is tested in a real Chromium: find one, or install Debian's.
+# Find a Chromium for the page's tests, or install Debian's.
 set -uo pipefail
 for browser in chromium chromium-browser google-chrome; do
     command -v "$browser" >/dev/null && exit 0

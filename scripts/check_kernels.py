@@ -1,7 +1,7 @@
 """Build the C kernels with AddressSanitizer and UBSan for every instruction set, and run their tests.
 
-Where this machine is no Arm, also for one, run by qemu; where there is clang, also without OpenMP. What this machine
-cannot execute is compiled only. What cannot be had is said, and is no failure.
+Other machines than Arm also build them for Arm and run them under qemu; with clang they are also built without OpenMP.
+Builds that this machine cannot execute are only compiled. A missing compiler is reported and is not a failure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLAGS = (
 )  # fmt: skip
 SANITIZERS = ("-O1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 PACKAGES = {"aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross", "qemu-aarch64": "qemu-user"}
-"""command -> Debian's packages of it"""
+"""Command -> Debian packages that provide it."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Check:
     title: str
     build: tuple[str, ...]
     run: tuple[str, ...] | None
-    """what the program is run by; None: it cannot run here"""
+    """Command to run the program with; None: it cannot run here."""
 
 
 def checks() -> list[Check]:
-    """What can be built here."""
+    """Return the builds that are possible here."""
     machine = platform.machine()
     found = [
         Check(f"{level}, sanitizers", ("cc", *SANITIZERS, flag), () if can_run(level) else None)
@@ -55,7 +55,7 @@ def checks() -> list[Check]:
 
 
 def install() -> None:
-    """Debian's cross compiler and qemu, where they are missing and can be installed."""
+    """Install Debian's cross compiler and qemu if they are missing and can be installed."""
     missing = [packages for command, packages in PACKAGES.items() if not shutil.which(command)]
     if not missing or platform.machine() == "aarch64":
         return
@@ -71,7 +71,7 @@ def install() -> None:
 
 
 def run(check: Check) -> str | None:
-    """None for a check that passed, else what it said."""
+    """Build and run one check; return None if it passed, else its output."""
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/check"
         commands = [[*check.build, *FLAGS, *map(str, SOURCES), "-o", program, "-lm"]]

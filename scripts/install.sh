@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fill a virtual environment: install.sh VENV [EXTRA]. Used by make and by the Dockerfile.
-# TORCH=cpu|cuda chooses the torch build; by default CUDA where nvidia-smi is, CPU elsewhere.
+# TORCH=cpu|cuda chooses the torch build; the default is CUDA if nvidia-smi exists, else CPU.
 set -euo pipefail
 venv=$1 extra=${2:-}
 cd "$(dirname "$0")/.."
@@ -18,8 +18,8 @@ done
 torch=${TORCH:-$(command -v nvidia-smi >/dev/null && echo cuda || echo cpu)}
 cpu_index=https://download.pytorch.org/whl/cpu
 index=()
-# On Linux the package index's own torch carries gigabytes of CUDA. The CPU build lives on an index of its own;
-# where that cannot be reached, pip takes what it finds.
+# On Linux the torch of the package index includes gigabytes of CUDA. The CPU build has its own index; if that cannot be
+# reached, pip installs what it finds.
 if [ "$torch" = cpu ] && [ "$(uname -s)" = Linux ] &&
     "$venv/bin/python" - "$cpu_index" <<'PY'
 import sys, urllib.request
@@ -31,7 +31,7 @@ PY
 then
     index=(--extra-index-url "$cpu_index")
 fi
-# pip also warns of what a machine's configuration names and does not have: kept for when something fails.
+# pip also prints warnings about a machine's configuration, so its output is shown only if it fails.
 log=$venv/install.log
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile ${index[@]+"${index[@]}"} \
     --constraint constraints.txt --editable ".${extra:+[$extra]}" >"$log" 2>&1 || {
@@ -39,6 +39,6 @@ log=$venv/install.log
     echo "pip could not fill $venv: its message is above, and in $log." >&2
     exit 1
 }
-# pip compiles one file after the other, and every package's own tests. Files that cannot be compiled (templates, other
-# Pythons') were never to be imported.
+# pip would compile files one at a time, including every package's own tests. Files that cannot be compiled, such as
+# templates, are never imported.
 "$venv/bin/python" -m compileall -qq -j 0 -x 'site-packages/.*/tests?/' "$venv/lib" || true

@@ -1,4 +1,4 @@
-"""Pictures of every tab for the documents, before a real server with the demo's adapters: `make screenshots`.
+"""Take a screenshot of every tab for the documents, with a real server and the demo's adapters.
 
 Each tab is used once, as a visitor would, then pictured wide in light and dark, and on a phone.
 """
@@ -36,7 +36,7 @@ QUESTIONS = (
 WIDE = {"width": 1280, "height": 860}
 PHONE = {"width": 390, "height": 844}
 COLOURS = 128
-"""of a palette: a picture of text needs no more, and is a third of the size"""
+"""Colors of the palette: a picture of text needs no more and takes a third of the bytes."""
 WAIT_MS = 180_000
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 @contextmanager
 def server() -> Iterator[str]:
-    """The demo's two adapters behind a server with a fresh home; the demo is walked first where it was not yet."""
+    """Serve the demo's two adapters from a new home, running the demo first if needed; yield the URL."""
     if not all((DEMO / "adapters" / name / "adapterhub.json").is_file() for name in ADAPTERS):
         _adapterhub("demo", "--exit", home=None)
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ def server() -> Iterator[str]:
 
 
 def vote(url: str) -> None:
-    """A few real battles, so that there are ratings to see: the longer answer wins."""
+    """Vote in a few arena battles, so that there are ratings to show; the longer answer wins."""
     for at in range(6):
         messages = [{"role": "user", "content": QUESTIONS[at % len(QUESTIONS)]}]
         battle = _post(f"{url}/v1/arena/battles", {})
@@ -101,7 +101,7 @@ def vote(url: str) -> None:
 
 
 def take(url: str, folder: Path, only: list[str] | None) -> None:
-    """Use and picture each tab."""
+    """Use each tab and take its screenshot."""
     tabs: dict[str, Callable[[Page], None]] = {
         "chat": _chat, "compare": _compare, "arena": _arena, "adapters": _adapters, "train": _train,
     }  # fmt: skip

@@ -8,13 +8,13 @@ echo "setting up $venv with vLLM's CPU build (two or three minutes, 2.5 GB)"
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 cpu_index=https://download.pytorch.org/whl/cpu
 index=()
-# The package index's own torch carries gigabytes of CUDA on Linux; the CPU build has an index of its own.
+# On Linux the torch of the package index includes gigabytes of CUDA; the CPU build has its own index.
 if "$venv/bin/python" -c "import urllib.request; urllib.request.urlopen('$cpu_index/torch/', timeout=5)" 2>/dev/null; then
     index=(--extra-index-url "$cpu_index")
 fi
-# --no-deps: the lock is complete, and vLLM's metadata asks for packages that do harm (torchvision) or nothing (triton).
+# --no-deps: the lock file is complete, and vLLM also requires packages that break it (torchvision) or are unused (triton).
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${index[@]+"${index[@]}"} --no-deps -r "$lock" || {
-    echo "NO vLLM: the packages of $lock cannot be had from this package index; without them nothing of it is tested." >&2
+    echo "NO vLLM: the packages in $lock could not be installed from this package index, so vLLM is not tested." >&2
     exit 1
 }
 cp "$lock" "$venv/.installed"

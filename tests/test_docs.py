@@ -11,7 +11,7 @@ import pytest
 import typer.main
 
 from adapterhub import errors
-from adapterhub.cli.examples import EXAMPLES
+from adapterhub.cli.commands import examples
 from adapterhub.cli.main import app
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ def _known() -> dict[str, set[str]]:
 
 
 def test_every_command_has_an_example() -> None:
-    assert set(_known()) == set(EXAMPLES), "give each command a line in adapterhub/cli/examples.py"
+    assert set(_known()) == set(examples()), "give each command a line in adapterhub/cli/commands.py"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

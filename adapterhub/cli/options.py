@@ -1,12 +1,15 @@
-"""What several verbs share: options, notes to stderr, tables, and the way from a text to the thing it names."""
+"""Options, checks and output helpers that several commands share."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -15,25 +18,124 @@ if TYPE_CHECKING:
     from adapterhub.hub.client import Hub
     from adapterhub.registry.registry import Registry
 
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+T = TypeVar("T")
+
+_URL = re.compile(r"https?://(?:[^\s/?#@]*@)?(?:\[[0-9a-fA-F:.]+\]|[^\s/?#@:\[\]]+)(?::([0-9]{1,5}))?(?:[/?#]\S*)?")
+_HOST_PORT = re.compile(r".+:[1-9][0-9]{0,4}")
+_NODES = re.compile(r"[1-9][0-9]*(?::[1-9][0-9]*)?")
+
+
+def _each(value: T | list[T] | None) -> list[T]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def check_finite(value: float | None) -> float | None:
+    """Refuse NaN and infinity, which pass every minimum and maximum. Raises BadParameter."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def check_positive(value: float | None) -> float | None:
+    """Refuse anything but a finite number above 0. Raises BadParameter."""
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value:g} is not a finite number above 0.")
+    return value
+
+
+def check_url(value: Any) -> Any:
+    """Refuse an address without http:// or https:// and a host. Raises BadParameter."""
+    for text in _each(value):
+        found = _URL.fullmatch(text)
+        if found is None or int(found[1] or 0) > 65535:
+            raise typer.BadParameter(f"{text!r} is not a URL: expected http://HOST[:PORT] or https://HOST[:PORT].")
+    return value
+
+
+def check_host_port(value: str | None) -> str | None:
+    """Refuse an address that is not HOST:PORT. Raises BadParameter."""
+    if value is not None and (not _HOST_PORT.fullmatch(value) or int(value.rpartition(":")[2]) > 65535):
+        raise typer.BadParameter(f"{value!r} is not an address: expected HOST:PORT.")
+    return value
+
+
+def check_nodes(value: str) -> str:
+    """Refuse anything but a number of machines, or MIN:MAX. Raises BadParameter."""
+    if not _NODES.fullmatch(value):
+        raise typer.BadParameter(f"{value!r} is not a number of machines: expected N or MIN:MAX.")
+    return value
+
+
+def check_program(value: Path | None) -> Path | None:
+    """Refuse a program that is neither a file nor on PATH. Raises BadParameter."""
+    if value is not None and shutil.which(value) is None:
+        raise typer.BadParameter(f"'{value}' is not a program: expected the path of an executable file.")
+    return value
+
+
+def check_expected(value: str | None) -> str | None:
+    """Refuse what cannot be the digest that an alias points to. Raises BadParameter."""
+    if value is not None and not re.fullmatch(r"nothing|sha256:[0-9a-f]{8,64}", value):
+        raise typer.BadParameter(f"{value!r} is not a digest: expected sha256:<8 or more hex digits> or 'nothing'.")
+    return value
+
+
+def check_name(value: str | None) -> str | None:
+    """Refuse what is not the name of an adapter. Raises BadParameter."""
+    from adapterhub.adapter import AdapterRef
+    from adapterhub.errors import InvalidRef
+
+    if value is not None:
+        try:
+            is_name = AdapterRef.parse(value).name == value
+        except InvalidRef:
+            is_name = False
+        if not is_name:
+            raise typer.BadParameter(f"{value!r} is not a name: expected NAME or OWNER/NAME.")
+    return value
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 HubUrl = Annotated[
-    str | None, typer.Option("--hub", metavar="URL", help="The Hub to talk to [default: $HF_ENDPOINT, else public].")
+    str | None,
+    typer.Option(
+        "--hub",
+        metavar="URL",
+        callback=check_url,
+        help="Address of the Hub [default: $HF_ENDPOINT, else huggingface.co].",
+    ),
 ]
 AllowedHosts = Annotated[
     list[str] | None,
-    typer.Option("--allowed-host", metavar="NAME", help="Name a proxy reaches us by; may be repeated."),
+    typer.Option(
+        "--allowed-host",
+        metavar="NAME",
+        help="Host name under which a proxy forwards requests to this server. Repeatable.",
+    ),
 ]
-BaseText = Annotated[str, typer.Option("--base", help="A known base, a Hub id (owner/name[@rev]) or a folder.")]
+BaseText = Annotated[
+    str,
+    typer.Option("--base", help="Base model: a known name, a Hub id (owner/name[@revision]) or a folder."),
+]
+AdapterName = Annotated[
+    str | None, typer.Option("--name", callback=check_name, help="Name in the registry [default: the manifest's name].")
+]
+Port = Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)]
+AnyRef = Annotated[
+    str, typer.Argument(help="Adapter: a name (name[@revision]), a digest, or a folder that starts with ./ or /.")
+]
 
 
 def say(line: str) -> None:
-    """A note for the reader, kept apart from the data."""
+    """Print a note for the user to stderr, apart from the data."""
     typer.echo(line, err=True)
 
 
 @contextmanager
 def until_interrupted() -> Iterator[None]:
-    """A server that is told to stop has not failed."""
+    """Treat Ctrl+C in the block as the normal way to stop a server."""
     try:
         yield
     except KeyboardInterrupt:
@@ -41,18 +143,21 @@ def until_interrupted() -> Iterator[None]:
 
 
 def hub_at(endpoint: str | None) -> Hub:
+    """Return the Hub at `endpoint`, else the one of the environment, with its token."""
     from adapterhub.hub.client import Hub
 
     return Hub.from_environment(endpoint)
 
 
 def registry(hub: Hub | None = None) -> Registry:
+    """Return the registry on this machine, which downloads missing adapters from `hub`."""
     from adapterhub.registry.registry import Registry
 
     return Registry.default(hub)
 
 
 def resolved(ref: str, hub: Hub | None = None) -> Adapter:
+    """Return the verified adapter that `ref` names. Raises InvalidRef, AdapterNotFound, PackageError."""
     from adapterhub.adapter import AdapterRef
 
     parsed = AdapterRef.parse(ref)
@@ -76,6 +181,7 @@ def find_recipe(named: str) -> Path:
 
 
 def table(rows: list[dict[str, Any]], as_json: bool, *, empty: str) -> None:
+    """Print rows as aligned columns or as JSON; `empty` is the note when there are none."""
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     elif not rows:
@@ -88,7 +194,7 @@ def table(rows: list[dict[str, Any]], as_json: bool, *, empty: str) -> None:
 
 
 def base_with(ref: BaseRef, named: str | None) -> StoredBase:
-    """The base the user names, else the one on this machine whose fingerprint is `ref`'s."""
+    """Return the base called `named`, else the one on this machine with the fingerprint of `ref`."""
     from adapterhub.adapter import BaseName
     from adapterhub.bases.store import find_base, list_bases, pull_base
 
@@ -101,7 +207,7 @@ def base_with(ref: BaseRef, named: str | None) -> StoredBase:
 
 
 def replay_probe(adapter: Adapter, base_name: str | None) -> None:
-    """Ask the base, with the adapter on it, the recorded prompts; what passed is written down. Raises ProbeMismatch."""
+    """Replay the recorded prompts on the base with the adapter, and record that they passed. Raises ProbeMismatch."""
     from adapterhub.bases.loading import load_base
     from adapterhub.errors import ProbeMismatch
     from adapterhub.pack import load_kwargs

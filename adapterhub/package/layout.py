@@ -32,7 +32,6 @@ from adapterhub.package.lora_config import (
 from adapterhub.package.manifest import MANIFEST_NAME, Manifest, read_manifest
 from adapterhub.package.run_record import LOG_NAME, RECIPE_NAME, REPORT_HEAD, REPORT_NAME
 from adapterhub.package.safetensors_header import read_header
-from adapterhub.package.tensor_scan import sha256_and_nonfinite
 
 TEMPLATE_NAME = "chat_template.jinja"
 CARD_NAME = "README.md"
@@ -193,6 +192,8 @@ def _check_digests(folder: Path, manifest: Manifest) -> None:
 def sha256_of_weights(path: Path) -> tuple[str, list[str]]:
     """And the tensors that hold what is no number; in one reading."""
     with _named(path):
+        from adapterhub.package.tensor_scan import sha256_and_nonfinite  # numpy, which lists need not wait for
+
         return sha256_and_nonfinite(path, read_header(path))
 
 

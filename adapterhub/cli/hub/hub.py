@@ -1,4 +1,4 @@
-"""Verbs that carry adapters between this machine, Hubs and files: push, pull, lock, mirror, export, import."""
+"""Commands that move adapters between this machine, Hubs and files: push, pull, lock, mirror, export, import."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.app import app
-from adapterhub.cli.options import HubUrl, hub_at, registry, resolved, say
+from adapterhub.cli.options import AdapterName, AnyRef, HubUrl, check_name, check_url, hub_at, registry, resolved, say
 from adapterhub.errors import UsageError
 from adapterhub.units import format_bytes
 
@@ -16,34 +15,48 @@ if TYPE_CHECKING:
     from adapterhub.adapter import AdapterRef
 
 
-@app.command()
 def push(
-    ref: Annotated[str, typer.Argument(help="A packed folder, a name in the registry, or a digest.")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository, made if it is not there.")],
+    ref: AnyRef,
+    repo: Annotated[
+        str,
+        typer.Argument(
+            metavar="OWNER/NAME", callback=check_name, help="Repository on the Hub, created if it does not exist."
+        ),
+    ],
     hub: HubUrl = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    pr: Annotated[bool, typer.Option("--pr", help="As a pull request, for the owners to look at.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing to main.")] = False,
 ) -> None:
-    """Publish an adapter as one commit on a Hub."""
+    """Publish an adapter to a Hub as one commit."""
     adapter = resolved(ref)
     target = hub_at(hub)
     say(f"pushing {adapter.manifest.name} {adapter.digest[:19]} to {target.endpoint}/{repo}")
     typer.echo(target.propose(adapter, repo) if pr else f"{repo}@{target.push(adapter, repo, private=private)}")
 
 
-@app.command()
 def pull(
-    ref: Annotated[str | None, typer.Argument(metavar="OWNER/NAME[@REVISION]")] = None,
+    ref: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="OWNER/NAME[@REVISION]", help="Repository to download; REVISION is a branch, a tag or a commit."
+        ),
+    ] = None,
     hub: HubUrl = None,
     locked: Annotated[
-        Path | None, typer.Option("--locked", metavar="FILE", help="Fetch exactly what a lock file lists.")
+        Path | None,
+        typer.Option(
+            "--locked", metavar="FILE", exists=True, dir_okay=False, help="Lock file whose adapters to download."
+        ),
     ] = None,
 ) -> None:
-    """Fetch an adapter from a Hub, verify it, and keep it in the local registry."""
+    """Download an adapter from a Hub and verify it.
+
+    The adapter is added to the local registry; with --locked, so is every adapter of a lock file.
+    """
     from adapterhub.adapter import AdapterRef
 
     if (ref is None) == (locked is None):
-        raise UsageError("give either an adapter to pull, or --locked FILE.")
+        raise UsageError("expected either OWNER/NAME or --locked FILE: give one of them.")
     if locked is not None:
         for ready in obtained(locked, hub).values():
             typer.echo(str(ready))
@@ -53,7 +66,7 @@ def pull(
 
 
 def obtained(lock_path: Path, hub: str | None) -> dict[str, AdapterRef]:
-    """Everything a lock file lists, here: the name it is served as -> the reference to exactly that adapter."""
+    """Download what a lock file lists; return the name each adapter is served as, and its exact reference."""
     from adapterhub.registry.lock_file import read_lock
 
     kept = registry()
@@ -64,14 +77,16 @@ def obtained(lock_path: Path, hub: str | None) -> dict[str, AdapterRef]:
     }
 
 
-@app.command("lock")
 def write_lock_file(
     adapter: Annotated[
-        list[str], typer.Argument(metavar="[NAME=]REF...", help="What a deployment serves, and as what.")
+        list[str], typer.Argument(metavar="[NAME=]REF...", help="Adapter to serve, and the name to serve it as.")
     ],
-    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("adapterhub.lock"),
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("adapterhub.lock"),
 ) -> None:
-    """Write down exactly which adapters names lead to now, for `serve --locked` and `pull --locked`."""
+    """Write a lock file of the adapters that a deployment serves.
+
+    It holds the exact digests that the names point to now, for `serve --locked` and `pull --locked`.
+    """
     from adapterhub.adapter import AdapterRef
     from adapterhub.registry.lock_file import write_lock
 
@@ -81,32 +96,43 @@ def write_lock_file(
         parsed = AdapterRef.parse(ref)
         wanted[served_as or str(parsed.name).rpartition("/")[2]] = parsed
     if len(wanted) < len(adapter):
-        raise UsageError("two adapters would be served under one name: give NAME=REF.")
+        raise UsageError("two adapters would be served under one name: expected different names. Give NAME=REF.")
     write_lock(output, registry().lock(wanted))
     say(f"{len(wanted)} adapters locked")
     typer.echo(output)
 
 
-@app.command()
 def mirror(
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME")],
-    source: Annotated[str, typer.Option("--from", metavar="URL", help="The Hub it is on.")],
-    target: Annotated[str, typer.Option("--to", metavar="URL", help="The Hub it goes to.")],
-    name: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Its name there [default: the same].")] = None,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", callback=check_name, help="Repository to copy.")],
+    source: Annotated[
+        str, typer.Option("--from", metavar="URL", callback=check_url, help="Address of the Hub to copy from.")
+    ],
+    target: Annotated[
+        str, typer.Option("--to", metavar="URL", callback=check_url, help="Address of the Hub to copy to.")
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", callback=check_name, help="Repository to copy to [default: the same name]."),
+    ] = None,
 ) -> None:
-    """Copy an adapter and its history from one Hub to another; again, to bring the copy up to date."""
+    """Copy an adapter and its history to another Hub.
+
+    Run it again to update the copy.
+    """
     from adapterhub.hub.mirror import mirror as mirror_adapter
 
     made = mirror_adapter(repo, hub_at(source), hub_at(target), name=name, report=say)
     say(f"{len(made)} commits copied")
 
 
-@app.command("export")
 def export_bundle(
-    ref: Annotated[str, typer.Argument(help="Any way to name an adapter.")],
-    file: Annotated[Path, typer.Argument(help="The file to write (.zip).")],
+    ref: AnyRef,
+    file: Annotated[Path, typer.Argument(dir_okay=False, help="The .zip file to write.")],
 ) -> None:
-    """Write an adapter as a single file, signature and all."""
+    """Write an adapter to a single .zip file.
+
+    The signature is included.
+    """
     from adapterhub.package.bundle import write_bundle
 
     adapter = resolved(ref)
@@ -115,10 +141,9 @@ def export_bundle(
     typer.echo(adapter.digest)
 
 
-@app.command("import")
 def import_bundle(
-    file: Annotated[Path, typer.Argument(help="A file that `export` wrote.")],
-    name: Annotated[str | None, typer.Option(help="Name to keep it under [default: the manifest's].")] = None,
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The .zip file, written by `export`.")],
+    name: AdapterName = None,
 ) -> None:
-    """Verify an adapter that comes as a single file, and keep it in the local registry."""
+    """Verify an exported .zip file and add it to the registry."""
     typer.echo(registry().import_bundle(file, name=name).digest)

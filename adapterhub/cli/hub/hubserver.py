@@ -1,4 +1,4 @@
-"""`adapterhub hub`: a Hub of your own."""
+"""Commands that run and clean a Hub of your own: `hub serve` and `hub gc`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,38 @@ from typing import Annotated
 
 import typer
 
-from adapterhub.cli.app import hub_app
-from adapterhub.cli.options import say, until_interrupted
+from adapterhub.cli.options import Port, check_finite, check_positive, say, until_interrupted
 from adapterhub.errors import UsageError
 from adapterhub.units import format_bytes
 
 
-@hub_app.command("serve")
 def hub_serve(
-    root: Annotated[Path, typer.Option("--root", help="Folder the Hub keeps everything in.")] = Path("hub"),
-    host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8089,
-    tokens: Annotated[Path | None, typer.Option("--tokens", help="File of tokens; needed beyond loopback.")] = None,
-    repo_quota_gb: Annotated[
-        float | None, typer.Option(help="What one repository may keep; without, no limit.")
+    root: Annotated[
+        Path, typer.Option("--root", help="Folder that holds the Hub's repositories, created if it does not exist.")
+    ] = Path("hub"),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond loopback --tokens is required.")
+    ] = "127.0.0.1",
+    port: Port = 8089,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokens",
+            exists=True,
+            dir_okay=False,
+            help="File of access tokens [default: one token, written to ROOT/token].",
+        ),
     ] = None,
-    owner_quota_gb: Annotated[float | None, typer.Option(help="What all repositories of one owner may keep.")] = None,
+    repo_quota_gb: Annotated[
+        float | None,
+        typer.Option(callback=check_positive, help="Storage limit of one repository, in GB [default: no limit]."),
+    ] = None,
+    owner_quota_gb: Annotated[
+        float | None,
+        typer.Option(
+            callback=check_positive, help="Storage limit of all repositories of one owner, in GB [default: no limit]."
+        ),
+    ] = None,
 ) -> None:
     """Run a Hub-compatible server."""
     from adapterhub.hubserver.server import serve_hub
@@ -33,7 +49,6 @@ def hub_serve(
         serve_hub(root, host=host, port=port, tokens_file=tokens, limits=limits)
 
 
-@hub_app.command("gc")
 def hub_gc(
     root: Annotated[Path, typer.Option("--root", help="Folder of the Hub, which may be running.")],
     grace: Annotated[
@@ -41,10 +56,15 @@ def hub_gc(
         typer.Option(
             metavar="DAYS",
             min=0.25,
+            max=36_500,
+            callback=check_finite,
             help="Keep objects added or used within the last DAYS days; at least 0.25 [default: 1].",
         ),
     ] = None,
-    grace_hours: Annotated[float | None, typer.Option(min=6, hidden=True, help="Old form of --grace.")] = None,
+    grace_hours: Annotated[
+        float | None,
+        typer.Option(min=6, max=876_000, callback=check_finite, hidden=True, help="Old form of --grace."),
+    ] = None,
 ) -> None:
     """Delete unreferenced objects and abandoned uploads.
 

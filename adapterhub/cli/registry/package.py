@@ -1,4 +1,4 @@
-"""Verbs on adapter folders: pack, verify, inspect."""
+"""Commands on packages: pack, verify, inspect, keygen, sign."""
 
 from __future__ import annotations
 
@@ -8,29 +8,42 @@ from typing import Annotated
 
 import typer
 
-from adapterhub.cli.app import app
-from adapterhub.cli.options import AsJson, base_with, registry, replay_probe, resolved, say
+from adapterhub.cli.options import AnyRef, AsJson, base_with, check_name, registry, replay_probe, resolved, say
 from adapterhub.units import format_bytes
 
 
-@app.command()
 def pack(
-    folder: Annotated[Path, typer.Argument(help="The output of training, or any PEFT adapter folder.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(exists=True, file_okay=False, help="Output folder of `train`, or any PEFT adapter folder."),
+    ],
     base: Annotated[
-        str | None, typer.Option("--base", help="The base it was trained on; needed when no run record says so.")
+        str | None,
+        typer.Option(
+            "--base", help="Base model the adapter was trained on; required for folders that `train` did not write."
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the adapter [default: the folder's].")] = None,
-    licence: Annotated[str | None, typer.Option(help="SPDX licence id [default: the base's].")] = None,
+    name: Annotated[
+        str | None, typer.Option(callback=check_name, help="Name of the adapter [default: the folder's name].")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="SPDX license id of the adapter [default: the base model's].")
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Make the package here, of what belongs in one; FOLDER stays as it is [default: in place]."),
+        typer.Option(
+            help="Folder to copy the package's files to; FOLDER stays unchanged [default: pack FOLDER in place]."
+        ),
     ] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option("--stop", help="Text besides the end token that ends an answer; may be repeated."),
+        typer.Option("--stop", help="Stop string: an answer ends before it. Repeatable."),
     ] = None,
 ) -> None:
-    """Make a folder an adapter package: digests, card, recorded probe, manifest last."""
+    """Turn an adapter folder into a package.
+
+    Writes digests, a model card, a recorded probe and, last, the manifest.
+    """
     from adapterhub.adapter import BaseRef
     from adapterhub.errors import UsageError
     from adapterhub.pack import adopt
@@ -39,7 +52,9 @@ def pack(
 
     record = read_run_record(folder)
     if record is None and base is None:
-        raise UsageError(f"{folder} does not say which base it was trained on: add --base ID, or a base folder.")
+        raise UsageError(
+            f"no base model is recorded in {folder}: expected the output of `train`. Add --base ID or --base FOLDER."
+        )
     stored = base_with(record.base if record else BaseRef("unknown"), base)
     if output is not None:
         name, folder = name or folder.resolve().name, adopt(folder, output, report=say)
@@ -48,19 +63,29 @@ def pack(
     typer.echo(adapter.digest)
 
 
-@app.command()
 def verify(
-    ref: Annotated[str, typer.Argument(help="A folder, a name, or a digest.")],
-    probe: Annotated[bool, typer.Option("--probe", help="Also replay the recorded prompts (loads the base).")] = False,
+    ref: AnyRef,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also replay the recorded probe, which loads the base model.")
+    ] = False,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="Check it against this base, too; replay on it [default: the one here]."),
+        typer.Option("--base", help="Base model to check the adapter's layers against, and to replay the probe on."),
     ] = None,
     key: Annotated[
-        list[Path] | None, typer.Option("--key", help="Public key one of which must have signed it; may be repeated.")
+        list[Path] | None,
+        typer.Option(
+            "--key",
+            exists=True,
+            dir_okay=False,
+            help="Public key file; one of those given must have signed. Repeatable.",
+        ),
     ] = None,
 ) -> None:
-    """Check a package completely: file names, digests, tensors; the signature and the probe when asked."""
+    """Verify a package's files, digests and tensors.
+
+    Verifies the signature with --key, the layers with --base, and the recorded answers with --probe.
+    """
     adapter = resolved(ref)
     if key:
         from adapterhub.package.signing import PublicKey
@@ -75,31 +100,38 @@ def verify(
         stored = base_with(adapter.base, base)
         check_base(adapter, stored)
         check_layers(adapter, stored)
-        say(f"every tensor fits a layer of {stored.ref}")
+        say(f"every tensor matches a layer of {stored.ref}")
     if probe:
         replay_probe(adapter, base)
-    say(f"{adapter.manifest.name}: {len(adapter.manifest.files)} files, as they were packed")
+    say(f"{adapter.manifest.name}: {len(adapter.manifest.files)} files verified")
     typer.echo(adapter.digest)
 
 
-@app.command()
 def keygen(
-    path: Annotated[Path, typer.Argument(help="Where the private key goes; PATH.pub is the public one.")],
+    path: Annotated[Path, typer.Argument(help="File to write the private key to; the public key goes to PATH.pub.")],
 ) -> None:
-    """Make a key pair to sign adapters with (encrypted when $ADAPTERHUB_KEY_PASSWORD is set)."""
+    """Create a key pair to sign adapters with.
+
+    The private key is encrypted when $ADAPTERHUB_KEY_PASSWORD is set.
+    """
     from adapterhub.package.signing import make_key
 
     private, public = make_key(path)
-    say(f"{private} stays here; give {public} to those who verify")
+    say(f"keep {private} secret; give {public} to those who verify")
     typer.echo(public)
 
 
-@app.command()
 def sign(
-    ref: Annotated[str, typer.Argument(help="A folder, a name, or a digest.")],
-    key: Annotated[Path, typer.Option("--key", help="Private key, as `adapterhub keygen` makes them.")],
+    ref: AnyRef,
+    key: Annotated[
+        Path,
+        typer.Option("--key", exists=True, dir_okay=False, help="Private key file, created by `adapterhub keygen`."),
+    ],
 ) -> None:
-    """Sign an adapter (OpenSSF Model Signing v1.0); its digest stays the same."""
+    """Sign an adapter.
+
+    Writes an OpenSSF Model Signing v1.0 signature beside the manifest; the digest stays the same.
+    """
     from adapterhub.package.signing import sign as sign_adapter
 
     adapter = resolved(ref)
@@ -108,11 +140,11 @@ def sign(
     typer.echo(adapter.digest)
 
 
-@app.command()
-def inspect(
-    ref: Annotated[str, typer.Argument(help="A folder, a name, or a digest.")], as_json: AsJson = False
-) -> None:
-    """Show what an adapter is: base, method, size, losses, digest, signature, the names that lead to it."""
+def inspect(ref: AnyRef, as_json: AsJson = False) -> None:
+    """Show an adapter's base, method, losses and digest.
+
+    Also shows its size, its signature and the names that point to it.
+    """
     from adapterhub.package.layout import inspect as inspect_folder
     from adapterhub.package.signing import signer_hint
 
@@ -139,8 +171,8 @@ def inspect(
         ("size", f"{format_bytes(found.size_bytes)} in {len(manifest.files)} files"),
         ("licence", manifest.licence or "not stated"),
         ("probe", f"{len(probe.answers)} prompts ({probe.dtype}){passed}" if probe else "none"),
-        ("signature", f"says key {signer[:16]}; `adapterhub verify --key` checks it" if signer else "none"),
-        ("names", ", ".join(names) or "none here"),
+        ("signature", f"by key {signer[:16]}, not verified; run `adapterhub verify --key`" if signer else "none"),
+        ("names", ", ".join(names) or "none on this machine"),
     ]
     rows += [(f"loss on {e.data}", f"{e.base_loss:.3f} -> {e.adapter_loss:.3f}") for e in manifest.evaluations]
     for label, value in rows:

@@ -1,4 +1,4 @@
-"""Verbs on the local registry: add, list, resolve, remove, and the aliases: promote, rollback, history, diff."""
+"""Commands on the local registry: its adapters, their names and aliases, and garbage collection."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from adapterhub.cli.app import app
 from adapterhub.cli.options import (
+    AdapterName,
+    AnyRef,
     AsJson,
     HubUrl,
+    check_expected,
+    check_finite,
+    check_url,
     hub_at,
     registry,
     replay_probe,
@@ -25,32 +29,38 @@ from adapterhub.units import format_bytes
 
 Expect = Annotated[
     str | None,
-    typer.Option(metavar="DIGEST", help="Only if the alias leads there now (or: nothing); else nothing is moved."),
+    typer.Option(
+        metavar="DIGEST",
+        callback=check_expected,
+        help="Move the alias only if it points to this digest now ('nothing': only if it does not exist).",
+    ),
 ]
-AnyRef = Annotated[str, typer.Argument(help="Any way to name an adapter.")]
 
 
-@app.command()
 def add(
-    folder: Annotated[Path, typer.Argument(help="A packed adapter folder.")],
-    name: Annotated[str | None, typer.Option(help="Name to keep it under [default: the manifest's].")] = None,
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Package folder, written by `pack`.")],
+    name: AdapterName = None,
 ) -> None:
-    """Keep a package in the local registry."""
+    """Add a package to the local registry."""
     from adapterhub.package.layout import open_adapter
 
     adapter = registry().add(open_adapter(folder), name=name)
     typer.echo(adapter.digest)
 
 
-@app.command("list")
 def list_adapters(
     hub: Annotated[
-        str | None, typer.Option("--hub", metavar="URL", help="List a Hub's adapters instead of this machine's.")
+        str | None,
+        typer.Option(
+            "--hub", metavar="URL", callback=check_url, help="Address of a Hub to list instead of this machine."
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Only adapters of this base (its Hub id).")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="List only adapters for this base model, given as its Hub id.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Adapters in the local registry, or on a Hub."""
+    """List the adapters on this machine or on a Hub."""
     if hub is not None:
         found = hub_at(hub).search(base=base)
         rows: list[dict[str, Any]] = [
@@ -69,19 +79,24 @@ def list_adapters(
             for entry in registry().list()
             if base in (None, entry.about.base)
         ]
-    table(rows, as_json, empty="no adapters: train, add or pull one")
+    table(rows, as_json, empty="no adapters: run `adapterhub train`, `add` or `pull` to get one")
 
 
-@app.command()
 def search(
-    text: Annotated[str, typer.Argument(help="Part of a name.")] = "",
-    base: Annotated[str | None, typer.Option("--base", help="Of this base: its Hub id or fingerprint.")] = None,
+    text: Annotated[str, typer.Argument(help="Part of the adapter's name [default: any name].")] = "",
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="List only adapters for this base model, given as its Hub id or fingerprint."),
+    ] = None,
     hub: Annotated[
-        str | None, typer.Option("--hub", metavar="URL", help="Search this Hub instead of this machine.")
+        str | None,
+        typer.Option(
+            "--hub", metavar="URL", callback=check_url, help="Address of a Hub to search instead of this machine."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find adapters by name and by base."""
+    """Search for adapters by name and base."""
     if hub is not None:
         found = [(one.name, one.revision, one.base or "") for one in hub_at(hub).search(base=base)]
     else:
@@ -97,39 +112,55 @@ def search(
         for name, revision, of in found
         if text.lower() in name.lower()
     ]
-    table(rows, as_json, empty="nothing found")
+    table(rows, as_json, empty="no adapters found")
 
 
-@app.command()
 def watch(
-    name: Annotated[list[str] | None, typer.Argument(help="Names to watch [default: all].")] = None,
-    every: Annotated[float, typer.Option(metavar="SECONDS", help="Between two looks.", min=0.05)] = 1.0,
+    name: Annotated[list[str] | None, typer.Argument(help="Names to watch [default: all names].")] = None,
+    every: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Time between two checks for new moves.",
+            min=0.05,
+            max=86_400,
+            callback=check_finite,
+        ),
+    ] = 1.0,
 ) -> None:
-    """Print each move of names and aliases as it happens, a JSON object a line."""
-    say("watching; Ctrl+C ends")
+    """Print each move of a name as it happens.
+
+    Each line is one JSON object.
+    """
+    say("watching; press Ctrl+C to stop")
     with until_interrupted():
         for called, move in registry().watch(name or (), every_s=every):
             typer.echo(json.dumps({"name": called, **move.model_dump(mode="json")}))
 
 
-@app.command()
 def resolve(ref: AnyRef, hub: HubUrl = None) -> None:
-    """Print the digest and the folder a reference leads to, asking the Hub for what is not here."""
+    """Print the digest and folder of an adapter.
+
+    An adapter that is not on this machine is downloaded from the Hub first.
+    """
     from adapterhub.adapter import AdapterRef
 
     adapter = registry(hub_at(hub)).resolve(AdapterRef.parse(ref))
     typer.echo(f"{adapter.digest} {adapter.path}")
 
 
-@app.command()
 def promote(
     ref: Annotated[
-        str, typer.Argument(metavar="NAME@REVISION", help="A revision, an alias, a commit, or sha256:<8 or more>.")
+        str,
+        typer.Argument(
+            metavar="NAME@REVISION",
+            help="Adapter to point to; REVISION is a revision, an alias, a commit or sha256:<8 or more hex digits>.",
+        ),
     ],
-    alias: Annotated[str, typer.Argument(help="What it is to be called as well: production, stable, ...")],
+    alias: Annotated[str, typer.Argument(help="Alias to move or create, such as production.")],
     expect: Expect = None,
 ) -> None:
-    """Let an alias of a name lead to one of its adapters."""
+    """Move an alias to an adapter."""
     from adapterhub.adapter import AdapterRef
 
     moved = registry().promote(AdapterRef.parse(ref), alias, expect=expect, prove=lambda one: replay_probe(one, None))
@@ -137,17 +168,25 @@ def promote(
     typer.echo(moved.after)
 
 
-@app.command()
-def rollback(name: str, alias: str, expect: Expect = None) -> None:
-    """Let an alias lead again where it led before."""
+def rollback(
+    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    alias: Annotated[str, typer.Argument(help="Alias to move back.")],
+    expect: Expect = None,
+) -> None:
+    """Move an alias back to its previous adapter.
+
+    Run it again to go back one more step.
+    """
     moved = registry().rollback(name, alias, expect=expect)
     say(f"{alias}: {moved.before} -> {moved.after}")
     typer.echo(moved.after)
 
 
-@app.command()
-def history(name: str, as_json: AsJson = False) -> None:
-    """Every move of a name's revisions: who led them where, and when."""
+def history(name: Annotated[str, typer.Argument(help="Name of the adapter.")], as_json: AsJson = False) -> None:
+    """List every move of a name's revisions and aliases.
+
+    Shows when each was moved, by whom, from which digest and to which.
+    """
     rows = [
         {
             "at": move.at.isoformat(),
@@ -159,12 +198,14 @@ def history(name: str, as_json: AsJson = False) -> None:
         }
         for move in registry().history(name)
     ]
-    table(rows, as_json, empty="nothing has happened")
+    table(rows, as_json, empty="no moves")
 
 
-@app.command()
 def diff(a: AnyRef, b: AnyRef, as_json: AsJson = False) -> None:
-    """What changed from one adapter to another: configuration, provenance, losses, and the update of each layer."""
+    """Compare two adapters.
+
+    Shows the differences in configuration, provenance and losses, and the norms of each layer's update.
+    """
     from adapterhub.package.diff import difference
 
     found = difference(resolved(a), resolved(b))
@@ -175,7 +216,7 @@ def diff(a: AnyRef, b: AnyRef, as_json: AsJson = False) -> None:
         for change in changes:
             typer.echo(f"{title:<11} {change.fact}: {change.before or '-'} -> {change.after or '-'}")
     layers = [layer for layer in found.layers if layer.distance != 0]
-    say(f"{len(layers)} of {len(found.layers)} layers differ" if found.layers else "neither adapts a layer")
+    say(f"{len(layers)} of {len(found.layers)} layers differ" if found.layers else "neither adapter changes a layer")
     rows = [
         {
             "layer": layer.module,
@@ -189,32 +230,49 @@ def diff(a: AnyRef, b: AnyRef, as_json: AsJson = False) -> None:
         table(rows, False, empty="")
 
 
-@app.command()
-def remove(ref: Annotated[str, typer.Argument(metavar="NAME[@REVISION]")]) -> None:
-    """Forget a revision of a name; its package stays until the next gc."""
+def remove(
+    ref: Annotated[
+        str, typer.Argument(metavar="NAME[@REVISION]", help="Revision or alias to remove; REVISION is main by default.")
+    ],
+) -> None:
+    """Remove a revision or alias of a name.
+
+    The package stays until `gc` deletes it.
+    """
     from adapterhub.adapter import AdapterRef
     from adapterhub.errors import UsageError
     from adapterhub.registry.registry import DEFAULT_REVISION
 
     parsed = AdapterRef.parse(ref)
     if parsed.name is None:
-        raise UsageError(f"{ref} is not a name: only names are removed, packages go with `adapterhub gc`.")
+        raise UsageError(f"{ref!r} is not a name: expected NAME[@REVISION]. Run `adapterhub gc` to delete packages.")
     moved = registry().remove(parsed.name, parsed.revision or DEFAULT_REVISION)
-    say(f"{parsed.name}@{moved.revision} led to {moved.before}, and is gone")
+    say(f"removed {parsed.name}@{moved.revision}, which pointed to {moved.before}")
 
 
-@app.command()
 def gc(
     grace: Annotated[
-        float, typer.Option(metavar="DAYS", help="Spare what came, or lost its last name, within so many days.", min=0)
+        float,
+        typer.Option(
+            metavar="DAYS",
+            help="Keep packages added or unreferenced within the last DAYS days.",
+            min=0,
+            max=36_500,
+            callback=check_finite,
+        ),
     ] = 7,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the packages that would be deleted, and delete nothing.")
+    ] = False,
 ) -> None:
-    """Take away packages that no name leads to and no running server uses."""
+    """Delete unreferenced packages.
+
+    A package is referenced while a name points to it, a running server uses it or an unfinished training run needs it.
+    """
     removed = registry().collect(grace_s=grace * 86_400, is_trial=dry_run)
     for digest in removed.packages:
         typer.echo(digest)
-    what = "would go" if dry_run else "are gone"
+    what = "would be deleted" if dry_run else "deleted"
     say(f"{len(removed.packages)} packages {what}, {format_bytes(removed.num_bytes)}")
 
 

@@ -1,4 +1,4 @@
-"""Verbs of feedback: what servers on this machine collected, as files for trainers."""
+"""Commands on the feedback that servers on this machine collected: `feedback export` and `feedback stats`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.app import app
 from adapterhub.cli.options import AsJson, say, table
 
 if TYPE_CHECKING:
     from adapterhub.feedback.store import FeedbackStore
-
-feedback = typer.Typer(
-    help="Votes, thumbs and corrections that servers on this machine collected.", no_args_is_help=True
-)
-app.add_typer(feedback, name="feedback")
 
 
 class _Format(StrEnum):
@@ -36,11 +30,11 @@ def _parse_format(text: str) -> _Format:
 
 
 Store = Annotated[
-    Path | None, typer.Option("--store", metavar="FILE", help="[default: $ADAPTERHUB_HOME/feedback.sqlite]")
+    Path | None,
+    typer.Option("--store", metavar="FILE", help="Feedback database [default: $ADAPTERHUB_HOME/feedback.sqlite]."),
 ]
 
 
-@feedback.command()
 def export(
     form: Annotated[
         _Format,
@@ -48,10 +42,12 @@ def export(
             "--format",
             parser=_parse_format,
             metavar="dpo|kto|sft|votes",
-            help="dpo, kto or sft for `train` and TRL; votes for `ratings`.",
+            help="Format of the lines: dpo, kto and sft are for `train` and TRL, votes for `ratings`.",
         ),
     ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A JSONL file [default: stdout].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", dir_okay=False, help="JSONL file to write [default: stdout].")
+    ] = None,
     store: Store = None,
 ) -> None:
     """Write feedback as training data."""
@@ -66,20 +62,21 @@ def export(
         say(f"{len(lines)} lines written to {output}")
 
 
-@feedback.command()
 def stats(store: Store = None, as_json: AsJson = False) -> None:
-    """Count what there is."""
+    """Count the feedback entries of each kind."""
     rows = [{"kind": kind, "count": str(count)} for kind, count in open_store(store).counts().items()]
     table(rows, as_json, empty="no feedback yet")
 
 
 def open_store(path: Path | None) -> FeedbackStore:
-    """Raises UsageError when no server on this machine has kept any."""
+    """Open the feedback database. Raises UsageError when there is none."""
     from adapterhub.errors import UsageError
     from adapterhub.feedback.store import STORE_NAME, FeedbackStore
     from adapterhub.paths import home
 
     found = path or home() / STORE_NAME
     if not found.is_file():
-        raise UsageError(f"{found} is not there: serve, and let people vote, or name another --store.")
+        raise UsageError(
+            f"no feedback database at {found}: a server creates it with the first vote. Give another --store FILE."
+        )
     return FeedbackStore(found)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.app import app
-from adapterhub.cli.options import AsJson, say, table
+from adapterhub.cli.options import AsJson, check_finite, check_positive, say, table
 
 if TYPE_CHECKING:
     from adapterhub.feedback.ratings import Winner
@@ -21,25 +20,44 @@ class _Method(StrEnum):
     elo = "elo"
 
 
-@app.command()
+def _check_png(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() != ".png":
+        raise typer.BadParameter(f"'{path}' is not a PNG file: expected a name that ends in .png.")
+    return path
+
+
 def ratings(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="JSONL of model_a, model_b, winner (a|b|tie).")
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            exists=True,
+            dir_okay=False,
+            help="JSONL file of votes with the fields model_a, model_b and winner (a, b or tie).",
+        ),
     ],
-    method: Annotated[_Method, typer.Option(help="Bradley-Terry, or Elo over random orderings.")] = _Method.bt,
-    k: Annotated[float, typer.Option(help="Elo: points of a game.")] = 32,
-    start: Annotated[float, typer.Option(help="Where ratings are centred.")] = 1000,
-    orderings: Annotated[int, typer.Option(help="Elo: random orderings of the games.", min=1)] = 10_000,
-    seed: Annotated[int, typer.Option(help="Elo: of the orderings.")] = 0,
+    method: Annotated[
+        _Method, typer.Option(help="Rating model: Bradley-Terry, or Elo averaged over random orderings.")
+    ] = _Method.bt,
+    k: Annotated[
+        float, typer.Option(callback=check_positive, help="Elo: most points that one game can move a rating by.")
+    ] = 32,
+    start: Annotated[float, typer.Option(callback=check_finite, help="Mean of all ratings.")] = 1000,
+    orderings: Annotated[int, typer.Option(help="Elo: number of random orderings.", min=1, max=10_000_000)] = 10_000,
+    seed: Annotated[int, typer.Option(help="Elo: random seed of the orderings.", min=0, max=2**63 - 1)] = 0,
     fields: Annotated[
-        str | None, typer.Option(metavar="NAME=THEIRS,...", help="Other field names, e.g. winner=verdict.")
+        str | None,
+        typer.Option(metavar="NAME=THEIRS,...", help="Names of the fields in the files, such as winner=verdict."),
     ] = None,
     winner_codes: Annotated[
         str | None,
         typer.Option(metavar="CODE=a|b|tie,...", help="Meaning of other winner codes, such as A=a,B=b,C=tie."),
     ] = None,
     verdicts: Annotated[str | None, typer.Option(hidden=True, help="Old name of --winner-codes.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw ratings and intervals.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", dir_okay=False, callback=_check_png, help="PNG file to plot the ratings to."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rate models from pairwise votes, with 95 % intervals."""
@@ -87,8 +105,8 @@ def _fields(text: str | None) -> dict[str, str]:
     from adapterhub.feedback.ratings import FIELDS
 
     found = _pairs(text, "--fields")
-    if strangers := sorted(set(found) - set(FIELDS)):
-        raise UsageError(f"--fields names {', '.join(strangers)}: expected {', '.join(FIELDS)}.")
+    if unexpected := sorted(set(found) - set(FIELDS)):
+        raise UsageError(f"unexpected field in --fields: {', '.join(unexpected)}; expected {', '.join(FIELDS)}.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The verb for when something is wrong with the machine."""
+"""The command `doctor`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import asdict
 
 import typer
 
-from adapterhub.cli.app import app
 from adapterhub.cli.options import AsJson
 
 _FAILED = 1
 
 
-@app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: each finding ok, warn or fail, with what to do. Ends with 1 where something fails, else 0."""
+    """Check this machine and suggest fixes.
+
+    Each finding is ok, warn or fail. The exit code is 1 if a check fails, else 0.
+    """
     from adapterhub.doctor import examine
 
     findings = examine()

@@ -1,4 +1,4 @@
-"""The verb that turns feedback into the next adapter."""
+"""The command `improve`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.app import app
-from adapterhub.cli.options import base_with, registry, resolved, say
+from adapterhub.cli.options import base_with, check_finite, check_positive, registry, resolved, say
 from adapterhub.cli.serving.feedback import Store
 from adapterhub.feedback.improvement import Improvement, Method
 
@@ -17,25 +16,33 @@ if TYPE_CHECKING:
     from adapterhub.package.run_record import RunEnd
 
 
-@app.command()
 def improve(
-    ref: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter that people judged.")],
+    ref: Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter that the feedback is about.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A fresh folder [default: ./NAME-improved].")
+        Path | None, typer.Option("--output", "-o", help="New folder for the candidate [default: ./NAME-improved].")
     ] = None,
-    method: Annotated[Method, typer.Option(help="How to learn from the feedback.")] = Method.dpo,
-    steps: Annotated[int, typer.Option(min=1, help="Steps, of --batch-size comparisons each.")] = Improvement.steps,
-    batch_size: Annotated[int, typer.Option(min=1, help="Comparisons in a step.")] = Improvement.batch_size,
-    learning_rate: Annotated[float, typer.Option(help="Of the steps after the warm-up.")] = Improvement.learning_rate,
+    method: Annotated[Method, typer.Option(help="Preference loss to train with.")] = Method.dpo,
+    steps: Annotated[int, typer.Option(min=1, max=10_000_000, help="Number of optimizer steps.")] = Improvement.steps,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=65_536, help="Preference pairs per optimizer step.")
+    ] = Improvement.batch_size,
+    learning_rate: Annotated[
+        float, typer.Option(callback=check_positive, help="Peak learning rate, reached after the warm-up.")
+    ] = Improvement.learning_rate,
     held_out: Annotated[
-        float, typer.Option(min=0.05, max=0.9, help="Share of the questions to measure on.")
+        float,
+        typer.Option(min=0.05, max=0.9, callback=check_finite, help="Fraction of the prompts held out for evaluation."),
     ] = Improvement.held_out,
     store: Store = None,
     promote: Annotated[
-        bool | None, typer.Option("--promote/--no-promote", help="Let the name lead to the result [default: ask].")
+        bool | None,
+        typer.Option("--promote/--no-promote", help="Point the adapter's name to the candidate [default: ask]."),
     ] = None,
 ) -> None:
-    """Train a candidate from feedback, measure it against the adapter on held-out comparisons, offer to promote it."""
+    """Train a candidate from feedback and offer to promote it.
+
+    The candidate is compared with the adapter on held-out preference pairs.
+    """
     from adapterhub.adapter import AdapterRef
     from adapterhub.cli.training.feedback_export import feedback_exported
     from adapterhub.pack import pack

@@ -1,4 +1,4 @@
-"""The command that estimates memory."""
+"""The command `memory`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.app import app
 from adapterhub.cli.options import AsJson, find_recipe
 from adapterhub.cli.training.recipes import DeviceKind
 from adapterhub.units import format_bytes
@@ -42,7 +41,6 @@ class _Method(StrEnum):
     full = "full"
 
 
-@app.command()
 def memory(
     context: typer.Context,
     model: Annotated[
@@ -58,11 +56,14 @@ def memory(
     method: Annotated[
         _Method, typer.Option(help="LoRA on a 4-bit base (qlora), on a 16-bit base (lora), or full fine-tuning.")
     ] = _Method.qlora,
-    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, max=65_536, help="LoRA rank.")] = 16,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens per forward pass on one device (batch size x sequence length).")
+        int,
+        typer.Option(
+            min=1, max=1_000_000_000, help="Tokens per forward pass on one device (batch size x sequence length)."
+        ),
     ] = 512,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of devices that train together.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=65_536, help="Number of devices that train together.")] = 1,
     sharded: Annotated[
         bool,
         typer.Option("--sharded", help="Divide the base's layers among the devices (FSDP), as train --shard does."),
@@ -72,14 +73,17 @@ def memory(
     checkpointing: Annotated[
         bool, typer.Option(help="Compute activations again in the backward pass instead of keeping them.")
     ] = True,
-    adapters: Annotated[int, typer.Option(min=0, help="Number of adapters resident while serving.")] = 8,
+    adapters: Annotated[int, typer.Option(min=0, max=100_000, help="Number of adapters resident while serving.")] = 8,
     kv_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens in the KV cache while serving, of all requests.")
+        int, typer.Option(min=0, max=1_000_000_000_000, help="Tokens in the KV cache while serving, of all requests.")
     ] = 8192,
     device: Annotated[DeviceKind, typer.Option(help="Kind of device that trains and serves.")] = DeviceKind.cuda,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate the memory that training and serving a model need, item by item, from its config alone."""
+    """Estimate the memory that training and serving a model need.
+
+    Lists item by item what the model's config.json implies; loads no weights.
+    """
     from adapterhub.errors import UsageError
     from adapterhub.memory.serving import ServingLoad, estimate_serving
     from adapterhub.memory.training import TrainingLoad, estimate_training

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from adapterhub.cli.app import app
 from adapterhub.cli.options import AsJson, table
 
 
@@ -19,12 +18,14 @@ class DeviceKind(StrEnum):
     cuda = "cuda"
 
 
-@app.command()
 def recipes(
     device: Annotated[DeviceKind, typer.Option(help="Kind of device that trains.")] = DeviceKind.cuda,
     as_json: AsJson = False,
 ) -> None:
-    """List the recipes that come with adapterhub, with the most memory that each can need on one device."""
+    """List the recipes that come with adapterhub.
+
+    Shows what each trains and the most memory it can need on one device.
+    """
     from train.planning.load import summarize
     from train.recipe import read_recipe, shipped_recipes
 

@@ -1,15 +1,16 @@
-"""Verbs that train."""
+"""Commands that train from recipes: `train` and `recipes`."""
 
 from __future__ import annotations
 
 import os
+from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.app import app
-from adapterhub.cli.options import AsJson, HubUrl, find_recipe, hub_at, resolved, say
+from adapterhub.cli.options import AsJson, HubUrl, check_host_port, check_nodes, find_recipe, hub_at, resolved, say
 
 if TYPE_CHECKING:
     from adapterhub.adapter import Adapter, StoredBase
@@ -18,48 +19,82 @@ if TYPE_CHECKING:
     from train.recipe import Recipe
 
 
-@app.command()
+class Tracker(StrEnum):
+    """Experiment trackers of `--report-to`, each named like the module it needs."""
+
+    TRACKIO = "trackio"
+    WANDB = "wandb"
+    TENSORBOARD = "tensorboard"
+
+
+def _check_installed(trackers: list[Tracker] | None) -> list[Tracker] | None:
+    for tracker in trackers or []:
+        if find_spec(tracker) is None:
+            raise typer.BadParameter(f"{tracker} is not installed. Run: pip install {tracker}")
+    return trackers
+
+
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE.toml", help="A recipe file, or the name of a shipped one.")
+        str | None, typer.Argument(metavar="RECIPE.toml", help="Recipe file, or the name of a shipped recipe.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A fresh folder [default: ./ and the recipe's name].")
+        Path | None,
+        typer.Option("--output", "-o", help="New folder for the adapter [default: the recipe's name, in this folder]."),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="OUTPUT", help="Go on with the run that was stopped there.")
+        Path | None,
+        typer.Option("--resume", metavar="OUTPUT", help="Resume the run in this folder from its last checkpoint."),
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="A full dry run: data, masks, memory, time, disk, serving. Trains nothing.")
+        bool,
+        typer.Option("--plan", help="Print a plan (data, loss masks, memory, time, disk, serving) and train nothing."),
     ] = False,
     launch: Annotated[
-        int | None, typer.Option("--launch", metavar="N", help="Train with N processes on this machine (torchrun).")
+        int | None,
+        typer.Option(
+            "--launch", metavar="N", min=1, max=4096, help="Number of training processes on this machine (torchrun)."
+        ),
     ] = None,
     shard: Annotated[
-        bool, typer.Option("--shard", help="With --launch: divide the base among the processes (FSDP).")
+        bool, typer.Option("--shard", help="Divide the base among the processes of --launch (FSDP).")
     ] = False,
     offload: Annotated[
-        bool, typer.Option("--offload", help="With --shard: the parts wait in host memory until their layer computes.")
+        bool, typer.Option("--offload", help="Keep the parts of a --shard base in host memory between uses.")
     ] = False,
-    nodes: Annotated[str, typer.Option(help="With --launch: machines, a number or least:most.")] = "1",
+    nodes: Annotated[
+        str,
+        typer.Option(
+            metavar="N|MIN:MAX", callback=check_nodes, help="Number of machines that train together with --launch."
+        ),
+    ] = "1",
     rendezvous: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="With --nodes: where the machines meet.")
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", callback=check_host_port, help="Address on one machine where all --nodes connect."
+        ),
     ] = None,
     report_to: Annotated[
-        list[str] | None,
-        typer.Option("--report-to", metavar="TRACKER", help="Also tell trackio, tensorboard or wandb. Repeatable."),
+        list[Tracker] | None,
+        typer.Option(
+            "--report-to", callback=_check_installed, help="Experiment tracker to send metrics to. Repeatable."
+        ),
     ] = None,
     as_json: AsJson = False,
     hub: HubUrl = None,
 ) -> None:
-    """Train a QLoRA adapter from a recipe, go on with a run that was stopped, or plan one."""
+    """Train an adapter from a recipe.
+
+    The base is frozen in NF4 and LoRA is trained on all linear layers (QLoRA) unless the recipe differs. Also resumes a
+    stopped run, and prints the plan of a run.
+    """
     _bound_kernel_caches()
     from adapterhub.bases.store import outline_base, pull_base
     from adapterhub.errors import UsageError
     from train.recipe import read_recipe
 
     if (recipe is None) == (resume is None):
-        raise UsageError("expected either a recipe, or --resume and the folder of a stopped run.")
+        raise UsageError("expected either a recipe or --resume OUTPUT: give one of them.")
     if offload and not shard:
         raise UsageError("--offload keeps the parts of a divided base in host memory: give --shard with it.")
     if plan and (launch is not None or shard):
@@ -69,17 +104,18 @@ def train(
         )
     if as_json and not plan:
         raise UsageError("--json is for --plan: a run's figures are in train_log.jsonl.")
+    trackers = [tracker.value for tracker in report_to or []]
     if resume is not None:
         if launch is not None:
-            raise UsageError("with --launch the same command goes on with a stopped run: leave --resume out.")
+            raise UsageError("with --launch the same command resumes a stopped run: leave out --resume.")
         if plan:
-            raise UsageError("--plan goes with a recipe, not with --resume.")
+            raise UsageError("--plan plans a new run: give a recipe instead of --resume.")
         if output is not None:
-            raise UsageError("--resume writes the folder the run was started for: leave --output out.")
+            raise UsageError("--resume writes to the folder of the stopped run: leave out --output.")
         if shard or nodes != "1" or rendezvous is not None:
             raise UsageError(
-                "--resume goes on in one process: leave --shard, --nodes and --rendezvous out, or give the run's "
-                "command again, with --launch."
+                "--resume goes on in one process: leave out --shard, --nodes and --rendezvous, or repeat the run's "
+                "command with --launch."
             )
         from train.loop.run_folder import read_run
 
@@ -88,38 +124,44 @@ def train(
         from train import trainer
         from train.reporting.trackers import tracking
 
-        with tracking(report_to or [], begun) as listen:
+        with tracking(trackers, begun) as listen:
             end = trainer.resume(resume, base, listen=listen)
         folder = resume
     else:
         from adapterhub.cli.training.feedback_export import feedback_exported
+        from train.distributed.launch import Launch
         from train.inputs import with_lora_of
+        from train.loop.run_folder import check_fresh
 
+        if launch is None and (nodes != "1" or rendezvous is not None):
+            raise UsageError("--nodes and --rendezvous belong to --launch: give --launch N, or leave them out.")
+        workers = None if launch is None else Launch(launch, nodes=nodes, rendezvous=rendezvous)
+        if shard and workers is None:
+            _check_is_worker()
         path = find_recipe(str(recipe))
         given = read_recipe(path)
         folder = output or Path(given.name)
-        # A plan needs no weights, and a base may be a hundred gigabytes.
+        if not plan:
+            check_fresh(folder)
+        # A plan needs no weights, and those of a base may take a hundred gigabytes.
         base = (outline_base if plan else pull_base)(given.base_name, report=say)
         start = _start_of(given, hub)
-        # Written down before it is read again, so that it says what the adapter to go on from has.
+        # Before the recipe is exported, so that the exported one names the starting adapter's rank and targets.
         given = with_lora_of(given, start)
         with feedback_exported(given, path, folder, is_plan=plan) as (parsed, path):
             if plan:
                 _plan(parsed, base, folder, start, as_json=as_json)
                 return
-            if launch is not None:
+            if workers is not None:
                 from adapterhub.cli.training.train_launch import launch_training
 
                 where = ["--shard"] * shard + ["--offload"] * offload + (["--hub", hub] if hub else [])
-                where += [word for name in report_to or [] for word in ("--report-to", name)]
+                where += [word for name in trackers for word in ("--report-to", name)]
                 arguments = ["train", str(path), "--output", str(folder), *where]
-                launch_training(
-                    parsed, folder, start=start, arguments=arguments, processes=launch, nodes=nodes,
-                    rendezvous=rendezvous,
-                )  # fmt: skip
+                launch_training(parsed, folder, start=start, arguments=arguments, launch=workers)
                 return
             shards: Shards | None = ("host" if offload else "device") if shard else None
-            ended = _train_here(parsed, base, folder, start, shards=shards, report_to=report_to or [])
+            ended = _train_here(parsed, base, folder, start, shards=shards, report_to=trackers)
         if ended is None:
             return
         end = ended
@@ -129,15 +171,15 @@ def train(
 
 
 def _next(folder: Path) -> str:
-    """What to do with a result: not every method makes an adapter."""
+    """Return the next step for the result of a run; not every method writes an adapter."""
     from adapterhub.package.run_record import RECIPE_NAME
     from train.recipe import read_recipe
 
     method = read_recipe(folder / RECIPE_NAME).method
     if method == "full":
-        return f"next: adapterhub serve --base {folder if folder.is_absolute() else f'./{folder}'} (a whole model)"
+        return f"next: adapterhub serve --base {folder if folder.is_absolute() else f'./{folder}'} (a full model)"
     if method in ("prompt", "prefix"):
-        return f"next: PeftModel.from_pretrained(base, {str(folder)!r}); a soft prompt is not packed"
+        return f"next: PeftModel.from_pretrained(base, {str(folder)!r}); soft prompts cannot be packed"
     return f"next: adapterhub pack {folder}"
 
 
@@ -162,15 +204,12 @@ def _train_here(
     shards: Shards | None,
     report_to: list[str],
 ) -> RunEnd | None:
-    """In this process, which may be one of several; None when another one of them writes the adapter."""
-    from adapterhub.errors import UsageError
+    """Train in this process, one of several or alone. Return None when another process writes the adapter."""
     from train.distributed.world import is_worker
     from train.worker import run_worker
 
     if is_worker():
         return run_worker(recipe, base, folder, start=start, shards=shards, report_to=report_to)
-    if shards:
-        raise UsageError("--shard divides the base among processes: give --launch N with it.")
     from train import trainer
     from train.reporting.trackers import tracking
 
@@ -178,17 +217,27 @@ def _train_here(
         return trainer.train(recipe, base, folder, start=start, listen=listen)
 
 
-def _bound_kernel_caches() -> None:
-    """Before torch loads: compiled products are kept for the shapes of a step or two, not for 1,024 as they come.
+def _check_is_worker() -> None:
+    """Refuse --shard in a process that --launch did not start. Raises UsageError."""
+    from adapterhub.errors import UsageError
+    from train.distributed.world import is_worker
 
-    Rows of every length are shapes of their own: on SmolLM2 the rest took 240 MB after 24 steps (measured).
+    if not is_worker():
+        raise UsageError("--shard divides the base among processes: give --launch N with it.")
+
+
+def _bound_kernel_caches() -> None:
+    """Limit oneDNN's caches of compiled kernels to the shapes of a step or two; call before torch is imported.
+
+    Rows of different lengths have different shapes. On SmolLM2 the default of 1,024 entries took 240 MB more after 24
+    steps (measured).
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")
 
 
 def _start_of(recipe: Recipe, hub: str | None) -> Adapter | None:
-    """The adapter the recipe goes on from; a folder is relative to the recipe."""
+    """Return the adapter that training starts from, if any; a folder is relative to the recipe."""
     if recipe.start is None:
         return None
     from adapterhub.adapter import AdapterRef
@@ -209,7 +258,7 @@ def _say_end(end: RunEnd) -> None:
         )
         if tuned := evaluation.preference:
             say(
-                f"{tuned.method.upper()} on {tuned.pairs} held-out pairs: the better reply is likelier in "
+                f"{tuned.method.upper()} on {tuned.pairs} held-out pairs: the chosen reply is likelier in "
                 f"{tuned.accuracy_before:.0%} -> {tuned.accuracy_after:.0%}; loss {tuned.loss_before:.3f} -> "
                 f"{tuned.loss_after:.3f}"
             )

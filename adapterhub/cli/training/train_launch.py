@@ -1,4 +1,4 @@
-"""How `adapterhub train --launch` checks what it was given before it starts processes."""
+"""Checks of `adapterhub train --launch`, made before it starts processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from adapterhub.adapter import Adapter
+    from train.distributed.launch import Launch
     from train.recipe import Recipe
 
 
@@ -17,19 +18,19 @@ def launch_training(
     *,
     start: Adapter | None,
     arguments: Sequence[str],
-    processes: int,
-    nodes: str,
-    rendezvous: str | None,
+    launch: Launch,
 ) -> None:
-    """Start `processes` workers with `arguments`. Raises UsageError, OutputNotFresh, TrainingFailed,
-    TrainingStopped."""
+    """Start the workers of `launch` with `arguments`.
+
+    Raises UsageError, OutputNotFresh, TrainingFailed, TrainingStopped.
+    """
     from adapterhub.errors import UsageError
-    from train.distributed.launch import Launch, run
+    from train.distributed.launch import run
     from train.loop.run_folder import check_fresh
     from train.worker import check_same_run
 
     if recipe.preference is not None:
-        raise UsageError("preference tuning runs in one process: leave --launch out.")
+        raise UsageError("preference tuning runs in a single process: leave out --launch.")
     check_fresh(output)
     check_same_run(recipe, output, start)
-    run(Launch(processes, nodes=nodes, rendezvous=rendezvous), arguments)
+    run(launch, arguments)

@@ -117,6 +117,28 @@ def test_an_output_folder_in_use_is_refused(
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--output", "taken"), "taken already exists"),
+        (("--nodes", "2"), "give --launch N"),
+        (("--rendezvous", "a:1"), "give --launch N"),
+        (("--launch", "2", "--nodes", "2"), "--rendezvous HOST:PORT"),
+        (("--shard",), "give --launch N"),
+    ],
+)
+def test_train_refuses_its_options_before_it_looks_for_the_base(
+    run_here: Callable[..., Done], home: Path, tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...], said: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").touch()
+    recipe = _recipe(tmp_path, tiny_base)
+    recipe.write_text(recipe.read_text().replace(str(tiny_base.path), "./no-base"))
+    _refused(run_here("train", str(recipe), *options), 2, said)
+
+
 def test_an_interrupted_training_writes_no_adapter_and_says_how_to_go_on(
     home: Path, tmp_path: Path, tiny_base: StoredBase
 ) -> None:

@@ -15,7 +15,7 @@ from packages import write_package
 from road import run_any
 from typer.testing import CliRunner
 
-from adapterhub.cli.examples import EXAMPLES
+from adapterhub.cli.commands import SECTIONS, Group, examples
 from adapterhub.cli.main import app
 from adapterhub.feedback.store import STORE_NAME, FeedbackAnswer, FeedbackStore, PromptMessage, Thumb
 from adapterhub.package.layout import open_adapter
@@ -36,6 +36,7 @@ def _commands() -> Iterator[tuple[str, typer.main.TyperCommand]]:
 
 
 COMMANDS = dict(_commands())
+EXAMPLES = examples()
 WITH_JSON = {name for name, command in COMMANDS.items() if any("--json" in param.opts for param in command.params)}
 JSON_IN = {
     "recipes": "recipes --json",
@@ -63,6 +64,19 @@ def test_help_ends_with_an_example_that_is_this_command(name: str) -> None:
     assert words[: 1 + len(name.split())] == ["adapterhub", *name.split()]
     known = {option for param in COMMANDS[name].params for option in (*param.opts, *param.secondary_opts)}
     assert {word for word in words if word.startswith("-")} <= known
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself() -> None:
+    """The table repeats the first line of each help, so that `--help` imports no command."""
+    listed = {}
+    for entries in SECTIONS.values():
+        for name, entry in entries.items():
+            listed |= (
+                {f"{name} {inner}": one.summary for inner, one in entry.commands.items()}
+                if isinstance(entry, Group)
+                else {name: entry.summary}
+            )
+    assert listed == {name: (command.help or "").partition("\n")[0] for name, command in COMMANDS.items()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

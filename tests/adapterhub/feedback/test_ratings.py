@@ -184,7 +184,6 @@ def test_the_command(tmp_path: Path) -> None:
         (["--fields", "who=x"], "expected model_a"),
         (["--winner-codes", "A=left"], "--winner-codes A=left: expected a, b or tie"),
         (["--verdicts", "A=left"], "--verdicts A=left: expected a, b or tie"),
-        (["--method", "elo", "--k", "0"], "above 0"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path: Path, options: list[str], said: str) -> None:
@@ -203,6 +202,14 @@ def test_the_old_name_of_the_winner_codes_is_accepted(tmp_path: Path) -> None:
     )
     assert json.loads(new.stdout)["head_to_head"] == [{"a": "p", "b": "q", "wins": 1, "losses": 1, "ties": 0}]
     assert new.stdout == old.stdout
+
+
+@pytest.mark.parametrize("k", ["0", "nan", "inf"])
+def test_a_game_moves_ratings_by_a_finite_number_above_0(tmp_path: Path, k: str) -> None:
+    file = write(tmp_path / "v", row("p", "q", "a"))
+    outcome = CliRunner().invoke(app, ["ratings", str(file), "--method", "elo", "--k", k])
+    assert outcome.exit_code == 2
+    assert "is not a finite number above 0" in outcome.output
 
 
 def test_a_text_with_a_line_end_of_its_own_is_one_row(tmp_path: Path) -> None:

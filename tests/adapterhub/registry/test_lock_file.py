@@ -208,7 +208,7 @@ def test_nothing_is_served_when_an_option_names_what_the_lock_does_not(
     hub: Hub, home: Path, tmp_path: Path, options: tuple[str, str]
 ) -> None:
     _write_lock(hub, tmp_path, {})
-    with pytest.raises(UsageError, match="given by --adapter or --locked; poet is not one"):
+    with pytest.raises(UsageError, match="unexpected name in --weight or --pin: poet"):
         _serve(tmp_path, *options)
 
 
