@@ -32,6 +32,7 @@ NONSENSE = {
     "--name": "no name",
     "--nodes": "many",
     "--plot": "plot.txt",
+    "--recipe": "no-such-recipe",
     "--rendezvous": "here",
     "--resume": "no-such-run",
     "--root": "no-such-hub",
