@@ -19,6 +19,7 @@
       UsageError                a request that makes no sense as asked              exit 2   400
         OutputNotFresh          an output folder that already holds something
         RunNotResumable         no stopped training run at that folder
+        AliasProtected (403)    the trust policy lets only promote and rollback move this alias
         ConstraintFailed        guided decoding that cannot go on
       StorageFull               the disk is full                                    exit 1   507
       TrainingFailed            the run cannot go on (NaN loss, out of memory)      exit 1   500
@@ -165,6 +166,10 @@ class OutputNotFresh(UsageError):
 
 class RunNotResumable(UsageError):
     code = "run_not_resumable"
+
+
+class AliasProtected(UsageError):
+    http_status, code = 403, "alias_protected"
 
 
 class ConstraintFailed(UsageError):

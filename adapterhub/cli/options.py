@@ -222,4 +222,4 @@ def replay_probe(adapter: Adapter, base_name: str | None) -> None:
     held = load_kwargs(adapter.manifest.base.quantization) | {"dtype": recorded.dtype}
     replay(load_base(base, purpose="serve", **held), adapter)
     say(f"probe: {len(recorded.answers)} recorded prompts answered as before ({recorded.dtype})")
-    registry().record_proof(adapter)
+    registry().record_probe(adapter)

@@ -1,4 +1,4 @@
-"""The recipe that trains an adapter further on feedback, for the command line and the server."""
+"""The recipe that trains a candidate from feedback, shared by the command `improve` and a server."""
 
 from __future__ import annotations
 

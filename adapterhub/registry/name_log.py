@@ -79,8 +79,8 @@ class Name:
         last = {move.revision: move for move in self.moves}
         return {revision: move for revision, move in sorted(last.items()) if move.after is not None}
 
-    def leads_to(self, revision: str) -> str | None:
-        """The digest, or None when there is no such revision."""
+    def target(self, revision: str) -> str | None:
+        """Return the digest that `revision` points to, or None when there is no such revision."""
         move = self.revisions().get(revision)
         return move.after if move else None
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from adapterhub.adapter import Adapter, AdapterRef
-from adapterhub.errors import AdapterNotFound, Conflict, DigestMismatch, ProbeMismatch, UsageError
+from adapterhub.errors import AdapterNotFound, Conflict, DigestMismatch, UsageError
 from adapterhub.files import expanded, hold, raise_storage_full, write_atomic
 from adapterhub.hub.client import Hub
 from adapterhub.package.bundle import opened_bundle
@@ -97,21 +97,28 @@ class Registry:
         expect: str | None = None,
         by: str | None = None,
     ) -> Adapter:
-        """Keep a verified package, file by file and each content once, and let `name@revision` lead to it.
+        """Keep a verified package and point `name@revision` to it. Each content is stored once.
 
-        With `expect` only where it leads there before, or to NOTHING. Raises Conflict where it leads elsewhere.
+        `expect` makes it compare-and-swap, as in `promote`.
+
+        Raises:
+            UsageError: `name` cannot be a name.
+            Conflict: the revision does not point where `expect` says.
+            SignatureInvalid: the trust policy protects the name.
+            AliasProtected: the trust policy protects the revision.
         """
         called = name or adapter.manifest.name
         if AdapterRef.parse(called) != AdapterRef(name=called):
-            raise UsageError(f"{called!r} is a folder, a digest or a revision, not a name to keep an adapter under.")
-        if revision in Policy.read(self.root).protected:
-            raise UsageError(f"{revision} is a protected alias here: add it as {DEFAULT_REVISION} and promote it.")
+            raise UsageError(
+                f"invalid name {called!r}: expected a name, not a folder, a digest or a revision. Give --name NAME."
+            )
+        self._check_new(adapter, called, revision, act)
         with self.store.keep(adapter) as kept:
-            self._lead(called, revision, kept, act, by=by, origin=origin, expect=expect)
+            self._move(called, revision, kept, act, by=by, origin=origin, expect=expect)
         return kept
 
     def pull(self, ref: AdapterRef, hub: Hub, *, report: Report = lambda line: None, by: str | None = None) -> Adapter:
-        """Fetch `owner/name[@revision]` from `hub`, verify, and keep it under that name."""
+        """Fetch `owner/name[@revision]` from `hub`, verify it, keep it and point that name to it. Raises as `add`."""
         if ref.name is None:
             raise AdapterNotFound(f"{ref} cannot be pulled: expected owner/name or owner/name@revision.")
         report(f"pulling {ref} from {hub.endpoint}")
@@ -122,27 +129,22 @@ class Registry:
             raise_storage_full(self.root),
         ):
             adapter, commit = hub.pull(ref.name, Path(scratch) / "package", revision=ref.revision)
-            Policy.read(self.root).check(adapter, ref.name)
-            if (ref.revision or DEFAULT_REVISION) in Policy.read(self.root).protected:
-                raise UsageError(f"{ref.revision} is a protected alias here: pull another revision and promote it.")
+            revision = ref.revision or DEFAULT_REVISION
+            self._check_new(adapter, ref.name, revision, "pull")
             report(f"verified {len(adapter.manifest.files)} files, {adapter.digest}")
             origin = f"{hub.endpoint} {commit}"
             with self.store.keep(adapter, is_scratch=True) as kept:
-                self._lead(ref.name, ref.revision or DEFAULT_REVISION, kept, "pull", by=by, origin=origin)
+                self._move(ref.name, revision, kept, "pull", by=by, origin=origin)
         return kept
 
     def import_bundle(self, path: Path, *, name: str | None = None, by: str | None = None) -> Adapter:
-        """Keep the package of a bundle under its own name or `name`, if the policy lets it in.
-
-        Raises PackageError kinds, SignatureInvalid.
-        """
+        """Keep the package of a bundle under its own name or `name`. Raises PackageError kinds, and as `add`."""
         self.root.mkdir(parents=True, exist_ok=True)
         with (
             tempfile.TemporaryDirectory(dir=self.root, prefix=".pull-") as scratch,
             hold(Path(scratch)),
             opened_bundle(path, Path(scratch)) as adapter,
         ):
-            Policy.read(self.root).check(adapter, name or adapter.manifest.name)
             return self.add(adapter, name=name, origin="bundle", act="import", by=by)
 
     def lock(self, wanted: Mapping[str, AdapterRef]) -> Lock:
@@ -238,61 +240,62 @@ class Registry:
         by: str | None = None,
         prove: Callable[[Adapter], None] | None = None,
     ) -> Move:
-        """Let `alias` of ref's name lead where `ref` leads now. Returns the move, as it is in the history.
+        """Point `alias` of ref's name to the adapter that `ref` points to. Return the move, as it is in the history.
 
-        `expect` makes it compare-and-swap: the digest (or its beginning) the alias must lead to before, or NOTHING.
+        `expect` makes it compare-and-swap: the digest (or its beginning) the alias points to before, or NOTHING.
         `prove` replays the adapter's probe when a protected alias needs one that has not passed here yet.
-        Raises Conflict with both digests when it leads elsewhere, UsageError for what cannot be an alias,
-        AdapterNotFound, SignatureInvalid and ProbeMismatch for a protected alias, PackageError kinds.
+
+        Raises:
+            Conflict: the alias points elsewhere than `expect` says; the message has both digests.
+            UsageError: `alias` cannot be an alias, or `ref` has no name.
+            AdapterNotFound, PackageError: there is no such adapter, or it is damaged.
+            SignatureInvalid, ProbeMismatch: the trust policy protects the name or the alias.
         """
         _check_alias(alias)
         if ref.name is None:
-            raise UsageError(f"{ref} has no name an alias could belong to: promote NAME@REVISION, add a folder first.")
+            raise UsageError(f"{ref} has no name that an alias could belong to: expected NAME@REVISION. Add it first.")
         adapter = Registry(self.root).resolve(ref)
-        if alias in Policy.read(self.root).protected:
-            self._check_protected(adapter, ref.name, alias, prove)
         with self.lease(adapter):
-            return self._lead(ref.name, alias, adapter, "promote", by=by, expect=expect)
+            if prove is not None and alias in Policy.read(self.root).protected and not self.probe_passed(adapter):
+                # Everything but the probe is checked before the base is loaded.
+                Policy.read(self.root).check_move(adapter, ref.name, alias, act="promote", has_probe_passed=True)
+                prove(adapter)
+                self.record_probe(adapter)
+            return self._move(ref.name, alias, adapter, "promote", by=by, expect=expect)
 
     def rollback(self, name: str, alias: str, *, expect: str | None = None, by: str | None = None) -> Move:
-        """Let an alias lead again where it led before its last promotion. Raises as `promote` does."""
+        """Point an alias back to where it pointed before its last promotion. Raises as `promote` does."""
         _check_alias(alias)
         known = self.log.read(name)
-        if known is None or known.leads_to(alias) is None:
+        if known is None or known.target(alias) is None:
             raise AdapterNotFound(self._where_we_looked(AdapterRef(name=name, revision=alias), known))
         earlier = known.before(alias)
         if earlier is None:
-            raise UsageError(f"{name}@{alias} never led anywhere else than to {known.leads_to(alias)}.")
+            raise UsageError(
+                f"cannot roll back {name}@{alias}: it has never pointed anywhere but to {known.target(alias)}. "
+                f"Run 'adapterhub history {name}' to see its moves."
+            )
         adapter = self.store.open(earlier)
-        if alias in Policy.read(self.root).protected:
-            self._check_protected(adapter, name, alias, None)
-        Policy.read(self.root).check(adapter, name)
         with self.lease(adapter):
-            return self._lead(name, alias, adapter, "rollback", by=by, expect=expect or known.leads_to(alias))
+            return self._move(name, alias, adapter, "rollback", by=by, expect=expect or known.target(alias))
 
     def remove(self, name: str, revision: str = DEFAULT_REVISION, *, by: str | None = None) -> Move:
-        """Forget one revision of a name; the package stays until it is collected.
+        """Remove one revision of a name. The package stays until it is garbage-collected.
 
-        Raises AdapterNotFound, UsageError for a protected alias.
+        Raises:
+            AdapterNotFound: there is no such revision.
+            AliasProtected: the trust policy protects the revision.
         """
-        if revision in Policy.read(self.root).protected:
-            raise UsageError(f"{revision} is a protected alias: promote another adapter instead of removing it.")
-        with self.log.locked():
-            known = self.log.read(name)
-            before = known.leads_to(revision) if known else None
-            if before is None:
-                raise AdapterNotFound(self._where_we_looked(AdapterRef(name=name, revision=revision), known))
-            move = Move(at=now(), by=by or default_actor(), act="remove", revision=revision, before=before, after=None)
-            self.log.append(name, [move])
-        return move
+        return self._move(name, revision, None, "remove", by=by)
 
-    def record_proof(self, adapter: Adapter, *, by: str | None = None) -> None:
-        """Write down that the adapter's probe was replayed on this machine and passed."""
+    def record_probe(self, adapter: Adapter, *, by: str | None = None) -> None:
+        """Record that the adapter's probe was replayed on this machine and passed."""
         record = {"at": now().isoformat(), "by": by or default_actor(), "digest": adapter.digest}
-        write_atomic(self._proof(adapter), json.dumps(record, indent=1) + "\n")
+        write_atomic(self._probe_records(adapter)[0], json.dumps(record, indent=1) + "\n")
 
-    def has_proof(self, adapter: Adapter) -> bool:
-        return self._proof(adapter).is_file()
+    def probe_passed(self, adapter: Adapter) -> bool:
+        """Return whether the adapter's probe was replayed on this machine and passed."""
+        return any(path.is_file() for path in self._probe_records(adapter))
 
     def lease(self, adapter: Adapter) -> AbstractContextManager[None]:
         """While the block runs no collection takes the adapter's package. Folders elsewhere are nobody's to take."""
@@ -314,49 +317,57 @@ class Registry:
 
         return self.store.collect(needed, grace_s=grace_s, is_trial=is_trial)
 
-    def _proof(self, adapter: Adapter) -> Path:
-        return self.root / "proofs" / f"{adapter.digest.removeprefix('sha256:')}.json"
+    def _probe_records(self, adapter: Adapter) -> tuple[Path, Path]:
+        """The record's path, and its path in stores that an earlier version wrote."""
+        name = f"{adapter.digest.removeprefix('sha256:')}.json"
+        return self.root / "probes" / name, self.root / "proofs" / name
 
-    def _check_protected(
-        self, adapter: Adapter, name: str, alias: str, prove: Callable[[Adapter], None] | None
-    ) -> None:
-        Policy.read(self.root).check_protected(adapter, name, alias)
-        if self.has_proof(adapter):
-            return
-        if prove is None:
-            raise ProbeMismatch(
-                f"{alias} is protected and the probe of {adapter.digest[:19]} has not passed here: run "
-                f"`adapterhub verify {name}@{adapter.digest[:19]} --probe`, then promote it."
-            )
-        prove(adapter)
-        self.record_proof(adapter)
+    def check_move(self, adapter: Adapter, name: str, revision: str = DEFAULT_REVISION, *, act: Act = "add") -> None:
+        """Check that the trust policy lets `act` point `name@revision` to `adapter`. Raises as `add` does."""
+        passed = self.probe_passed(adapter)
+        Policy.read(self.root).check_move(adapter, name, revision, act=act, has_probe_passed=passed)
 
-    def _lead(
+    def _check_new(self, adapter: Adapter, name: str, revision: str, act: Act) -> None:
+        """Refuse an adapter before it is stored. One that is stored may have its signature there: `_move` checks it."""
+        if not self.store.has(adapter.digest):
+            self.check_move(adapter, name, revision, act=act)
+
+    def _move(
         self,
         name: str,
         revision: str,
-        adapter: Adapter,
+        adapter: Adapter | None,
         act: Act,
         *,
         by: str | None,
         origin: str | None = None,
         expect: str | None = None,
     ) -> Move:
-        """Without an `origin` it is the one the name has had the package from, else `local`."""
+        """Point `name@revision` to a stored adapter (None: to nothing). The only place that writes a move.
+
+        The trust policy is checked under the lock, on the package as it is stored. Without an `origin` it is the one
+        the name has had the package from, else `local`.
+        """
         with self.log.locked():
             known = self.log.read(name)
-            before = known.leads_to(revision) if known else None
+            before = known.target(revision) if known else None
+            policy = Policy.read(self.root)
+            passed = adapter is not None and self.probe_passed(adapter)
+            policy.check_move(adapter, name, revision, act=act, has_probe_passed=passed)
+            if adapter is None and before is None:
+                raise AdapterNotFound(self._where_we_looked(AdapterRef(name=name, revision=revision), known))
             _check_expected(name, revision, before, expect)
-            moves = [move for move in known.moves if move.after == adapter.digest] if known else []
+            after = adapter.digest if adapter else None
+            moves = [move for move in known.moves if move.after == after] if known and adapter else []
             move = Move(
                 at=now(),
                 by=by or default_actor(),
                 act=act,
                 revision=revision,
                 before=before,
-                after=adapter.digest,
+                after=after,
                 origin=origin or (moves[-1].origin if moves else "local"),
-                about=Summary.of(adapter.manifest),
+                about=Summary.of(adapter.manifest) if adapter else None,
             )
             if before != move.after or (act == "pull" and not _was_fetched(known, move)):
                 self.log.append(name, [move])
@@ -374,7 +385,7 @@ class Registry:
 
 def _lookup(known: Name, revision: str) -> str | None:
     """The digest of a revision; else of what was once fetched at that commit, or whose digest begins so."""
-    digest = known.leads_to(revision)
+    digest = known.target(revision)
     if digest is None and (revision.startswith("sha256:") or _is_commit(revision)):
         move = known.find(revision)
         digest = move.after if move else None
@@ -388,8 +399,8 @@ def _was_fetched(known: Name | None, move: Move) -> bool:
 def _check_alias(alias: str) -> None:
     if alias == DEFAULT_REVISION or _ALIAS.fullmatch(alias) is None or _is_commit(alias):
         raise UsageError(
-            f"{alias!r} cannot be an alias: expected letters, digits, dots, dashes and underscores, no commit, and not "
-            f"{DEFAULT_REVISION}, which follows add and pull."
+            f"invalid alias {alias!r}: expected letters, digits, dots, dashes and underscores, no commit, and not "
+            f"{DEFAULT_REVISION!r}, which add and pull move. Choose another alias."
         )
 
 
@@ -397,13 +408,15 @@ def _check_expected(name: str, revision: str, before: str | None, expect: str | 
     if expect is None:
         return
     if _EXPECTED.fullmatch(expect) is None:
-        raise UsageError(f"{expect!r} cannot be expected of an alias: give sha256: and 8 or more digits, or {NOTHING}.")
-    if (before or NOTHING).startswith(expect):
-        return
-    raise Conflict(
-        f"{name}@{revision} leads to {before or NOTHING}, not to {expect}: somebody moved it; look at "
-        f"`adapterhub history {name}` and try again."
-    )
+        raise UsageError(
+            f"invalid --expect {expect!r}: expected sha256:<8 or more hex digits> or {NOTHING!r}. "
+            "Run 'adapterhub resolve NAME' to see the digest."
+        )
+    if not (before or NOTHING).startswith(expect):
+        raise Conflict(
+            f"{name}@{revision} points to {before or NOTHING}: expected {expect}. Another process moved it; run "
+            f"'adapterhub history {name}', then try again."
+        )
 
 
 def _is_commit(revision: str) -> bool:

@@ -19,7 +19,6 @@ from adapterhub.files import hold, raise_storage_full
 from adapterhub.package.bundle import MAX_BYTES, opened_bundle
 from adapterhub.package.diff import difference
 from adapterhub.registry.name_log import Move
-from adapterhub.registry.policy import Policy
 from adapterhub.registry.registry import DEFAULT_REVISION, NOTHING, Entry, Registry
 from serve.adapters.catalog import Catalog, clients_ref
 from serve.api.body import body_chunks, declared_size
@@ -171,19 +170,18 @@ async def _receive(request: Request, path: Path) -> None:
 
 
 def _stored(registry: Registry, path: Path, name: str | None, *, by: str | None) -> Adapter:
-    """Store the uploaded adapter. Raises SignatureInvalid, and Conflict where the name points to another adapter."""
+    """Store an uploaded bundle. An upload moves no existing name: raises Conflict. Also raises as `Registry.add`."""
     with opened_bundle(path, path.parent) as adapter:
         called = AdapterRef.parse(name or adapter.manifest.name)
         if called.name is None or called.revision is not None:
             raise UsageError(f"invalid name {name!r} for an upload: expected NAME, without an alias. Send ?name=NAME.")
-        Policy.read(registry.root).check(adapter, called.name)
         known = registry.log.read(called.name)
-        there = known.leads_to(DEFAULT_REVISION) if known else None
-        if there not in (None, adapter.digest):
+        target = known.target(DEFAULT_REVISION) if known else None
+        if target not in (None, adapter.digest):
             raise Conflict(
-                f"{called} points to {there[:19]} already: expected a new name. Send ?name=NAME with another one."
+                f"{called} points to {target[:19]} already: expected a new name. Send ?name=NAME with another one."
             )
-        return registry.add(adapter, name=called.name, origin="upload", expect=there or NOTHING, by=by)
+        return registry.add(adapter, name=called.name, origin="upload", expect=target or NOTHING, by=by)
 
 
 def _local(registry: Registry, text: str) -> Adapter:

@@ -8,12 +8,12 @@ from contextlib import ExitStack
 
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.bases.store import list_bases
-from adapterhub.errors import AdapterNotFound, Conflict, UsageError
+from adapterhub.errors import AdapterNotFound, UsageError
 from adapterhub.feedback.improvement import Improvement
+from adapterhub.feedback.promotion import Promotion, name_of
 from adapterhub.feedback.store import FeedbackStore
 from adapterhub.package.layout import open_adapter
-from adapterhub.registry.policy import Policy
-from adapterhub.registry.registry import DEFAULT_REVISION, NOTHING, Registry
+from adapterhub.registry.registry import Registry
 from serve.adapters.catalog import Catalog, clients_ref
 from serve.training.runs import TrainingRun, TrainingRuns
 
@@ -48,28 +48,34 @@ class CandidatePipeline:
                     f"{adapter.path}, from which {ref} is served, has lost files: expected a complete package. Restore "
                     "them, or load another adapter."
                 ) from error
-            improves = await asyncio.to_thread(self._name_of, adapter)
+            improves = await asyncio.to_thread(name_of, self._registry, adapter)
             return await self._runs.start(recipe, improves=improves)
 
     async def publish(self, name: str, *, by: str | None = None) -> str:
-        """Pack the adapter of a run, store it, and serve it. Return the name it is served under.
+        """Pack what a run made and serve it beside the others under a name of its own. Return that name.
 
-        Raises TrainingRunNotFound, UsageError for a run that is not complete, SignatureInvalid, and what packing and
-        loading raise. The registry's name is moved last, so that it never points to an adapter that cannot be loaded.
+        The name is moved last, so that it never points to what could not be loaded.
+
+        Raises:
+            TrainingRunNotFound: there is no such run.
+            UsageError: the run is not complete.
+            SignatureInvalid, AliasProtected: the trust policy protects the name.
         """
         adapter = await self._packed(name)
-        called = f"{adapter.manifest.name}-{name.rpartition('-')[2]}"
+        promotion = Promotion(self._registry, f"{adapter.manifest.name}-{name.rpartition('-')[2]}", start=None)
         with ExitStack() as lease:
-            await asyncio.to_thread(self._keep, adapter, lease, called)
-            await self._catalog.load(called, AdapterRef(digest=adapter.digest), replace=True)
-            await asyncio.to_thread(self._registry.add, adapter, name=called, by=by)
-        return called
+            await asyncio.to_thread(self._keep, adapter, lease, promotion)
+            await self._catalog.load(promotion.name, AdapterRef(digest=adapter.digest), replace=True)
+            await asyncio.to_thread(promotion.move, adapter, by=by)
+        return promotion.name
 
     async def promote(self, name: str, *, by: str | None = None) -> str:
-        """Point the name of the improved adapter to the candidate, and serve the candidate in its place.
+        """Move the name that an improvement started from to its candidate, here and wherever it is served.
 
-        Raises as publish does, UsageError for a run that improves no adapter, and Conflict for a name that points to
-        another adapter than the run started from.
+        Raises:
+            UsageError: the run improves nothing, or is not complete.
+            Conflict: the name points elsewhere than to what the run started from.
+            TrainingRunNotFound, SignatureInvalid, AliasProtected: as `publish`.
         """
         run = await asyncio.to_thread(self._runs.get, name)
         if run.improves is None:
@@ -77,48 +83,39 @@ class CandidatePipeline:
                 f"run {name} improves no adapter: expected a run from feedback. Publish it under a name of its own."
             )
         adapter = await self._packed(name)
-        before = tomllib.loads(run.recipe).get("start")
-        expect = await asyncio.to_thread(self._expected, run.improves, before, adapter)
+        start = tomllib.loads(run.recipe).get("start")
+        promotion = Promotion(self._registry, run.improves, start)
         with ExitStack() as lease:
-            await asyncio.to_thread(self._keep, adapter, lease, run.improves)
+            await asyncio.to_thread(self._keep, adapter, lease, promotion)
             for published in self._catalog.list():
-                if published.adapter.digest == before:
+                if published.adapter.digest == start:
                     await self._catalog.load(
                         published.name, AdapterRef(digest=adapter.digest), replace=True,
                         weight=published.weight, is_pinned=published.is_pinned,
                     )  # fmt: skip
-            await asyncio.to_thread(self._registry.add, adapter, name=run.improves, expect=expect, by=by)
+            await asyncio.to_thread(promotion.move, adapter, by=by)
         return run.improves
 
     async def _packed(self, name: str) -> Adapter:
-        await self._runs.pack(name)
+        run = await asyncio.to_thread(self._runs.get, name)
+        await self._runs.pack(name, licence=await asyncio.to_thread(self._licence, run))
         return await asyncio.to_thread(open_adapter, self._runs.folder / name)
 
-    def _name_of(self, adapter: Adapter) -> str:
-        """Return the adapter's name in the registry, which may differ from the served one."""
-        kept = (entry for entry in self._registry.list() if entry.digest == adapter.digest)
-        names = [entry.name for entry in kept if entry.revision == DEFAULT_REVISION]
-        return names[0] if names else adapter.manifest.name
+    def _licence(self, run: TrainingRun) -> str | None:
+        """Return the license of the adapter that the run started from, while that is kept here."""
+        start = tomllib.loads(run.recipe).get("start")
+        if run.improves is None or start is None or not self._registry.store.has(start):
+            return None
+        return self._registry.store.open(start).manifest.licence
 
     def _stored(self, text: str) -> Adapter:
         return Registry(self._registry.root).resolve(clients_ref(text))
 
-    def _expected(self, name: str, before: str | None, after: Adapter) -> str:
-        """Return the digest that `name` points to, or NOTHING. Raises Conflict where it may not move to `after`."""
-        known = self._registry.log.read(name)
-        there = known.leads_to(DEFAULT_REVISION) if known else None
-        if there not in (None, before, after.digest):
-            raise Conflict(
-                f"{name} points to {there[:19]}: expected {str(before)[:19]}, which the run started from. Publish the "
-                "candidate under a name of its own."
-            )
-        return there or NOTHING
-
-    def _keep(self, adapter: Adapter, lease: ExitStack, name: str | None = None) -> None:
-        """Store it, safe from garbage collection until `lease` ends. Raises SignatureInvalid by `name`'s policy."""
+    def _keep(self, adapter: Adapter, lease: ExitStack, promotion: Promotion | None = None) -> None:
+        """Store the adapter until `lease` ends, at least. Raises as `Promotion.check`."""
         kept = lease.enter_context(self._registry.store.keep(adapter))
-        if name is not None:
-            Policy.read(self._registry.root).check(kept, name)
+        if promotion is not None:
+            promotion.check(kept)
 
 
 def _name_of_base(adapter: Adapter) -> str:

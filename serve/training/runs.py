@@ -105,15 +105,19 @@ class TrainingRuns:
             self._launch(name, *self._anew(name), improves=improves)
             return self.get(name)
 
-    async def pack(self, name: str) -> None:
-        """Pack the adapter of a run. Raises TrainingRunNotFound, UsageError for a run that is not complete."""
+    async def pack(self, name: str, *, licence: str | None = None) -> None:
+        """Pack the adapter of a run, unless it is packed. Without a license it gets the base's.
+
+        Raises TrainingRunNotFound, UsageError for a run that is not complete.
+        """
         run = await asyncio.to_thread(self.get, name)
         if run.output is None:
             raise UsageError(f"run {name} is {run.status}: expected a run that is done. Wait for it, or resume it.")
         async with self._starting:
             if not (run.output / MANIFEST_NAME).is_file():
                 called = tomllib.loads(run.recipe).get("name", name)
-                await self._run_command("pack", str(run.output), "--name", str(called))
+                license_given = ("--licence", licence) if licence else ()
+                await self._run_command("pack", str(run.output), "--name", str(called), *license_given)
 
     async def resume(self, name: str) -> TrainingRun:
         """Resume a run. Raises TrainingRunNotFound, TrainingBusy, and UsageError for a run that is complete."""

@@ -156,10 +156,10 @@ def inspect(ref: AnyRef, as_json: AsJson = False) -> None:
     signer = signer_hint(found.adapter)
     if as_json:
         facts = {"digest": found.adapter.digest, "parameters": found.parameters, "path": str(found.adapter.path)}
-        standing = {"names": names, "signed_by": signer, "probe_passed": kept.has_proof(found.adapter)}
+        standing = {"names": names, "signed_by": signer, "probe_passed": kept.probe_passed(found.adapter)}
         typer.echo(json.dumps({**facts, **standing, **manifest.model_dump(mode="json")}, indent=1))
         return
-    passed = ", passed here" if kept.has_proof(found.adapter) else ""
+    passed = ", passed here" if kept.probe_passed(found.adapter) else ""
     rows = [
         ("name", manifest.name),
         ("digest", found.adapter.digest),

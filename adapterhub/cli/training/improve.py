@@ -45,29 +45,37 @@ def improve(
     """
     from adapterhub.adapter import AdapterRef
     from adapterhub.cli.training.feedback_export import feedback_exported
-    from adapterhub.pack import pack
+    from adapterhub.errors import AdapterHubError
+    from adapterhub.feedback.promotion import Promotion, name_of, pack_candidate
     from train import trainer
     from train.inputs import with_lora_of
     from train.recipe import Recipe
 
     adapter = resolved(ref)
-    name = adapter.manifest.name
-    called = AdapterRef.parse(ref).name or name
-    folder = (output or Path(f"{name}-improved")).absolute()
+    called = AdapterRef.parse(ref).name or name_of(registry(), adapter)
+    promotion = Promotion(registry(), called, adapter.digest)
+    if promote:
+        promotion.check_before_run()
+    folder = (output or Path(f"{adapter.manifest.name}-improved")).absolute()
     improvement = Improvement(method, steps, batch_size, learning_rate, held_out)
     base = base_with(adapter.base, None)
     text = improvement.recipe(adapter, base=base.ref.id, store=store)
     wanted = Recipe.model_validate(tomllib.loads(text))
     with feedback_exported(with_lora_of(wanted, adapter), folder, folder) as (recipe, _):
         end = trainer.train(recipe, base, folder, start=adapter)
-    candidate = pack(folder, base=base, name=name, licence=adapter.manifest.licence, report=say)
+    candidate = pack_candidate(folder, base=base, start=adapter, report=say)
     is_better = _told(end)
     say(f"{adapter.digest} -> {candidate.digest}")
     if promote is None:
-        promote = typer.confirm(f"Let {called} lead to the candidate?", default=is_better, err=True)
+        try:
+            promotion.check(candidate)
+        except AdapterHubError as error:
+            say(f"{called} cannot be moved to the candidate: {error}")
+        else:
+            promote = typer.confirm(f"Point {called} to the candidate?", default=is_better, err=True)
     if promote:
-        registry().add(candidate, name=called)
-        say(f"{called} leads to the candidate; before it: {adapter.digest}")
+        promotion.move(candidate)
+        say(f"{called} points to the candidate; before, it pointed to {adapter.digest}")
     typer.echo(folder)
 
 

@@ -177,14 +177,16 @@ def test_an_encrypted_key_needs_its_password(tmp_path: Path, monkeypatch: pytest
 # The policy
 
 
+POLICY = 'protected = ["production"]\n[[trust]]\nnames = "acme/*"\nkeys = ["ada.pub"]\n'
+
+
 @pytest.fixture
 def registry(tmp_path: Path, keys: tuple[Path, Path]) -> Registry:
     """One that trusts ada with `acme/*`, and protects `production`."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "ada.pub").write_bytes(keys[1].read_bytes())
-    policy = 'protected = ["production"]\n[[trust]]\nnames = "acme/*"\nkeys = ["ada.pub"]\n'
-    (home / "policy.toml").write_text(policy)
+    (home / "policy.toml").write_text(POLICY)
     return Registry(home)
 
 
@@ -193,8 +195,10 @@ def _ref(text: str) -> AdapterRef:
 
 
 def test_an_unsigned_adapter_under_a_trusted_name_is_not_resolved(registry: Registry, tmp_path: Path) -> None:
+    (registry.root / "policy.toml").unlink()
     adapter = registry.add(open_adapter(write_package(tmp_path / "p", name="captain")), name="acme/captain")
     registry.add(adapter, name="other/captain")
+    (registry.root / "policy.toml").write_text(POLICY)
     for text in ("acme/captain", adapter.digest, str(adapter.path)):
         with pytest.raises(SignatureInvalid, match="no adapter.sig"):
             registry.resolve(_ref(text))
@@ -203,7 +207,7 @@ def test_an_unsigned_adapter_under_a_trusted_name_is_not_resolved(registry: Regi
 
 
 def test_a_signed_one_is(registry: Registry, signed: Adapter, tmp_path: Path) -> None:
-    registry.add(open_adapter(write_package(tmp_path / "unsigned", name="captain")), name="acme/captain")
+    registry.add(open_adapter(write_package(tmp_path / "unsigned", name="captain")), name="free/captain")
     kept = registry.add(signed, name="acme/captain")  # the same content: the signature joins it
     for text in ("acme/captain", kept.digest, str(kept.path)):
         assert registry.resolve(_ref(text)).digest == signed.digest

@@ -134,7 +134,7 @@ def test_an_upload_that_another_overtakes(tmp_path: Path) -> None:
             return super().add(adapter, **given)
 
     registry = Overtaken(tmp_path / "home")
-    with pytest.raises(Conflict, match="somebody moved it"):
+    with pytest.raises(Conflict, match="Another process moved it"):
         routes_adapters._stored(registry, zipped, None, by=None)
     assert registry.resolve(AdapterRef.parse("fresh")).digest == first.digest
 

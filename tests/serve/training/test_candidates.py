@@ -28,6 +28,7 @@ class FinishedRuns:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._runs: dict[str, TrainingRun] = {}
+        self.licences: list[str | None] = []
 
     async def start(self, recipe: str, *, improves: str | None = None) -> TrainingRun:
         name = f"run-{len(self._runs)}"
@@ -38,8 +39,8 @@ class FinishedRuns:
     def get(self, name: str) -> TrainingRun:
         return self._runs[name]
 
-    async def pack(self, name: str) -> None:
-        pass
+    async def pack(self, name: str, *, licence: str | None = None) -> None:
+        self.licences.append(licence)
 
 
 def run(
@@ -167,5 +168,17 @@ def test_promoting_twice_moves_the_name_once(tmp_path: Path, monkeypatch: pytest
         begun = await w.improve("captain", Improvement())
         assert [await w.promote(begun.id), await w.promote(begun.id)] == ["captain", "captain"]
         assert [move.act for move in b.registry.history("captain")] == ["add", "add"]
+
+    run(tmp_path, monkeypatch, test)
+
+
+@pytest.mark.parametrize("act", ["publish", "promote"])
+def test_candidate_is_packed_with_the_license_of_what_it_improves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    async def test(b: Bench, w: CandidatePipeline) -> None:
+        begun = await w.improve("captain", Improvement())
+        await getattr(w, act)(begun.id)
+        assert cast("FinishedRuns", w._runs).licences == ["apache-2.0"]
 
     run(tmp_path, monkeypatch, test)
