@@ -134,4 +134,4 @@ class StoredBase:
 
     path: Path
     ref: BaseRef
-    licence: str | None = None
+    license: str | None = None

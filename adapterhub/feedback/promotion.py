@@ -18,7 +18,7 @@ from adapterhub.registry.registry import DEFAULT_REVISION, NOTHING, Registry
 
 def pack_candidate(folder: Path, *, base: StoredBase, start: Adapter, report: Report = lambda line: None) -> Adapter:
     """Pack what a run made from `start`, under its name and license. Raises as `pack`."""
-    return pack(folder, base=base, name=start.manifest.name, licence=start.manifest.licence, report=report)
+    return pack(folder, base=base, name=start.manifest.name, license=start.manifest.license, report=report)
 
 
 def name_of(registry: Registry, adapter: Adapter) -> str:

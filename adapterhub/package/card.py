@@ -23,7 +23,7 @@ def _front_matter(manifest: Manifest) -> str:
         "base_model_relation": "adapter",
         "library_name": "peft",
         "pipeline_tag": "text-generation",
-        "license": manifest.licence,
+        "license": manifest.license,
         "tags": ["lora", "adapterhub", f"base_model:adapter:{manifest.base.id}"],
     }
     known = {key: value for key, value in fields.items() if value is not None}

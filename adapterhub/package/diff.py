@@ -129,7 +129,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
 
 def _provenance(adapter: Adapter) -> dict[str, Any]:
     manifest = adapter.manifest
-    facts = {"name": manifest.name, "licence": manifest.licence}
+    facts = {"name": manifest.name, "license": manifest.license}
     facts |= {f"base.{key}": value for key, value in _flat(manifest.base.model_dump(mode="json"))}
     training = manifest.training.model_dump(mode="json") if manifest.training else {}
     return facts | {f"training.{key}": value for key, value in _flat(training)}

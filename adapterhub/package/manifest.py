@@ -1,7 +1,4 @@
-"""The manifest of adapter package format 1 as code (docs/adapter-format.md is the same in words).
-
-Knows JSON and digests; refuses to know tensors.
-"""
+"""The manifest of an adapter package: its fields, its JSON and its digest. Specified in docs/adapter-format.md."""
 
 from __future__ import annotations
 
@@ -11,11 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adapterhub.errors import InvalidManifest
 
-FORMAT = 1
+FORMAT = 2
+"""Written. Every format up to it is read."""
+LICENSE_NAMES = AliasChoices("license", "licence")
+"""The second one is format 1's; records on disk that were written with it have it, too."""
 MANIFEST_NAME = "adapterhub.json"
 MAX_MANIFEST_BYTES = 10_000_000
 _Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
@@ -154,9 +154,10 @@ class Probe(_Part):
 
 
 class Manifest(_Part):
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     name: str
-    licence: str | None = None
+    license: str | None = Field(None, validation_alias=LICENSE_NAMES)
+    """SPDX id."""
     base: BaseEntry
     lora: Lora
     chat: Chat
@@ -199,13 +200,15 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
         raw: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InvalidManifest(f"{where} is not JSON ({error}): pull or pack the adapter again.") from error
-    if isinstance(raw, dict) and raw.get("format") != FORMAT:
+    if isinstance(raw, dict) and raw.get("format") not in range(1, FORMAT + 1):
         raise InvalidManifest(
-            f"{where} has format {raw.get('format')!r}, this adapterhub reads format {FORMAT}: "
-            "upgrade adapterhub or pack the adapter again."
+            f"{where} has format {raw.get('format')!r}: expected 1 to {FORMAT}. Upgrade adapterhub, or pack the "
+            "adapter again."
         )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:10])
-        raise InvalidManifest(f"{where} is not a manifest: {faults}. Pack the adapter again.") from error
+        raise InvalidManifest(
+            f"{where} is not a valid manifest: {faults}. Upgrade adapterhub, or pack the adapter again."
+        ) from error

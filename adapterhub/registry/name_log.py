@@ -18,11 +18,11 @@ from typing import Literal
 from urllib.parse import quote, unquote
 
 from filelock import FileLock
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from adapterhub.errors import InvalidManifest
 from adapterhub.files import raise_storage_full
-from adapterhub.package.manifest import Manifest
+from adapterhub.package.manifest import LICENSE_NAMES, Manifest
 
 _SUFFIX = ".jsonl"
 
@@ -40,13 +40,13 @@ class Summary(_Part):
     fingerprint: str
     rank: int
     method: str
-    licence: str | None
+    license: str | None = Field(validation_alias=LICENSE_NAMES)
 
     @classmethod
     def of(cls, manifest: Manifest) -> Summary:
         base, lora = manifest.base, manifest.lora
         return cls(
-            base=base.id, fingerprint=base.fingerprint, rank=lora.rank, method=lora.method, licence=manifest.licence
+            base=base.id, fingerprint=base.fingerprint, rank=lora.rank, method=lora.method, license=manifest.license
         )
 
 

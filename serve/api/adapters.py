@@ -198,8 +198,8 @@ def _row(entry: Entry, served: dict[str, str]) -> dict[str, Any]:
         "base": entry.about.base,
         "rank": entry.about.rank,
         "method": entry.about.method,
-        "license": entry.about.licence,
-        "licence": entry.about.licence,  # the old name, for one version
+        "license": entry.about.license,
+        "licence": entry.about.license,  # the old name, for one version
         "loaded_as": served.get(entry.digest),
     }
 
@@ -211,8 +211,8 @@ def _described(adapter: Adapter) -> dict[str, Any]:
         "digest": adapter.digest,
         "base": {"id": manifest.base.id, "revision": manifest.base.revision, "fingerprint": manifest.base.fingerprint},
         "lora": manifest.lora.model_dump(mode="json"),
-        "license": manifest.licence,
-        "licence": manifest.licence,  # the old name, for one version
+        "license": manifest.license,
+        "licence": manifest.license,  # the old name, for one version
         "evaluations": [evaluation.model_dump(mode="json") for evaluation in manifest.evaluations],
         "has_probe": manifest.probe is not None,
         "has_proof": manifest.probe is not None,  # the old name, for one version

@@ -225,8 +225,8 @@ def _adapter_card(services: Services, published: Published) -> dict[str, Any]:
         "max_model_len": services.engine.max_model_len,
         "digest": published.adapter.digest,
         "lora": {"method": manifest.lora.method, "rank": manifest.lora.rank, "alpha": manifest.lora.alpha},
-        "license": manifest.licence,
-        "licence": manifest.licence,  # the old name, for one version
+        "license": manifest.license,
+        "licence": manifest.license,  # the old name, for one version
         "evaluations": [evaluation.model_dump() for evaluation in manifest.evaluations],
     }
 

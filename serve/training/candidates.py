@@ -98,15 +98,15 @@ class CandidatePipeline:
 
     async def _packed(self, name: str) -> Adapter:
         run = await asyncio.to_thread(self._runs.get, name)
-        await self._runs.pack(name, licence=await asyncio.to_thread(self._licence, run))
+        await self._runs.pack(name, license=await asyncio.to_thread(self._license, run))
         return await asyncio.to_thread(open_adapter, self._runs.folder / name)
 
-    def _licence(self, run: TrainingRun) -> str | None:
+    def _license(self, run: TrainingRun) -> str | None:
         """Return the license of the adapter that the run started from, while that is kept here."""
         start = tomllib.loads(run.recipe).get("start")
         if run.improves is None or start is None or not self._registry.store.has(start):
             return None
-        return self._registry.store.open(start).manifest.licence
+        return self._registry.store.open(start).manifest.license
 
     def _stored(self, text: str) -> Adapter:
         return Registry(self._registry.root).resolve(clients_ref(text))

@@ -105,7 +105,7 @@ class TrainingRuns:
             self._launch(name, *self._anew(name), improves=improves)
             return self.get(name)
 
-    async def pack(self, name: str, *, licence: str | None = None) -> None:
+    async def pack(self, name: str, *, license: str | None = None) -> None:
         """Pack the adapter of a run, unless it is packed. Without a license it gets the base's.
 
         Raises TrainingRunNotFound, UsageError for a run that is not complete.
@@ -116,7 +116,7 @@ class TrainingRuns:
         async with self._starting:
             if not (run.output / MANIFEST_NAME).is_file():
                 called = tomllib.loads(run.recipe).get("name", name)
-                license_given = ("--licence", licence) if licence else ()
+                license_given = ("--license", license) if license else ()
                 await self._run_command("pack", str(run.output), "--name", str(called), *license_given)
 
     async def resume(self, name: str) -> TrainingRun:

@@ -26,9 +26,10 @@ def pack(
     name: Annotated[
         str | None, typer.Option(callback=check_name, help="Name of the adapter [default: the folder's name].")
     ] = None,
-    licence: Annotated[
-        str | None, typer.Option(help="SPDX license id of the adapter [default: the base model's].")
+    license: Annotated[
+        str | None, typer.Option("--license", help="SPDX license id of the adapter [default: the base model's].")
     ] = None,
+    licence: Annotated[str | None, typer.Option("--licence", hidden=True)] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -58,7 +59,7 @@ def pack(
     stored = base_with(record.base if record else BaseRef("unknown"), base)
     if output is not None:
         name, folder = name or folder.resolve().name, adopt(folder, output, report=say)
-    adapter = pack_folder(folder, base=stored, name=name, licence=licence, stop=stop or (), report=say)
+    adapter = pack_folder(folder, base=stored, name=name, license=license or licence, stop=stop or (), report=say)
     say(f"packed {adapter.manifest.name}: {len(adapter.manifest.files)} files")
     typer.echo(adapter.digest)
 
@@ -157,7 +158,8 @@ def inspect(ref: AnyRef, as_json: AsJson = False) -> None:
     if as_json:
         facts = {"digest": found.adapter.digest, "parameters": found.parameters, "path": str(found.adapter.path)}
         standing = {"names": names, "signed_by": signer, "probe_passed": kept.probe_passed(found.adapter)}
-        typer.echo(json.dumps({**facts, **standing, **manifest.model_dump(mode="json")}, indent=1))
+        told = {**facts, **standing, **manifest.model_dump(mode="json")}
+        typer.echo(json.dumps(told | {"licence": manifest.license}, indent=1))  # the old spelling, for one version
         return
     passed = ", passed here" if kept.probe_passed(found.adapter) else ""
     rows = [
@@ -169,7 +171,7 @@ def inspect(ref: AnyRef, as_json: AsJson = False) -> None:
         ("targets", ", ".join(manifest.lora.targets)),
         ("parameters", f"{found.parameters:,} in {found.modules} layers ({', '.join(found.dtypes)})"),
         ("size", f"{format_bytes(found.size_bytes)} in {len(manifest.files)} files"),
-        ("licence", manifest.licence or "not stated"),
+        ("license", manifest.license or "not stated"),
         ("probe", f"{len(probe.answers)} prompts ({probe.dtype}){passed}" if probe else "none"),
         ("signature", f"by key {signer[:16]}, not verified; run `adapterhub verify --key`" if signer else "none"),
         ("names", ", ".join(names) or "none on this machine"),

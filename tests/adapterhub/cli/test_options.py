@@ -58,6 +58,7 @@ UNCHECKED = {
     "lock --output": "a file to write",
     "pack --base": "read after the folder's own record",
     "pack --licence": "any identifier",
+    "pack --license": "any identifier",
     "pack --output": "a folder to create",
     "pack --stop": "any text",
     "page --host": "asked of the operating system, which opens the port",

@@ -146,8 +146,22 @@ def test_an_unknown_manifest_key_and_a_newer_format_are_refused(package: Path) -
     path.write_text(json.dumps(raw | {"surprise": 1}))
     with pytest.raises(InvalidManifest, match="surprise"):
         open_adapter(package)
-    path.write_text(json.dumps(raw | {"format": 2}))
-    with pytest.raises(InvalidManifest, match="format 2"):
+    path.write_text(json.dumps(raw | {"format": 3}))
+    with pytest.raises(InvalidManifest, match=r"format 3: expected 1 to 2\. Upgrade"):
+        open_adapter(package)
+
+
+def test_format_1_is_read_with_the_digest_it_had(package: Path) -> None:
+    path = package / "adapterhub.json"
+    raw = json.loads(path.read_text())
+    assert (raw["format"], raw["license"]) == (2, "apache-2.0")
+    old = {"licence": raw.pop("license"), **raw, "format": 1}
+    path.write_text(json.dumps(old))
+    adapter = open_adapter(package)
+    assert (adapter.manifest.format, adapter.manifest.license) == (1, "apache-2.0")
+    assert adapter.digest == "sha256:ed14ee2992d1402599cad0af9981674ba8a1bcfa0d0b1861a6ada81f2489b212"
+    path.write_text(json.dumps(old | {"license": "mit"}))
+    with pytest.raises(InvalidManifest, match="licence"):
         open_adapter(package)
 
 

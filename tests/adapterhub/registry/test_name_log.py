@@ -134,6 +134,13 @@ def test_a_nameless_reference_cannot_be_promoted(registry: Registry, digests: li
             registry.promote(_ref(text), "production")
 
 
+def test_log_that_an_earlier_version_wrote(registry: Registry, digests: list[str]) -> None:
+    path = registry.root / "names" / "captain.jsonl"
+    assert path.read_text().count('"license":"apache-2.0"') == 3
+    path.write_text(path.read_text().replace('"license"', '"licence"'))
+    assert [entry.about.license for entry in registry.list()] == ["apache-2.0"]
+
+
 def test_an_expectation_that_is_no_digest_is_refused(registry: Registry, digests: list[str]) -> None:
     for text in ("", "sha256:", "abc"):
         with pytest.raises(UsageError, match="invalid --expect"):

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from api_bench import Bench, run
+from openai.types import Model
 from packages import FINGERPRINT, write_package
 
 from adapterhub.adapter import Adapter, AdapterRef
@@ -18,6 +19,7 @@ from adapterhub.package.layout import open_adapter
 from adapterhub.registry.registry import Registry
 from serve.api import adapters as routes_adapters
 from serve.api.auth import ApiKeys
+from serve.client import ServedModel
 
 ZIP = {"content-type": "application/zip"}
 
@@ -55,6 +57,23 @@ def test_one_is_inspected_and_verified_by_name(tmp_path: Path) -> None:
         assert torn.json()["error"]["code"] == "adapter_digest_mismatch"
 
     run(tmp_path, test)
+
+
+def test_license_is_answered_in_both_spellings(tmp_path: Path) -> None:
+    async def test(b: Bench) -> None:
+        inspected = (await b.client.get("/v1/adapters/inspect", params={"ref": "spare"})).json()
+        listed = (await b.client.get("/v1/adapters")).json()["data"][0]
+        model = (await b.client.get("/v1/models/captain")).json()
+        for answer in (inspected, listed, model):
+            assert (answer["license"], answer["licence"]) == ("apache-2.0", "apache-2.0")
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize("key", ["license", "licence"])
+def test_license_of_a_server_of_this_and_of_earlier_versions(key: str) -> None:
+    model = Model.model_validate({"id": "captain", "created": 1, "object": "model", "owned_by": "x", key: "mit"})
+    assert ServedModel.read(model).license == "mit"
 
 
 def test_clients_choose_no_paths_and_fetch_nothing_by_reading(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class FinishedRuns:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._runs: dict[str, TrainingRun] = {}
-        self.licences: list[str | None] = []
+        self.licenses: list[str | None] = []
 
     async def start(self, recipe: str, *, improves: str | None = None) -> TrainingRun:
         name = f"run-{len(self._runs)}"
@@ -39,8 +39,8 @@ class FinishedRuns:
     def get(self, name: str) -> TrainingRun:
         return self._runs[name]
 
-    async def pack(self, name: str, *, licence: str | None = None) -> None:
-        self.licences.append(licence)
+    async def pack(self, name: str, *, license: str | None = None) -> None:
+        self.licenses.append(license)
 
 
 def run(
@@ -179,6 +179,6 @@ def test_candidate_is_packed_with_the_license_of_what_it_improves(
     async def test(b: Bench, w: CandidatePipeline) -> None:
         begun = await w.improve("captain", Improvement())
         await getattr(w, act)(begun.id)
-        assert cast("FinishedRuns", w._runs).licences == ["apache-2.0"]
+        assert cast("FinishedRuns", w._runs).licenses == ["apache-2.0"]
 
     run(tmp_path, monkeypatch, test)

@@ -59,7 +59,7 @@ def folder(home: Path, tiny_base: StoredBase) -> Path:
     place.parent.mkdir(parents=True)
     place.symlink_to(tiny_base.path)
     ref = tiny_base.ref
-    record = {"id": ref.id, "revision": ref.revision, "fingerprint": ref.fingerprint, "licence": tiny_base.licence}
+    record = {"id": ref.id, "revision": ref.revision, "fingerprint": ref.fingerprint, "license": tiny_base.license}
     (place / _RECORD_NAME).write_text(json.dumps(record))
     lines = [
         [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"{n}."}] for n in range(12)

@@ -110,7 +110,7 @@ def test_a_whole_library_is_compiled_once_and_one_that_was_cut_short_anew(compil
     [
         ('case "$*" in *matmul.c*) kill -9 $$;; esac', "it was ended by SIGKILL"),
         ('case "$*" in *matmul.c*) echo nonsense > kernels.so; exit 0;; esac', "cannot be loaded"),
-        ("echo 'out of licences' >&2; exit 1", "failed: out of licences"),
+        ("echo 'out of licenses' >&2; exit 1", "failed: out of licenses"),
     ],
     ids=["killed", "makes nonsense", "fails"],
 )
