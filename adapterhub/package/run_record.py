@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from adapterhub.adapter import BaseRef
 from adapterhub.errors import InvalidManifest
 from adapterhub.package.manifest import Evaluation, Quantization, Training
+from adapterhub.strict import Strict
 
 LOG_NAME = "train_log.jsonl"
 RECIPE_NAME = "recipe.toml"
@@ -30,11 +31,7 @@ REPORT_HEAD = (
 """how every report begins: whatever follows, a browser runs no script in it and fetches nothing for it"""
 
 
-class _Event(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RunStart(_Event):
+class RunStart(Strict):
     event: Literal["start"] = "start"
     base_id: str
     base_revision: str | None
@@ -46,12 +43,12 @@ class RunStart(_Event):
     seed: int
     start_digest: str | None = None
     """of the adapter the run went on from; None: a new one"""
-    stop: list[str] = []
+    stop: list[str] = Field(default_factory=list)
     """strings that end an answer under the run's chat template, beside the end of text"""
     versions: dict[str, str]
 
 
-class RunStep(_Event):
+class RunStep(Strict):
     event: Literal["step"] = "step"
     step: int
     loss: float
@@ -64,7 +61,7 @@ class RunStep(_Event):
     seconds: float
 
 
-class RunMeasured(_Event):
+class RunMeasured(Strict):
     """The held-out loss after a step."""
 
     event: Literal["measured"] = "measured"
@@ -72,14 +69,14 @@ class RunMeasured(_Event):
     loss: float
 
 
-class Answer(_Event):
+class Answer(Strict):
     """What a model says to one of the fixed prompts, greedily."""
 
     prompt: str
     text: str
 
 
-class RunSampled(_Event):
+class RunSampled(Strict):
     """Answers after a step; after step 0 those of the bare base."""
 
     event: Literal["sampled"] = "sampled"
@@ -87,14 +84,14 @@ class RunSampled(_Event):
     answers: list[Answer]
 
 
-class RunEnd(_Event):
+class RunEnd(Strict):
     event: Literal["end"] = "end"
     steps: int
     trained_tokens: int
     seconds: float
     peak_memory_bytes: int
     evaluations: list[Evaluation]
-    answers: list[Answer] = []
+    answers: list[Answer] = Field(default_factory=list)
     """of the adapter as it was written"""
 
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from adapterhub.errors import InvalidManifest
 from adapterhub.files import write_atomic
+from adapterhub.strict import Strict
 
 LOCK_NAME = "adapterhub.lock"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Locked(_Part):
+class Locked(Strict):
     """One adapter: what it is called in the registry and on the Hub, and exactly which it is."""
 
     name: str = Field(min_length=1)
@@ -26,7 +23,7 @@ class Locked(_Part):
     digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
 
 
-class Lock(_Part):
+class Lock(Strict):
     """What a deployment answers with: the name it is served as -> the adapter."""
 
     adapters: dict[str, Locked]

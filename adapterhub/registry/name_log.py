@@ -18,22 +18,19 @@ from typing import Literal
 from urllib.parse import quote, unquote
 
 from filelock import FileLock
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, Field, ValidationError
 
 from adapterhub.errors import InvalidManifest
 from adapterhub.files import raise_storage_full
 from adapterhub.package.manifest import LICENSE_NAMES, Manifest
+from adapterhub.strict import Strict
 
 _SUFFIX = ".jsonl"
 
 Act = Literal["add", "import", "pull", "promote", "rollback", "remove"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Summary(_Part):
+class Summary(Strict):
     """What lists show of a package, written down when a name is led to it, so that they need not open it."""
 
     base: str
@@ -50,7 +47,7 @@ class Summary(_Part):
         )
 
 
-class Move(_Part):
+class Move(Strict):
     """One line: who led a revision of a name from one digest to another, and when."""
 
     at: AwareDatetime

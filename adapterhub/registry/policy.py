@@ -18,26 +18,23 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import AliasProtected, ProbeMismatch, SignatureInvalid, UsageError
+from adapterhub.strict import Strict
 
 POLICY_NAME = "policy.toml"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Trust(_Part):
+class _Trust(Strict):
     names: str = Field(min_length=1)
     keys: list[str]
 
 
-class _File(_Part):
-    protected: list[str] = []
-    trust: list[_Trust] = []
+class _File(Strict):
+    protected: list[str] = Field(default_factory=list)
+    trust: list[_Trust] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.errors import BundleTooLarge, Conflict, UsageError
@@ -20,6 +20,7 @@ from adapterhub.package.bundle import MAX_BYTES, opened_bundle
 from adapterhub.package.diff import difference
 from adapterhub.registry.name_log import Move
 from adapterhub.registry.registry import DEFAULT_REVISION, NOTHING, Entry, Registry
+from adapterhub.strict import Strict
 from serve.adapters.catalog import Catalog, clients_ref
 from serve.api.body import body_chunks, declared_size
 from serve.api.route import ApiRoute
@@ -27,10 +28,9 @@ from serve.api.route import ApiRoute
 Authorization = Annotated[str | None, Header()]
 
 
-class RefBody(BaseModel):
+class RefBody(Strict):
     """Reference to an adapter."""
 
-    model_config = ConfigDict(extra="forbid")
     ref: str = Field(min_length=1, max_length=500)
 
 
@@ -42,10 +42,9 @@ class PromoteBody(RefBody):
     """Digest that the alias points to now, or `nothing`; 409 where it does not."""
 
 
-class RollbackBody(BaseModel):
+class RollbackBody(Strict):
     """Which alias to roll back."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str = Field(min_length=1, max_length=500)
     alias: str = Field(min_length=1, max_length=100)
     expect: str | None = Field(None, max_length=100)

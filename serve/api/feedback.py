@@ -8,19 +8,19 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from adapterhub.feedback.ratings import RatingMethod, rate, ratings_dict
 from adapterhub.feedback.store import Feedback, FeedbackStore, owner_of
+from adapterhub.strict import Strict
 from serve.api.route import ApiRoute
 
 Authorization = Annotated[str | None, Header()]
 
 
-class BattleBody(BaseModel):
+class BattleBody(Strict):
     """Models that may take part in a battle."""
 
-    model_config = ConfigDict(extra="forbid")
     models: list[Annotated[str, Field(max_length=500)]] | None = Field(None, max_length=1000)
     """Names of served models; None for all."""
 

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from adapterhub.feedback.improvement import Improvement, Method
 from adapterhub.feedback.store import actor_of
+from adapterhub.strict import Strict
 from serve.api.route import ApiRoute
 from serve.training.candidates import CandidatePipeline
 from serve.training.runs import TrainingRun, TrainingRuns
@@ -18,18 +19,16 @@ from serve.training.runs import TrainingRun, TrainingRuns
 Authorization = Annotated[str | None, Header()]
 
 
-class RecipeBody(BaseModel):
+class RecipeBody(Strict):
     """A recipe to plan or to run."""
 
-    model_config = ConfigDict(extra="forbid")
     recipe: str = Field(min_length=1, max_length=100_000)
     """Recipe as TOML."""
 
 
-class ImproveBody(BaseModel):
+class ImproveBody(Strict):
     """An adapter to improve from feedback, and how."""
 
-    model_config = ConfigDict(extra="forbid")
     adapter: str = Field(min_length=1, max_length=500)
     method: Method = Method.dpo
     steps: int = Field(Improvement.steps, ge=1, le=10_000)

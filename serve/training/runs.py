@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from adapterhub.errors import TrainingBusy, TrainingRunNotFound, UsageError
 from adapterhub.files import write_atomic
 from adapterhub.package.manifest import MANIFEST_NAME
 from adapterhub.package.run_record import LOG_NAME, RunEnd, RunEvent, RunMeasured, RunSampled, RunStep, read_run_events
+from adapterhub.strict import Strict
 
 Status = Literal["running", "stopped", "failed", "done"]
 
@@ -36,10 +37,9 @@ _PLAN_TIMEOUT_S = 300
 _MAX_MESSAGE = 500
 
 
-class _Record(BaseModel):
+class _Record(Strict):
     """Record of a run, from which a restarted server finds it again."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     id: str
     created: int
     pid: int

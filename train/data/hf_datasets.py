@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from pydantic import BaseModel, ConfigDict
 
 from adapterhub.errors import DatasetError
 from adapterhub.files import expanded
+from adapterhub.strict import Strict
 from train.data.formats import FormatName
 from train.data.readers import Row, Rows
 from train.recipe import DatasetsData
 
 
-class KnownDataset(BaseModel):
+class KnownDataset(Strict):
     """Hub repository and row format of a data set that is known by a short name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     hub: str
     format: FormatName
     subset: str | None = None

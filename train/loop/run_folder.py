@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import OutputNotFresh, RunNotResumable
@@ -34,23 +34,20 @@ from adapterhub.package.run_record import (
     RunStep,
     read_run_events,
 )
+from adapterhub.strict import Strict
 from train.recipe import Recipe, read_recipe
 
 Listener = Callable[[RunEvent], None]
 _RUN_NAME, _STATE_NAME, _LOCK_NAME = "run.json", "state.json", "lock"
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Run(_Closed):
+class _Run(Strict):
     recipe_folder: str
     start: str | None
     """Folder of the start adapter; None: a new adapter."""
 
 
-class State(_Closed):
+class State(Strict):
     """State of a run after a step.
 
     Together with weights and optimizer state it determines the rest of the run: samples, learning rate and dropout of

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from adapterhub.errors import DatasetError
+from adapterhub.strict import Strict
 from train.data.tokenization import Sample, special_ids
 from train.objectives.base import Objective
 
@@ -17,25 +16,21 @@ _TAIL = 3
 """Number of last tokens searched for the end-of-turn token; white space may follow it."""
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TextSpan(_Closed):
+class TextSpan(Strict):
     """Text of neighboring tokens that are all trained, or all not."""
 
     text: str
     is_trained: bool
 
 
-class Bin(_Closed):
+class Bin(Strict):
     """Bin of a length histogram: samples of at most `up_to` tokens, and more than those of the bin before."""
 
     up_to: int
     samples: int
 
 
-class MaskReport(_Closed):
+class MaskReport(Strict):
     """Counts of trained tokens and of what may be wrong with the masks."""
 
     samples: int

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapterhub.adapter import Adapter, StoredBase
@@ -18,6 +17,7 @@ from adapterhub.errors import BaseNotFound, IncompatibleBase
 from adapterhub.memory.estimate import Estimate, Item
 from adapterhub.memory.model_shape import ModelShape
 from adapterhub.memory.training import LogitsMode, WeightCounts, estimate_training
+from adapterhub.strict import Strict
 from train.data.packing import common_prefix
 from train.data.tokenization import Sample
 from train.distributed.world import current_world
@@ -40,11 +40,7 @@ _SHARE_OF_MATMUL_RATE = (0.25, 0.7)
 """Share of the machine's matmul rate that a step reaches: 0.54 measured on SmolLM2-135M, rows of 512 tokens."""
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Layers(_Closed):
+class Layers(Strict):
     """Adapted layers of one name and shape."""
 
     name: str
@@ -53,14 +49,14 @@ class Layers(_Closed):
     outputs: int
 
 
-class Range(_Closed):
+class Range(Strict):
     """An expected range."""
 
     low: float
     high: float
 
 
-class Servable(_Closed):
+class Servable(Strict):
     """Whether an engine can serve the result."""
 
     engine: Literal["adapterhub", "vllm"]
@@ -69,7 +65,7 @@ class Servable(_Closed):
     """Option that it needs, or the reason why not."""
 
 
-class Plan(_Closed):
+class Plan(Strict):
     """What a run would do and need."""
 
     name: str

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from adapterhub.adapter import StoredBase
 from adapterhub.errors import HubError, NotAuthorized, StorageFull
@@ -16,19 +16,19 @@ from adapterhub.hub.client import Hub
 from adapterhub.memory.estimate import total
 from adapterhub.memory.training import disk_items
 from adapterhub.paths import home
+from adapterhub.strict import Strict
 from adapterhub.units import format_bytes
 from train.recipe import Recipe
 
 
-class HubAccess(BaseModel):
+class HubAccess(Strict):
     """What the configured Hub answers about the configured token; without a token nothing is asked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     endpoint: str
     user: str | None
     can_push: bool
     note: str
-    problems: list[str] = []
+    problems: list[str] = Field(default_factory=list)
 
 
 def hub_access(hub: Hub | None = None) -> HubAccess:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from adapterhub.errors import UsageError
 from adapterhub.files import write_atomic
 from adapterhub.hubserver.errors import InvalidName, InvalidToken
 from adapterhub.hubserver.names import check_namespace
+from adapterhub.strict import Strict
 
 ANY_NAMESPACE = "*"
 Role = Literal["read", "write", "admin"]
@@ -59,18 +60,14 @@ class Account:
         return self.role != "read"
 
 
-class _TokenLine(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _TokenLine(Strict):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     user: str
     role: Role
     namespaces: tuple[str, ...] = ()
 
 
-class _TokenFile(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _TokenFile(Strict):
     token: tuple[_TokenLine, ...]
 
 

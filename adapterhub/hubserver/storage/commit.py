@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
-
 from adapterhub.hubserver.errors import EntryNotFound, InvalidName
 from adapterhub.hubserver.names import check_path
 from adapterhub.hubserver.storage.git_ids import commit_id, lfs_pointer, tree_ids
+from adapterhub.strict import Strict
 
 
-class RepoFile(BaseModel):
+class RepoFile(Strict):
     """The entry of one file in a commit."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     blob: str
     """Git blob id of the file, or of the LFS pointer in its place."""
@@ -35,10 +32,8 @@ class RepoFile(BaseModel):
         return len(lfs_pointer(self.sha256, self.size)) if self.sha256 is not None else 0
 
 
-class RepoCommit(BaseModel):
+class RepoCommit(Strict):
     """A snapshot of a whole repository; `sha` is the commit id that git computes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sha: str
     parents: tuple[str, ...]

@@ -6,17 +6,14 @@ import secrets
 import time
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from adapterhub.hubserver.storage.commit import RepoCommit
+from adapterhub.strict import Strict
 
 Status = Literal["draft", "open", "closed", "merged"]
 
 
-class Event(BaseModel):
+class Event(Strict):
     """An event of a discussion, with the field names of the Hub API."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
     type: Literal["comment", "status-change", "title-change", "commit"]
@@ -52,10 +49,8 @@ class Event(BaseModel):
         return self.model_copy(update={"data": {**self.data, "hidden": True, "text": ""}})
 
 
-class Discussion(BaseModel):
+class Discussion(Strict):
     """A discussion, or a pull request if it has a base."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num: int
     title: str

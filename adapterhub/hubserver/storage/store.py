@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from adapterhub.files import write_atomic
 from adapterhub.hubserver.errors import (
@@ -34,6 +34,7 @@ from adapterhub.hubserver.storage.commit import Change, NewCommit, RepoCommit, R
 from adapterhub.hubserver.storage.discussion import Discussion
 from adapterhub.hubserver.storage.git_ids import blob_id, lfs_pointer
 from adapterhub.hubserver.storage.objects import ObjectStore, touch_if_exists
+from adapterhub.strict import Strict
 from adapterhub.units import format_duration
 
 DEFAULT_BRANCH = "main"
@@ -45,20 +46,16 @@ Gate = Literal["auto", "manual"]
 AccessStatus = Literal["pending", "accepted", "rejected"]
 
 
-class AccessRequest(BaseModel):
+class AccessRequest(Strict):
     """A user's request for access to a gated repository, and its status."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     status: AccessStatus
     time_s: int
     """Time of the last change of the status, in seconds since 1970."""
 
 
-class Repo(BaseModel):
+class Repo(Strict):
     """The contents of `repo.json`: a repository's refs and settings at one moment."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
     private: bool
@@ -70,9 +67,9 @@ class Repo(BaseModel):
     """Commit id of each tag."""
     gated: Gate | None = None
     """How access to the files is granted: on request ('auto'), by the owner ('manual'), or to everyone (None)."""
-    access: dict[str, AccessRequest] = {}
+    access: dict[str, AccessRequest] = Field(default_factory=dict)
     """Access request of each user."""
-    merged: dict[int, str] = {}
+    merged: dict[int, str] = Field(default_factory=dict)
     """Merge commit of each merged pull request; written together with the branch."""
     blob_bytes: int = 0
     """Size of all small files that were ever committed, in bytes, for the quota."""
