@@ -1,23 +1,26 @@
-"""Does an adapter fit a base, layer by layer? Told by the header of one and the config of the other alone."""
+"""The only check of an adapter against a base: whose it is, its layers, their shapes, its depth and vocabulary.
+
+It reads the header of the adapter's weights and the config of the base; neither's weights.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-from adapterhub.adapter import StoredBase
+from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.errors import AdapterNoEffect, IncompatibleBase, MissingFile
+from adapterhub.package.layout import read_lora
 from adapterhub.package.lora_config import LoraConfig, LoraTensor
 
 Shapes = dict[str, tuple[int, int]]
-"""module -> (in, out) of a linear layer, (vocabulary, width) of an embedding"""
-
+"""Module -> (in, out) of a linear layer, (vocabulary, width) of an embedding."""
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
 def module_shapes(base: StoredBase) -> Shapes:
-    """Of every linear layer and embedding of the base, from its config alone. Loads torch."""
+    """Return the shape of every linear layer and embedding of the base, from its config alone. Loads torch."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -32,21 +35,48 @@ def module_shapes(base: StoredBase) -> Shapes:
     return shapes
 
 
-def check_compatible(name: str, config: LoraConfig, tensors: Iterable[LoraTensor], shapes: Shapes) -> None:
-    """Every tensor belongs to a layer of the base and has its shape, and no layer the config aims at was left out.
+def check_base(adapter: Adapter, base: StoredBase) -> None:
+    """Check that the adapter was made for exactly this base. Raises IncompatibleBase, showing both."""
+    if adapter.manifest.base.fingerprint != base.ref.fingerprint:
+        raise IncompatibleBase(
+            f"adapter {adapter.manifest.name} was made for {adapter.base}, but this base is {base.ref}: "
+            "use the base it was trained on, or train it again on this one."
+        )
 
-    Depth counts in both directions. Raises AdapterNoEffect, IncompatibleBase.
+
+def check_adapter(adapter: Adapter, base: StoredBase) -> None:
+    """Check a package against a stored base: `check_base`, then `check_compatible`. Loads torch.
+
+    The outline of a base has no fingerprint; then its layers decide. Raises AdapterNoEffect, IncompatibleBase.
+    """
+    if base.ref.fingerprint is not None:
+        check_base(adapter, base)
+    config, tensors = read_lora(adapter.path)
+    check_compatible(adapter.manifest.name, config, tensors, module_shapes(base))
+
+
+def check_compatible(name: str, config: LoraConfig, tensors: Iterable[LoraTensor], shapes: Shapes) -> None:
+    """Check that every tensor has the shape of a layer of the base, and that every layer the config targets has one.
+
+    So the base may be neither shallower nor deeper than the one the adapter was made for.
+
+    Raises:
+        AdapterNoEffect: no tensor belongs to any layer of the base.
+        IncompatibleBase: a layer is missing on either side, or has another shape.
     """
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for tensor in tensors:
         parts.setdefault(tensor.module, {})[tensor.kind] = tensor.info.shape
-    strangers = sorted(module for module in parts if module not in shapes)
-    if len(strangers) == len(parts):
-        raise AdapterNoEffect(f"no tensor of adapter {name} belongs to a layer of this base (first: {strangers[0]}).")
-    if strangers:
+    unexpected = sorted(module for module in parts if module not in shapes)
+    if len(unexpected) == len(parts):
+        raise AdapterNoEffect(
+            f"no tensor of adapter {name} belongs to a layer of this base (first: {unexpected[0]}): it was made for "
+            "another architecture."
+        )
+    if unexpected:
         raise IncompatibleBase(
-            f"adapter {name} has tensors for {len(strangers)} layers this base does not have (first: {strangers[0]}): "
-            "it was made for a deeper or different model."
+            f"adapter {name} has tensors for {len(unexpected)} layers this base does not have (first: "
+            f"{unexpected[0]}): it was made for a deeper or different model."
         )
     for module, found in parts.items():
         adapted, expected = _shape(found), shapes[module]
@@ -66,7 +96,7 @@ def check_compatible(name: str, config: LoraConfig, tensors: Iterable[LoraTensor
 
 
 def check_vocabulary(name: str, tensors: Iterable[LoraTensor], shapes: Shapes, *, has_tokenizer: bool) -> None:
-    """Raises MissingFile for an adapter made with another vocabulary that does not bring its tokenizer along."""
+    """Check that an adapter made with another vocabulary has its tokenizer beside it. Raises MissingFile."""
     for tensor in tensors:
         is_matrix = tensor.kind == "weight" and len(tensor.info.shape) == 2
         if is_matrix and tensor.module in shapes and not has_tokenizer:
@@ -87,10 +117,10 @@ def _shape(found: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _deeper_ones(adapted: set[str], shapes: Shapes) -> list[str]:
-    """Layers of the base behind the last adapted block, when every block before it is adapted.
+    """Return the layers of the base behind the last adapted block, when every block before it is adapted.
 
-    PEFT names each layer in full when there are few, so that targets alone do not tell all layers of a shallow model
-    from some of a deep one; who picks some seldom picks the first.
+    PEFT lists full layer names when there are few, so the targets alone cannot distinguish all layers of a shallow
+    model from some layers of a deep one; a selection rarely is the first blocks.
     """
     kinds = {_NUMBER.sub(".#.", module) for module in adapted}
     alike = {module for module in shapes if _NUMBER.sub(".#.", module) in kinds and _NUMBER.search(module)}
@@ -101,7 +131,7 @@ def _deeper_ones(adapted: set[str], shapes: Shapes) -> list[str]:
 
 
 def _is_aimed_at(module: str, config: LoraConfig) -> bool:
-    """PEFT's rule: a list names ends of module names, a text is a regular expression for all of it."""
+    """Apply PEFT's rule: a list has ends of module names, a string is a regular expression for the whole name."""
     if config.is_pattern:
         return re.fullmatch(config.targets[0], module) is not None
     return any(module == target or module.endswith(f".{target}") for target in config.targets)

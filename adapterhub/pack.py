@@ -137,12 +137,6 @@ def adopt(folder: Path, output: Path, *, report: Report = lambda line: None) -> 
     return output
 
 
-def check_layers(adapter: Adapter, base: StoredBase) -> None:
-    """Raises AdapterNoEffect, IncompatibleBase unless every tensor fits a layer of the base; loads its config only."""
-    config, tensors = read_lora(adapter.path)
-    check_compatible(adapter.manifest.name, config, tensors, module_shapes(base))
-
-
 def _check_same_base(folder: Path, record: RunRecord | None, base: StoredBase) -> None:
     if record and record.base.fingerprint != base.ref.fingerprint:
         raise IncompatibleBase(

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.compatibility import check_adapter
 from adapterhub.errors import BaseNotFound, IncompatibleBase, RecipeError
-from adapterhub.package.layout import check_base
 from train.data.chat_template import chat_template_of
 from train.data.preferences import read_preferences
 from train.data.sources import read_source, rows_of
@@ -39,8 +39,8 @@ def load_inputs(recipe: Recipe, base: StoredBase, *, start: Adapter | None) -> I
 
     Raises BaseNotFound, RecipeError, DatasetError, IncompatibleBase.
     """
-    if start is not None and base.ref.fingerprint is not None:  # an outline has none
-        check_base(start, base)
+    if start is not None:
+        check_adapter(start, base)
     chat = chat_template_of(recipe, start)
     tokenizer = load_tokenizer(base)
     if chat.text is not None:

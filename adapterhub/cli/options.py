@@ -209,9 +209,9 @@ def base_with(ref: BaseRef, named: str | None) -> StoredBase:
 def replay_probe(adapter: Adapter, base_name: str | None) -> None:
     """Replay the recorded prompts on the base with the adapter, and record that they passed. Raises ProbeMismatch."""
     from adapterhub.bases.loading import load_base
+    from adapterhub.compatibility import check_base
     from adapterhub.errors import ProbeMismatch
     from adapterhub.pack import load_kwargs
-    from adapterhub.package.layout import check_base
     from adapterhub.probe import replay
 
     recorded = adapter.manifest.probe

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.adapter import Adapter
 from adapterhub.errors import (
     DigestMismatch,
-    IncompatibleBase,
     InvalidTensors,
     MissingFile,
     PackageError,
@@ -121,15 +120,6 @@ def inspect(folder: Path) -> Description:
         size_bytes=sum(entry.size for entry in adapter.manifest.files.values()),
         modules=len({tensor.module for tensor in tensors}),
     )
-
-
-def check_base(adapter: Adapter, base: StoredBase) -> None:
-    """Raises IncompatibleBase, showing both sides, unless the adapter was made for exactly this base."""
-    if adapter.manifest.base.fingerprint != base.ref.fingerprint:
-        raise IncompatibleBase(
-            f"adapter {adapter.manifest.name} was made for {adapter.base}, but this base is {base.ref}: "
-            "use the base it was trained on, or train it again on this one."
-        )
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from adapterhub.adapter import Adapter, AdapterRef, StoredBase
+from adapterhub.compatibility import check_base
 from adapterhub.errors import AdapterNotFound, Conflict, UsageError
-from adapterhub.package.layout import check_base
 from adapterhub.registry.registry import Registry
 from serve.adapters.cache import AdapterCache
 

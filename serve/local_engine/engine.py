@@ -14,6 +14,7 @@ from typing import Any
 from adapterhub.adapter import Adapter
 from adapterhub.bases.loading import LoadedBase
 from adapterhub.choice import Choice
+from adapterhub.compatibility import check_compatible
 from adapterhub.errors import (
     AdapterHubError,
     AdapterLoadFailed,
@@ -25,6 +26,7 @@ from adapterhub.errors import (
     ServerBusy,
     UsageError,
 )
+from adapterhub.package.layout import read_lora
 from adapterhub.units import format_bytes
 from serve.adapters.weights import Weights, kept_bytes, read_weights
 from serve.config import LocalEngineConfig
@@ -91,6 +93,8 @@ class LocalEngine:
 
     def _read(self, adapter: Adapter) -> Weights:
         bank = self._runner.adapters
+        config, tensors = read_lora(adapter.path)
+        check_compatible(adapter.manifest.name, config, tensors, bank.shapes)
         weights = read_weights(adapter, device=bank.device, dtype_of=bank.dtype_of, max_rank=self.config.max_lora_rank)
         return bank.prepare(adapter.manifest.name, weights)
 

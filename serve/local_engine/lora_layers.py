@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from adapterhub.bases.nf4 import Nf4Weights, PackedNf4, dense_weight, layer_dtype
-from adapterhub.errors import AdapterNoEffect, AdapterUnsupported, IncompatibleBase
+from adapterhub.compatibility import Shapes
+from adapterhub.errors import AdapterUnsupported, IncompatibleBase
 from serve.adapters.weights import EmbeddingUpdate, FullWeight, LowRank, Weights
 from serve.local_engine.cpu.kernels import CpuKernels
 from serve.local_engine.cpu.memory import HugePages
@@ -185,6 +186,16 @@ class AdapterBank:
         self._widths: Widths = tuple((group.layers[0].in_features, sum(group.widths)) for group in self.groups)
         self.embedding = _wrapped_embedding(model, self.rows, dtype)
 
+    @property
+    def shapes(self) -> Shapes:
+        """Shape of every module that an adapter can change."""
+        found = {name: group.layers[place] for name, (group, place) in self.places.items()}
+        shapes = {name: (layer.in_features, layer.out_features) for name, layer in found.items()}
+        if self.embedding is not None:
+            vocabulary, width = self.embedding[1].weight.shape
+            shapes[self.embedding[0]] = (vocabulary, width)
+        return shapes
+
     def begin(self, batch: Batch) -> None:
         """Set the rows of the next forward."""
         mixes = [(chunk, chunk.sequence.request.adapters) for chunk in batch.chunks]
@@ -198,11 +209,12 @@ class AdapterBank:
         return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
 
     def prepare(self, name: str, weights: Weights) -> Weights:
-        """Check that every tensor belongs to a layer of its shape, and compute DoRA's norms.
+        """Return a compatible adapter's weights in the order that a step reads them, with DoRA's norms computed.
 
-        May run beside the worker thread. Raises AdapterNoEffect, IncompatibleBase, AdapterUnsupported.
+        May run beside the worker thread. Raises AdapterUnsupported for whole weights that cannot be replaced,
+        IncompatibleBase for those that lie the other way round.
         """
-        self._check_compatible(name, weights)
+        self._check_whole_weights(name, weights)
         ready = {module: self._divided(module, weights[module]) for module in sorted(weights, key=self._order_of)}
         return in_one_block(ready) if self.device.type == "cpu" else ready
 
@@ -254,50 +266,21 @@ class AdapterBank:
         group, place = self.places[module]
         return change.divided(dense_weight(group.layers[place]))
 
-    def _check_compatible(self, name: str, weights: Weights) -> None:
-        embedding = self.embedding[0] if self.embedding else None
-        unexpected = [module for module in weights if module not in self.places and module != embedding]
-        if len(unexpected) == len(weights):
-            raise AdapterNoEffect(
-                f"no tensor of adapter {name} belongs to a layer of this base that adapters can change (first: "
-                f"{unexpected[0]}): it was made for another architecture."
-            )
-        if unexpected:
-            raise IncompatibleBase(
-                f"adapter {name} has tensors for {len(unexpected)} layers this base does not have (first: "
-                f"{unexpected[0]}): it was made for a deeper or different model."
-            )
+    def _check_whole_weights(self, name: str, weights: Weights) -> None:
         for module, change in weights.items():
-            found, wanted = self._shape_of(name, module, change), _shape(change)
+            if not isinstance(change, FullWeight) or module not in self.places:
+                continue
+            group, place = self.places[module]
+            if group.layers[place] is not self._head:
+                raise AdapterUnsupported(
+                    f"adapter {name} brings the whole of {module} (modules_to_save): only the embedding and the head "
+                    "may be replaced; train the others with LoRA."
+                )
+            found, wanted = tuple(change.weight.shape), (group.widths[place], group.layers[place].in_features)
             if found != wanted:
                 raise IncompatibleBase(
-                    f"adapter {name} expects {module} to be {wanted[0]} -> {wanted[1]}, this base has "
-                    f"{found[0]} -> {found[1]}."
+                    f"adapter {name} has {module} as {list(found)}, this base as {list(wanted)}: save it transposed."
                 )
-
-    def _shape_of(self, name: str, module: str, change: LowRank | EmbeddingUpdate | FullWeight) -> tuple[int, int]:
-        """Return (in, out) of the base's module. Raises AdapterUnsupported for a change that it cannot have."""
-        if self.embedding is not None and module == self.embedding[0]:
-            vocabulary, width = self.embedding[1].weight.shape
-            return (width, vocabulary) if isinstance(change, FullWeight) else (vocabulary, width)
-        group, place = self.places[module]
-        layer = group.layers[place]
-        if isinstance(change, FullWeight) and layer is not self._head:
-            raise AdapterUnsupported(
-                f"adapter {name} brings the whole of {module} (modules_to_save): only the embedding and the head may "
-                "be replaced; train the others with LoRA."
-            )
-        return layer.in_features, layer.out_features
-
-
-def _shape(change: LowRank | EmbeddingUpdate | FullWeight) -> tuple[int, int]:
-    """Return (in, out) of the module that the change was made for."""
-    if isinstance(change, FullWeight):
-        out, width = change.weight.shape
-        return width, out
-    if isinstance(change, EmbeddingUpdate):
-        return change.rows.shape[0], change.bt.shape[1]
-    return change.a.shape[1], change.bt.shape[1]
 
 
 def _matrix_of(layers: Sequence[nn.Linear], pages: HugePages) -> WeightMatrix | None:

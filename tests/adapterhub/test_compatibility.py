@@ -13,7 +13,7 @@ from tiny_models import TINY_VOCABULARY, make_peft_adapter, make_tiny_base
 from adapterhub.adapter import Adapter, BaseRef, StoredBase
 from adapterhub.bases.loading import load_base
 from adapterhub.bases.store import fingerprint
-from adapterhub.compatibility import check_compatible, check_vocabulary
+from adapterhub.compatibility import check_adapter, check_compatible, check_vocabulary, module_shapes
 from adapterhub.errors import (
     AdapterNoEffect,
     IncompatibleBase,
@@ -23,7 +23,8 @@ from adapterhub.errors import (
     UnsafeFile,
     UsageError,
 )
-from adapterhub.pack import adopt, check_layers, pack
+from adapterhub.pack import adopt, pack
+from adapterhub.package.layout import read_lora
 from adapterhub.package.lora_config import LoraConfig, LoraTensor, lora_tensors
 from adapterhub.package.manifest import Quantization
 from adapterhub.package.safetensors_header import TensorInfo
@@ -57,12 +58,18 @@ def test_a_base_of_another_shape_is_refused_at_packing_and_at_verifying(
     with pytest.raises(IncompatibleBase, match=said):
         pack(folder, base=other)
     assert not (folder / "adapterhub.json").exists()
+    config, tensors = read_lora(packed.path)
     with pytest.raises(IncompatibleBase, match=said):
-        check_layers(packed, other)
+        check_compatible("a", config, tensors, module_shapes(other))
+    outline = StoredBase(other.path, BaseRef("tests/other"), "apache-2.0")
+    with pytest.raises(IncompatibleBase, match=said):
+        check_adapter(packed, outline)
+    with pytest.raises(IncompatibleBase, match="was made for tests/tiny-llama"):
+        check_adapter(packed, other)
 
 
 def test_the_base_it_was_made_for_fits(packed: Adapter, tiny_base: StoredBase) -> None:
-    check_layers(packed, tiny_base)
+    check_adapter(packed, tiny_base)
 
 
 def test_an_adapter_for_some_layers_only_fits(tiny_base: StoredBase, tmp_path: Path) -> None:

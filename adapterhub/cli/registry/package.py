@@ -95,13 +95,11 @@ def verify(
         signer = verify_signature(adapter, [PublicKey.read(path) for path in key])
         say(f"signed by {signer.path}")
     if base is not None:
-        from adapterhub.pack import check_layers
-        from adapterhub.package.layout import check_base
+        from adapterhub.compatibility import check_adapter
 
         stored = base_with(adapter.base, base)
-        check_base(adapter, stored)
-        check_layers(adapter, stored)
-        say(f"every tensor matches a layer of {stored.ref}")
+        check_adapter(adapter, stored)
+        say(f"compatible with {stored.ref}: every tensor has the shape of its layer")
     if probe:
         replay_probe(adapter, base)
     say(f"{adapter.manifest.name}: {len(adapter.manifest.files)} files verified")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from packages import write_manifest, write_package, write_peft_folder
 
 from adapterhub.adapter import StoredBase
+from adapterhub.compatibility import check_base
 from adapterhub.errors import (
     AdapterUnsupported,
     DigestMismatch,
@@ -22,7 +23,7 @@ from adapterhub.errors import (
     UnsafeFile,
 )
 from adapterhub.pack import pack
-from adapterhub.package.layout import check_base, inspect, open_adapter
+from adapterhub.package.layout import inspect, open_adapter
 from adapterhub.package.manifest import parse_manifest
 
 
