@@ -1,4 +1,4 @@
-"""`adapterhub.lock`: the exact adapters of a deployment, name by name: commit and digest. Knows no registry."""
+"""`adapterhub.lock`: commit and digest of each adapter of a deployment."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ LOCK_NAME = "adapterhub.lock"
 
 
 class Locked(Strict):
-    """One adapter: what it is called in the registry and on the Hub, and exactly which it is."""
+    """One adapter: its name in the registry and on the Hub, and its commit and digest."""
 
     name: str = Field(min_length=1)
     hub: str | None = None
-    """endpoint; None: it came from no Hub"""
+    """Endpoint; None: it came from no Hub."""
     commit: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
     digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
 
 
 class Lock(Strict):
-    """What a deployment answers with: the name it is served as -> the adapter."""
+    """The adapters of a deployment."""
 
     adapters: dict[str, Locked]
+    """Name that it is served as -> adapter."""
 
 
 def read_lock(path: Path) -> Lock:
-    """Raises InvalidManifest for a file that is no lock."""
+    """Read a lock file. Raises InvalidManifest for any other file."""
     try:
         return Lock.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         faults = "; ".join(str(error).splitlines()[:4])
-        raise InvalidManifest(f"{path} is not a lock file ({faults}): write it with `adapterhub lock`.") from error
+        raise InvalidManifest(f"{path} is not a lock file: {faults}. Write one with 'adapterhub lock'.") from error
 
 
 def write_lock(path: Path, lock: Lock) -> None:
-    """Sorted, one line a fact: made to be committed and compared."""
+    """Write a lock file, sorted and one fact per line, so that versions can be compared."""
     ordered = Lock(adapters=dict(sorted(lock.adapters.items())))
     write_atomic(path, ordered.model_dump_json(indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""Where names lead and how they came to: one append-only log of moves a name, the last move of a revision counts.
+"""The targets of names and their history: one append-only log of moves per name. A revision's last move counts.
 
-One JSON object a line. A line is there when its line feed is: what a killed writer left behind is no move, and the
-next writer cuts it off. Knows no packages and no disk but its own folder; one lock for all writers.
+Each line is a JSON object that ends in a line feed. A line without one was left by a killed writer: it is no move, and
+the next writer cuts it off. All writers share one lock.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Act = Literal["add", "import", "pull", "promote", "rollback", "remove"]
 
 
 class Summary(Strict):
-    """What lists show of a package, written down when a name is led to it, so that they need not open it."""
+    """What lists show of a package. The log has it, so that a list opens no package."""
 
     base: str
     fingerprint: str
@@ -41,6 +41,7 @@ class Summary(Strict):
 
     @classmethod
     def of(cls, manifest: Manifest) -> Summary:
+        """Summarize a manifest."""
         base, lora = manifest.base, manifest.lora
         return cls(
             base=base.id, fingerprint=base.fingerprint, rank=lora.rank, method=lora.method, license=manifest.license
@@ -48,19 +49,19 @@ class Summary(Strict):
 
 
 class Move(Strict):
-    """One line: who led a revision of a name from one digest to another, and when."""
+    """One line of a log: who moved a revision of a name from one digest to another, and when."""
 
     at: AwareDatetime
-    """by the writer's clock, so the order of moves is that of lines"""
+    """Time by the writer's clock. The order of moves is that of the lines."""
     by: str
     act: Act
     revision: str
     before: str | None
-    """digest; None: there was no such revision"""
+    """Digest; None: there was no such revision."""
     after: str | None
-    """digest; None: there is none any more"""
+    """Digest; None: the revision was removed."""
     origin: str = "local"
-    """where the package came from: a Hub endpoint and commit, or `local`"""
+    """Where the package came from: a Hub endpoint and commit, or `local`."""
     about: Summary | None = None
 
 
@@ -72,7 +73,7 @@ class Name:
     moves: tuple[Move, ...]
 
     def revisions(self) -> dict[str, Move]:
-        """Revision -> the move that made it lead where it leads now."""
+        """Return each existing revision with its last move."""
         last = {move.revision: move for move in self.moves}
         return {revision: move for revision, move in sorted(last.items()) if move.after is not None}
 
@@ -82,19 +83,19 @@ class Name:
         return move.after if move else None
 
     def before(self, revision: str) -> str | None:
-        """Where a rollback of `revision` leads: what it led to before, rollbacks taken back; None when nowhere."""
-        led: list[str | None] = []
+        """Return the digest that a rollback of `revision` points it to; None without one."""
+        targets: list[str | None] = []
         for move in self.moves:
             if move.revision != revision:
                 continue
-            if move.act == "rollback" and led:
-                led.pop()
+            if move.act == "rollback" and targets:
+                targets.pop()
             else:
-                led.append(move.after)
-        return led[-2] if len(led) > 1 else None
+                targets.append(move.after)
+        return targets[-2] if len(targets) > 1 else None
 
     def holds(self, *, since: datetime) -> set[str]:
-        """Digests a revision leads to, would roll back to, or led to at any time after `since`."""
+        """Return the digests a revision points to, would roll back to, or pointed to at any time after `since`."""
         revisions = self.revisions()
         held = {move.after for move in revisions.values()} | {self.before(revision) for revision in revisions}
         for move in self.moves:
@@ -103,7 +104,7 @@ class Name:
         return {digest for digest in held if digest is not None}
 
     def find(self, text: str) -> Move | None:
-        """The newest move to a digest that begins with `text`, or fetched at commit `text`."""
+        """Return the newest move to a digest that begins with `text`, or to a package fetched at commit `text`."""
         for move in reversed(self.moves):
             if move.after is not None and (move.after.startswith(text) or move.origin.endswith(f" {text}")):
                 return move
@@ -111,7 +112,7 @@ class Name:
 
 
 def default_actor() -> str:
-    """`user@machine` of this process, for the log."""
+    """Return `user@machine` of this process, for the log."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user that has no name
@@ -120,7 +121,7 @@ def default_actor() -> str:
 
 
 def now() -> datetime:
-    """UTC, to the second."""
+    """Return the time in UTC, to the second."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
@@ -131,38 +132,39 @@ class NameLog:
     folder: Path
 
     def read(self, name: str) -> Name | None:
-        """None for a name nobody ever used. Raises InvalidManifest for a damaged log."""
+        """Return the log of a name, None for one that was never used. Raises InvalidManifest for a damaged log."""
         try:
             return _read(self._path(name), name)
         except FileNotFoundError:
             return None
 
     def names(self) -> list[str]:
+        """Return every name that was ever used, sorted."""
         if not self.folder.is_dir():
             return []
         return sorted(unquote(file.removesuffix(_SUFFIX)) for file in os.listdir(self.folder) if file.endswith(_SUFFIX))
 
     def all(self) -> Iterator[Name]:
-        """Every name, sorted."""
+        """Yield the log of every name, sorted."""
         for name in self.names():
             if (found := self.read(name)) is not None:
                 yield found
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """No other process appends meanwhile."""
+        """Keep other processes from appending while the block runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):
             yield
 
     def append(self, name: str, moves: Sequence[Move]) -> None:
-        """Write moves down together, under `locked`; on disk when this returns.
+        """Append moves together, under `locked`. They are on disk when this returns.
 
-        Raises StorageFull, and then nothing has moved.
+        Raises StorageFull, and then nothing was appended.
         """
         path = self._path(name)
         lines = "".join(move.model_dump_json() + "\n" for move in moves).encode()
-        # No buffer: it would write what is left of a line when it closes, behind the cut.
+        # Unbuffered: a buffer would write the rest of a line when the file is closed, after it was truncated.
         with raise_storage_full(path), path.open("ab", buffering=0) as file:
             whole = _whole_bytes(path)
             file.truncate(whole)
@@ -179,7 +181,7 @@ class NameLog:
 
 
 def _whole_bytes(path: Path) -> int:
-    """Length up to and with the last line feed."""
+    """Return the length up to and including the last line feed."""
     return path.read_bytes().rfind(b"\n") + 1
 
 
@@ -191,6 +193,7 @@ def _read(path: Path, name: str) -> Name:
             moves.append(Move.model_validate_json(line))
         except ValidationError as error:
             raise InvalidManifest(
-                f"{path}:{number} is damaged: restore the file, or delete it and pull or add {name} again."
+                f"{path}:{number} is damaged: expected a move as JSON. Restore the file, or delete it and pull or add "
+                f"{name} again."
             ) from error
     return Name(name, tuple(moves))

@@ -1,9 +1,9 @@
-"""Packages on disk by content: each file once, each package complete when it exists, gone only when nothing holds it.
+"""Content-addressed storage of packages: each file is stored once, and a package exists only when it is complete.
 
     objects/<sha256>       a file, read-only
     adapters/<digest>/     a package: hard links to objects
 
-Knows files and digests; refuses to know names.
+A package is removed only by `gc`, when no name points to it and no process has a lease on it. Names are not known here.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from adapterhub.package.layout import SIGNATURE_NAME, files_of, open_adapter
 from adapterhub.package.manifest import MANIFEST_NAME, read_manifest
 
 _ABANDONED_S = 60.0
-"""age from which something temporary that nobody holds was left by a process that died"""
+"""Age from which a temporary file that no process holds counts as left by a process that died, in seconds."""
 
 
 @dataclass(frozen=True)
 class Removed:
-    """What a collection took away."""
+    """What a garbage collection deleted."""
 
     packages: tuple[str, ...]
-    """digests"""
+    """Digests of the packages."""
     num_files: int
     num_bytes: int
 
@@ -46,29 +46,35 @@ class PackageStore:
     root: Path
 
     def folder(self, digest: str) -> Path:
+        """Return the folder of a package, whether it is stored or not."""
         return self._packages / digest.removeprefix("sha256:")
 
     def has(self, digest: str) -> bool:
+        """Return whether the package is stored."""
         return self.folder(digest).is_dir()
 
     def digests(self) -> list[str]:
+        """Return the digests of all stored packages, sorted."""
         if not self._packages.is_dir():
             return []
         return [f"sha256:{name}" for name in sorted(os.listdir(self._packages)) if not name.startswith(".")]
 
     def open(self, digest: str) -> Adapter:
-        """Raises AdapterNotFound, and PackageError kinds for a package that no longer is what it was."""
+        """Return a stored package, verified. Raises AdapterNotFound, PackageError kinds for a damaged package."""
         if not self.has(digest):
-            raise AdapterNotFound(f"{digest} is not in {self.root}: pull it, or add its folder.")
+            raise AdapterNotFound(f"{digest} is not in {self.root}. Pull it, or add its folder.")
         return open_adapter(self.folder(digest))
 
     @contextmanager
     def keep(self, adapter: Adapter, *, is_scratch: bool = False) -> Iterator[Adapter]:
-        """Store a verified package, and lease it while the block runs: until a name leads to it, say.
+        """Store a verified package and lease it while the block runs, for example until a name points to it.
 
-        One that is here already is verified, and replaced when it is damaged. A folder that is scratch, on the same
-        disk and nobody else's, gives its files away instead of having them copied. Raises DigestMismatch for a file
-        that changed since it was verified, Conflict for a signature of another manifest than the one kept.
+        A package that is stored already is verified, and replaced if it is damaged. The files of a scratch folder on
+        the same disk are linked, not copied.
+
+        Raises:
+            DigestMismatch: a file changed since it was verified.
+            Conflict: the signature is of another manifest than the stored one.
         """
         folder = self.folder(adapter.digest)
         is_ours, is_trusted = False, True
@@ -88,19 +94,17 @@ class PackageStore:
 
     @contextmanager
     def lease(self, digest: str) -> Iterator[None]:
-        """No collection takes the package while the block runs, in this process or any other.
-
-        Raises AdapterNotFound when it is gone already.
-        """
+        """Keep the package from garbage collection, by any process, while the block runs. Raises AdapterNotFound."""
         with ExitStack() as leased:
             if not self._lease(self.folder(digest), leased):
-                raise AdapterNotFound(f"{digest} is not in {self.root} any more: pull or add it again.")
+                raise AdapterNotFound(f"{digest} is no longer in {self.root}. Pull or add it again.")
             yield
 
-    def collect(self, needed: Callable[[], set[str]], *, grace_s: float, is_trial: bool = False) -> Removed:
-        """Take away packages that are not `needed`, not leased and older than `grace_s`; then files of no package.
+    def gc(self, needed: Callable[[], set[str]], *, grace_s: float, dry_run: bool = False) -> Removed:
+        """Delete unreferenced packages: those not `needed`, not leased and older than `grace_s` seconds.
 
-        Also what killed processes left half-done. With `is_trial` nothing is touched, only told.
+        Then delete files that no package links to, and temporary files of processes that died. With `dry_run` nothing
+        is deleted.
         """
         now_needed = needed()
         packages = [
@@ -108,7 +112,7 @@ class PackageStore:
             for digest in self.digests()
             if digest not in now_needed and self._may_go(self.folder(digest), grace_s)
         ]
-        if is_trial:
+        if dry_run:
             return Removed(tuple(packages), 0, sum(_size(self.folder(digest)) for digest in packages))
         gone = [digest for digest in packages if self._retire(digest, needed, grace_s)]
         num_files = num_bytes = 0
@@ -133,7 +137,7 @@ class PackageStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Finding a package and leasing it is one act, as is finding it free and taking it away."""
+        """Hold the store's lock: a package is found and leased, or found unused and deleted, in one step."""
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / ".packages.lock"):
             yield
@@ -156,11 +160,11 @@ class PackageStore:
                 self._place(path, stored, temporary / path.name, is_scratch=is_scratch)
 
     def _place(self, source: Path, stored: Path, target: Path, *, is_scratch: bool) -> None:
-        """`target` becomes a link to `stored`, the copy of `source`'s content, made if it is not there yet."""
+        """Make `target` a link to `stored`, the copy of `source`'s content, which is made if it is missing."""
         while True:
             if not stored.exists():
                 self._store(source, stored, is_scratch=is_scratch)
-            with suppress(FileNotFoundError):  # collected between the two
+            with suppress(FileNotFoundError):  # garbage-collected between the two
                 _link(stored, target)
                 return
 
@@ -177,7 +181,7 @@ class PackageStore:
         try:
             with hold(temporary), raise_storage_full(stored):
                 if copy_and_hash(source, temporary) != stored.name:
-                    raise DigestMismatch(f"{source} changed while it was copied: nothing of it is kept; add it again.")
+                    raise DigestMismatch(f"{source} changed while it was copied, and nothing was stored. Add it again.")
                 temporary.chmod(0o444)
                 temporary.replace(stored)
         finally:
@@ -191,7 +195,7 @@ class PackageStore:
         with self._locked():
             if not folder.is_dir() or not self._may_go(folder, grace_s):
                 return False
-            # Asked after the lease: whoever let a name lead here held the package until the name was written.
+            # Asked after the lease: whoever moves a name to the package leases it until the move is written.
             if digest in needed():
                 return False
             trash = self._trash(folder)
@@ -215,15 +219,17 @@ class PackageStore:
 
 
 def _take_signature(source: Path, folder: Path) -> None:
-    """A signature may join a package that has none, and never takes the place of one, or of a manifest: more than the
-    digest covers stands there, and whoever brings the same content again need not be who signed it."""
+    """Add a signature to a stored package that has none. It never replaces a signature or the manifest.
+
+    The manifest has more than the digest covers, and who brings the same content again need not be who signed it.
+    """
     signature, stored = source / SIGNATURE_NAME, folder / SIGNATURE_NAME
     if not signature.is_file() or stored.is_file():
         return
     if (source / MANIFEST_NAME).read_bytes() != (folder / MANIFEST_NAME).read_bytes():
         raise Conflict(
-            f"{source} is signed, and the same content is kept here unsigned with another {MANIFEST_NAME}, which the "
-            "signature would not cover: remove its names, run `adapterhub gc --grace 0`, then bring the signed one."
+            f"{source} is signed, but the same content is stored unsigned with another {MANIFEST_NAME}, which the "
+            "signature would not cover. Remove its names, run 'adapterhub gc --grace 0', then add the signed package."
         )
     write_atomic(stored, signature.read_bytes())
 
@@ -242,7 +248,7 @@ def _size(folder: Path) -> int:
 
 
 def _link(stored: Path, target: Path) -> None:
-    """A hard link, or a copy on a file system that has none."""
+    """Make a hard link, or a copy on a file system without hard links."""
     try:
         os.link(stored, target)
     except FileNotFoundError:

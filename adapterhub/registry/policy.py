@@ -47,7 +47,7 @@ class Policy:
 
     @classmethod
     def read(cls, folder: Path) -> Policy:
-        """Raises UsageError for a file that is there and cannot be read."""
+        """Read the policy of the registry in `folder`. Raises UsageError for a file that cannot be read."""
         path = folder / POLICY_NAME
         if not path.exists():
             return cls(folder)

@@ -1,12 +1,12 @@
-"""The adapters on this machine: what they are called, where a name leads, who led it there.
+"""The registry: the adapters on this machine, the names that point to them, and every move of a name.
 
     $ADAPTERHUB_HOME/objects/, adapters/     the packages (package_store)
     $ADAPTERHUB_HOME/names/<name>.jsonl      what a name's revisions point to, and every move (name_log)
-    $ADAPTERHUB_HOME/proofs/<digest>.json    a replayed probe that passed here
-    $ADAPTERHUB_HOME/training/               runs of servers, whose beginnings are kept (adapterhub.package.run_record)
-    $ADAPTERHUB_HOME/policy.toml             what must be signed, and what is protected (policy)
+    $ADAPTERHUB_HOME/probes/<digest>.json    a probe that was replayed here and passed
+    $ADAPTERHUB_HOME/training/               a server's runs; gc keeps what an unfinished one starts from
+    $ADAPTERHUB_HOME/policy.toml             which names need a signature, and which aliases are protected (policy)
 
-An alias is a revision that somebody moves on purpose. Knows disk and Hub; refuses to know engines.
+An alias is a revision other than `main` that promote and rollback move. No other module moves a name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from adapterhub.registry.policy import Policy
 
 DEFAULT_REVISION = "main"
 NOTHING = "nothing"
-"""what `expect` says of an alias that must not be there yet"""
+"""Value of `expect` for a revision that must not exist yet."""
 
 GRACE_S = 7 * 86_400.0
 
@@ -52,7 +52,7 @@ _EXPECTED = re.compile(rf"{NOTHING}|sha256:[0-9a-f]{{8,64}}")
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of `list`: a name, a revision, and the package it leads to."""
+    """One line of `list`: a name, a revision, and the package that it points to."""
 
     name: str
     revision: str
@@ -63,27 +63,30 @@ class Entry:
 
     @property
     def manifest(self) -> Manifest:
-        """Read from the package's folder each time."""
+        """The manifest, read from the package's folder each time."""
         return read_manifest(self.folder)
 
 
 @dataclass(frozen=True)
 class Registry:
-    """The store under one folder, and the Hub to ask for what is not in it (None: ask nobody)."""
+    """The store in one folder, and the Hub to pull missing adapters from (None: no Hub)."""
 
     root: Path
     hub: Hub | None = None
 
     @classmethod
     def default(cls, hub: Hub | None = None) -> Registry:
+        """Return the registry in $ADAPTERHUB_HOME."""
         return cls(home(), hub)
 
     @cached_property
     def store(self) -> PackageStore:
+        """The packages."""
         return PackageStore(self.root)
 
     @cached_property
     def log(self) -> NameLog:
+        """The moves of all names."""
         return NameLog(self.root / "names")
 
     def add(
@@ -120,7 +123,7 @@ class Registry:
     def pull(self, ref: AdapterRef, hub: Hub, *, report: Report = lambda line: None, by: str | None = None) -> Adapter:
         """Fetch `owner/name[@revision]` from `hub`, verify it, keep it and point that name to it. Raises as `add`."""
         if ref.name is None:
-            raise AdapterNotFound(f"{ref} cannot be pulled: expected owner/name or owner/name@revision.")
+            raise AdapterNotFound(f"{ref} cannot be pulled: expected owner/name or owner/name@revision. Give its name.")
         report(f"pulling {ref} from {hub.endpoint}")
         self.root.mkdir(parents=True, exist_ok=True)
         with (
@@ -148,11 +151,11 @@ class Registry:
             return self.add(adapter, name=name, origin="bundle", act="import", by=by)
 
     def lock(self, wanted: Mapping[str, AdapterRef]) -> Lock:
-        """Exactly what the names of a deployment lead to now. Raises as `resolve`; UsageError for a folder."""
+        """Return what the names of a deployment point to now. Raises as `resolve`; UsageError for a folder."""
         locked = {}
         for served_as, ref in wanted.items():
             if ref.name is None:
-                raise UsageError(f"{ref} has no name that would lead to it again: add it, or pull it, first.")
+                raise UsageError(f"{ref} has no name, and a lock file lists names. Add it, or pull it, first.")
             digest = self.resolve(ref).digest
             moves = [move for move in self.history(ref.name) if move.after == digest and " " in move.origin]
             endpoint, _, commit = (moves[-1].origin if moves else "local").partition(" ")
@@ -162,25 +165,25 @@ class Registry:
         return Lock(adapters=locked)
 
     def obtain(self, locked: Locked, hub: Hub | None, *, report: Report = lambda line: None) -> AdapterRef:
-        """Have a locked adapter here, fetching its commit if need be; returns the reference that leads to it alone.
+        """Pull a locked adapter's commit unless it is stored. Return the reference to exactly that adapter.
 
-        Raises DigestMismatch when the Hub has something else at that commit, AdapterNotFound, HubError kinds.
+        Raises DigestMismatch when the Hub has another adapter at that commit, AdapterNotFound, HubError kinds.
         """
         exact = AdapterRef(name=locked.name, revision=locked.digest)
         known = self.log.read(locked.name)
         if not (self.store.has(locked.digest) and known and _lookup(known, locked.digest)):
             if hub is None or locked.commit is None:
-                raise AdapterNotFound(f"{locked.name} {locked.digest} is not in {self.root}: bring it here first.")
+                raise AdapterNotFound(f"{locked.name} {locked.digest} is not in {self.root}. Add or import it first.")
             found = self.pull(AdapterRef(name=locked.name, revision=locked.commit), hub, report=report)
             if found.digest != locked.digest:
                 raise DigestMismatch(
-                    f"{locked.name}@{locked.commit} at {hub.endpoint} is {found.digest}, locked is {locked.digest}: "
-                    "not used."
+                    f"{locked.name}@{locked.commit} at {hub.endpoint} is {found.digest}: expected {locked.digest}, as "
+                    "locked. It is not used; write the lock file again to use it."
                 )
         return exact
 
     def watch(self, names: Sequence[str], *, every_s: float = 1.0) -> Iterator[tuple[str, Move]]:
-        """Each move of these names (none given: of all) made after the call, as it comes; without end."""
+        """Yield each move of these names (of all names if empty) that is made after the call; never ends."""
         seen = {name.name: len(name.moves) for name in self.log.all()}
         while True:
             for called in names or self.log.names():
@@ -191,17 +194,20 @@ class Registry:
             time.sleep(every_s)
 
     def resolve(self, ref: AdapterRef) -> Adapter:
-        """The verified package a reference leads to, if the policy lets it be used; asks the Hub for names not here.
+        """Return the verified package that a reference points to. Names that are not here are pulled from the Hub.
 
-        Raises AdapterNotFound with the places looked at and the nearest names, PackageError kinds for a
-        package that no longer is what it was, SignatureInvalid, HubError kinds.
+        Raises:
+            AdapterNotFound: with the places that were searched, and the nearest names.
+            PackageError: the package is damaged.
+            SignatureInvalid: the trust policy does not let it be used.
+            HubError: the Hub could not be asked.
         """
         adapter = self.open(ref)
         Policy.read(self.root).check(adapter, ref.name)
         return adapter
 
     def open(self, ref: AdapterRef) -> Adapter:
-        """As `resolve`, to look at and not to use: whoever signed it, or nobody."""
+        """Return the package as `resolve` does, to read and not to use: the trust policy is not checked."""
         if ref.folder is not None:
             return open_adapter(expanded(ref.folder))
         if ref.digest is not None:
@@ -215,7 +221,7 @@ class Registry:
         raise AdapterNotFound(self._where_we_looked(ref, known))
 
     def list(self) -> list[Entry]:
-        """Every name and revision, sorted; opens no package."""
+        """Return every name and revision, sorted. Opens no package."""
         there = set(self.store.digests())
         return [
             Entry(name.name, revision, str(move.after), move.origin, move.about, self.store.folder(str(move.after)))
@@ -225,7 +231,7 @@ class Registry:
         ]
 
     def history(self, name: str) -> tuple[Move, ...]:
-        """Every move of every revision of `name`, oldest first. Raises AdapterNotFound."""
+        """Return every move of every revision of `name`, oldest first. Raises AdapterNotFound."""
         known = self.log.read(name)
         if known is None:
             raise AdapterNotFound(self._where_we_looked(AdapterRef(name=name), None))
@@ -298,16 +304,17 @@ class Registry:
         return any(path.is_file() for path in self._probe_records(adapter))
 
     def lease(self, adapter: Adapter) -> AbstractContextManager[None]:
-        """While the block runs no collection takes the adapter's package. Folders elsewhere are nobody's to take."""
+        """Keep the package from garbage collection while the block runs. Folders outside the store need no lease."""
         if adapter.path != self.store.folder(adapter.digest):
             return nullcontext()
         return self.store.lease(adapter.digest)
 
-    def collect(self, *, grace_s: float = GRACE_S, is_trial: bool = False) -> Removed:
-        """Take away packages no name leads to (nor would roll back to), no run here goes on from, no process leases.
+    def gc(self, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Removed:
+        """Delete unreferenced packages.
 
-        One is spared for `grace_s` after it came, and after the last name left it. What killed processes left
-        half-done goes as well.
+        A package is referenced while a revision points to it or would roll back to it, an unfinished run starts from
+        it, or a process has a lease on it. It is kept for `grace_s` seconds after it was added, and after its last
+        reference went. Temporary files of processes that died are deleted, too.
         """
         since = datetime.now(UTC) - timedelta(seconds=grace_s)
 
@@ -315,10 +322,10 @@ class Registry:
             starts = starts_of_unfinished(self.root / "training")
             return starts.union(*(name.holds(since=since) for name in self.log.all()))
 
-        return self.store.collect(needed, grace_s=grace_s, is_trial=is_trial)
+        return self.store.gc(needed, grace_s=grace_s, dry_run=dry_run)
 
     def _probe_records(self, adapter: Adapter) -> tuple[Path, Path]:
-        """The record's path, and its path in stores that an earlier version wrote."""
+        """Return the record's path, and its path in stores that an earlier version wrote."""
         name = f"{adapter.digest.removeprefix('sha256:')}.json"
         return self.root / "probes" / name, self.root / "proofs" / name
 
@@ -384,7 +391,7 @@ class Registry:
 
 
 def _lookup(known: Name, revision: str) -> str | None:
-    """The digest of a revision; else of what was once fetched at that commit, or whose digest begins so."""
+    """Return the digest of a revision; else of a package fetched at that commit, or whose digest begins so."""
     digest = known.target(revision)
     if digest is None and (revision.startswith("sha256:") or _is_commit(revision)):
         move = known.find(revision)

@@ -96,7 +96,7 @@ def _is_tidy(registry: Registry) -> None:
     old = time.time() - 3600
     for path in (*registry.root.glob("*/.*.tmp"), *registry.root.glob(".pull-*")):
         os.utime(path, (old, old))
-    registry.collect()
+    registry.gc()
     assert not [*registry.root.glob("*/.*.tmp"), *registry.root.glob(".pull-*")]
 
 
@@ -108,9 +108,9 @@ while True:
     for adapter in adapters:
         registry.add(adapter)
         registry.promote(AdapterRef.parse("captain"), "production")
-        registry.collect(grace_s=0)
+        registry.gc(grace_s=0)
         registry.remove("captain")
-        registry.collect(grace_s=0)
+        registry.gc(grace_s=0)
 """
 
 
@@ -164,7 +164,7 @@ while True:
     for revision in sys.argv[4:]:
         registry.pull(AdapterRef(name="alice/pulled", revision=revision), hub)
         registry.remove("alice/pulled", revision)
-        registry.collect(grace_s=0)
+        registry.gc(grace_s=0)
 """
 
 

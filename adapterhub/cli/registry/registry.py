@@ -269,7 +269,7 @@ def gc(
 
     A package is referenced while a name points to it, a running server uses it or an unfinished training run needs it.
     """
-    removed = registry().collect(grace_s=grace * 86_400, is_trial=dry_run)
+    removed = registry().gc(grace_s=grace * 86_400, dry_run=dry_run)
     for digest in removed.packages:
         typer.echo(digest)
     what = "would be deleted" if dry_run else "deleted"

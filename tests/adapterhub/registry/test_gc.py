@@ -38,13 +38,13 @@ def _kept(registry: Registry, adapters: list[Adapter]) -> list[bool]:
 
 
 def test_what_no_name_leads_to_goes_with_its_files(registry: Registry, adapters: list[Adapter]) -> None:
-    removed = registry.collect(grace_s=0)
+    removed = registry.gc(grace_s=0)
     assert removed.packages == (adapters[0].digest,)
     assert removed.num_bytes > 0
     assert _kept(registry, adapters) == [False, True, True]  # the second is where a rollback of main would lead
     linked = {path.stat().st_ino for path in (registry.root / "adapters").glob("*/*")}
     assert {path.stat().st_ino for path in (registry.root / "objects").iterdir()} == linked
-    assert registry.collect(grace_s=0).packages == ()
+    assert registry.gc(grace_s=0).packages == ()
 
 
 def test_what_a_stopped_run_goes_on_from_stays_until_it_is_complete(
@@ -54,19 +54,19 @@ def test_what_a_stopped_run_goes_on_from_stays_until_it_is_complete(
     folder.mkdir()
     (folder / "run-1.toml").write_text(f'start = "{adapters[0].digest}"')
     (folder / "run-2.toml").write_text("torn =")
-    assert registry.collect(grace_s=0).packages == ()
+    assert registry.gc(grace_s=0).packages == ()
     (folder / "run-1").mkdir()
     (folder / "run-1" / LOG_NAME).touch()
-    assert registry.collect(grace_s=0).packages == (adapters[0].digest,)
+    assert registry.gc(grace_s=0).packages == (adapters[0].digest,)
 
 
 def test_within_the_grace_period_nothing_goes(registry: Registry, adapters: list[Adapter]) -> None:
-    assert registry.collect(grace_s=60).packages == ()
+    assert registry.gc(grace_s=60).packages == ()
     old = time.time() - 120
     for adapter in adapters:
         os.utime(adapter.path, (old, old))
     # An old package, but its last name left it a moment ago.
-    assert registry.collect(grace_s=60).packages == ()
+    assert registry.gc(grace_s=60).packages == ()
 
 
 def test_a_clock_that_was_wrong_holds_longer_and_never_shorter(registry: Registry, adapters: list[Adapter]) -> None:
@@ -79,13 +79,13 @@ def test_a_clock_that_was_wrong_holds_longer_and_never_shorter(registry: Registr
     tomorrow = time.time() + 86_400
     for adapter in adapters:
         os.utime(adapter.path, (tomorrow, tomorrow))
-    assert registry.collect(grace_s=60).packages == ()
+    assert registry.gc(grace_s=60).packages == ()
     assert registry.promote(AdapterRef.parse("captain"), "production").after == adapters[2].digest
     assert registry.history("captain")[-1].revision == "production"  # the order of lines, whatever the clocks said
 
 
 def test_a_trial_tells_and_touches_nothing(registry: Registry, adapters: list[Adapter]) -> None:
-    told = registry.collect(grace_s=0, is_trial=True)
+    told = registry.gc(grace_s=0, dry_run=True)
     assert told.packages == (adapters[0].digest,)
     assert _kept(registry, adapters) == [True, True, True]
 
@@ -93,14 +93,14 @@ def test_a_trial_tells_and_touches_nothing(registry: Registry, adapters: list[Ad
 def test_what_an_alias_leads_to_or_would_roll_back_to_stays(registry: Registry, adapters: list[Adapter]) -> None:
     for adapter in adapters[:2]:
         registry.promote(AdapterRef.parse(f"captain@{adapter.digest}"), "production")
-    assert registry.collect(grace_s=0).packages == ()
+    assert registry.gc(grace_s=0).packages == ()
     assert registry.rollback("captain", "production").after == adapters[0].digest
 
 
 def test_a_leased_package_stays_until_the_lease_ends(registry: Registry, adapters: list[Adapter]) -> None:
     with registry.lease(adapters[0]):
-        assert registry.collect(grace_s=0).packages == ()
-    assert registry.collect(grace_s=0).packages == (adapters[0].digest,)
+        assert registry.gc(grace_s=0).packages == ()
+    assert registry.gc(grace_s=0).packages == (adapters[0].digest,)
     with pytest.raises(AdapterNotFound, match="any more"), registry.lease(adapters[0]):
         pass
 
@@ -117,9 +117,9 @@ def test_a_lease_of_another_process_counts_and_ends_when_it_is_killed(
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert registry.collect(grace_s=0).packages == ()
+        assert registry.gc(grace_s=0).packages == ()
         process.kill()
-    assert registry.collect(grace_s=0).packages == (adapters[0].digest,)
+    assert registry.gc(grace_s=0).packages == (adapters[0].digest,)
 
 
 def test_a_folder_of_somebody_elses_needs_no_lease(registry: Registry, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_what_a_killed_process_left_half_done_goes_and_what_is_in_work_stays(
     for path in (left, working, pulling, half):
         os.utime(path, (old, old))
     with hold(working):
-        registry.collect()
+        registry.gc()
     assert [path.exists() for path in (left, working, pulling, half)] == [False, True, False, False]
 
 
@@ -170,7 +170,7 @@ def test_adding_and_collecting_at_once_loses_nothing_that_was_added(registry: Re
 
     def collect() -> None:
         while not stop.is_set():
-            registry.collect(grace_s=0)
+            registry.gc(grace_s=0)
 
     thread = threading.Thread(target=collect)
     thread.start()

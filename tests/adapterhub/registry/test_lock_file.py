@@ -152,7 +152,7 @@ def test_a_locked_server_answers_with_what_was_locked_though_the_name_moved(
     """It moved on the Hub and on the machine that serves, which never had what is locked."""
     versions = []
     for seed in range(2):
-        folder = write_peft_folder(tmp_path / f"{seed}", seed=seed, module="v_proj")
+        folder = write_peft_folder(tmp_path / f"{seed}", seed=seed, module="v_proj", layers_to_transform=[0])
         write_manifest(folder, name="captain", base_id="tests/tiny", fingerprint=str(tiny_base.ref.fingerprint))
         versions.append(open_adapter(folder))
     first, second = versions

@@ -91,12 +91,12 @@ def test_a_load_given_up_beside_one_of_the_same_content_leaves_that_its_lease(tm
         second = await b.loading("two", b.unnamed)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
-        assert b.registry.collect(grace_s=0).packages == ()
+        assert b.registry.gc(grace_s=0).packages == ()
         b.engine.may_end.set()
         await second
-        assert b.registry.collect(grace_s=0).packages == ()
+        assert b.registry.gc(grace_s=0).packages == ()
         b.catalog.unload("two")
-        assert b.registry.collect(grace_s=0).packages == (b.unnamed.digest,)
+        assert b.registry.gc(grace_s=0).packages == (b.unnamed.digest,)
 
     _run(tmp_path, test)
 
@@ -108,7 +108,7 @@ def test_a_name_unloaded_beside_a_load_of_the_same_content_leaves_that_its_lease
         second = await b.loading("two", b.unnamed)
         b.catalog.unload("one")
         await second
-        assert b.registry.collect(grace_s=0).packages == ()
+        assert b.registry.gc(grace_s=0).packages == ()
 
     _run(tmp_path, test)
 
