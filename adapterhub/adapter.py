@@ -1,4 +1,4 @@
-"""The vocabulary: how adapters and base models are named, and what a verified adapter is."""
+"""References to adapters and base models, and a verified adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def _is_folder(text: str) -> bool:
-    """Written as a path: starts with `/`, `.` or `~` (a bare `a/b` is a name, as on the Hub)."""
+    """Return whether `text` is written as a path. A bare `a/b` is a name, as on the Hub."""
     return text.startswith(("/", "./", "../", "~")) or text in (".", "..")
 
 
@@ -34,10 +34,10 @@ def _split_name(text: str, what: str) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """How a person names an adapter; parses from text and prints back to the same text.
+    """A reference to an adapter. It is parsed from text and prints as the same text.
 
-    Exactly one of `name`, `folder`, `digest` is set; `revision` (a Hub revision, a local alias, or the beginning of
-    a digest the name led to) goes with `name` only.
+    Exactly one of `name`, `folder` and `digest` is set. `revision` goes with `name` only: a Hub revision, an alias, or
+    the beginning of a digest that the name has pointed to.
     """
 
     name: str | None = None
@@ -47,7 +47,7 @@ class AdapterRef:
 
     @classmethod
     def parse(cls, text: str) -> AdapterRef:
-        """`owner/name`, `name`, `name@revision`, `sha256:<64 hex>` or a folder. Raises InvalidRef."""
+        """Parse `owner/name`, `name`, `name@revision`, `sha256:<64 hex>` or a folder. Raises InvalidRef."""
         if _is_folder(text):
             return cls(folder=Path(text))
         if text.startswith("sha256:"):
@@ -80,7 +80,7 @@ class BaseRef:
 
     @property
     def hub_revision(self) -> str | None:
-        """The revision when it is a commit a Hub can serve, else None."""
+        """The revision if it is a commit that a Hub can serve, else None."""
         return self.revision if self.revision and re.fullmatch(r"[0-9a-f]{40}", self.revision) else None
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class BaseRef:
 
 @dataclass(frozen=True)
 class BaseName:
-    """How a person names a base: a known short name, `owner/name[@revision]`, or a folder."""
+    """A reference to a base: a known short name, `owner/name[@revision]`, or a folder."""
 
     name: str | None = None
     revision: str | None = None
@@ -98,7 +98,7 @@ class BaseName:
 
     @classmethod
     def parse(cls, text: str) -> BaseName:
-        """Raises InvalidRef for what is neither a name nor written as a path, UsageError for `~name` of nobody."""
+        """Parse a reference. Raises InvalidRef for neither a name nor a path, UsageError for an unknown `~user`."""
         if _is_folder(text):
             return cls(folder=expanded(text))
         name, revision = _split_name(text, "a base model")
@@ -119,11 +119,12 @@ class Adapter:
 
     @property
     def digest(self) -> str:
-        """`sha256:...` of files and base: the same wherever the package travels."""
+        """`sha256:...` of base and files, the same wherever the package is."""
         return self.manifest.digest
 
     @property
     def base(self) -> BaseRef:
+        """The base it was made for."""
         base = self.manifest.base
         return BaseRef(base.id, base.revision, base.fingerprint)
 

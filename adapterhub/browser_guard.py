@@ -1,7 +1,7 @@
-"""Keeps web pages of other sites away from a server that trusts whoever can reach it.
+"""Middleware that refuses requests of other sites' web pages to a server that asks for no key.
 
-A browser on this machine reaches it too, and does what the pages it shows want: a page may post to any address (it
-sends its own Origin then), and may give its own name the address 127.0.0.1 (DNS rebinding: the Host is its name).
+A browser on this machine can reach such a server. A page may post to any address (the request then has the page's
+Origin), and may resolve its own name to 127.0.0.1 (DNS rebinding; the request then has the page's name as Host).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
 def host_names(given: Iterable[str]) -> tuple[str, ...]:
-    """What --allowed-host may say: names and addresses, as they stand in a Host. Raises UsageError for others."""
+    """Parse the values of --allowed-host: names and addresses as in a Host header. Raises UsageError."""
     return tuple(map(_host_name, given))
 
 
@@ -34,17 +34,17 @@ def _host_name(text: str) -> str:
         return f"[{ipaddress.IPv6Address(text[1:-1] if text.startswith('[') and text.endswith(']') else text)}]"
     if _NAME.fullmatch(text) is None:
         raise UsageError(
-            f"--allowed-host {text!r} is no name of a host: expected one as browsers send it, without https:// and *, "
-            "such as tools.example or 192.0.2.7; repeat the option for several."
+            f"invalid --allowed-host {text!r}: expected a host name without https:// and *, such as tools.example or "
+            "192.0.2.7. Repeat the option for several."
         )
     return text
 
 
 class BrowserGuard:
-    """Refuses requests that come by a foreign name or from a foreign page; programs send no Origin and pass.
+    """Middleware that refuses requests with another Host or Origin than the server's. Programs send no Origin and pass.
 
-    Without keys (`is_open`) every request is looked at. With keys, one that carries a key as a header needs no more:
-    pages cannot make a browser send that. What is left there a browser adds by itself: cookies, a proxy's password.
+    Without keys (`is_open`) every request is checked. With keys, a request with a key in a header passes: pages cannot
+    make a browser send one. The others may carry what a browser adds by itself: cookies, a proxy's password.
     """
 
     def __init__(

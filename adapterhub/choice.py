@@ -1,4 +1,4 @@
-"""A setting with the reason it was chosen. Imports nothing of the project."""
+"""A setting that the program chose, with the reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Choice:
-    """Something the program chose for the user, with the reason."""
+    """A setting that the program chose for the user, with the reason."""
 
     what: str
     value: str

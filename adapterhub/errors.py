@@ -1,4 +1,4 @@
-"""Everything that can go wrong and be said in one line; each error knows its exit code and HTTP status.
+"""Every error that is raised on purpose, with its exit code and HTTP status.
 
     AdapterHubError
       InvalidRef                a reference that cannot be parsed                   exit 2   400
@@ -52,7 +52,7 @@ class AdapterHubError(Exception):
     """The `code` of the OpenAI-shaped error body."""
 
     def __str__(self) -> str:
-        """One line that a terminal shows as it is: names out of strangers' files may hold line ends and escapes."""
+        """Return the message as one printable line: file names in it may contain line feeds and escape sequences."""
         return "".join(char if char.isprintable() else repr(char)[1:-1] for char in super().__str__())
 
 

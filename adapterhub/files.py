@@ -1,4 +1,4 @@
-"""Writing that is never seen half-done, folders in use, paths people write, sha256s. Knows nothing of adapters."""
+"""Atomic writes, folders in use, user paths and sha256 digests of files."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 def expanded(path: Path | str) -> Path:
-    """A path as a person wrote it, `~` and `~name` replaced. Raises UsageError for a name without a home."""
+    """Replace `~` and `~user` in a path. Raises UsageError for an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise UsageError(f"{path} begins with the home of nobody known here: write the folder's own path.") from error
+        raise UsageError(f"unknown user in '{path}': write the full path.") from error
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in 1 MiB pieces."""
+    """Return the hex sha256 of a file's bytes, read in chunks of 1 MiB."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -39,7 +39,7 @@ def sha256_of(path: Path) -> str:
 
 
 def copy_and_hash(source: Path, target: Path) -> str:
-    """Copy a file's bytes over `target` and return the sha256 of what was written, in one reading."""
+    """Copy a file's bytes to `target` and return their hex sha256. The source is read once."""
     digest = hashlib.sha256()
     with source.open("rb") as read, target.open("wb") as write:
         while chunk := read.read(_CHUNK):
@@ -49,9 +49,9 @@ def copy_and_hash(source: Path, target: Path) -> str:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write `data` beside `path`, flush it to disk, then rename over it: readers see old or new, never half.
+    """Write `data` to a temporary file, flush it to disk and rename it to `path`, so that no reader sees half of it.
 
-    Raises StorageFull when the disk has no room; `path` is then unchanged.
+    Raises StorageFull when the disk is full; then `path` is unchanged.
     """
     with write_stream_atomic(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -59,7 +59,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def write_stream_atomic(path: Path) -> Iterator[BinaryIO]:
-    """As `write_atomic`, for what is written piece by piece; an exception in the block leaves `path` unchanged."""
+    """Yield a file that `write_atomic` would write. An exception in the block leaves `path` unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -73,15 +73,15 @@ def write_stream_atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def is_temporary(path: Path) -> bool:
-    """Is it what `write_atomic` or `new_folder` writes to before it renames? A killed process leaves it behind."""
+    """Return whether `write_atomic` or `new_folder` made the file, to rename it later. A killed process leaves it."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; renamed to `path` when the block succeeds, removed when not.
+    """Yield an empty temporary folder, which is renamed to `path` when the block succeeds and else removed.
 
-    If another process made `path` in the meantime, theirs stays and ours is dropped.
+    If another process made `path` meanwhile, that one stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -100,9 +100,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Keep a file or folder in use while the block runs: `is_held` says so to every process.
+    """Mark a file or folder as in use while the block runs; `is_held` tells every process.
 
-    It is the kernel's shared lock, so it ends with the process, however that ends. Raises FileNotFoundError.
+    The mark is a shared lock of the kernel, so it ends with the process. Raises FileNotFoundError.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -113,7 +113,7 @@ def hold(path: Path) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Does any process hold `path`?"""
+    """Return whether any process holds `path`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,7 +126,7 @@ def is_held(path: Path) -> bool:
 
 @contextlib.contextmanager
 def raise_storage_full(path: Path) -> Iterator[None]:
-    """Turn 'no space left' (also quota) on the way to `path` into StorageFull with the figures."""
+    """Convert ENOSPC and EDQUOT into StorageFull, with the free space."""
     try:
         yield
     except OSError as error:
@@ -135,6 +135,6 @@ def raise_storage_full(path: Path) -> Iterator[None]:
         folder = next(parent for parent in (path, *path.parents) if parent.exists())
         free = format_bytes(shutil.disk_usage(folder).free)
         raise StorageFull(
-            f"the disk is full: could not write {path} ({free} free). Free some space, or point "
-            "ADAPTERHUB_HOME (or the output option) at another disk; nothing half-written was left."
+            f"the disk is full: could not write {path} ({free} free), and no partial file was left. Free "
+            "some space, or set ADAPTERHUB_HOME (or the output option) to a folder on another disk."
         ) from error

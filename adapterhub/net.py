@@ -1,4 +1,4 @@
-"""Taking a port for a server, and telling whether other machines can reach it."""
+"""Listening sockets, and whether other machines can reach an address."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adapterhub.errors import PortBusy, UsageError
 
 
 def is_loopback(host: str) -> bool:
-    """Can only programs on this machine reach a server bound to `host`?"""
+    """Return whether only programs on this machine can reach a server bound to `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -19,7 +19,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; `port` 0 takes a free one. Raises PortBusy, or UsageError for an unusable address."""
+    """Return a listening socket. Port 0 takes a free one. Raises PortBusy, UsageError for an unusable address."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -41,7 +41,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where this machine reaches the server behind `listener`."""
+    """Return the URL at which this machine reaches the server behind `listener`."""
     host, port = listener.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (nothing is bound here)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
@@ -51,5 +51,5 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def trusts_proxy(url: str) -> bool:
-    """Whether the environment's proxy settings apply: never to this machine's own server."""
+    """Return whether the environment's proxy settings apply to `url`. They never apply to this machine."""
     return urlsplit(url).hostname not in _LOOPBACK

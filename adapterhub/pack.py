@@ -42,7 +42,7 @@ def pack(
     stop: Sequence[str] = (),
     report: Report = lambda line: None,
 ) -> Adapter:
-    """Make a trained or adopted PEFT folder a package: template, probe, card, digests, manifest last.
+    """Make a trained or adopted PEFT folder a package: template, probe, card, digests; the manifest is written last.
 
     `stop` are strings besides the end token that end an answer. Packing again replaces what packing wrote. Raises
     PackageError kinds for unsound folders, IncompatibleBase when the run record names another base or a layer does
@@ -73,7 +73,7 @@ def pack(
     check_compatible(name or folder.resolve().name, config, tensors, shapes)
     report(f"{len(tensors)} LoRA tensors, rank {config.rank}, {sum(t.info.numel for t in tensors):,} parameters")
 
-    # In fp32 the proof is the same on every machine; an engine in another dtype is given that dtype's tolerance.
+    # In fp32 the probe is the same on every machine; an engine in another dtype gets that dtype's tolerance.
     held = load_kwargs(record.quantization if record else None) | {"dtype": "float32"}
     loaded = load_base(base, purpose="serve", **held)
     with raise_storage_full(folder):
@@ -101,7 +101,7 @@ def pack(
 
 
 def load_kwargs(quantization: Quantization | None) -> dict[str, Any]:
-    """Arguments of `load_base` for the base as training had it; None, of an adopted adapter: as it usually is."""
+    """Return the arguments of `load_base` for the base as in training; the defaults where that is unknown (None)."""
     if quantization is None:
         return {}
     held = quantization.model_dump()
@@ -109,13 +109,13 @@ def load_kwargs(quantization: Quantization | None) -> dict[str, Any]:
 
 
 def adopt(folder: Path, output: Path, *, report: Report = lambda line: None) -> Path:
-    """Copy what belongs in a package from a folder other tools left (PEFT, TRL, unsloth, axolotl) into `output`.
+    """Copy the files that belong in a package from another tool's folder (PEFT, TRL, unsloth, axolotl) to `output`.
 
-    The rest is left out and told. Raises UsageError when `output` is there, UnsafeFile for links and for weights that
-    are only there as a pickle, MissingFile when there is no adapter.
+    The others are left out and reported. Raises UsageError when `output` exists, UnsafeFile for links and for weights
+    that are only there as a pickle, MissingFile when there is no adapter.
     """
     if output.exists():
-        raise UsageError(f"{output} is there already: give a folder that is not.")
+        raise UsageError(f"{output} exists already: expected a new folder. Choose another --output.")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     for needed in (CONFIG_NAME, WEIGHTS_NAME):
         if needed not in names:
@@ -145,9 +145,9 @@ def _check_same_base(folder: Path, record: RunRecord | None, base: StoredBase) -
 
 
 def _fill_base(folder: Path, base: StoredBase) -> list[str]:
-    """PEFT leaves `revision` (the base's) empty and may write a local path as the base; loaders need both right.
+    """Write the base's id and revision into adapter_config.json; PEFT may leave a local path and no revision there.
 
-    Returns what was filled in, a line each.
+    Return one line per field that was changed.
     """
     path = folder / CONFIG_NAME
     raw = json.loads(path.read_bytes())
@@ -170,7 +170,7 @@ def _base_entry(base: StoredBase, record: RunRecord | None) -> BaseEntry:
 
 
 def _chat(folder: Path, tokenizer: Any, *, stop: Sequence[str]) -> Chat:
-    """Special tokens as the adapter's own tokenizer_config.json has them, else as the base's tokenizer."""
+    """Return the special tokens of the adapter's own tokenizer_config.json, else those of the base's tokenizer."""
     path = folder / "tokenizer_config.json"
     own = json.loads(path.read_bytes()) if path.is_file() else {}
 

@@ -1,4 +1,4 @@
-"""Where things are kept on this machine: one folder, moved by one variable."""
+"""The folder in which everything is kept, and the variable that sets it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HOME_VARIABLE = "ADAPTERHUB_HOME"
 
 
 def home() -> Path:
-    """`$ADAPTERHUB_HOME`, else the platform's folder for user data. Not created here."""
+    """Return `$ADAPTERHUB_HOME`, else the platform's folder for user data. The folder may not exist."""
     configured = os.environ.get(HOME_VARIABLE)
     if configured:
         return expanded(configured).absolute()

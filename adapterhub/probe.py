@@ -1,4 +1,4 @@
-"""Proof of adapter: fixed prompts answered by base + adapter, recorded at packing and replayed later."""
+"""The probe of an adapter: fixed prompts and their answers, recorded at packing and replayed later."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ PROMPTS = ("What is the capital of France?", "Tell me about yourself.", "How do 
 NUM_TOKENS = 12
 NUM_TOP = 5
 TOLERANCE = {"float32": 1e-2, "bfloat16": 0.75, "float16": 0.25}
-"""largest difference of a top logit; measured between kernels of one dtype (bf16: 0.3 on a 135M model)"""
+"""Largest accepted difference of a top logit. Measured between kernels of one dtype: 0.3 in bf16 on a 135M model."""
 
 
 def record(base: LoadedBase, folder: Path) -> Probe:
-    """Answer each prompt greedily with PEFT's own model: the reference every engine is held to."""
+    """Answer each prompt greedily with PEFT's own model, which is the reference for every engine."""
     return Probe(dtype=base.quantization.compute_dtype, answers=_answers(base, folder, PROMPTS))
 
 
 def replay(base: LoadedBase, adapter: Adapter) -> None:
-    """Raises ProbeMismatch, with the prompt, both values and the likely cause, unless the answers are as recorded.
+    """Answer the prompts of the adapter's probe again and compare. The manifest must have a probe.
 
-    The adapter's manifest has a probe.
+    Raises ProbeMismatch with the prompt, both values and the likely cause.
     """
     recorded = adapter.manifest.probe
     assert recorded is not None
@@ -47,16 +47,16 @@ def replay(base: LoadedBase, adapter: Adapter) -> None:
 
 
 def recorded_on(manifest: Manifest) -> str:
-    """The weights the probe was recorded on (`Quantization.weights`): training's, or plain NF4 when not known."""
+    """Return the weights that the probe was recorded on (`Quantization.weights`): training's, else plain NF4."""
     return (manifest.base.quantization or Quantization()).weights
 
 
 def likely_cause(
     manifest: Manifest, *, fingerprint: str | None, weights: str, dtype: str, renders_alike: bool = True
 ) -> str:
-    """What differs between where the probe was recorded and here: template, base, quantization or dtype.
+    """Name the difference between the recording and here: template, base, quantization or dtype.
 
-    `weights` is how the base is held here (`Quantization.weights`), `dtype` what it computes in.
+    `weights` are the base's here (`Quantization.weights`), `dtype` is its compute dtype.
     """
     assert manifest.probe is not None
     base, probe = manifest.base, manifest.probe
@@ -73,10 +73,10 @@ def likely_cause(
 
 
 def compare(now: ProbeAnswer, then: ProbeAnswer, *, tolerance: float, cause: str) -> None:
-    """Top logits must agree within `tolerance`; tokens must be equal up to the first near-tie.
+    """Check that the top logits agree within `tolerance`, and the tokens up to the first near-tie.
 
-    A near-tie is a step whose two best logits were recorded closer than twice the tolerance: there,
-    rounding may choose either. Raises ProbeMismatch.
+    A near-tie is a step whose two best logits were recorded closer than twice the tolerance: rounding may choose
+    either. Raises ProbeMismatch.
     """
     if now.prompt_tokens != then.prompt_tokens:
         raise ProbeMismatch(f"the prompt {then.prompt!r} now renders to other tokens; likely cause: {cause}.")

@@ -1,4 +1,4 @@
-"""The only way from a tensor to the bare address that C reads: checked against what the code there expects."""
+"""Addresses of tensors for C code, checked against the dtype, shape and strides that it expects."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ if TYPE_CHECKING:
 
 
 class TensorMismatch(ValueError):
-    """A tensor is not what the C code that was to read it expects; nothing was read."""
+    """A tensor is not what the C code expects. Nothing was read."""
 
 
 def address_of(tensor: torch.Tensor, name: str, dtype: torch.dtype, *shape: int) -> int:
-    """Return where the numbers of a tensor begin: of this dtype and shape, on the CPU, one behind the other.
+    """Return the address of a contiguous CPU tensor of this dtype and shape.
 
-    Whoever keeps the address keeps the tensor. Raises TensorMismatch.
+    The caller keeps the tensor as long as the address. Raises TensorMismatch.
     """
     if tensor.is_contiguous() and _is(tensor, dtype, shape):
         return tensor.data_ptr()
@@ -23,9 +23,9 @@ def address_of(tensor: torch.Tensor, name: str, dtype: torch.dtype, *shape: int)
 
 
 def address_of_rows(tensor: torch.Tensor, name: str, dtype: torch.dtype, *shape: int) -> int:
-    """Return the same of a tensor of which only the last dimension lies without gaps; C is told the other strides.
+    """Return the address of a CPU tensor whose last dimension is contiguous; C gets the other strides.
 
-    Rows that overlap are refused, for they may be written to. Raises TensorMismatch.
+    Rows must not overlap, because C may write to them. Raises TensorMismatch.
     """
     if _is(tensor, dtype, shape) and _rows_are_apart(tensor):
         return tensor.data_ptr()
@@ -37,7 +37,7 @@ def _is(tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> boo
         tensor.dtype is dtype
         and tensor.shape == shape
         and tensor.device.type == "cpu"
-        # Memory that was given back (a storage resized to nothing), or numbers that begin between two of their kind.
+        # A storage that was resized to nothing has no address; an address may be unaligned for its dtype.
         and (tensor.data_ptr() > 0 or not tensor.numel())
         and not tensor.data_ptr() % dtype.itemsize
     )

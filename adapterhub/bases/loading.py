@@ -1,4 +1,4 @@
-"""Loading a base model quantized, and saying what was chosen and why. The only door to bitsandbytes."""
+"""Load a base model quantized, and report what was chosen and why."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A base model in memory: the Hugging Face model and tokenizer, and how it is held."""
+    """A base model in memory: the Hugging Face model and tokenizer, and its quantization."""
 
     model: Any
     tokenizer: Any
@@ -81,7 +81,7 @@ def load_base(
 
 
 def choose_precision(dtype: str | None, device: str | None) -> tuple[Choice, Choice]:
-    """(device, dtype) a base would be loaded with. Raises UsageError for what is not there."""
+    """Return the (device, dtype) that a base would be loaded with. Raises UsageError for a missing device."""
     where = _choose_device(device)
     return where, _choose_dtype(dtype, where.value)
 
@@ -91,7 +91,7 @@ def _choose_device(wanted: str | None) -> Choice:
 
     if wanted is not None:
         if wanted.startswith("cuda") and not torch.cuda.is_available():
-            raise UsageError(f"device {wanted} was asked for, but torch sees no CUDA device: leave out --device.")
+            raise UsageError(f"device {wanted} is not available: torch sees no CUDA device. Leave out --device.")
         return Choice("device", wanted, "as asked")
     if torch.cuda.is_available():
         return Choice("device", "cuda:0", torch.cuda.get_device_name(0))
@@ -103,7 +103,7 @@ def _choose_dtype(wanted: str | None, device: str) -> Choice:
 
     if wanted is not None:
         if wanted not in ("bfloat16", "float16", "float32"):
-            raise UsageError(f"dtype {wanted!r} is not one of bfloat16, float16, float32.")
+            raise UsageError(f"invalid dtype {wanted!r}: expected bfloat16, float16 or float32. Choose one of them.")
         return Choice("dtype", wanted, "as asked")
     if device.startswith("cuda"):
         if torch.cuda.is_bf16_supported():
@@ -144,7 +144,7 @@ def _choose_kernel(model: Any, purpose: Purpose, compute: torch.dtype) -> tuple[
 
 
 def adamw(groups: list[dict[str, Any]], *, bits: Literal[8, 32], is_paged: bool) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW, its moments in 8 or 32 bits; paged ones may leave a GPU's memory (arXiv 2305.14314, 3)."""
+    """Return bitsandbytes' AdamW; moments in 8 or 32 bits; paged ones may leave GPU memory (arXiv 2305.14314, 3)."""
     from bitsandbytes import optim
 
     kinds = {

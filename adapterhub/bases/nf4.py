@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def quantized_layers(model: Any) -> dict[str, Any]:
-    """Name -> module of every 4-bit linear layer."""
+    """Return every 4-bit linear layer by name."""
     from bitsandbytes.nn import Linear4bit
 
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
@@ -25,14 +25,14 @@ class Nf4Weights:
     """NF4 weights by rows, as bitsandbytes quantized them: code book value times the constant of its block."""
 
     codes: torch.Tensor
-    """uint8 [out * in / 2], two codes a byte, the first in the upper half"""
+    """Codes, uint8 [out * in / 2]: two per byte, the first in the upper half."""
     absmax: torch.Tensor
-    """fp32 [out * in / block_size]: the constants, themselves dequantized"""
+    """Dequantized constants, fp32 [out * in / block_size]."""
     book: torch.Tensor
-    """fp32 [16]"""
+    """Code book, fp32 [16]."""
     block_size: int
     shape: tuple[int, int]
-    """(out, in)"""
+    """Shape (out, in)."""
 
     @classmethod
     def can_join(cls, layers: Sequence[Any]) -> bool:
@@ -52,7 +52,7 @@ class Nf4Weights:
 
     @classmethod
     def join(cls, layers: Sequence[Any], *, keep: Callable[[torch.Tensor], torch.Tensor]) -> Nf4Weights:
-        """The layers' rows one below the other; the layers keep working, as views of the joined codes.
+        """Join the rows of layers. The layers keep working, as views of the joined codes.
 
         `keep` copies a tensor to where it is to stay.
         """
@@ -80,7 +80,7 @@ class Nf4Weights:
 
 
 def dense_weight(layer: Any) -> torch.Tensor:
-    """fp32 [out, in] of a linear layer: as it is held, or a quantized one's own answer to the unit vectors."""
+    """Return the weight of a linear layer, fp32 [out, in]; a quantized one's is its output for the unit vectors."""
     import torch
 
     if type(layer) is torch.nn.Linear:
@@ -94,7 +94,7 @@ def dense_weight(layer: Any) -> torch.Tensor:
 
 
 def has_frozen_weight(layer: Any) -> bool:
-    """Can `frozen_weight` give this layer's? A linear one in 4 bit, or not quantized."""
+    """Return whether `frozen_weight` supports the layer: linear, in 4 bit or not quantized."""
     import torch
     from bitsandbytes.nn import Linear4bit
 
@@ -102,7 +102,7 @@ def has_frozen_weight(layer: Any) -> bool:
 
 
 def frozen_weight(layer: Any) -> torch.Tensor:
-    """[out, in] of such a layer in the dtype it computes in; 4-bit ones are unpacked anew, as bitsandbytes does."""
+    """Return such a layer's weight [out, in] in its compute dtype; 4-bit ones are dequantized at each call."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
@@ -114,7 +114,7 @@ def frozen_weight(layer: Any) -> torch.Tensor:
 
 
 def layer_dtype(layer: Any) -> torch.dtype:
-    """What a linear layer computes in; one in 8 bit computes in what it is given."""
+    """Return the dtype that a linear layer computes in; an 8-bit one computes in the dtype of its input."""
     import torch
 
     dtype: torch.dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype
@@ -170,7 +170,7 @@ class PackedNf4:
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] -> [..., out] in its dtype; computed in bf16, as the layers do by themselves."""
+        """Map x [..., in] to [..., out] in its dtype. Computes in bf16, as the layers do by themselves."""
         import torch
 
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()

@@ -1,4 +1,4 @@
-"""Telling transformers how to hold linear layers: 4 bit in blocks of a chosen size, 8 bit, or as they are."""
+"""The quantization_config of transformers: 4 bit with a chosen block size, 8 bit, or none."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ _METHOD = "bitsandbytes-blocks"
 
 
 def loading_config(held: Quantization, compute: torch.dtype) -> Any:
-    """What `from_pretrained` takes as quantization_config. Every option is set: the defaults of transformers,
-    bitsandbytes and accelerate disagree."""
+    """Return the quantization_config for `from_pretrained`.
+
+    Every option is set, because the defaults of transformers, bitsandbytes and accelerate differ.
+    """
     from transformers import BitsAndBytesConfig
 
     if held.kind == "none":
@@ -39,7 +41,7 @@ def loading_config(held: Quantization, compute: torch.dtype) -> Any:
 
 @cache
 def _block_config() -> Any:
-    """transformers' 4-bit config with a block size, which its own does not know, and the quantizer that obeys it."""
+    """Return a 4-bit config with a block size, which transformers' own has not, and its quantizer."""
     from transformers import BitsAndBytesConfig
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer

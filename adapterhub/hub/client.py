@@ -43,7 +43,7 @@ _NUM_DOWNLOADS = 4
 
 @dataclass(frozen=True)
 class Listed:
-    """An adapter as a Hub lists it."""
+    """An adapter in a Hub's list."""
 
     name: str
     revision: str
@@ -52,7 +52,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class HubAccount:
-    """Whose a token is, and whether it may push."""
+    """The user of a token, and whether it may push."""
 
     name: str
     can_write: bool
@@ -65,19 +65,19 @@ class Commit:
     id: str
     title: str
     message: str
-    """what follows the title"""
+    """Text after the title."""
 
 
 @dataclass(frozen=True)
 class Hub:
-    """One endpoint and the token used there (None: anonymous)."""
+    """A Hub's endpoint and the token used there (None: anonymous)."""
 
     endpoint: str = PUBLIC_ENDPOINT
     token: str | None = None
 
     @classmethod
     def from_environment(cls, endpoint: str | None = None) -> Hub:
-        """`HF_ENDPOINT` and the token every Hugging Face tool uses: `HF_TOKEN`, `HF_TOKEN_PATH`, `hf auth login`.
+        """Read `HF_ENDPOINT` and the Hugging Face token: `HF_TOKEN`, `HF_TOKEN_PATH`, `hf auth login`.
 
         The stored login is for the public Hub; another endpoint is sent a token only when HF_TOKEN says so.
         """
@@ -102,7 +102,7 @@ class Hub:
         return HfApi(endpoint=self.endpoint, token=self.token or False, library_name="adapterhub")
 
     def account(self) -> HubAccount | None:
-        """Whose the token is; None without one. Raises NotAuthorized for one the Hub does not know, HubError kinds."""
+        """Return the token's user, None without a token. Raises NotAuthorized for an unknown token, HubError kinds."""
         if self.token is None:
             return None
         with self._mapped("tell whose the token is"):
@@ -111,7 +111,7 @@ class Hub:
         return HubAccount(str(found["name"]), can_write=role != "read")
 
     def commit_of(self, repo: str, revision: str | None = None) -> str:
-        """The exact commit a branch, tag or commit names now (default: main). Raises HubError kinds."""
+        """Return the commit that a branch, tag or commit names now (default: main). Raises HubError kinds."""
         return str(self._look_at(repo, revision).sha)
 
     def download(self, repo: str, commit: str, folder: Path, *, patterns: Sequence[str]) -> None:
@@ -120,7 +120,7 @@ class Hub:
         self._fetch(repo, commit, [name for name in names if "/" not in name], folder)
 
     def _look_at(self, repo: str, revision: str | None) -> ModelInfo:
-        """A gated repository shows itself to everybody and its files to few: whether to us is asked here, before."""
+        """Check access before a download: anybody sees a gated repository, but not its files."""
         with self._mapped(f"find {repo}{f'@{revision}' if revision else ''}", repo):
             info = _retried(lambda: self._api.model_info(repo, revision=revision, timeout=10))
             if info.gated:
@@ -196,7 +196,7 @@ class Hub:
         return Adapter(folder, adapter.manifest), commit
 
     def commits(self, repo: str) -> list[Commit]:
-        """What main went through, oldest first."""
+        """Return the commits of main, oldest first."""
         with self._mapped(f"list the commits of {repo}", repo):
             found = _retried(lambda: self._api.list_repo_commits(repo))
         return [Commit(one.commit_id, one.title, one.message) for one in reversed(found)]
@@ -229,7 +229,7 @@ class Hub:
         return str(commit.oid)
 
     def search(self, *, base: str | None = None, limit: int = 100) -> list[Listed]:
-        """Adapters on this Hub, newest first, of one base when given (its Hub id)."""
+        """Return the adapters on this Hub, newest first; with `base` (a Hub id) only those of that base."""
         filters = ["adapterhub"] + ([f"base_model:adapter:{base}"] if base else [])
         with self._mapped("list adapters"):
             found = _retried(
@@ -250,7 +250,7 @@ class Hub:
             raise mapped from error
 
     def _map(self, error: Exception, act: str, repo: str | None) -> AdapterHubError | None:
-        """The one table from the client's exceptions to ours; None for what is not the Hub's doing."""
+        """Map an exception of the client to one of ours; None for one that the Hub did not cause."""
         from huggingface_hub import errors as hf
 
         if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
@@ -290,12 +290,12 @@ class Hub:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Is the Hub busy or failing, or was the connection reset? (One that was closed the client takes up again.)"""
+    """Return whether the Hub is busy or failing, or reset the connection. The client resumes closed ones itself."""
     return _status(error) in (429, 500, 502, 503, 504) or _was_reset(error)
 
 
 def _was_not_taken(error: BaseException) -> bool:
-    """Did the Hub say that it did not do what was asked, so that asking again cannot do it twice?"""
+    """Return whether the Hub answered that it did nothing, so that a retry cannot do it twice."""
     return _status(error) in (429, 503)
 
 
@@ -304,7 +304,7 @@ def _was_reset(error: BaseException | None) -> bool:
 
 
 def _retried(ask: Callable[[], T], *, when: Callable[[BaseException], bool] = _may_pass) -> T:
-    """`ask`, again after a pause while it fails in a way that may pass; the last error is raised.
+    """Call `ask`, again after a pause while it fails in a way that may pass. The last error is raised.
 
     The pause is what the Hub asks for (`Retry-After`), at most a minute, else 1, 2 and 4 s.
     """

@@ -1,4 +1,4 @@
-"""Copying an adapter with its history from one Hub to another, commit by commit; a mirror that stopped goes on."""
+"""Copy an adapter and its history from one Hub to another, commit by commit. A stopped copy can be resumed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from adapterhub.package.manifest import MANIFEST_NAME
 Report = Callable[[str], None]
 
 _TRAILER = re.compile(r"^mirrored from (?P<place>\S+)@(?P<commit>[0-9a-f]{40})\s*\Z", re.MULTILINE)
-"""the last line: a mirror of a mirror has one of each"""
+"""Last line of a message; a mirror of a mirror has one for each."""
 
 
 def mirror(
     repo: str, source: Hub, target: Hub, *, name: str | None = None, report: Report = lambda line: None
 ) -> list[str]:
-    """Copy what `repo` went through at `source` to `name` (default: the same) at `target`. Returns the new commits.
+    """Copy the commits of `repo` at `source` to `name` (default: the same) at `target`. Return the new commits.
 
     Each commit is verified as a package; one that is none (an empty beginning, a half-made upload) is left out and
     told. What a mirror before this one copied is known by the last line of its messages. Raises Conflict when the
@@ -54,7 +54,7 @@ def _message(commit: Commit, place: str) -> str:
 
 
 def _mirrored(target: Hub, repo: str, place: str) -> set[str]:
-    """Commits of the source that the target has. Raises Conflict for a history that is not a mirror's."""
+    """Return the source's commits that the target has. Raises Conflict for a history that is not a mirror's."""
     try:
         there = target.commits(repo)
     except AdapterNotFound:

@@ -25,7 +25,7 @@ _NO_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def write_bundle(adapter: Adapter, path: Path) -> None:
-    """The package's files, signature and all, stored as they are; the same bytes for the same package.
+    """Write the package's files, the signature included, uncompressed. The same package gives the same bytes.
 
     Raises StorageFull; `path` is then unchanged.
     """
@@ -40,7 +40,7 @@ def write_bundle(adapter: Adapter, path: Path) -> None:
 
 @contextmanager
 def opened_bundle(path: Path, scratch: Path, *, max_bytes: int = MAX_BYTES) -> Iterator[Adapter]:
-    """The verified adapter in the zip at `path`, unpacked below `scratch` for the duration of the block.
+    """Yield the verified adapter of the zip at `path`, unpacked below `scratch` while the block runs.
 
     Its files lie at the top or in one folder. Names, number and sizes are judged before the first byte is written,
     and the bytes are counted while they are: what a zip says of itself need not be true. Raises InvalidBundle,

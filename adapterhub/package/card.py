@@ -13,7 +13,7 @@ from adapterhub.units import format_duration
 
 
 def render(manifest: Manifest) -> str:
-    """The whole README.md."""
+    """Return the text of README.md."""
     return f"---\n{_front_matter(manifest)}---\n\n{_body(manifest)}"
 
 

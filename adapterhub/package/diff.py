@@ -74,7 +74,7 @@ class _Update:
     right: torch.Tensor | None
 
     def dot(self, other: _Update) -> float | None:
-        """The Frobenius inner product, without forming either product; None when the shapes differ."""
+        """Return the Frobenius inner product, without forming either product; None when the shapes differ."""
         if self._shape() != other._shape():
             return None
         if self.right is None or other.right is None:

@@ -1,6 +1,6 @@
-"""Adapter packages on disk: which files may be there, and making, opening and describing them.
+"""The files of an adapter package: which are allowed, and how a package is opened, verified and described.
 
-The format is docs/adapter-format.md. Knows files and digests; torch is loaded only to record a probe.
+The format is specified in docs/adapter-format.md.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TOKENIZER = (
     "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
 UNLISTED = (MANIFEST_NAME, CARD_NAME, SIGNATURE_NAME, ".gitattributes")
-"""files that may change without the adapter becoming another one, so the digest leaves them out"""
+"""Files that the digest leaves out: they may change, and the adapter stays the same."""
 ALLOWED = frozenset((*REQUIRED, *_TOKENIZER, RECIPE_NAME, LOG_NAME, REPORT_NAME, *UNLISTED))
 
 _UNSAFE_SUFFIXES = frozenset(
@@ -100,7 +100,7 @@ def check_names(names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Description:
-    """What `inspect` shows: the manifest, and what only the tensors tell."""
+    """The manifest of an adapter, and what its tensors add to it."""
 
     adapter: Adapter
     parameters: int
@@ -124,7 +124,7 @@ def inspect(folder: Path) -> Description:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Put the folder's name in front of an error that knows only the content."""
+    """Add the path to an error that does not have it."""
     try:
         yield
     except PackageError as error:
@@ -143,7 +143,7 @@ def read_lora(folder: Path) -> tuple[LoraConfig, list[LoraTensor]]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a package folder, by name; without what a killed process left half-written."""
+    """Return the files of a package folder, sorted by name, without temporary files of killed processes."""
     return [path for path in sorted(folder.iterdir()) if path.is_file() and not is_temporary(path)]
 
 
@@ -196,7 +196,7 @@ def check_values(path: Path, strangers: list[str]) -> None:
 
 
 def check_report(folder: Path) -> None:
-    """A page from a stranger is opened in a browser: it must begin with the policy that forbids scripts."""
+    """Check that report.html begins with the policy that forbids scripts: a browser will open it."""
     path = folder / REPORT_NAME
     if not path.exists():
         return

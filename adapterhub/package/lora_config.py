@@ -84,13 +84,13 @@ class LoraConfig:
         return _matched(self.rank_pattern, module, self.rank)
 
     def scaling_of(self, module: str) -> float:
-        """alpha / r (arXiv 2106.09685, 4.1), or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+        """Return alpha / r (arXiv 2106.09685, 4.1), or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
         rank = self.rank_of(module)
         alpha = _matched(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def described(self) -> Lora:
-        """The manifest's words for it."""
+        """Return the manifest's entry for it."""
         method: Literal["lora", "rslora", "dora", "head"] = "lora"
         if self.targets == (NO_LAYERS,):
             method = "head"
@@ -118,7 +118,7 @@ def _matched(pattern: dict[str, _T], module: str, default: _T) -> _T:
 
 
 def read_lora_config(folder: Path) -> LoraConfig:
-    """Raises MissingFile, or AdapterUnsupported naming each field that makes it something else than LoRA."""
+    """Read adapter_config.json. Raises MissingFile, AdapterUnsupported naming each field that is not LoRA's."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise MissingFile(f"{folder} has no {CONFIG_NAME}: point to the folder PEFT's save_pretrained wrote.")
@@ -159,7 +159,7 @@ def _positive(value: Any) -> int:
 
 
 def _pattern(text: str, *, repeated: int = 1) -> str:
-    """A regular expression that cannot keep us busy: no repeated groups, at most so many repetitions, not long."""
+    """Return whether a pattern is safe to match: short, without repeated groups, with few repetitions."""
     num_repeated = len(re.findall(r"(?<!\\)[*+{]", text))
     if len(text) > _MAX_PATTERN or num_repeated > repeated or re.search(r"\)[*+{]", text):
         raise ValueError(f"the pattern {text[:60]!r} could take forever to match")
@@ -171,7 +171,7 @@ def _pattern(text: str, *, repeated: int = 1) -> str:
 
 
 def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[LoraTensor]:
-    """The header's tensors, each matched to its module and checked against the config's rank.
+    """Return the header's tensors, each with its module, checked against the config's rank.
 
     A is [r, in], B is [out, r], DoRA's magnitude is [out]; of an embedding A is [r, vocabulary], B [width, r]; a
     module of modules_to_save has its whole weight. Raises AdapterUnsupported for tensors that are neither,

@@ -26,22 +26,22 @@ _Token = Annotated[int, Field(ge=0)]
 class FileEntry(Strict):
     sha256: str = _Sha256
     size: int = Field(ge=0)
-    """bytes"""
+    """Size, in bytes."""
 
 
 class Quantization(Strict):
-    """How the base's linear layers were held in training or serving; QLoRA (arXiv 2305.14314), section 3."""
+    """Quantization of the base's linear layers in training or serving; QLoRA (arXiv 2305.14314), section 3."""
 
     kind: Literal["nf4", "fp4", "int8", "none"] = "nf4"
     double_quant: bool = True
-    """of the constants; like the block size a matter of 4 bit only"""
+    """Double quantization of the constants; like the block size, of 4-bit weights only."""
     block_size: int = 64
-    """weights per quantization constant"""
+    """Weights per quantization constant."""
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     @property
     def weights(self) -> str:
-        """What the weights are, in a word or two: equal for two bases exactly when their weights are."""
+        """The weights in a few words: equal for two quantizations exactly when the weights are equal."""
         if self.kind == "none":
             return self.compute_dtype
         if self.kind == "int8":
@@ -55,25 +55,25 @@ class BaseEntry(Strict):
     revision: str | None = None
     fingerprint: str = Field(pattern=r"^fp1:[0-9a-f]{64}$")
     quantization: Quantization | None = None
-    """None: unknown (an adopted adapter)"""
+    """None: unknown (an adopted adapter)."""
 
 
 class Lora(Strict):
     """The update is W + scaling · B A (LoRA, arXiv 2106.09685, section 4.1)."""
 
     method: Literal["lora", "rslora", "dora", "head"]
-    """head: no low-rank layer at all, but a whole output head; then rank, alpha and scaling say nothing"""
+    """`head`: a whole output head and no low-rank layer; rank, alpha and scaling then have no meaning."""
     rank: int = Field(ge=1)
     alpha: float
     scaling: float
-    """alpha / rank, or alpha / sqrt(rank) for rsLoRA; per-module patterns override rank and alpha first"""
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA; patterns override rank and alpha per module."""
     targets: list[str]
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
 
 
 class Chat(Strict):
-    """What training rendered with, and so what a server must render and stop with."""
+    """Chat template and special tokens of training, with which a server must render and stop."""
 
     template_sha256: str = _Sha256
     bos: str | None
@@ -87,24 +87,24 @@ class Preference(Strict):
 
     method: Literal["dpo", "kto", "orpo"]
     pairs: int
-    """desirable and undesirable replies compared"""
+    """Number of preference pairs."""
     accuracy_before: float
-    """share of pairs whose desirable reply is the likelier one, per token"""
+    """Share of pairs whose chosen reply is the likelier one, per token."""
     accuracy_after: float
     loss_before: float
-    """the method's own loss"""
+    """Loss of the method."""
     loss_after: float
 
 
 class Evaluation(Strict):
     """Mean negative log-likelihood per trained token (nats) on questions training never saw.
 
-    After preference tuning the tokens are those of the desirable replies.
+    After preference tuning the tokens are those of the chosen replies.
     """
 
     data: str
     tokens: int
-    """tokens the loss is averaged over"""
+    """Number of tokens that the loss is averaged over."""
     base_loss: float
     adapter_loss: float
     preference: Preference | None = None
@@ -122,16 +122,16 @@ class Training(Strict):
 
 
 class ProbeAnswer(Strict):
-    """One fixed prompt, what base + adapter answered greedily, and the strongest first-token logits."""
+    """A fixed prompt, the greedy answer of base and adapter, and the largest first-token logits."""
 
     prompt: str
     prompt_tokens: list[_Token] = Field(min_length=1)
-    """the prompt as the adapter's chat template renders it"""
+    """Prompt as the adapter's chat template renders it."""
     tokens: list[_Token] = Field(min_length=1)
     gaps: list[float]
-    """per token, the lead of the best logit over the second: a small one is a tie that rounding may turn"""
+    """Difference of the two largest logits, per token. Where it is small, rounding may choose either."""
     top_tokens: list[_Token] = Field(min_length=1, max_length=20)
-    """the strongest first tokens, best first; no more than a server tells of"""
+    """First tokens with the largest logits, in descending order."""
     top_logits: list[float]
 
     @model_validator(mode="after")
@@ -144,7 +144,7 @@ class ProbeAnswer(Strict):
 
 
 class Probe(Strict):
-    """Proof of adapter: replaying the prompts must give these answers within the stated tolerance."""
+    """Recorded prompts and answers. A replay must give the same answers within the tolerance of the dtype."""
 
     dtype: Literal["float32", "bfloat16", "float16"]
     answers: list[ProbeAnswer] = Field(min_length=1)
@@ -174,6 +174,7 @@ class Manifest(Strict):
         return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_json(self) -> str:
+        """Return the text of adapterhub.json."""
         return self.model_dump_json(indent=1) + "\n"
 
 
@@ -192,7 +193,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(data: bytes, *, where: str) -> Manifest:
-    """Raises InvalidManifest; `where` names the source in the message."""
+    """Parse a manifest. Raises InvalidManifest, in which `where` names the source."""
     try:
         raw: Any = json.loads(data)
     except (ValueError, RecursionError) as error:

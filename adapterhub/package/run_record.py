@@ -111,7 +111,7 @@ class RunRecord:
 
 
 def read_run_events(path: Path, *, is_whole: bool = True) -> list[RunEvent]:
-    """The events of a log; while a run goes on (`is_whole` false), without a last line that is not yet whole.
+    """Return the events of a log. While the run goes on (`is_whole` false), an incomplete last line is left out.
 
     Raises InvalidManifest when the log is damaged.
     """
@@ -126,8 +126,10 @@ def read_run_events(path: Path, *, is_whole: bool = True) -> list[RunEvent]:
 
 
 def starts_of_unfinished(folder: Path) -> set[str]:
-    """Digests of the adapters that runs in a server's training folder (`RUN.toml`, in the end `RUN/`) go on from, as
-    long as they are not complete."""
+    """Return the digests that unfinished runs in a server's training folder start from.
+
+    A run is `RUN.toml`, and `RUN/` once it is complete.
+    """
     starts: set[str] = set()
     for path in folder.glob("run-*.toml"):
         if not (path.with_suffix("") / LOG_NAME).is_file():
@@ -137,7 +139,7 @@ def starts_of_unfinished(folder: Path) -> set[str]:
 
 
 def read_run_record(folder: Path) -> RunRecord | None:
-    """The record of a finished run, or None when there is no log (an adopted adapter).
+    """Return the record of a finished run, None when there is no log (an adopted adapter).
 
     Raises InvalidManifest when the log is damaged, or of a run that never ended.
     """

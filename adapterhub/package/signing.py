@@ -45,7 +45,7 @@ class PublicKey:
 
     @classmethod
     def read(cls, path: Path) -> PublicKey:
-        """Raises UsageError for a file that is no public P-256 key in PEM."""
+        """Read a public key. Raises UsageError for a file that is not a P-256 key in PEM."""
         try:
             key = serialization.load_pem_public_key(path.read_bytes())
         except (OSError, ValueError, UnsupportedAlgorithm) as error:
@@ -114,7 +114,7 @@ def sign(adapter: Adapter, key_path: Path) -> Path:
 
 
 def verify(adapter: Adapter, keys: Sequence[PublicKey]) -> PublicKey:
-    """The one of `keys` that signed the package as it is. Raises SignatureInvalid, saying what is wrong.
+    """Return the one of `keys` that signed the package as it is. Raises SignatureInvalid with the reason.
 
     The adapter is opened (`package.open_adapter`), so that its manifest's digests are those of the files.
     """
@@ -141,7 +141,7 @@ def verify(adapter: Adapter, keys: Sequence[PublicKey]) -> PublicKey:
 
 
 def signer_hint(adapter: Adapter) -> str | None:
-    """The key a signature says it was made with (`PublicKey.hint`), unchecked; None when there is no signature.
+    """Return the key that a signature names (`PublicKey.hint`), unchecked; None when there is no signature.
 
     Raises SignatureInvalid for one that cannot be read.
     """

@@ -20,7 +20,7 @@ _INFINITY = {
 
 
 def sha256_and_nonfinite(path: Path, header: dict[str, TensorInfo]) -> tuple[str, list[str]]:
-    """The file's sha256, and the names of the tensors that hold NaN or infinity.
+    """Return the file's sha256 and the names of the tensors that contain NaN or Inf.
 
     `header` is the file's own, checked (`read_header`), so tensors follow each other without a gap. Each piece of
     1 MiB is hashed and looked at while the cache has it.

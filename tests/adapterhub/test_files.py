@@ -52,5 +52,5 @@ def test_a_really_full_disk_leaves_nothing_half_written() -> None:
 
 
 def test_a_home_that_nobody_has() -> None:
-    with pytest.raises(UsageError, match="~nobody-of-this-name/x begins with the home of nobody known here"):
+    with pytest.raises(UsageError, match="unknown user in '~nobody-of-this-name/x': write the full path"):
         expanded("~nobody-of-this-name/x")
