@@ -219,6 +219,14 @@ def test_act_that_never_moves_a_protected_alias(shop: Shop, act: Act) -> None:
         shop.registry.check_move(adapter, TRUSTED, "production", act=act)
 
 
+def test_registry_is_the_only_place_that_writes_a_move() -> None:
+    root = Path(__file__).parents[3]
+    sources = {path: path.read_text() for package in ("adapterhub", "serve") for path in (root / package).rglob("*.py")}
+    writers = {path.relative_to(root).as_posix() for path, text in sources.items() if "log.append(" in text}
+    assert writers == {"adapterhub/registry/registry.py"}
+    assert sources[root / "adapterhub/registry/registry.py"].count("log.append(") == 1
+
+
 # A server's routes
 
 
