@@ -13,11 +13,11 @@
       HubError                  the other side of the network                       exit 1   502
         HubUnavailable          unreachable or failing; trying later can help       exit 75  502
         NotAuthorized           wrong, missing or too weak a token                  exit 1   401
-        Conflict                somebody else changed it first                      exit 1   409
+        Conflict                another process changed it first                    exit 1   409
       RecipeError               a recipe with faults, all of them listed            exit 2   400
       DatasetError              training data with faults, file and line of each    exit 2   400
       UsageError                a request that makes no sense as asked              exit 2   400
-        OutputNotFresh          an output folder that already holds something
+        OutputNotFresh          an output folder that is not empty
         RunNotResumable         no stopped training run at that folder
         AliasProtected (403)    the trust policy lets only promote and rollback move this alias
         ConstraintFailed        guided decoding that cannot go on

@@ -55,7 +55,7 @@ def pack(
         raise MissingFile(f"{folder} is not a folder: expected the output of training, or any PEFT adapter folder.")
     if (folder / "config.json").is_file() and not (folder / CONFIG_NAME).exists():
         raise AdapterUnsupported(
-            f"{folder} holds a whole model (full fine-tuning), not an adapter: serve it as a base, `adapterhub serve "
+            f"{folder} is a whole model (full fine-tuning), not an adapter: serve it as a base, `adapterhub serve "
             f"--base {folder}`, or train LoRA."
         )
     for path in folder.iterdir():
@@ -74,8 +74,8 @@ def pack(
     report(f"{len(tensors)} LoRA tensors, rank {config.rank}, {sum(t.info.numel for t in tensors):,} parameters")
 
     # In fp32 the probe is the same on every machine; an engine in another dtype gets that dtype's tolerance.
-    held = load_kwargs(record.quantization if record else None) | {"dtype": "float32"}
-    loaded = load_base(base, purpose="serve", **held)
+    kwargs = load_kwargs(record.quantization if record else None) | {"dtype": "float32"}
+    loaded = load_base(base, purpose="serve", **kwargs)
     with raise_storage_full(folder):
         if not (folder / TEMPLATE_NAME).exists():
             write_atomic(folder / TEMPLATE_NAME, loaded.tokenizer.chat_template or "")
@@ -104,8 +104,8 @@ def load_kwargs(quantization: Quantization | None) -> dict[str, Any]:
     """Return the arguments of `load_base` for the base as in training; the defaults where that is unknown (None)."""
     if quantization is None:
         return {}
-    held = quantization.model_dump()
-    return {"dtype": held.pop("compute_dtype"), **held}
+    kwargs = quantization.model_dump()
+    return {"dtype": kwargs.pop("compute_dtype"), **kwargs}
 
 
 def adopt(folder: Path, output: Path, *, report: Report = lambda line: None) -> Path:

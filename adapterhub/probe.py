@@ -33,14 +33,14 @@ def replay(base: LoadedBase, adapter: Adapter) -> None:
     recorded = adapter.manifest.probe
     assert recorded is not None
     tolerance = max(TOLERANCE[recorded.dtype], TOLERANCE[base.quantization.compute_dtype])
-    held = base.quantization
+    quantization = base.quantization
     answers = _answers(base, adapter.path, [then.prompt for then in recorded.answers])
     for now, then in zip(answers, recorded.answers, strict=True):
         cause = likely_cause(
             adapter.manifest,
             fingerprint=base.ref.fingerprint,
-            weights=held.weights,
-            dtype=held.compute_dtype,
+            weights=quantization.weights,
+            dtype=quantization.compute_dtype,
             renders_alike=now.prompt_tokens == then.prompt_tokens,
         )
         compare(now, then, tolerance=tolerance, cause=cause)

@@ -13,28 +13,28 @@ if TYPE_CHECKING:
 _METHOD = "bitsandbytes-blocks"
 
 
-def loading_config(held: Quantization, compute: torch.dtype) -> Any:
+def loading_config(quantization: Quantization, compute: torch.dtype) -> Any:
     """Return the quantization_config for `from_pretrained`.
 
     Every option is set, because the defaults of transformers, bitsandbytes and accelerate differ.
     """
     from transformers import BitsAndBytesConfig
 
-    if held.kind == "none":
+    if quantization.kind == "none":
         return None
-    if held.kind == "int8":
+    if quantization.kind == "int8":
         # LLM.int8 (arXiv 2208.07339, section 3.2): input columns with a value beyond 6 are computed in 16 bit.
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0, llm_int8_has_fp16_weight=False)
-    kind = BitsAndBytesConfig if held.block_size == 64 else _block_config()
+    kind = BitsAndBytesConfig if quantization.block_size == 64 else _block_config()
     config = kind(
         load_in_4bit=True,
-        bnb_4bit_quant_type=held.kind,
-        bnb_4bit_use_double_quant=held.double_quant,
+        bnb_4bit_quant_type=quantization.kind,
+        bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=compute,
         bnb_4bit_quant_storage="uint8",
     )
-    if held.block_size != 64:
-        config.block_size = held.block_size
+    if quantization.block_size != 64:
+        config.block_size = quantization.block_size
         config.quant_method = _METHOD
     return config
 

@@ -175,7 +175,9 @@ def fingerprint(folder: Path) -> str:
                     sample.update(file.read(length))
                 lines.append(f"{name} {info.dtype} {list(info.shape)} {sample.hexdigest()}")
     if not lines:
-        raise BaseNotFound(f"{folder} holds no *.safetensors file: a base is a folder with config.json and those.")
+        raise BaseNotFound(
+            f"{folder} has no *.safetensors file: expected config.json and safetensors. Save the model as safetensors."
+        )
     return "fp1:" + hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -319,6 +321,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 def _record(folder: Path, ref: BaseRef, license: str | None) -> None:
     unsafe = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
     if unsafe:
-        raise UnsafeFile(f"{ref.id} holds pickle files ({', '.join(unsafe)}): only safetensors are taken.")
+        raise UnsafeFile(
+            f"{ref.id} contains pickle files ({', '.join(unsafe)}): expected safetensors only. Choose another base."
+        )
     record = _Record(id=ref.id, revision=ref.revision, fingerprint=fingerprint(folder), license=license)
     write_atomic(folder / _RECORD_NAME, json.dumps(record.model_dump(), indent=1) + "\n")

@@ -138,7 +138,7 @@ class Hub:
     def push(self, adapter: Adapter, repo: str, *, private: bool = False, message: str | None = None) -> str:
         """Publish a package as one commit on main, compare-and-swap on what main was. Returns the commit.
 
-        Raises UsageError for a base that is only a local path, Conflict when somebody pushed in between.
+        Raises UsageError for a base that is only a local path, Conflict when another push came first.
         """
         with self._mapped(f"push to {repo}", repo):
             _retried(lambda: self._api.create_repo(repo, private=private, exist_ok=True))
@@ -153,7 +153,7 @@ class Hub:
         if Path(adapter.manifest.base.id).is_absolute():
             raise UsageError(
                 f"{adapter.manifest.name} names a local folder as its base ({adapter.manifest.base.id}), which "
-                "nobody else can load: pull the base by its Hub id and pack the adapter on that."
+                "no other machine can load. Pull the base by its Hub id and pack the adapter on that."
             )
         from huggingface_hub import CommitOperationAdd
 
@@ -164,7 +164,7 @@ class Hub:
             parent = _retried(lambda: self._api.model_info(repo)).sha
             # Given as open files: with paths the client insists on Xet, which not every Hub speaks.
             operations = [CommitOperationAdd(f.name, opened.enter_context(f.open("rb"))) for f in files]
-            # Only told to wait is it sent again: after any other failure the commit may be there.
+            # Sent again only when the Hub says to wait: after any other failure the commit may exist.
             return _retried(
                 lambda: self._api.create_commit(
                     repo,

@@ -74,10 +74,10 @@ def _entries(bundle: zipfile.ZipFile, *, max_bytes: int) -> dict[str, zipfile.Zi
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise InvalidBundle(f"{entry.filename!r} is a symbolic link: packages hold plain files only.")
     if len({part[:-1] for part in parts}) > 1:
-        raise InvalidBundle("the zip holds several folders: zip one packed folder.")
+        raise InvalidBundle("the zip contains several folders: expected one packed folder. Zip that alone.")
     found = {part[-1]: entry for entry, part in zip(files, parts, strict=True)}
     if len(found) != len(files):
-        raise InvalidBundle("the zip holds two files of one name: zip one packed folder.")
+        raise InvalidBundle("the zip contains two files of one name: expected one packed folder. Zip it again.")
     check_names(found)
     size = sum(entry.file_size for entry in files)
     if size > max_bytes:

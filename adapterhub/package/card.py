@@ -32,7 +32,8 @@ def _front_matter(manifest: Manifest) -> str:
 
 def _body(manifest: Manifest) -> str:
     base, lora = manifest.base, manifest.lora
-    held = base.quantization
+    weights = base.quantization
+    trained_on = f"{weights.weights}, compute {weights.compute_dtype}" if weights else "not recorded"
     lines = [
         f"# {manifest.name}",
         "",
@@ -42,7 +43,7 @@ def _body(manifest: Manifest) -> str:
         "|---|---|",
         f"| base revision | `{base.revision or 'not recorded'}` |",
         f"| base fingerprint | `{base.fingerprint}` |",
-        f"| base in training | {f'{held.weights}, compute {held.compute_dtype}' if held else 'not recorded'} |",
+        f"| base in training | {trained_on} |",
         f"| method | {lora.method}, rank {lora.rank}, alpha {lora.alpha:g} |",
         f"| targets | {', '.join(lora.targets)} |",
         f"| digest | `{manifest.digest}` |",

@@ -161,10 +161,12 @@ def _check_digests(folder: Path, manifest: Manifest) -> None:
     present = {path.name for path in walk_files(folder)} - set(UNLISTED)
     missing = sorted(set(manifest.files) - present)
     if missing:
-        raise MissingFile(f"{folder} lacks {', '.join(missing)}, which its manifest lists: fetch it again.")
+        raise MissingFile(f"{folder} lacks {', '.join(missing)}, which its manifest lists. Fetch it again.")
     extra = sorted(present - set(manifest.files))
     if extra:
-        raise UnexpectedFile(f"{folder} holds {', '.join(extra)}, which its manifest does not list: remove or repack.")
+        raise UnexpectedFile(
+            f"{folder} contains {', '.join(extra)}, which its manifest does not list. Remove it, or pack again."
+        )
     for name, entry in manifest.files.items():
         size = (folder / name).stat().st_size
         if size != entry.size:
@@ -173,10 +175,10 @@ def _check_digests(folder: Path, manifest: Manifest) -> None:
             )
     for name, entry in manifest.files.items():
         path = folder / name
-        found, strangers = sha256_of_weights(path) if name == WEIGHTS_NAME else (sha256_of(path), [])
+        found, nonfinite = sha256_of_weights(path) if name == WEIGHTS_NAME else (sha256_of(path), [])
         if found != entry.sha256:
             raise DigestMismatch(f"{path} has sha256 {found}, the manifest says {entry.sha256}: fetch it again.")
-        check_values(path, strangers)
+        check_values(path, nonfinite)
 
 
 def sha256_of_weights(path: Path) -> tuple[str, list[str]]:
@@ -187,11 +189,11 @@ def sha256_of_weights(path: Path) -> tuple[str, list[str]]:
         return sha256_and_nonfinite(path, read_header(path))
 
 
-def check_values(path: Path, strangers: list[str]) -> None:
-    if strangers:
-        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+def check_values(path: Path, nonfinite: list[str]) -> None:
+    if nonfinite:
+        more = f" and {len(nonfinite) - 1} more" if len(nonfinite) > 1 else ""
         raise InvalidTensors(
-            f"{path}: {strangers[0]}{more} holds NaN or infinity: the training run diverged; train again."
+            f"{path}: {nonfinite[0]}{more} contains NaN or Inf: the training run diverged. Train again."
         )
 
 

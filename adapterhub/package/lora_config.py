@@ -191,7 +191,7 @@ def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[Lora
         tensors.append(LoraTensor(key, match["module"], kind, info))
         parts.setdefault(match["module"], {})[kind] = info
     if not tensors:
-        raise InvalidTensors("the adapter file holds no tensor at all: the save went wrong, train or save again.")
+        raise InvalidTensors("the adapter file contains no tensors. Train or save the adapter again.")
     for module, found in parts.items():
         _check_module(module, found, config)
     return tensors

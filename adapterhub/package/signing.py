@@ -64,7 +64,10 @@ def make_key(path: Path) -> tuple[Path, Path]:
     public_path = path.with_name(path.name + ".pub")
     taken = [str(one) for one in (path, public_path) if one.exists()]
     if taken:
-        raise UsageError(f"{' and '.join(taken)} already there: signatures made with it would no longer be known.")
+        raise UsageError(
+            f"{' and '.join(taken)} already exists, and signatures made with it could no longer be verified. Choose "
+            "another path."
+        )
     key = ec.generate_private_key(ec.SECP256R1())
     password = os.environ.get(PASSWORD_VARIABLE, "").encode()
     hidden: serialization.KeySerializationEncryption = (

@@ -26,7 +26,7 @@ def sha256_and_nonfinite(path: Path, header: dict[str, TensorInfo]) -> tuple[str
     1 MiB is hashed and looked at while the cache has it.
     """
     digest = hashlib.sha256()
-    strangers = []
+    nonfinite = []
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
 
@@ -45,8 +45,8 @@ def sha256_and_nonfinite(path: Path, header: dict[str, TensorInfo]) -> tuple[str
                 left -= len(piece)
                 is_finite = is_finite and _is_finite(piece, info.dtype)
             if not is_finite:
-                strangers.append(name)
-    return digest.hexdigest(), strangers
+                nonfinite.append(name)
+    return digest.hexdigest(), nonfinite
 
 
 def _is_finite(piece: memoryview, dtype: str) -> bool:

@@ -94,14 +94,14 @@ class Name:
                 targets.append(move.after)
         return targets[-2] if len(targets) > 1 else None
 
-    def holds(self, *, since: datetime) -> set[str]:
+    def references(self, *, since: datetime) -> set[str]:
         """Return the digests a revision points to, would roll back to, or pointed to at any time after `since`."""
         revisions = self.revisions()
-        held = {move.after for move in revisions.values()} | {self.before(revision) for revision in revisions}
+        referenced = {move.after for move in revisions.values()} | {self.before(revision) for revision in revisions}
         for move in self.moves:
-            if move.at >= since:  # a clock ahead of ours holds longer, never shorter
-                held |= {move.before, move.after}
-        return {digest for digest in held if digest is not None}
+            if move.at >= since:  # a clock ahead of ours keeps a package longer, never shorter
+                referenced |= {move.before, move.after}
+        return {digest for digest in referenced if digest is not None}
 
     def find(self, text: str) -> Move | None:
         """Return the newest move to a digest that begins with `text`, or to a package fetched at commit `text`."""

@@ -320,7 +320,7 @@ class Registry:
 
         def needed() -> set[str]:
             starts = starts_of_unfinished(self.root / "training")
-            return starts.union(*(name.holds(since=since) for name in self.log.all()))
+            return starts.union(*(name.references(since=since) for name in self.log.all()))
 
         return self.store.gc(needed, grace_s=grace_s, dry_run=dry_run)
 

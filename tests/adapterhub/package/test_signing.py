@@ -143,7 +143,7 @@ def test_an_unsigned_adapter_is_not_signed(tmp_path: Path, keys: tuple[Path, Pat
 
 def test_a_key_is_not_overwritten_and_readable_by_its_owner_only(keys: tuple[Path, Path]) -> None:
     assert keys[0].stat().st_mode & 0o077 == 0
-    with pytest.raises(UsageError, match="already there"):
+    with pytest.raises(UsageError, match="already exists"):
         make_key(keys[0])
 
 

@@ -189,7 +189,7 @@ def test_a_model_trained_whole_is_a_base_and_no_package(
     assert torch.equal(logits(reloaded.model), logits(model))
     assert float((logits(model) - logits(load_fp32(tiny_base).model)).abs().max()) > 0.1
     assert_served(model, load_base(stored, purpose="serve", dtype="float32", kind="none"), None)
-    with pytest.raises(AdapterUnsupported, match="holds a whole model"):
+    with pytest.raises(AdapterUnsupported, match="is a whole model"):
         pack_folder(tmp_path / "out", base=tiny_base)
 
 
