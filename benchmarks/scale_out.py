@@ -113,7 +113,7 @@ def answers(base: Path, folder: Path) -> str:
     from adapterhub.adapter import BaseName
     from adapterhub.bases.loading import load_base
     from adapterhub.bases.store import find_base
-    from adapterhub.pack import pack
+    from adapterhub.packer import pack
     from serve.local_engine.engine import LocalEngine
 
     stored = find_base(BaseName.parse(str(base)))

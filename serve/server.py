@@ -7,6 +7,7 @@ import gc
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import uvicorn
 from fastapi.responses import RedirectResponse
@@ -52,7 +53,11 @@ def run_server(config: ServeConfig, registry: Registry, keys: ApiKeys, *, report
 async def _serve(
     config: ServeConfig, registry: Registry, keys: ApiKeys, listener: socket.socket, report: Report
 ) -> None:
-    services = await _build(config, registry, report)
+    services = replace(
+        await build_services(config, registry, report=report),
+        training=TrainingRuns(home() / "training"),
+        feedback=FeedbackStore(home() / STORE_NAME),
+    )
     try:
         for name, ref in config.adapters:
             published = await services.catalog.load(
@@ -92,7 +97,7 @@ async def _end_with_engine(engine: Engine, server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-async def _build(config: ServeConfig, registry: Registry, report: Report) -> Services:
+async def build_services(config: ServeConfig, registry: Registry, *, report: Report) -> Services:
     """Start the engine on its base, and create the services on it."""
     stored = find_base(config.base)
     engine, tokenizer = await start_engine(config, stored, registry, report=report)
@@ -104,5 +109,4 @@ async def _build(config: ServeConfig, registry: Registry, report: Report) -> Ser
         size_of=engine.size_of, max_leases=max_leases,
     )  # fmt: skip
     catalog = Catalog(stored, config.base_name, registry, cache)
-    training, feedback = TrainingRuns(home() / "training"), FeedbackStore(home() / STORE_NAME)
-    return Services(engine, catalog, cache, PromptRenderer(tokenizer), Metrics(engine), training, feedback, registry)
+    return Services(engine, catalog, cache, PromptRenderer(tokenizer), Metrics(engine), registry=registry)

@@ -21,7 +21,7 @@ MAX_MODULES = 20
 # From the ground up: a module imports its own line and those above it. A name stands for a module or a whole room.
 FLOORS = {
     "adapterhub": (
-        "errors choice tensor_address strict units svg_plot",
+        "errors version choice tensor_address strict units svg_plot",
         "files",
         "net paths package.manifest package.safetensors_header browser_guard",
         "adapter",
@@ -31,7 +31,7 @@ FLOORS = {
         "compatibility",
         "bases",
         "probe",
-        "pack",
+        "packer",
         "registry",
         "feedback",
         "doctor demo hubserver",
@@ -47,7 +47,7 @@ FLOORS = {
         "inputs",
         "reporting planning",
         "trainer",
-        "worker",
+        "worker run",
     ),
     "serve": (
         "engine config",
@@ -56,6 +56,7 @@ FLOORS = {
         "api terminal ui",
         "engine_choice",
         "server",
+        "llm",
     ),
 }
 LIBRARIES = {

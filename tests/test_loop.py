@@ -19,7 +19,7 @@ from road import answers, background, run
 from tiny_models import free_port
 
 from adapterhub.adapter import AdapterRef, StoredBase
-from adapterhub.pack import pack
+from adapterhub.packer import pack
 from adapterhub.registry.registry import Registry
 from train import trainer
 from train.data.sources import read_chatterbot

@@ -380,6 +380,17 @@ def read_recipe(path: Path, *, folder: Path | None = None) -> Recipe:
     return recipe
 
 
+def find_recipe(named: str) -> Path:
+    """Return the path of a recipe file, or of a shipped recipe by its name. Raises RecipeError."""
+    path = Path(named)
+    if not path.is_file():
+        shipped = shipped_recipes()
+        if named not in shipped:
+            raise RecipeError(f"there is no recipe {named}: expected a file, or one of {', '.join(sorted(shipped))}.")
+        path = shipped[named]
+    return path
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Return the path of each recipe that comes with adapterhub, by name."""
     folder = Path(str(package_files("train"))) / "recipes"

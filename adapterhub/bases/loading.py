@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.bases.nf4 import quantized_layers
 from adapterhub.bases.quantization import loading_config
+from adapterhub.bases.store import stored_base
 from adapterhub.choice import Choice
 from adapterhub.errors import BaseNotFound, UsageError
 from adapterhub.package.manifest import Quantization
@@ -34,9 +36,9 @@ class LoadedBase:
 
 
 def load_base(
-    stored: StoredBase,
+    base: StoredBase | str | Path,
     *,
-    purpose: Purpose,
+    purpose: Purpose = "serve",
     dtype: str | None = None,
     device: str | None = None,
     kind: Literal["nf4", "fp4", "int8", "none"] = "nf4",
@@ -44,17 +46,19 @@ def load_base(
     block_size: int = 64,
     tokenizer: Any = None,
 ) -> LoadedBase:
-    """Load a stored base with its linear layers, but for the output head, in 4 bit (arXiv 2305.14314, section 3).
+    """Load a base with its linear layers, but for the output head, in 4 bit (arXiv 2305.14314, section 3).
 
-    `kind` int8 holds them in 8 bit (LLM.int8), none as they are. `dtype` (bfloat16, float16, float32) and `device`
-    (cpu, cuda, cuda:1, ...) are chosen when not given. `tokenizer` is the base's, where it has been read already: that
-    takes as long as loading a small model.
+    `base` is a name (fetched unless it is here), a folder or an opened base. `kind` int8 holds the layers in 8 bit
+    (LLM.int8), none as they are. `dtype` (bfloat16, float16, float32) and `device` (cpu, cuda, cuda:1, ...) are chosen
+    when not given. `tokenizer` is the base's, where it has been read already: that takes as long as loading a small
+    model.
     Raises UsageError for a device that is not there, BaseNotFound for a folder transformers cannot read.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    stored = stored_base(base)
     disable_progress_bar()
     where, precision = choose_precision(dtype, device)
     compute = getattr(torch, precision.value)

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from adapterhub.adapter import BaseName, BaseRef, StoredBase
 from adapterhub.errors import AdapterNotFound, BaseNotFound, DigestMismatch, HubError, HubUnavailable, UnsafeFile
-from adapterhub.files import new_folder, sha256_of, write_atomic
+from adapterhub.files import expanded, new_folder, sha256_of, write_atomic
 from adapterhub.package.manifest import LICENSE_NAMES
 from adapterhub.package.safetensors_header import TensorInfo, read_header
 from adapterhub.paths import home
@@ -100,6 +100,16 @@ def pull_base(name: BaseName, *, source: Source = "auto", report: Report = lambd
         return _fetch(name, source, report)
     report(f"{name} is already here: {stored.path}")
     return stored
+
+
+def stored_base(base: StoredBase | str | Path) -> StoredBase:
+    """Return the base a caller names: one already opened, a folder, or a name that is fetched unless it is here.
+
+    Raises as `pull_base` does, and InvalidRef for text that names no base.
+    """
+    if isinstance(base, StoredBase):
+        return base
+    return pull_base(BaseName(folder=expanded(base)) if isinstance(base, Path) else BaseName.parse(base))
 
 
 def outline_base(name: BaseName, *, report: Report = lambda line: None) -> StoredBase:

@@ -10,8 +10,8 @@ import typer
 import typer.main
 from typer.core import TyperGroup
 
-from adapterhub import __version__
 from adapterhub.cli.commands import SECTIONS, Command, Group
+from adapterhub.version import __version__
 
 _SUMMARY = (
     "One quantized base model, a thousand fine-tunes: train, package, publish, serve and chat with LoRA adapters."

@@ -166,20 +166,6 @@ def resolved(ref: str, hub: Hub | None = None) -> Adapter:
     return registry(hub).open(parsed)
 
 
-def find_recipe(named: str) -> Path:
-    """Return the path of a recipe file, or of a shipped recipe by its name. Raises RecipeError."""
-    from adapterhub.errors import RecipeError
-    from train.recipe import shipped_recipes
-
-    path = Path(named)
-    if not path.is_file():
-        shipped = shipped_recipes()
-        if named not in shipped:
-            raise RecipeError(f"there is no recipe {named}: expected a file, or one of {', '.join(sorted(shipped))}.")
-        path = shipped[named]
-    return path
-
-
 def table(rows: list[dict[str, Any]], as_json: bool, *, empty: str) -> None:
     """Print rows as aligned columns or as JSON; `empty` is the note when there are none."""
     if as_json:
@@ -211,7 +197,7 @@ def replay_probe(adapter: Adapter, base_name: str | None) -> None:
     from adapterhub.bases.loading import load_base
     from adapterhub.compatibility import check_base
     from adapterhub.errors import ProbeMismatch
-    from adapterhub.pack import load_kwargs
+    from adapterhub.packer import load_kwargs
     from adapterhub.probe import replay
 
     recorded = adapter.manifest.probe

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.errors import Conflict, SignatureInvalid
-from adapterhub.pack import pack
 from adapterhub.package.layout import Report
+from adapterhub.packer import pack
 from adapterhub.registry.policy import Policy
 from adapterhub.registry.registry import DEFAULT_REVISION, NOTHING, Registry
 

@@ -28,7 +28,7 @@ from adapterhub.errors import (
     NotAuthorized,
     UsageError,
 )
-from adapterhub.files import new_folder
+from adapterhub.files import expanded, new_folder
 from adapterhub.package.layout import check_names, files_of, open_adapter
 from adapterhub.package.manifest import MANIFEST_NAME
 
@@ -70,10 +70,16 @@ class Commit:
 
 @dataclass(frozen=True)
 class Hub:
-    """A Hub's endpoint and the token used there (None: anonymous)."""
+    """A Hub's endpoint and the token used there (None: anonymous). `Hub()` reads both from the environment."""
 
-    endpoint: str = PUBLIC_ENDPOINT
+    endpoint: str = ""
     token: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.endpoint:
+            found = Hub.from_environment()
+            object.__setattr__(self, "endpoint", found.endpoint)
+            object.__setattr__(self, "token", self.token or found.token)
 
     @classmethod
     def from_environment(cls, endpoint: str | None = None) -> Hub:
@@ -176,12 +182,13 @@ class Hub:
                 when=_was_not_taken,
             )
 
-    def pull(self, repo: str, folder: Path, *, revision: str | None = None) -> tuple[Adapter, str]:
+    def pull(self, repo: str, folder: Path | str, *, revision: str | None = None) -> tuple[Adapter, str]:
         """Fetch one exact revision into `folder`, which appears only when everything is there and verified.
 
         File names are checked before a byte is fetched. Returns the adapter and its commit. Raises
         AdapterNotFound, PackageError kinds and HubError kinds.
         """
+        folder = expanded(folder)
         info = self._look_at(repo, revision)
         commit, names = str(info.sha), [one.rfilename for one in info.siblings or ()]
         if MANIFEST_NAME not in names:

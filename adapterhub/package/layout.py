@@ -19,7 +19,7 @@ from adapterhub.errors import (
     UnexpectedFile,
     UnsafeFile,
 )
-from adapterhub.files import is_temporary, sha256_of
+from adapterhub.files import expanded, is_temporary, sha256_of
 from adapterhub.package.lora_config import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -53,11 +53,12 @@ _UNSAFE_SUFFIXES = frozenset(
 Report = Callable[[str], None]
 
 
-def open_adapter(folder: Path) -> Adapter:
+def open_adapter(folder: Path | str) -> Adapter:
     """Open a packed folder and check all of it: files, digests, tensors. This is what `verify` runs.
 
     Raises the PackageError that names what is wrong, AdapterUnsupported for other things than LoRA.
     """
+    folder = expanded(folder)
     if not folder.is_dir():
         raise MissingFile(f"{folder} is not a folder: expected an adapter package (adapterhub.json and its files).")
     check_names(path.relative_to(folder).as_posix() for path in walk_files(folder))

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Literal
 
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.errors import AdapterNotFound, Conflict, DigestMismatch, UsageError
-from adapterhub.files import expanded, hold, raise_storage_full, write_atomic
+from adapterhub.files import hold, raise_storage_full, write_atomic
 from adapterhub.hub.client import Hub
 from adapterhub.package.bundle import opened_bundle
 from adapterhub.package.layout import open_adapter
@@ -69,15 +69,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Registry:
-    """The store in one folder, and the Hub to pull missing adapters from (None: no Hub)."""
+    """The store in one folder (default: $ADAPTERHUB_HOME), and the Hub to pull missing adapters from (None: no Hub)."""
 
-    root: Path
+    root: Path = field(default_factory=home)
     hub: Hub | None = None
 
     @classmethod
     def default(cls, hub: Hub | None = None) -> Registry:
         """Return the registry in $ADAPTERHUB_HOME."""
-        return cls(home(), hub)
+        return cls(hub=hub)
 
     @cached_property
     def store(self) -> PackageStore:
@@ -120,8 +120,11 @@ class Registry:
             self._move(called, revision, kept, act, by=by, origin=origin, expect=expect)
         return kept
 
-    def pull(self, ref: AdapterRef, hub: Hub, *, report: Report = lambda line: None, by: str | None = None) -> Adapter:
+    def pull(
+        self, ref: AdapterRef | str, hub: Hub, *, report: Report = lambda line: None, by: str | None = None
+    ) -> Adapter:
         """Fetch `owner/name[@revision]` from `hub`, verify it, keep it and point that name to it. Raises as `add`."""
+        ref = _parsed(ref)
         if ref.name is None:
             raise AdapterNotFound(f"{ref} cannot be pulled: expected owner/name or owner/name@revision. Give its name.")
         report(f"pulling {ref} from {hub.endpoint}")
@@ -193,7 +196,7 @@ class Registry:
                 seen[called] = len(moves)
             time.sleep(every_s)
 
-    def resolve(self, ref: AdapterRef) -> Adapter:
+    def resolve(self, ref: AdapterRef | str) -> Adapter:
         """Return the verified package that a reference points to. Names that are not here are pulled from the Hub.
 
         Raises:
@@ -202,14 +205,16 @@ class Registry:
             SignatureInvalid: the trust policy does not let it be used.
             HubError: the Hub could not be asked.
         """
+        ref = _parsed(ref)
         adapter = self.open(ref)
         Policy.read(self.root).check(adapter, ref.name)
         return adapter
 
-    def open(self, ref: AdapterRef) -> Adapter:
+    def open(self, ref: AdapterRef | str) -> Adapter:
         """Return the package as `resolve` does, to read and not to use: the trust policy is not checked."""
+        ref = _parsed(ref)
         if ref.folder is not None:
-            return open_adapter(expanded(ref.folder))
+            return open_adapter(ref.folder)
         if ref.digest is not None:
             return self.store.open(ref.digest)
         known = self.log.read(str(ref.name))
@@ -239,7 +244,7 @@ class Registry:
 
     def promote(
         self,
-        ref: AdapterRef,
+        ref: AdapterRef | str,
         alias: str,
         *,
         expect: str | None = None,
@@ -258,6 +263,7 @@ class Registry:
             SignatureInvalid, ProbeMismatch: the trust policy protects the name or the alias.
         """
         _check_alias(alias)
+        ref = _parsed(ref)
         if ref.name is None:
             raise UsageError(f"{ref} has no name that an alias could belong to: expected NAME@REVISION. Add it first.")
         adapter = Registry(self.root).resolve(ref)
@@ -388,6 +394,10 @@ class Registry:
         hint = f"nearest: {', '.join(near)}" if near else f"it holds {len(names)} adapters: `adapterhub list`"
         asked = "no Hub was asked" if self.hub is None else "a name without an owner is not looked up on a Hub"
         return f"no adapter {ref} in {self.root} ({hint}); {asked}. `adapterhub pull OWNER/NAME` fetches one."
+
+
+def _parsed(ref: AdapterRef | str) -> AdapterRef:
+    return AdapterRef.parse(ref) if isinstance(ref, str) else ref
 
 
 def _lookup(known: Name, revision: str) -> str | None:

@@ -12,10 +12,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from adapterhub import __version__
 from adapterhub.adapter import AdapterRef
 from adapterhub.browser_guard import BrowserGuard
 from adapterhub.errors import AdapterHubError, SiteNotAllowed, UsageError
+from adapterhub.version import __version__
 from serve.adapters.catalog import Published
 from serve.api import schemas
 from serve.api.adapters import adapter_routes

@@ -23,11 +23,11 @@ from adapterhub.errors import (
     UnsafeFile,
     UsageError,
 )
-from adapterhub.pack import adopt, pack
 from adapterhub.package.layout import read_lora
 from adapterhub.package.lora_config import LoraConfig, LoraTensor, lora_tensors
 from adapterhub.package.manifest import Quantization
 from adapterhub.package.safetensors_header import TensorInfo
+from adapterhub.packer import adopt, pack
 from adapterhub.probe import likely_cause, record, replay
 
 

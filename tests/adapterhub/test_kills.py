@@ -23,8 +23,8 @@ from packages import write_package
 from adapterhub.adapter import Adapter, AdapterRef, StoredBase
 from adapterhub.errors import InvalidManifest
 from adapterhub.hub.client import Hub
-from adapterhub.pack import pack
 from adapterhub.package.layout import open_adapter
+from adapterhub.packer import pack
 from adapterhub.registry.registry import Registry
 
 KILLS = 4
@@ -186,7 +186,7 @@ def test_pull(url: str, packages: list[Path], chance: random.Random, tmp_path: P
 _PACK = """
 from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.bases import loading
-from adapterhub.pack import pack
+from adapterhub.packer import pack
 base = StoredBase(Path(sys.argv[2]), BaseRef("tests/tiny-llama", None, sys.argv[3]), "apache-2.0")
 loaded = loading.load_base(base, purpose="serve", dtype="float32")
 loading.load_base = lambda *args, **options: loaded  # once: what is killed is the packing

@@ -47,9 +47,9 @@ def pack(
     """
     from adapterhub.adapter import BaseRef
     from adapterhub.errors import UsageError
-    from adapterhub.pack import adopt
-    from adapterhub.pack import pack as pack_folder
     from adapterhub.package.run_record import read_run_record
+    from adapterhub.packer import adopt
+    from adapterhub.packer import pack as pack_folder
 
     record = read_run_record(folder)
     if record is None and base is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.options import AsJson, find_recipe
+from adapterhub.cli.options import AsJson
 from adapterhub.cli.training.recipes import DeviceKind
 from adapterhub.units import format_bytes
 
@@ -88,7 +88,7 @@ def memory(
     from adapterhub.memory.serving import ServingLoad, estimate_serving
     from adapterhub.memory.training import TrainingLoad, estimate_training
     from train.planning.load import DTYPE_BYTES, choose_dtype, estimate_recipe, shape_of_recipe
-    from train.recipe import adapter_size, read_recipe
+    from train.recipe import adapter_size, find_recipe, read_recipe
 
     if offload and not sharded:
         raise UsageError("--offload keeps shards in host RAM: it needs --sharded. Add --sharded, or leave it out.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.options import AsJson, HubUrl, check_host_port, check_nodes, find_recipe, hub_at, resolved, say
+from adapterhub.cli.options import AsJson, HubUrl, check_host_port, check_nodes, hub_at, resolved, say
 
 if TYPE_CHECKING:
     from adapterhub.adapter import Adapter, StoredBase
@@ -91,7 +91,7 @@ def train(
     _bound_kernel_caches()
     from adapterhub.bases.store import outline_base, pull_base
     from adapterhub.errors import UsageError
-    from train.recipe import read_recipe
+    from train.recipe import find_recipe, read_recipe
 
     if (recipe is None) == (resume is None):
         raise UsageError("expected either a recipe or --resume OUTPUT: give one of them.")
@@ -132,6 +132,7 @@ def train(
         from train.distributed.launch import Launch
         from train.inputs import with_lora_of
         from train.loop.run_folder import check_fresh
+        from train.run import start_of
 
         if launch is None and (nodes != "1" or rendezvous is not None):
             raise UsageError("--nodes and --rendezvous belong to --launch: give --launch N, or leave them out.")
@@ -145,7 +146,7 @@ def train(
             check_fresh(folder)
         # A plan needs no weights, and those of a base may take a hundred gigabytes.
         base = (outline_base if plan else pull_base)(given.base_name, report=say)
-        start = _start_of(given, hub)
+        start = start_of(given, lambda ref: resolved(ref, hub_at(hub)))
         # Before the recipe is exported, so that the exported one names the starting adapter's rank and targets.
         given = with_lora_of(given, start)
         with feedback_exported(given, path, folder, is_plan=plan) as (parsed, path):
@@ -234,20 +235,6 @@ def _bound_kernel_caches() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")
-
-
-def _start_of(recipe: Recipe, hub: str | None) -> Adapter | None:
-    """Return the adapter that training starts from, if any; a folder is relative to the recipe."""
-    if recipe.start is None:
-        return None
-    from adapterhub.adapter import AdapterRef
-    from adapterhub.files import expanded
-    from adapterhub.package.layout import open_adapter
-
-    folder = AdapterRef.parse(recipe.start).folder
-    if folder is not None:
-        return open_adapter(recipe.folder / expanded(folder))
-    return resolved(recipe.start, hub_at(hub))
 
 
 def _say_end(end: RunEnd) -> None:

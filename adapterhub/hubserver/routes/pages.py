@@ -18,13 +18,13 @@ from jinja2 import Environment, PackageLoader
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from adapterhub import __version__
 from adapterhub.hubserver.routes.dependencies import FILES, READ, Caller, HubDep, HubServices, VisibleRepo, can_see
 from adapterhub.hubserver.storage.cards import CARD_NAME
 from adapterhub.hubserver.storage.catalog import RepoQuery
 from adapterhub.hubserver.storage.commit import RepoCommit
 from adapterhub.hubserver.storage.store import DEFAULT_BRANCH, Repo
 from adapterhub.units import format_bytes
+from adapterhub.version import __version__
 
 router = APIRouter()
 _PAGE_SIZE = 100

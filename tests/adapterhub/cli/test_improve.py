@@ -14,7 +14,7 @@ from adapterhub.cli.main import app
 from adapterhub.errors import SignatureInvalid
 from adapterhub.feedback.promotion import Promotion
 from adapterhub.feedback.store import STORE_NAME, AnswerGiven, Correction, FeedbackStore, Message
-from adapterhub.pack import pack
+from adapterhub.packer import pack
 from adapterhub.registry.registry import Registry
 
 

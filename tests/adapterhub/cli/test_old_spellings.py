@@ -9,7 +9,7 @@ import pytest
 from packages import write_package
 from typer.testing import CliRunner
 
-import adapterhub.pack
+from adapterhub import packer
 from adapterhub.adapter import Adapter, BaseRef, StoredBase
 from adapterhub.cli.main import app
 from adapterhub.cli.registry import package as package_commands
@@ -24,7 +24,7 @@ def test_pack_with_a_license(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op
         given.update(kwargs)
         return open_adapter(folder)
 
-    monkeypatch.setattr(adapterhub.pack, "pack", pack)
+    monkeypatch.setattr(packer, "pack", pack)
     monkeypatch.setattr(package_commands, "base_with", lambda *_: StoredBase(tmp_path, BaseRef("owner/base")))
     done = CliRunner().invoke(app, ["pack", str(folder), "--base", "owner/base", option, "mit"])
     assert done.exit_code == 0, done.exception

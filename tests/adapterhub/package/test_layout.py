@@ -22,9 +22,9 @@ from adapterhub.errors import (
     UnexpectedFile,
     UnsafeFile,
 )
-from adapterhub.pack import pack
 from adapterhub.package.layout import inspect, open_adapter
 from adapterhub.package.manifest import parse_manifest
+from adapterhub.packer import pack
 
 
 @pytest.fixture

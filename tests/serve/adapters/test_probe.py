@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from adapterhub.adapter import Adapter, BaseRef, StoredBase
 from adapterhub.bases.loading import load_base
 from adapterhub.errors import InvalidManifest, ProbeMismatch, RequestTooLong
-from adapterhub.pack import pack
 from adapterhub.package.manifest import MANIFEST_NAME, Probe, parse_manifest
+from adapterhub.packer import pack
 from adapterhub.probe import replay as verify
 from serve.adapters import probe as probe_module
 from serve.adapters.probe import ProbedLoader, replay

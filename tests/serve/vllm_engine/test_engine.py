@@ -27,7 +27,7 @@ from adapterhub.errors import (
     RankTooLarge,
     UsageError,
 )
-from adapterhub.pack import pack
+from adapterhub.packer import pack
 from serve.engine import AdapterScale, FinishReason, GenerationRequest, GuidedDecoding, SamplingParams
 from serve.vllm_engine import engine as vllm_engine
 from serve.vllm_engine.engine import name_of

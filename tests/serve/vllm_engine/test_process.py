@@ -34,7 +34,7 @@ from vllm_fixtures import (
 
 from adapterhub.adapter import Adapter, AdapterRef, BaseName, BaseRef, StoredBase
 from adapterhub.errors import EngineStopped, UsageError
-from adapterhub.pack import pack
+from adapterhub.packer import pack
 from adapterhub.registry.registry import Registry
 from serve import engine_choice as engines
 from serve.config import EngineKind, ServeConfig, VllmConfig

@@ -21,8 +21,8 @@ from vllm_fixtures import TOKENS, VLLM, Served, model_of, processes_under, servi
 
 from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.bases.store import fingerprint
-from adapterhub.pack import pack
 from adapterhub.package.manifest import MANIFEST_NAME, read_manifest
+from adapterhub.packer import pack
 
 pytestmark = VLLM
 

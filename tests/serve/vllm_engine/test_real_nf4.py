@@ -15,8 +15,8 @@ from vllm_fixtures import VLLM, Served, model_of, serving
 
 from adapterhub.adapter import StoredBase
 from adapterhub.bases.loading import load_base
-from adapterhub.pack import pack
 from adapterhub.package.manifest import MANIFEST_NAME
+from adapterhub.packer import pack
 
 pytestmark = VLLM
 

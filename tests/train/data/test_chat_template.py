@@ -17,7 +17,7 @@ from training import make_recipe, run
 from adapterhub.adapter import AdapterRef, StoredBase
 from adapterhub.bases.loading import load_base
 from adapterhub.errors import DatasetError, RecipeError
-from adapterhub.pack import pack
+from adapterhub.packer import pack
 from adapterhub.registry.registry import Registry
 from serve.adapters.cache import AdapterCache
 from serve.adapters.catalog import Catalog

@@ -28,8 +28,8 @@ from adapterhub.bases.store import find_base
 from adapterhub.cli.main import app
 from adapterhub.errors import OutputNotFresh, UsageError
 from adapterhub.files import sha256_of
-from adapterhub.pack import pack
 from adapterhub.package.run_record import read_run_record
+from adapterhub.packer import pack
 from train.distributed.launch import Launch, command, environment
 from train.distributed.world import World
 from train.loop.run_folder import run_path

@@ -20,8 +20,8 @@ from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.bases.loading import LoadedBase, load_base
 from adapterhub.errors import AdapterUnsupported, TrainingStopped, UsageError
 from adapterhub.files import sha256_of
-from adapterhub.pack import pack as pack_folder
 from adapterhub.package.run_record import LOG_NAME, RunStep, read_run_events, read_run_record
+from adapterhub.packer import pack as pack_folder
 from serve.config import LocalEngineConfig
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from train import trainer

@@ -14,9 +14,9 @@ from training import make_recipe, run, tensors_of
 
 from adapterhub.adapter import StoredBase
 from adapterhub.errors import RecipeError
-from adapterhub.pack import pack
 from adapterhub.package.layout import open_adapter
 from adapterhub.package.run_record import read_run_record
+from adapterhub.packer import pack
 from train import trainer
 from train.data.preferences import LabeledReply, PreferenceData, PreferencePair
 from train.data.sources import read_chatterbot

@@ -22,10 +22,10 @@ from adapterhub.errors import DatasetError, IncompatibleBase, RecipeError
 from adapterhub.memory import training as memory
 from adapterhub.memory.model_shape import ModelShape
 from adapterhub.memory.training import TrainingLoad, WeightCounts, estimate_training
-from adapterhub.pack import pack
 from adapterhub.package.lora_config import lora_tensors, read_lora_config
 from adapterhub.package.run_record import read_run_record
 from adapterhub.package.safetensors_header import read_header
+from adapterhub.packer import pack
 from train import trainer
 from train.objectives.mask_report import MaskReport
 from train.planning.plan import Plan, make_plan, servable

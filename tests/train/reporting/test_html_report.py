@@ -23,7 +23,6 @@ from adapterhub.cli.main import app
 from adapterhub.errors import TrainingFailed, UnsafeFile, UsageError
 from adapterhub.files import sha256_of
 from adapterhub.memory.estimate import Item
-from adapterhub.pack import pack
 from adapterhub.package.layout import open_adapter
 from adapterhub.package.run_record import (
     REPORT_HEAD,
@@ -34,6 +33,7 @@ from adapterhub.package.run_record import (
     RunStep,
     read_run_events,
 )
+from adapterhub.packer import pack
 from adapterhub.units import format_bytes
 from train import trainer
 from train.data.tokenization import Sample

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.bases.store import stored_base
 from adapterhub.compatibility import check_compatible, check_vocabulary, module_shapes
 from adapterhub.errors import AdapterUnsupported, IncompatibleBase, MissingFile, UnsafeFile, UsageError
-from adapterhub.files import is_temporary, new_folder, raise_storage_full, sha256_of, write_atomic
+from adapterhub.files import expanded, is_temporary, new_folder, raise_storage_full, sha256_of, write_atomic
 from adapterhub.package import card
 from adapterhub.package.layout import (
     ALLOWED,
@@ -34,9 +35,9 @@ from adapterhub.package.run_record import RunRecord, read_run_record
 
 
 def pack(
-    folder: Path,
+    folder: Path | str,
     *,
-    base: StoredBase,
+    base: StoredBase | str | Path,
     name: str | None = None,
     license: str | None = None,
     stop: Sequence[str] = (),
@@ -51,6 +52,7 @@ def pack(
     from adapterhub import probe
     from adapterhub.bases.loading import load_base
 
+    folder, base = expanded(folder), stored_base(base)
     if not folder.is_dir():
         raise MissingFile(f"{folder} is not a folder: expected the output of training, or any PEFT adapter folder.")
     if (folder / "config.json").is_file() and not (folder / CONFIG_NAME).exists():
