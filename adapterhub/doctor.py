@@ -12,10 +12,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from adapterhub import extras
 from adapterhub.bases.store import list_bases
 from adapterhub.errors import AdapterHubError
 from adapterhub.paths import home
@@ -55,26 +56,22 @@ def _python() -> Finding:
 
 
 def _packages() -> Finding:
-    """Check that the installed packages satisfy the requirements in pyproject.toml."""
-    from packaging.requirements import Requirement
-
-    missing, found = [], []
-    for line in requires("adapterhub") or ():
-        wanted = Requirement(line)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            installed = version(wanted.name)
-        except PackageNotFoundError:
-            missing.append(wanted.name)
-            continue
-        if not wanted.specifier.contains(installed, prereleases=True):
-            missing.append(f"{wanted.name} {wanted.specifier} (there is {installed})")
-        elif wanted.name in ("torch", "transformers", "peft", "bitsandbytes"):
-            found.append(f"{wanted.name} {installed}")
-    if missing:
-        return Finding("packages", "fail", f"missing: {', '.join(missing)}", "run `make setup`, or `pip install -e .`.")
-    return Finding("packages", "ok", ", ".join(found))
+    """Check that the core and the extras of pyproject.toml are installed; an extra may be left out on purpose."""
+    absent, outdated = extras.unmet(extras.requirements())
+    incomplete = []
+    for extra in extras.PARTS:
+        missing, old = extras.unmet(extras.requirements(extra))
+        outdated += [one for one in old if one not in outdated]
+        incomplete += [extra] if missing else []
+    if faults := [*absent, *outdated]:
+        return Finding("packages", "fail", f"missing: {', '.join(faults)}", "run `make setup`, or `pip install -e .`.")
+    if incomplete:
+        names = ",".join(incomplete)
+        return Finding(
+            "packages", "warn", f"without {', '.join(incomplete)}", f"run `pip install 'adapterhub[{names}]'`."
+        )
+    shown = ("torch", "transformers", "peft", "bitsandbytes")
+    return Finding("packages", "ok", ", ".join(f"{name} {version(name)}" for name in shown))
 
 
 def _processor() -> Finding:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fill a virtual environment: install.sh VENV [EXTRA]. Used by make and by the Dockerfile.
-# TORCH=cpu|cuda chooses the torch build; the default is CUDA if nvidia-smi exists, else CPU.
+# Fill a virtual environment with every part of adapterhub: install.sh VENV [MORE_EXTRAS]. Used by make and Docker.
+# TORCH=cpu|cuda chooses the torch build; by default CUDA where nvidia-smi is, CPU elsewhere.
 set -euo pipefail
 venv=$1 extra=${2:-}
 cd "$(dirname "$0")/.."
@@ -34,7 +34,7 @@ fi
 # pip also prints warnings about a machine's configuration, so its output is shown only if it fails.
 log=$venv/install.log
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile ${index[@]+"${index[@]}"} \
-    --constraint constraints.txt --editable ".${extra:+[$extra]}" >"$log" 2>&1 || {
+    --constraint constraints.txt --editable ".[all${extra:+,$extra}]" >"$log" 2>&1 || {
     cat "$log" >&2
     echo "pip could not fill $venv: its message is above, and in $log." >&2
     exit 1

@@ -267,7 +267,7 @@ class LLM:
         return await prepare_completion(self._open, _validated(schemas.CompletionRequest, fields))
 
     async def _choice(self, adapter: AdapterOption) -> dict[str, Any]:
-        """The request's fields `model` and `adapter`; adapters that were never loaded are loaded first."""
+        """Return the request's fields `model` and `adapter`; load adapters that were never loaded."""
         catalog = self._open.catalog
         scales = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
         for name in scales:
@@ -324,7 +324,7 @@ _R = TypeVar("_R", schemas.ChatRequest, schemas.CompletionRequest)
 
 
 def _validated(kind: type[_R], fields: dict[str, Any]) -> _R:
-    """Raises UsageError that names each field that is wrong."""
+    """Return the request that `fields` describe. Raises UsageError that names each field that is wrong."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -332,5 +332,5 @@ def _validated(kind: type[_R], fields: dict[str, Any]) -> _R:
 
 
 def _in_body(fault: dict[str, Any]) -> dict[str, Any]:
-    """A fault as FastAPI reports it, which names the part of the request first."""
+    """Return a fault as FastAPI reports it, with the part of the request before the field."""
     return {**fault, "loc": ("body", *fault["loc"])}

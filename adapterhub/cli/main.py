@@ -9,12 +9,15 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 
 import typer
+import typer.main
 
 from adapterhub.cli.app import app
 from adapterhub.cli.options import say
-from adapterhub.errors import AdapterHubError
+from adapterhub.errors import AdapterHubError, UsageError
+from adapterhub.extras import extra_for
 
 _INTERRUPTED = 130
 """Exit status after SIGINT, as shells report it."""
@@ -37,6 +40,13 @@ def main() -> None:
         app(prog_name="adapterhub")
     except AdapterHubError as error:
         _fail(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        command = _command(sys.argv[1:])
+        extra = extra_for(error.name or "", command=command)
+        if extra is None:
+            raise
+        called = " ".join(("adapterhub", *command))
+        _fail(f"'{called}' needs the {extra} extra: pip install 'adapterhub[{extra}]'", UsageError.exit_code)
     except OSError as error:
         if os.environ.get("ADAPTERHUB_DEBUG"):
             raise
@@ -46,6 +56,18 @@ def main() -> None:
         if error.code == _INTERRUPTED:
             say("adapterhub: interrupted; complete files are kept.")
         raise
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    """Return the words that name the command: those before its first argument or option."""
+    words: list[str] = []
+    here: object = typer.main.get_command(app)
+    for word in arguments:
+        here = getattr(here, "commands", {}).get(word)
+        if here is None:
+            break
+        words.append(word)
+    return words
 
 
 def _fail(message: str, code: int) -> None:

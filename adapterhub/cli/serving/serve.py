@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -155,6 +156,9 @@ def serve(
             f"unexpected name in --weight or --pin: {', '.join(unexpected)}; expected adapters that --adapter or "
             "--locked gives."
         )
+    if page and importlib.util.find_spec("gradio") is None:
+        say("note: no page, which needs the ui extra: pip install 'adapterhub[ui]'")
+        page = False
     config = ServeConfig(
         base=name,
         adapters=adapters,
