@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from adapterhub.adapter import StoredBase
@@ -99,12 +100,8 @@ async def _start_vllm(config: ServeConfig, base: StoredBase, report: Report) -> 
 def _remove_stale_dirs(folder: Path) -> None:
     """Remove the folders of killed servers; each is named by its process id."""
     for left in folder.glob("[0-9]*"):
-        try:
-            os.kill(int(left.name), 0)
-        except ProcessLookupError:
+        if not psutil.pid_exists(int(left.name)):
             shutil.rmtree(left, ignore_errors=True)
-        except PermissionError:  # of another user, and alive
-            continue
 
 
 def _hazard(process: VllmProcess) -> Choice:

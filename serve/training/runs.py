@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from pydantic import ValidationError
 
 from adapterhub.errors import TrainingBusy, TrainingRunNotFound, UsageError
@@ -34,6 +35,7 @@ from adapterhub.strict import Strict
 Status = Literal["running", "stopped", "failed", "done"]
 
 _PLAN_TIMEOUT_S = 300
+_START_TOLERANCE_S = 1.5
 _MAX_MESSAGE = 500
 
 
@@ -44,7 +46,7 @@ class _Record(Strict):
     created: int
     pid: int
     started: float
-    """Start of the process, in kernel ticks since boot: its pid may belong to another process by now."""
+    """Start of the process, in seconds since the boot: its pid may belong to another process by now."""
     is_stop_wanted: bool = False
     improves: str | None = None
 
@@ -196,7 +198,8 @@ class TrainingRuns:
         child = self._children.get(record.id)
         if child is not None and child.pid == record.pid:
             return child.poll() is None
-        return _start_of_process(record.pid) == record.started
+        found = _start_of_process(record.pid)
+        return found is not None and _is_start(found, record.started)
 
     async def _run_command(self, *arguments: str) -> bytes:
         child = await asyncio.create_subprocess_exec(
@@ -292,18 +295,19 @@ def _last_line(output: str) -> str:
 
 
 def _start_of_process(pid: int) -> float | None:
-    """Return the start of a process, in kernel ticks since boot; None where there is none, or only a zombie."""
+    """Return when a living process began, in seconds since the boot; None when there is none, or only a zombie.
+
+    The difference of two times of the same clock, so that setting the clock does not change it.
+    """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None if not _exists(pid) else 0.0
-    return None if fields[0] == "Z" else float(fields[19])
+        process = psutil.Process(pid)
+        is_zombie = process.status() == psutil.STATUS_ZOMBIE
+        return None if is_zombie else process.create_time() - psutil.boot_time()
+    except psutil.Error:
+        return None
 
 
-def _exists(pid: int) -> bool:
-    """Return whether a process exists, on systems without /proc."""
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
+def _is_start(found_s: float, recorded: float) -> bool:
+    """Compare up to the second that the boot time is known to. Records of 0.1.0 hold clock ticks on Linux."""
+    ticks_per_s = os.sysconf("SC_CLK_TCK")
+    return any(abs(found_s - start_s) < _START_TOLERANCE_S for start_s in (recorded, recorded / ticks_per_s))

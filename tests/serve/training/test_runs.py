@@ -29,7 +29,7 @@ from serve.api.body import BodyReader
 from serve.api.lanes import Lanes
 from serve.api.route import RequestGuard
 from serve.api.training import training_routes
-from serve.training.runs import TrainingRuns, check_paths
+from serve.training.runs import TrainingRuns, _is_start, _start_of_process, check_paths
 
 RECIPE = """
 name = "mine"
@@ -272,3 +272,18 @@ def test_a_run_that_is_resumed_while_it_is_stopped(tmp_path: Path, monkeypatch: 
         assert pid_of(tmp_path, "run-1") == 2
 
     run(tmp_path, test)
+
+
+def test_a_process_is_recognized_by_its_start_also_in_ticks_as_version_0_1_recorded_it() -> None:
+    found = _start_of_process(os.getpid())
+    assert found is not None
+    for recorded in (found, round(found * os.sysconf("SC_CLK_TCK"))):
+        assert _is_start(found, recorded)
+    assert not _is_start(found, found + 60)
+
+
+def test_a_process_that_ended_has_no_start() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie now
+        assert _start_of_process(child.pid) is None
+    assert _start_of_process(child.pid) is None
