@@ -96,7 +96,7 @@ def ends_with_head(inner: Any) -> bool:
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Is one the other, or a view of all of it?"""
+    """Return whether one tensor is the other, or a view of all of it."""
     is_shared = one.untyped_storage()._cdata == other.untyped_storage()._cdata
     return is_shared and (one.dtype, one.shape) == (other.dtype, other.shape)
 

@@ -64,7 +64,7 @@ def improve(
     with feedback_exported(with_lora_of(wanted, adapter), folder, folder) as (recipe, _):
         end = trainer.train(recipe, base, folder, start=adapter)
     candidate = pack_candidate(folder, base=base, start=adapter, report=say)
-    is_better = _told(end)
+    is_better = _report_result(end)
     say(f"{adapter.digest} -> {candidate.digest}")
     if promote is None:
         try:
@@ -79,14 +79,15 @@ def improve(
     typer.echo(folder)
 
 
-def _told(end: RunEnd) -> bool:
-    """Say how the candidate did; is it better where nothing was learnt from?"""
+def _report_result(end: RunEnd) -> bool:
+    """Print how the candidate did on held-out pairs. Return whether it did better than the adapter."""
     tuned = next((one.preference for one in end.evaluations if one.preference), None)
     if tuned is None:
-        say("nothing was held out to measure on: judge it in the arena.")
+        say("no pairs were held out, so the candidate was not evaluated. Compare it in the arena.")
         return False
     say(
-        f"on {tuned.pairs} held-out pairs the better reply is the likelier one in {tuned.accuracy_before:.0%} -> "
-        f"{tuned.accuracy_after:.0%}; {tuned.method.upper()} loss {tuned.loss_before:.3f} -> {tuned.loss_after:.3f}"
+        f"on {tuned.pairs} held-out pairs the chosen answer is more likely than the rejected one in "
+        f"{tuned.accuracy_before:.0%} -> {tuned.accuracy_after:.0%}; {tuned.method.upper()} loss "
+        f"{tuned.loss_before:.3f} -> {tuned.loss_after:.3f}"
     )
     return tuned.accuracy_after > tuned.accuracy_before
