@@ -13,7 +13,7 @@ from adapterhub.adapter import Adapter, AdapterRef, StoredBase
 from adapterhub.cli.main import app
 from adapterhub.errors import SignatureInvalid
 from adapterhub.feedback.promotion import Promotion
-from adapterhub.feedback.store import STORE_NAME, AnswerGiven, Correction, FeedbackStore, Message
+from adapterhub.feedback.store import STORE_NAME, Correction, FeedbackAnswer, FeedbackStore, PromptMessage
 from adapterhub.packer import pack
 from adapterhub.registry.registry import Registry
 
@@ -28,8 +28,8 @@ def captain(home: Path, tiny_base: StoredBase, peft_folder: Path, tmp_path: Path
     (place / "base.json").write_text(json.dumps(record))
     feedback = FeedbackStore(home / STORE_NAME)
     for number in range(12):
-        asked = [Message(role="user", content=f"What is {number}?")]
-        answer = AnswerGiven(model="captain", text="I do not know.")
+        asked = [PromptMessage(role="user", content=f"What is {number}?")]
+        answer = FeedbackAnswer(model="captain", text="I do not know.")
         given = Correction(kind="correction", messages=asked, answer=answer, text=f"It is {number}.")
         feedback.add(given, owner="me")
     folder = shutil.copytree(peft_folder, tmp_path / "captain")

@@ -60,5 +60,5 @@ def test_help_imports_no_command(tmp_path: Path) -> None:
     loaded = {name for name in done.stdout.rpartition("modules:")[2].split() if name.startswith("adapterhub.")}
     assert loaded == {
         "adapterhub.cli", "adapterhub.cli.app", "adapterhub.cli.commands", "adapterhub.cli.main",
-        "adapterhub.cli.options", "adapterhub.errors",
+        "adapterhub.cli.options", "adapterhub.errors", "adapterhub.extras", "adapterhub.version",
     }  # fmt: skip

@@ -158,7 +158,7 @@ def test_open_page_before_an_open_server_is_refused(api: FakeApi) -> None:
     command = [COMMAND, "page", "--url", f"{api.url}/v1", "--host", "0.0.0.0", "--port", "0"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert "start the server with API keys" in ended.stderr
+    assert "Start the server with API keys" in ended.stderr
 
 
 @contextmanager

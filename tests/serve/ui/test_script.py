@@ -25,7 +25,7 @@ def test_script_is_one_element_whatever_it_holds() -> None:
 
 
 def test_files_of_the_page_are_part_of_the_package() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["serve"]
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
     packaged = {path for pattern in listed for path in (ROOT / "serve").glob(pattern)}
     files = [path for path in (ROOT / "serve" / "ui").rglob("*") if path.suffix in (".css", ".js", ".svg", ".html")]
     assert len(files) > 5

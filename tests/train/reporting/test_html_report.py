@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from stopped_runs import stopped
+from stopped_runs import train_and_stop
 from training import WEIGHTS, make_recipe, run
 from typer.testing import CliRunner
 
@@ -84,7 +84,7 @@ def test_answering_changes_no_byte(tmp_path: Path, tiny_base: StoredBase) -> Non
 def test_a_resumed_run_answers_as_one_that_was_not_stopped(tmp_path: Path, tiny_base: StoredBase) -> None:
     recipe = asking(tmp_path)
     run(recipe, tiny_base, tmp_path / "whole")
-    stopped(recipe, tiny_base, tmp_path / "parts", after=2)
+    train_and_stop(recipe, tiny_base, tmp_path / "parts", after=2)
     trainer.resume(tmp_path / "parts", tiny_base, progress=Silent())
     whole, parts = (
         [event for event in events_of(tmp_path / name) if isinstance(event, RunSampled)] for name in ("whole", "parts")
