@@ -211,9 +211,10 @@ class AdapterBank:
     def prepare(self, name: str, weights: Weights) -> Weights:
         """Return a compatible adapter's weights in the order that a step reads them, with DoRA's norms computed.
 
-        May run beside the worker thread. Raises AdapterUnsupported for whole weights that cannot be replaced,
-        IncompatibleBase for those that lie the other way round.
+        May run beside the worker thread. Raises AdapterUnsupported for whole weights that cannot be replaced and for
+        an update that is not of its layer's kind, IncompatibleBase for whole weights that lie the other way round.
         """
+        self._check_kinds(name, weights)
         self._check_whole_weights(name, weights)
         ready = {module: self._divided(module, weights[module]) for module in sorted(weights, key=self._order_of)}
         return in_one_block(ready) if self.device.type == "cpu" else ready
@@ -266,17 +267,31 @@ class AdapterBank:
         group, place = self.places[module]
         return change.divided(dense_weight(group.layers[place]))
 
-    def _check_whole_weights(self, name: str, weights: Weights) -> None:
+    def _check_kinds(self, name: str, weights: Weights) -> None:
         for module, change in weights.items():
-            if not isinstance(change, FullWeight) or module not in self.places:
-                continue
-            group, place = self.places[module]
-            if group.layers[place] is not self._head:
+            is_linear = module in self.places
+            if isinstance(change, EmbeddingUpdate if is_linear else LowRank):
+                kinds = ("an embedding", "a linear layer") if is_linear else ("a linear layer", "an embedding")
                 raise AdapterUnsupported(
-                    f"adapter {name} brings the whole of {module} (modules_to_save): only the embedding and the head "
-                    "may be replaced; train the others with LoRA."
+                    f"adapter {name} has tensors of {kinds[0]} for {module}: this base has {kinds[1]} there. Save it "
+                    "with PEFT again."
                 )
-            found, wanted = tuple(change.weight.shape), (group.widths[place], group.layers[place].in_features)
+
+    def _check_whole_weights(self, name: str, weights: Weights) -> None:
+        shapes = self.shapes
+        for module, change in weights.items():
+            if not isinstance(change, FullWeight):
+                continue
+            wanted = shapes[module]
+            if module in self.places:
+                group, place = self.places[module]
+                wanted = wanted[::-1]
+                if group.layers[place] is not self._head:
+                    raise AdapterUnsupported(
+                        f"adapter {name} brings the whole of {module} (modules_to_save): only the embedding and the "
+                        "head may be replaced; train the others with LoRA."
+                    )
+            found = tuple(change.weight.shape)
             if found != wanted:
                 raise IncompatibleBase(
                     f"adapter {name} has {module} as {list(found)}, this base as {list(wanted)}: save it transposed."

@@ -189,6 +189,43 @@ def test_a_whole_layer_that_is_neither_embedding_nor_head_is_refused(tiny_base: 
     _refusal(tiny_base, unverified(tmp_path / "adapter", 1), AdapterUnsupported, r"down_proj \(modules_to_save\)")
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_whole_weights_that_lie_the_other_way_round_are_refused(
+    tiny_base: StoredBase, tmp_path: Path, module: str
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "adapter"
+    make_peft_adapter(folder, tiny_base, rank=4, seed=0, target_modules=["v_proj"], modules_to_save=[module])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    turned = {key: value.T.copy() if f"{module}.weight" in key else value for key, value in tensors.items()}
+    save_file(turned, folder / "adapter_model.safetensors")
+    _refusal(tiny_base, unverified(folder, 1), IncompatibleBase, "save it transposed")
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    ("target", "renamed", "message"),
+    [
+        ("embed_tokens", {"lora_embedding_A": "lora_A.weight", "lora_embedding_B": "lora_B.weight"}, "a linear layer"),
+        ("q_proj", {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}, "an embedding"),
+    ],
+)
+def test_an_update_of_the_other_kind_of_layer_is_refused(
+    tiny_base: StoredBase, tmp_path: Path, target: str, renamed: dict[str, str], message: str
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "adapter"
+    make_peft_adapter(folder, tiny_base, rank=4, seed=0, target_modules=[target])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for old, new in renamed.items():
+        tensors = {key.replace(old, new): value for key, value in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    _refusal(tiny_base, unverified(folder, 1), AdapterUnsupported, f"has tensors of {message}")
+
+
 def _without_weights(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
 
