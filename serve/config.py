@@ -115,7 +115,7 @@ class VllmConfig:
 
     def __post_init__(self) -> None:
         for url in self.endpoints:
-            if not url.startswith(("http://", "https://")):
+            if not url.lower().startswith(("http://", "https://")):
                 raise UsageError(
                     f"invalid --endpoint {url!r}: expected a URL that starts with http:// or https://. "
                     "Write it as in http://gpu-1:8000."

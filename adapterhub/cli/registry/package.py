@@ -51,6 +51,8 @@ def pack(
     from adapterhub.packer import adopt
     from adapterhub.packer import pack as pack_folder
 
+    if None not in (license, licence):
+        raise UsageError("--license and --licence are the same setting: give --license only.")
     record = read_run_record(folder)
     if record is None and base is None:
         raise UsageError(
@@ -157,7 +159,8 @@ def inspect(ref: AnyRef, as_json: AsJson = False) -> None:
         facts = {"digest": found.adapter.digest, "parameters": found.parameters, "path": str(found.adapter.path)}
         standing = {"names": names, "signed_by": signer, "probe_passed": kept.probe_passed(found.adapter)}
         told = {**facts, **standing, **manifest.model_dump(mode="json")}
-        typer.echo(json.dumps(told | {"licence": manifest.license}, indent=1))  # the old spelling, for one version
+        old = {"licence": manifest.license, "proof_passed_here": standing["probe_passed"]}  # names of one version ago
+        typer.echo(json.dumps(told | old, indent=1))
         return
     passed = ", passed here" if kept.probe_passed(found.adapter) else ""
     rows = [

@@ -114,6 +114,8 @@ def _codes(text: str | None, old: str | None) -> dict[str, Winner]:
     from adapterhub.errors import UsageError
     from adapterhub.feedback.ratings import WINNER_CODES
 
+    if None not in (text, old):
+        raise UsageError("--winner-codes and --verdicts are the same setting: give --winner-codes only.")
     option, given = ("--winner-codes", text) if text is not None else ("--verdicts", old)
     found: dict[str, Winner] = {}
     for code, meaning in _pairs(given, option).items():

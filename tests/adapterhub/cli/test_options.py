@@ -17,6 +17,8 @@ import pytest
 import typer.models
 
 from adapterhub.cli.commands import SECTIONS, Command, Group, examples
+from adapterhub.cli.options import check_url
+from serve.config import VllmConfig
 
 NONSENSE = {
     "--adapter": "=x",
@@ -223,3 +225,20 @@ def test_no_option_is_excused_that_is_not_there() -> None:
     known = {f"{name} {option}" for name, command in _commands() for option, _, _ in _options(command)}
     assert set(UNCHECKED) <= known
     assert set(NONSENSE) <= {option.split()[-1] for option in known}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://hub:8080",
+        "https://hub.example/a/b?c=d",
+        "HTTPS://Hub.Example",
+        "http://user:word@127.0.0.1:1/v1",
+        "http://[::1]:8000/v1",
+        "http://[fe80::1%eth0]:8000",
+        "http://[fe80::1%25eth0]",
+    ],
+)
+def test_urls_of_every_form_are_accepted(url: str) -> None:
+    assert check_url([url]) == [url]
+    assert VllmConfig(endpoints=(url,)).endpoints == (url,)
