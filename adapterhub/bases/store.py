@@ -66,7 +66,8 @@ class _Record(Strict):
     id: str
     revision: str | None
     fingerprint: str
-    license: str | None = Field(None, validation_alias=LICENSE_NAMES)
+    license: str | None = Field(None, validation_alias=LICENSE_NAMES, serialization_alias="licence")
+    """SPDX id; in the file `licence`, which 0.1.0 reads: its processes may share the store."""
 
 
 @cache
@@ -335,4 +336,4 @@ def _record(folder: Path, ref: BaseRef, license: str | None) -> None:
             f"{ref.id} contains pickle files ({', '.join(unsafe)}): expected safetensors only. Choose another base."
         )
     record = _Record(id=ref.id, revision=ref.revision, fingerprint=fingerprint(folder), license=license)
-    write_atomic(folder / _RECORD_NAME, json.dumps(record.model_dump(), indent=1) + "\n")
+    write_atomic(folder / _RECORD_NAME, json.dumps(record.model_dump(by_alias=True), indent=1) + "\n")

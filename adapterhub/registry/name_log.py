@@ -37,7 +37,8 @@ class Summary(Strict):
     fingerprint: str
     rank: int
     method: str
-    license: str | None = Field(validation_alias=LICENSE_NAMES)
+    license: str | None = Field(validation_alias=LICENSE_NAMES, serialization_alias="licence")
+    """SPDX id; in the log `licence`, which 0.1.0 reads: its processes may share the store."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> Summary:
@@ -163,7 +164,7 @@ class NameLog:
         Raises StorageFull, and then nothing was appended.
         """
         path = self._path(name)
-        lines = "".join(move.model_dump_json() + "\n" for move in moves).encode()
+        lines = "".join(move.model_dump_json(by_alias=True) + "\n" for move in moves).encode()
         # Unbuffered: a buffer would write the rest of a line when the file is closed, after it was truncated.
         with raise_storage_full(path), path.open("ab", buffering=0) as file:
             whole = _whole_bytes(path)
