@@ -49,7 +49,7 @@ class Policy:
     def read(cls, folder: Path) -> Policy:
         """Read the policy of the registry in `folder`. Raises UsageError for a file that cannot be read."""
         path = folder / POLICY_NAME
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():  # a link that leads nowhere is a policy that cannot be read
             return cls(folder)
         try:
             raw = _File.model_validate(tomllib.loads(path.read_text()))

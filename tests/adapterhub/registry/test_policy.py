@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.cli.main import app
-from adapterhub.errors import AdapterHubError, AliasProtected, Conflict, ProbeMismatch, SignatureInvalid
+from adapterhub.errors import AdapterHubError, AliasProtected, Conflict, ProbeMismatch, SignatureInvalid, UsageError
 from adapterhub.feedback.promotion import Promotion
 from adapterhub.hub.client import Hub
 from adapterhub.package.bundle import write_bundle
@@ -176,6 +176,14 @@ def test_protected_alias_that_a_probe_and_a_signature_let_pass(shop: Shop) -> No
     done = CliRunner().invoke(app, ["promote", TRUSTED, "production"])
     assert done.exit_code == 0, done.exception
     assert shop.targets()[f"{TRUSTED}@production"] == newest.digest
+
+
+def test_policy_behind_a_broken_link_lets_nothing_pass(shop: Shop) -> None:
+    path = shop.registry.root / "policy.toml"
+    path.rename(shop.folder / "moved.toml")
+    path.symlink_to(shop.folder / "policy.toml")
+    with pytest.raises(UsageError, match="nothing is trusted"):
+        shop.registry.add(shop.packages[UNSIGNED], name=TRUSTED)
 
 
 def test_probe_that_an_earlier_version_recorded(shop: Shop) -> None:
