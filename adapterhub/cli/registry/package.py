@@ -157,12 +157,13 @@ def inspect(ref: AnyRef, as_json: AsJson = False) -> None:
     signer = signer_hint(found.adapter)
     if as_json:
         facts = {"digest": found.adapter.digest, "parameters": found.parameters, "path": str(found.adapter.path)}
-        standing = {"names": names, "signed_by": signer, "probe_passed": kept.probe_passed(found.adapter)}
+        passed = kept.probe_passed(found.adapter)
+        standing = {"names": names, "signed_by": signer, "probe_passed": passed}
         told = {**facts, **standing, **manifest.model_dump(mode="json")}
-        old = {"licence": manifest.license, "proof_passed_here": standing["probe_passed"]}  # names of one version ago
-        typer.echo(json.dumps(told | old, indent=1))
+        old_spellings = {"licence": manifest.license, "proof_passed_here": passed}  # for one version
+        typer.echo(json.dumps(told | old_spellings, indent=1))
         return
-    passed = ", passed here" if kept.probe_passed(found.adapter) else ""
+    replayed = ", passed here" if kept.probe_passed(found.adapter) else ""
     rows = [
         ("name", manifest.name),
         ("digest", found.adapter.digest),
@@ -173,7 +174,7 @@ def inspect(ref: AnyRef, as_json: AsJson = False) -> None:
         ("parameters", f"{found.parameters:,} in {found.modules} layers ({', '.join(found.dtypes)})"),
         ("size", f"{format_bytes(found.size_bytes)} in {len(manifest.files)} files"),
         ("license", manifest.license or "not stated"),
-        ("probe", f"{len(probe.answers)} prompts ({probe.dtype}){passed}" if probe else "none"),
+        ("probe", f"{len(probe.answers)} prompts ({probe.dtype}){replayed}" if probe else "none"),
         ("signature", f"by key {signer[:16]}, not verified; run `adapterhub verify --key`" if signer else "none"),
         ("names", ", ".join(names) or "none on this machine"),
     ]

@@ -135,7 +135,10 @@ def watch(
     say("watching; press Ctrl+C to stop")
     with until_interrupted():
         for called, move in registry().watch(name or (), every_s=every):
-            typer.echo(json.dumps({"name": called, **move.model_dump(mode="json")}))
+            told = move.model_dump(mode="json")
+            if move.about is not None:
+                told["about"]["licence"] = move.about.license  # the old name, for one version
+            typer.echo(json.dumps({"name": called, **told}))
 
 
 def resolve(ref: AnyRef, hub: HubUrl = None) -> None:

@@ -257,6 +257,7 @@ def test_the_verbs(home: Path, tmp_path: Path) -> None:
     run("add", package, "--name", "crew/captain", home=home)
     told = json.loads(run("inspect", "crew/captain", "--json", home=home).stdout)
     assert (told["names"], told["signed_by"]) == (["crew/captain@main"], PublicKey.read(tmp_path / "key.pub").hint)
+    assert (told["probe_passed"], told["proof_passed_here"]) == (False, False)
     assert run("verify", package, "--key", f"{key}.pub", home=home).stdout.strip() == digest
 
 

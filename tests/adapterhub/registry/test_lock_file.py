@@ -136,7 +136,9 @@ def test_the_verbs(home: Path, tmp_path: Path) -> None:
             if select.select([process.stdout], [], [], 0.5)[0]:
                 line = process.stdout.readline()
         process.terminate()
-    assert json.loads(line)["act"] == "promote"
+    move = json.loads(line)
+    assert move["act"] == "promote"
+    assert move["about"]["license"] == move["about"]["licence"] == "apache-2.0"
 
 
 @pytest.fixture(scope="module")
