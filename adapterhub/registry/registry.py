@@ -281,6 +281,8 @@ class Registry:
         known = self.log.read(name)
         if known is None or known.target(alias) is None:
             raise AdapterNotFound(self._where_we_looked(AdapterRef(name=name, revision=alias), known))
+        current = known.target(alias)
+        _check_expected(name, alias, current, expect)
         earlier = known.before(alias)
         if earlier is None:
             raise UsageError(
@@ -289,7 +291,8 @@ class Registry:
             )
         adapter = self.store.open(earlier)
         with self.lease(adapter):
-            return self._move(name, alias, adapter, "rollback", by=by, expect=expect or known.target(alias))
+            # `earlier` belongs to `current`: after another move, `expect` could match and `earlier` be wrong.
+            return self._move(name, alias, adapter, "rollback", by=by, expect=current)
 
     def remove(self, name: str, revision: str = DEFAULT_REVISION, *, by: str | None = None) -> Move:
         """Remove one revision of a name. The package stays until it is garbage-collected.
