@@ -74,6 +74,7 @@ def ends_with_head(inner: Any) -> bool:
     ids = torch.tensor([[1, 2, 3]], device=inner.device)
     decoder, head = inner.get_decoder(), inner.get_output_embeddings()
     hidden = torch.zeros(1, 3, head.weight.shape[-1], dtype=inner.dtype, device=inner.device)
+    untouched = hidden._version
     seen: list[tuple[torch.Tensor, torch.Tensor, int]] = []
     handle = head.register_forward_hook(lambda module, given, logits: seen.append((given[0], logits, logits._version)))
     own_forward = decoder.__dict__.get("forward")
@@ -92,7 +93,8 @@ def ends_with_head(inner: Any) -> bool:
         return False
     ((given, found, version),) = seen
     # Also a change in place, which keeps the storage, counts up the version.
-    return _is_same(given, hidden) and _is_same(logits, found) and logits._version == version
+    is_given = _is_same(given, hidden) and hidden._version == untouched
+    return is_given and _is_same(logits, found) and logits._version == version
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -118,6 +118,16 @@ def test_a_head_that_changes_its_output_in_place() -> None:
     assert not ends_with_head(model)
 
 
+def test_a_decoders_output_that_is_changed_in_place() -> None:
+    model = make_model("llama")
+
+    def forward(**inputs: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=model.lm_head(model.model(**inputs).last_hidden_state.mul_(0.5)))
+
+    model.forward = forward
+    assert not ends_with_head(model)
+
+
 def test_a_model_that_fails_without_its_decoder_computes_its_logits_itself() -> None:
     model = make_model("llama")
     model.forward = lambda **inputs: model.model(**inputs).last_hidden_state.no_such_thing
