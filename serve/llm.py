@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import queue
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -106,13 +108,15 @@ class LLM:
             device=device,
             engine=engine or LocalEngineConfig(),
         )
-        self._is_closed = False
+        self._gate = threading.Lock()
+        """Held while work is given to the loop: nothing is given to one that is ending."""
+        self._ending: Future[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
         self._thread.start()
         self._services: Services | None = None
         try:
-            self._services = self._call(build_services(config, registry or Registry(), report=report))
+            self._call(self._start(config, registry or Registry(), report))
             for called, ref in (adapters or {}).items():
                 self.load(called, ref)
         except BaseException:
@@ -171,9 +175,15 @@ class LLM:
 
         async def together() -> list[Completion]:
             pairs = zip(conversations, adapters, strict=True)
-            return await asyncio.gather(
-                *(self._finished(partial(self._chat, messages, adapter, sampling)) for messages, adapter in pairs)
-            )
+            answers = [
+                asyncio.ensure_future(self._finished(partial(self._chat, messages, adapter, sampling)))
+                for messages, adapter in pairs
+            ]
+            try:
+                return await asyncio.gather(*answers)
+            finally:
+                for answer in answers:  # where one fails, the others would go on for nobody
+                    answer.cancel()
 
         return self._call(together())
 
@@ -187,7 +197,6 @@ class LLM:
         self, messages: Messages, *, adapter: AdapterOption = None, **sampling: Unpack[SamplingOptions]
     ) -> Iterator[str]:
         """Yield an answer's text as it is generated; closing the iterator aborts it. Raises as `chat`."""
-        self._check_open()
         deltas: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
 
         async def pump() -> None:
@@ -201,7 +210,7 @@ class LLM:
                 raise
             deltas.put(None)
 
-        running = asyncio.run_coroutine_threadsafe(pump(), self._loop)
+        running = self._submit(pump())
         try:
             while (delta := deltas.get()) is not None:
                 if isinstance(delta, asyncio.CancelledError):
@@ -215,13 +224,17 @@ class LLM:
 
     def close(self) -> None:
         """Abort what runs, unload the base and all adapters. Closing twice is no error."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        with self._gate:
+            if self._ending is None:
+                self._ending = asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
+                # Also when the thread that waits below is interrupted.
+                self._ending.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
+        try:
+            self._ending.result()
+        finally:
+            self._thread.join()
+            with self._gate:
+                self._loop.close()
 
     def __enter__(self) -> Self:
         return self
@@ -238,38 +251,51 @@ class LLM:
         return self._services
 
     def _check_open(self) -> None:
-        if self._is_closed:
+        if self._ending is not None:
             raise _closed()
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start `work` on the engine's event loop. Raises EngineStopped after `close`."""
+        with self._gate:
+            if self._ending is None:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise _closed()
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the engine's event loop; a caller that is interrupted cancels it."""
-        if self._is_closed:
-            work.close()
-            raise _closed()
-        running = asyncio.run_coroutine_threadsafe(work, self._loop)
+        running = self._submit(work)
         try:
             return running.result()
+        except CancelledError as error:  # by `close`, in another thread
+            raise _closed() from error
         except BaseException:
             running.cancel()
             raise
+
+    async def _start(self, config: ServeConfig, registry: Registry, report: Report) -> None:
+        # Kept here, not by the caller, who may be interrupted meanwhile and closes what was started.
+        self._services = await build_services(config, registry, report=report)
 
     async def _load(self, name: str, ref: AdapterRef) -> Adapter:
         published = await self._open.catalog.load(name, ref, replace=True, may_wait=True)
         return published.adapter
 
     async def _chat(self, messages: Messages, adapter: AdapterOption, sampling: SamplingOptions) -> PreparedRequest:
-        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        _check_options(sampling)
+        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         fields = {"messages": conversation, **await self._choice(adapter), **sampling}
         return await prepare_chat(self._open, _validated(schemas.ChatRequest, fields))
 
     async def _text(self, prompt: str, adapter: AdapterOption, sampling: SamplingOptions) -> PreparedRequest:
+        _check_options(sampling)
         fields = {"prompt": prompt, **await self._choice(adapter), **sampling}
         return await prepare_completion(self._open, _validated(schemas.CompletionRequest, fields))
 
     async def _choice(self, adapter: AdapterOption) -> dict[str, Any]:
         """Return the request's fields `model` and `adapter`; load adapters that were never loaded."""
         catalog = self._open.catalog
-        scales = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
+        scales = _scales(adapter)
         for name in scales:
             try:
                 catalog.find(name)
@@ -312,12 +338,39 @@ def _closed() -> EngineStopped:
     return EngineStopped("this LLM is closed: create another one.")
 
 
+def _check_options(sampling: SamplingOptions) -> None:
+    """Refuse fields of the HTTP API that ask for something else than one answer's text (n, stream, logprobs)."""
+    known = SamplingOptions.__annotations__
+    for name in sampling:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"nearest: {near[0]}" if near else f"there are {', '.join(known)}"
+            raise UsageError(f"{name} is no sampling option of an answer ({hint}). Leave it out.")
+
+
+def _scales(adapter: AdapterOption) -> dict[str, float]:
+    """Return name -> scale of a request's adapters. Raises UsageError for an option of another type."""
+    named = {adapter: 1.0} if isinstance(adapter, str) else adapter or {}
+    if isinstance(named, Mapping) and all(isinstance(name, str) for name in named):
+        return dict(named)
+    raise UsageError(
+        f"adapter is of type {type(adapter).__name__}: expected a name or reference as text, a mapping of them to "
+        "scales, or None. `load(name, ref)` gives a folder or an opened adapter a name."
+    )
+
+
 def _parsed(ref: str | Path | AdapterRef | Adapter) -> AdapterRef:
     if isinstance(ref, Adapter):
         return AdapterRef(folder=ref.path)
     if isinstance(ref, Path):
         return AdapterRef(folder=ref)
-    return AdapterRef.parse(ref) if isinstance(ref, str) else ref
+    if isinstance(ref, str):
+        return AdapterRef.parse(ref)
+    if isinstance(ref, AdapterRef):
+        return ref
+    raise UsageError(
+        f"an adapter is of type {type(ref).__name__}: expected a reference, a folder or an opened adapter."
+    )
 
 
 _R = TypeVar("_R", schemas.ChatRequest, schemas.CompletionRequest)

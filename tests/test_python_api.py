@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_fixtures import start_hub
@@ -19,6 +21,7 @@ import adapterhub
 from adapterhub.adapter import StoredBase
 from adapterhub.errors import AdapterNotFound, EngineStopped, InvalidRef, RecipeError, RequestTooLong, UsageError
 from adapterhub.packer import pack
+from serve import llm as llm_module
 from serve.api.schemas import ChatRequest, CompletionRequest
 from serve.llm import SamplingOptions
 
@@ -183,11 +186,44 @@ def test_unknown_adapter_is_never_answered_by_the_base(llm: adapterhub.LLM) -> N
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"temperature": 9}, "temperature"), ({"tempreature": 1}, "tempreature"), ({"stop": ""}, "stop")],
+    [
+        ({"temperature": 9}, "temperature"),
+        ({"tempreature": 1}, "tempreature .*nearest: temperature"),
+        ({"stop": ""}, "stop"),
+        # Fields of the HTTP API whose result a Completion does not hold.
+        ({"n": 2}, "n is no sampling option"),
+        ({"stream": True}, "stream is no sampling option"),
+        ({"logprobs": 1}, "logprobs is no sampling option"),
+        ({"model": "mine"}, "model is no sampling option"),
+    ],
 )
 def test_wrong_option_is_named(llm: adapterhub.LLM, options: dict[str, object], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         llm.chat("Hi", **options)
+    with pytest.raises(UsageError, match=named):
+        llm.generate("Hi", **options)
+
+
+@pytest.mark.parametrize("adapter", [5, ["mine"], Path("mine"), adapterhub.AdapterRef.parse("mine"), {Path("mine"): 1}])
+def test_adapter_of_another_type_is_refused(llm: adapterhub.LLM, adapter: object) -> None:
+    with pytest.raises(UsageError, match=f"adapter is of type {type(adapter).__name__}"):
+        llm.chat("Hi", adapter=adapter)
+    if not isinstance(adapter, Path | adapterhub.AdapterRef):
+        with pytest.raises(UsageError, match=f"an adapter is of type {type(adapter).__name__}"):
+            llm.load("mine", adapter)
+
+
+@pytest.mark.parametrize("messages", [None, 5, {"role": "user", "content": "Hi"}])
+def test_messages_of_another_type_are_refused(llm: adapterhub.LLM, messages: object) -> None:
+    with pytest.raises(UsageError, match="messages: .*list"):
+        llm.chat(messages)
+
+
+def test_batch_of_which_one_fails_leaves_nothing_running(llm: adapterhub.LLM) -> None:
+    with pytest.raises(AdapterNotFound, match="capitan"):
+        llm.chat_batch(["Hi", "Hi"], adapters=["mine", "capitan"], max_tokens=400, ignore_eos=True)
+    assert llm.chat("Hi", **GREEDY).num_tokens == 8
+    assert llm._open.engine.status().num_running == 0
 
 
 def test_batch_with_too_few_adapters_is_refused(llm: adapterhub.LLM) -> None:
@@ -208,6 +244,49 @@ def test_closed_llm_says_so(captain: adapterhub.Adapter) -> None:
     for ask in (lambda: engine.chat("Hi"), lambda: next(engine.stream("Hi")), lambda: engine.load("two", captain)):
         with pytest.raises(EngineStopped, match="closed"):
             ask()
+
+
+def test_close_ends_the_answers_of_other_threads(tiny_home: Path) -> None:
+    engine = adapterhub.LLM(BASE_NAME)
+    started = next(stream := engine.stream("Hi", max_tokens=400, ignore_eos=True))
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            while True:
+                engine.chat("Hi", max_tokens=100, ignore_eos=True)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    closers = [threading.Thread(target=engine.close) for _ in range(2)]
+    for thread in closers:
+        thread.start()
+    for thread in (*closers, *threads):
+        thread.join(60)
+        assert not thread.is_alive()
+    assert started
+    assert [type(error) for error in errors] == [EngineStopped] * 4
+    with pytest.raises(EngineStopped, match="closed"):
+        list(stream)
+
+
+def test_interrupt_while_the_base_is_loaded_keeps_no_engine(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter raises KeyboardInterrupt in the thread that waits; the engine is started in another."""
+    before = set(threading.enumerate())
+    result = llm_module.Future.result
+
+    def interrupted(future: Any, timeout: float | None = None) -> Any:
+        monkeypatch.setattr(llm_module.Future, "result", result)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm_module.Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapterhub.LLM(BASE_NAME)
+    assert "engine" not in {thread.name for thread in set(threading.enumerate()) - before}
 
 
 def test_a_base_that_is_none_is_refused_before_a_thread_starts(tiny_home: Path) -> None:
