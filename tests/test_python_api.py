@@ -296,6 +296,17 @@ def test_a_base_that_is_none_is_refused_before_a_thread_starts(tiny_home: Path) 
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("option", [{"purpose": "training"}, {"kind": "nf8"}, {"dtype": "int3"}])
+def test_option_of_a_base_that_does_not_exist_is_refused(tiny_home: Path, option: dict[str, Any]) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(UsageError, match=f"invalid {name} '{value}'"):
+        adapterhub.load_base(BASE_NAME, **option)
+
+
+def test_registrys_root_may_be_text(captain: adapterhub.Adapter, tiny_home: Path) -> None:
+    assert adapterhub.Registry(str(tiny_home)).resolve("captain").digest == captain.digest
+
+
 def test_unknown_recipe_is_refused(tiny_home: Path) -> None:
     with pytest.raises(RecipeError, match="there is no recipe demo-capitan"):
         adapterhub.train("demo-capitan")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.bases.nf4 import quantized_layers
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 Purpose = Literal["train", "serve"]
+Kind = Literal["nf4", "fp4", "int8", "none"]
 
 # When it is imported, bitsandbytes warns that a kernel could be downloaded; nothing here depends on that one.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -41,7 +42,7 @@ def load_base(
     purpose: Purpose = "serve",
     dtype: str | None = None,
     device: str | None = None,
-    kind: Literal["nf4", "fp4", "int8", "none"] = "nf4",
+    kind: Kind = "nf4",
     double_quant: bool = True,
     block_size: int = 64,
     tokenizer: Any = None,
@@ -52,12 +53,16 @@ def load_base(
     (LLM.int8), none as they are. `dtype` (bfloat16, float16, float32) and `device` (cpu, cuda, cuda:1, ...) are chosen
     when not given. `tokenizer` is the base's, where it has been read already: that takes as long as loading a small
     model.
-    Raises UsageError for a device that is not there, BaseNotFound for a folder transformers cannot read.
+    Raises UsageError for a device that is not there and for unknown options, BaseNotFound for a folder that
+    transformers cannot read.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    for name, value, allowed in (("purpose", purpose, get_args(Purpose)), ("kind", kind, get_args(Kind))):
+        if value not in allowed:
+            raise UsageError(f"invalid {name} {value!r}: expected {', '.join(allowed)}. Choose one of them.")
     stored = stored_base(base)
     disable_progress_bar()
     where, precision = choose_precision(dtype, device)

@@ -26,7 +26,7 @@ from typing import Literal
 
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.errors import AdapterNotFound, Conflict, DigestMismatch, UsageError
-from adapterhub.files import hold, raise_storage_full, write_atomic
+from adapterhub.files import expanded, hold, raise_storage_full, write_atomic
 from adapterhub.hub.client import Hub
 from adapterhub.package.bundle import opened_bundle
 from adapterhub.package.layout import open_adapter
@@ -73,6 +73,9 @@ class Registry:
 
     root: Path = field(default_factory=home)
     hub: Hub | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", expanded(self.root))  # a script gives its path as text
 
     @classmethod
     def default(cls, hub: Hub | None = None) -> Registry:
