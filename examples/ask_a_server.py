@@ -1,4 +1,4 @@
-"""Serve one base with an adapter and ask it with OpenAI's client: python examples/serve.py ADAPTER [BASE].
+"""Serve one base with an adapter and ask it with OpenAI's client: python examples/ask_a_server.py ADAPTER [BASE].
 
 The server is a process of its own, as in production; examples/switch_per_request.py needs none.
 """

@@ -1,4 +1,7 @@
-"""Train a LoRA adapter from a shipped recipe and compare held-out losses: python examples/train.py [BASE] [OUTPUT]."""
+"""Train a LoRA adapter from a shipped recipe and compare held-out losses.
+
+Usage: python examples/train_an_adapter.py [BASE] [OUTPUT].
+"""
 
 import sys
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,14 @@ from adapterhub.registry.registry import Registry
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-TESTED = {"train.py", "pack_and_push.py", "serve.py", "switch_per_request.py", "mix.py", "adapterhub.ipynb"}
+TESTED = {
+    "adapterhub.ipynb",
+    "ask_a_server.py",
+    "mix.py",
+    "pack_and_push.py",
+    "switch_per_request.py",
+    "train_an_adapter.py",
+}
 Run = Callable[..., str]
 
 
@@ -67,8 +76,22 @@ def test_no_example_is_left_out() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == TESTED
 
 
+def test_no_example_hides_a_package() -> None:
+    """`python examples/NAME.py` puts examples/ first on the path: train.py there would be imported as `train`."""
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert {"adapterhub", "train", "serve"} <= packages
+    assert not packages & {path.stem for path in EXAMPLES.glob("*.py")}
+
+
+def test_an_example_runs_as_it_is_typed(work: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "mix.py"), "captain", "./packed"]
+    variables = os.environ | {"ADAPTERHUB_HOME": str(work / "home"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True, check=False)
+    assert "2 adapters: " in done.stdout, done.stderr
+
+
 def test_train(run: Run) -> None:
-    assert "32 steps" in run("train.py", BASE_NAME, "trained-here")
+    assert "32 steps" in run("train_an_adapter.py", BASE_NAME, "trained-here")
 
 
 def test_pack_and_push(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +104,7 @@ def test_pack_and_push(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_serve(run: Run) -> None:
-    said = run("serve.py", "captain")
+    said = run("ask_a_server.py", "captain")
     assert "captain: " in said
     assert f"{BASE_NAME}: " in said
 
