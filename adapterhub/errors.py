@@ -10,7 +10,7 @@
         BundleTooLarge (413)
       Incompatible              sound, but not for this base or this engine         exit 5   422
         IncompatibleBase  AdapterUnsupported  AdapterNoEffect  RankTooLarge  ProbeMismatch
-      HubError                  the other side of the network                       exit 1   502
+      HubError                  an error of the Hub or of the network               exit 1   502
         HubUnavailable          unreachable or failing; trying later can help       exit 75  502
         NotAuthorized           wrong, missing or too weak a token                  exit 1   401
         Conflict                another process changed it first                    exit 1   409
@@ -20,21 +20,21 @@
         OutputNotFresh          an output folder that is not empty
         RunNotResumable         no stopped training run at that folder
         AliasProtected (403)    the trust policy lets only promote and rollback move this alias
-        ConstraintFailed        guided decoding that cannot go on
+        ConstraintFailed        guided decoding that no token can continue
       StorageFull               the disk is full                                    exit 1   507
-      TrainingFailed            the run cannot go on (NaN loss, out of memory)      exit 1   500
-      TrainingStopped           told to stop; a checkpoint was written              exit 130
+      TrainingFailed            the run cannot continue (NaN loss, out of memory)   exit 1   500
+      TrainingStopped           stopped by a signal; a checkpoint was written       exit 130
       ServeError                the server cannot do this now                       exit 1   503
         ServerBusy (429)  RequestTooLong (400)  AdapterLoadFailed (503)  EngineStopped (503)
-        RequestFailed (500)     this one request cannot be computed; others are not touched
+        RequestFailed (500)     this one request cannot be computed; others continue
           NonFiniteLogits (422) its adapter or the base computes NaN or Inf
         PortBusy
-        TrainingBusy (409)      a training run is going on, and there is one at a time
+        TrainingBusy (409)      a training run is active: a server runs one at a time
         TrainingRunNotFound (404)
         InvalidKey (401)  NotAllowed (403)    a client's API key is wrong, or may not do this
         SiteNotAllowed (403)    a web page of another site, or a name that is not this server's
-        BodyTimeout (408)  BodyTooLarge (413)  WrongContentType (415)    a request body that is not taken
-      DemoFailed                a station of the demo failed                        exit 1
+        BodyTimeout (408)  BodyTooLarge (413)  WrongContentType (415)    a request body that is refused
+      DemoFailed                a step of the demo failed                           exit 1
 
 Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 not found, 4 verification failed,
 5 incompatible, 75 try again later, 130 interrupted.

@@ -69,7 +69,7 @@ def likely_cause(
         return f"another quantization: recorded on {recorded} weights, these are {weights}"
     if dtype != probe.dtype:
         return f"another dtype: recorded in {probe.dtype}, computed in {dtype}"
-    return "another base than it was packed on, weights changed since, or kernels that compute otherwise"
+    return "another base than it was packed on, weights changed since, or kernels that compute differently"
 
 
 def compare(now: ProbeAnswer, then: ProbeAnswer, *, tolerance: float, cause: str) -> None:

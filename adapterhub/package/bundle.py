@@ -1,4 +1,4 @@
-"""A package in one .zip, as people send it: written, and read without trusting it. What is in it package.py judges."""
+"""Write a package as one .zip file, and read such a file without trusting it. What is in it package.py judges."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from adapterhub.files import raise_storage_full, write_stream_atomic
 from adapterhub.package.layout import ALLOWED, check_names, files_of, open_adapter
 
 MAX_BYTES = 4 << 30
-"""of everything unpacked: several times the largest LoRA of a model that one machine serves"""
+"""Maximum size of an unpacked package, in bytes: several times the largest LoRA of a model that one machine serves."""
 _CHUNK = 1 << 20
 _NO_DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -63,10 +63,10 @@ def opened_bundle(path: Path, scratch: Path, *, max_bytes: int = MAX_BYTES) -> I
 
 
 def _entries(bundle: zipfile.ZipFile, *, max_bytes: int) -> dict[str, zipfile.ZipInfo]:
-    """Name -> entry of the plain files."""
+    """Return name -> entry of the plain files."""
     files = [entry for entry in bundle.infolist() if not entry.filename.endswith("/")]
     if len(files) > len(ALLOWED):
-        raise InvalidBundle(f"{len(files)} files, a package has at most {len(ALLOWED)}: zip one packed folder.")
+        raise InvalidBundle(f"{len(files)} files in the zip: expected at most {len(ALLOWED)}. Zip one packed folder.")
     parts = [PurePosixPath(entry.filename).parts for entry in files]
     for entry, part in zip(files, parts, strict=True):
         if not part or entry.filename.startswith("/") or ".." in part or "\\" in entry.filename or len(part) > 2:
@@ -81,7 +81,7 @@ def _entries(bundle: zipfile.ZipFile, *, max_bytes: int) -> dict[str, zipfile.Zi
     check_names(found)
     size = sum(entry.file_size for entry in files)
     if size > max_bytes:
-        raise BundleTooLarge(f"the zip would unpack to {size:,} bytes, the most is {max_bytes:,}.")
+        raise BundleTooLarge(f"the zip unpacks to {size:,} bytes: expected at most {max_bytes:,}.")
     return found
 
 
@@ -98,7 +98,7 @@ def _copy(source: IO[bytes], target: IO[bytes], *, at_most: int, name: str) -> i
     while chunk := _read(source):
         copied += len(chunk)
         if copied > at_most:
-            raise InvalidBundle(f"{name!r} unpacks to more than the zip says: it is damaged, or made to fill a disk.")
+            raise InvalidBundle(f"{name!r} unpacks to more bytes than the zip declares: zip the packed folder again.")
         target.write(chunk)
     return copied
 
@@ -111,4 +111,4 @@ def _read(source: IO[bytes]) -> bytes:
 
 
 def _unreadable(error: Exception) -> InvalidBundle:
-    return InvalidBundle(f"this is no zip that can be read ({error}): zip the packed folder again.")
+    return InvalidBundle(f"the file is not a readable zip ({error}): zip the packed folder again.")

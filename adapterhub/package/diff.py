@@ -30,26 +30,28 @@ class Change:
 
 @dataclass(frozen=True)
 class LayerChange:
-    """One layer's update: scaling · B A, or the whole weight of a module that travels whole."""
+    """One layer's update: scaling · B A, or the full weight of a module in PEFT's modules_to_save."""
 
     module: str
     norm_before: float | None
-    """Frobenius norm; None: the layer is not adapted"""
+    """Frobenius norm; None: the layer is not adapted."""
     norm_after: float | None
     distance: float | None
-    """norm of the difference of the updates; None: their shapes differ, or one is missing"""
+    """Norm of the difference of the updates; None: their shapes differ, or one is missing."""
 
 
 @dataclass(frozen=True)
 class Difference:
+    """The differences of two adapters."""
+
     before: str
-    """digest"""
+    """Digest of the first adapter."""
     after: str
     config: tuple[Change, ...]
     provenance: tuple[Change, ...]
     metrics: tuple[Change, ...]
     layers: tuple[LayerChange, ...]
-    """every layer either adapts, by name"""
+    """Every layer that either of them adapts, sorted by name."""
 
 
 def difference(before: Adapter, after: Adapter) -> Difference:

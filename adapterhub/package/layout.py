@@ -172,18 +172,18 @@ def _check_digests(folder: Path, manifest: Manifest) -> None:
         size = (folder / name).stat().st_size
         if size != entry.size:
             raise DigestMismatch(
-                f"{folder / name} has {size:,} bytes, the manifest says {entry.size:,}: fetch it again."
+                f"{folder / name} has {size:,} bytes, the manifest lists {entry.size:,}: fetch it again."
             )
     for name, entry in manifest.files.items():
         path = folder / name
         found, nonfinite = sha256_of_weights(path) if name == WEIGHTS_NAME else (sha256_of(path), [])
         if found != entry.sha256:
-            raise DigestMismatch(f"{path} has sha256 {found}, the manifest says {entry.sha256}: fetch it again.")
+            raise DigestMismatch(f"{path} has sha256 {found}, the manifest lists {entry.sha256}: fetch it again.")
         check_values(path, nonfinite)
 
 
 def sha256_of_weights(path: Path) -> tuple[str, list[str]]:
-    """And the tensors that hold what is no number; in one reading."""
+    """Return the weights' sha256 and the names of tensors that contain NaN or Inf, from one read of the file."""
     with _named(path):
         from adapterhub.package.tensor_scan import sha256_and_nonfinite  # numpy, which lists need not wait for
 

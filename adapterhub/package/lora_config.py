@@ -16,12 +16,12 @@ from adapterhub.package.safetensors_header import TensorInfo
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 NO_LAYERS = "dummy-target-modules"
-"""PEFT's word for a LoRA on no layer, which brings whole modules only"""
+"""PEFT's target of a LoRA on no layer, which has full weights of modules only."""
 
 _MAX_CONFIG_BYTES = 10_000_000
 _MAX_PATTERN = 1000
 _MAX_MODULE = 200
-"""characters; of a module's dotted name. What a pattern of that kind costs grows with the length"""
+"""Maximum length of a module's dotted name, in characters: the time to match a pattern grows with it."""
 
 _T = TypeVar("_T")
 TensorKind = Literal["lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B", "weight"]
@@ -74,11 +74,11 @@ class LoraConfig:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     saved_modules: tuple[str, ...] = ()
-    """names of modules that travel whole (PEFT's modules_to_save)"""
+    """Names of modules whose full weights the adapter has (PEFT's modules_to_save)."""
     is_pattern: bool = False
-    """is the one target a regular expression?"""
+    """Whether the one target is a regular expression."""
     is_everywhere: bool = True
-    """are targets adapted in every layer (no layers_to_transform, no exclude_modules)?"""
+    """Whether targets are adapted in every layer (no layers_to_transform, no exclude_modules)."""
 
     def rank_of(self, module: str) -> int:
         return _matched(self.rank_pattern, module, self.rank)
@@ -129,7 +129,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
         faults = [f"{key}={raw[key]!r}" for key, inert in _INERT.items() if key in raw and raw[key] not in inert]
         if faults:
             raise AdapterUnsupported(
-                f"{path} asks for {', '.join(faults)}, which is not handled: train with plain LoRA, rsLoRA or DoRA"
+                f"{path} asks for {', '.join(faults)}, which is not supported: train with plain LoRA, rsLoRA or DoRA"
                 f"{_SOFT_PROMPT if raw.get('peft_type') in _SOFT_PROMPTS else ''}."
             )
         targets = raw["target_modules"]
@@ -166,7 +166,7 @@ def _pattern(text: str, *, repeated: int = 1) -> str:
     try:
         re.compile(text)
     except (re.error, OverflowError) as error:
-        raise ValueError(f"the pattern {text[:60]!r} is no regular expression ({error})") from error
+        raise ValueError(f"the pattern {text[:60]!r} is not a regular expression ({error})") from error
     return text
 
 
@@ -214,12 +214,12 @@ def _check_module(module: str, found: dict[TensorKind, TensorInfo], config: Lora
     a, b = found[first].shape, found[second].shape  # type: ignore[index]
     if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
         raise InvalidTensors(
-            f"{module}: {first} {list(a)} and {second} {list(b)} do not fit rank {rank} of {CONFIG_NAME}: "
+            f"{module}: {first} {list(a)} and {second} {list(b)} do not match rank {rank} of {CONFIG_NAME}: "
             "expected [r, in] and [out, r]."
         )
     magnitude = found.get("lora_magnitude_vector")
     if magnitude is not None and math.prod(magnitude.shape) != b[0]:
         raise InvalidTensors(
-            f"{module}: lora_magnitude_vector {list(magnitude.shape)} does not fit the {b[0]} outputs of {second}: "
+            f"{module}: lora_magnitude_vector {list(magnitude.shape)} does not match the {b[0]} outputs of {second}: "
             "expected [out]."
         )

@@ -66,7 +66,7 @@ class Lora(Strict):
     rank: int = Field(ge=1)
     alpha: float
     scaling: float
-    """alpha / rank, or alpha / sqrt(rank) for rsLoRA; patterns override rank and alpha per module."""
+    """Factor of B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA; patterns override rank and alpha per module."""
     targets: list[str]
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
@@ -188,7 +188,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     size = path.stat().st_size
     if size > MAX_MANIFEST_BYTES:
-        raise InvalidManifest(f"{path} has {size:,} bytes, a manifest has at most {MAX_MANIFEST_BYTES:,}: pack again.")
+        raise InvalidManifest(f"{path} has {size:,} bytes: expected at most {MAX_MANIFEST_BYTES:,}. Pack it again.")
     return parse_manifest(path.read_bytes(), where=str(path))
 
 

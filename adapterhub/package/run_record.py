@@ -1,6 +1,6 @@
-"""What a training run leaves beside its weights: recipe.toml, train_log.jsonl and a page to look at.
+"""The record of a training run beside its weights: recipe.toml, train_log.jsonl and report.html.
 
-The trainer writes the log line by line; packing reads it back. One JSON object a line, told apart by `event`:
+The trainer writes the log line by line; packing reads it. Each line is one JSON object, whose kind is its `event`:
 `start` (base, quantization, digests, versions), `step` (loss, tokens), `measured` (held-out loss on the way), `sampled`
 (answers to fixed prompts), `end` (totals, held-out losses, last answers).
 """
@@ -28,10 +28,12 @@ REPORT_HEAD = (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n"
 )
-"""how every report begins: whatever follows, a browser runs no script in it and fetches nothing for it"""
+"""Start of every report. Its content security policy lets a browser run no script and fetch nothing."""
 
 
 class RunStart(Strict):
+    """The inputs of the run, logged before its first step."""
+
     event: Literal["start"] = "start"
     base_id: str
     base_revision: str | None
@@ -42,21 +44,23 @@ class RunStart(Strict):
     samples: int
     seed: int
     start_digest: str | None = None
-    """of the adapter the run went on from; None: a new one"""
+    """Digest of the adapter that the run started from; None: a new one."""
     stop: list[str] = Field(default_factory=list)
-    """strings that end an answer under the run's chat template, beside the end of text"""
+    """Strings that end an answer under the run's chat template, besides EOS."""
     versions: dict[str, str]
 
 
 class RunStep(Strict):
+    """One optimizer step."""
+
     event: Literal["step"] = "step"
     step: int
     loss: float
-    """nats per trained token; in preference tuning the method's own"""
+    """Loss of the method; in supervised fine-tuning in nats per trained token."""
     learning_rate: float
     grad_norm: float
     tokens: int
-    """tokens in the step's batch"""
+    """Number of tokens in the step's batch."""
     trained_tokens: int
     seconds: float
 
@@ -70,7 +74,7 @@ class RunMeasured(Strict):
 
 
 class Answer(Strict):
-    """What a model says to one of the fixed prompts, greedily."""
+    """A model's greedy answer to one of the fixed prompts."""
 
     prompt: str
     text: str
@@ -85,6 +89,8 @@ class RunSampled(Strict):
 
 
 class RunEnd(Strict):
+    """The totals and results of a complete run."""
+
     event: Literal["end"] = "end"
     steps: int
     trained_tokens: int
@@ -92,7 +98,7 @@ class RunEnd(Strict):
     peak_memory_bytes: int
     evaluations: list[Evaluation]
     answers: list[Answer] = Field(default_factory=list)
-    """of the adapter as it was written"""
+    """Answers of the adapter as it was written."""
 
 
 RunEvent = RunStart | RunStep | RunMeasured | RunSampled | RunEnd
@@ -111,7 +117,7 @@ class RunRecord:
 
 
 def read_run_events(path: Path, *, is_whole: bool = True) -> list[RunEvent]:
-    """Return the events of a log. While the run goes on (`is_whole` false), an incomplete last line is left out.
+    """Return the events of a log. During the run (`is_whole` false), an incomplete last line is left out.
 
     Raises InvalidManifest when the log is damaged.
     """
@@ -141,7 +147,7 @@ def starts_of_unfinished(folder: Path) -> set[str]:
 def read_run_record(folder: Path) -> RunRecord | None:
     """Return the record of a finished run, None when there is no log (an adopted adapter).
 
-    Raises InvalidManifest when the log is damaged, or of a run that never ended.
+    Raises InvalidManifest when the log is damaged, or of a run that did not finish.
     """
     path = folder / LOG_NAME
     if not path.is_file():
@@ -149,7 +155,7 @@ def read_run_record(folder: Path) -> RunRecord | None:
     events = read_run_events(path)
     start, end = events[0] if events else None, events[-1] if events else None
     if not isinstance(start, RunStart) or not isinstance(end, RunEnd):
-        raise InvalidManifest(f"{path} is of a run that did not end: train again into a fresh folder.")
+        raise InvalidManifest(f"{path} is the log of a run that did not finish: train again into a new folder.")
     return RunRecord(
         base=BaseRef(start.base_id, start.base_revision, start.base_fingerprint),
         quantization=start.quantization,

@@ -14,7 +14,7 @@ from typing import Any
 from adapterhub.errors import InvalidTensors
 
 MAX_HEADER_BYTES = 100_000_000
-"""bytes; the bound the safetensors library itself uses"""
+"""Maximum size of a header, in bytes: the bound of the safetensors library itself."""
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
@@ -29,7 +29,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """byte offset in the file"""
+    """Offset of the tensor's data in the file, in bytes."""
     end: int
 
     @property
@@ -74,7 +74,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             dtype, shape, (start, end) = raw["dtype"], raw["shape"], raw["data_offsets"]
             whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in (*shape, start, end))
         except (TypeError, KeyError, ValueError) as error:
-            raise refuse(f"tensor {name!r} is described badly ({error!r})") from error
+            raise refuse(f"tensor {name!r} has an invalid entry ({error!r})") from error
         if not whole or not isinstance(dtype, str) or dtype not in _BITS:
             told = f"dtype {dtype!r}, shape {shape!r}, offsets {start!r}-{end!r}"
             raise refuse(f"tensor {name!r} has {told[:200]}")

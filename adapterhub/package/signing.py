@@ -26,7 +26,7 @@ from adapterhub.package.layout import SIGNATURE_NAME, UNLISTED
 from adapterhub.package.manifest import MANIFEST_NAME
 
 PASSWORD_VARIABLE = "ADAPTERHUB_KEY_PASSWORD"  # noqa: S105 (the name of the variable)
-"""of an encrypted private key; unset: keys are not encrypted"""
+"""Environment variable with the password of an encrypted private key; unset: keys are not encrypted."""
 
 _UNSIGNED = tuple(name for name in UNLISTED if name != MANIFEST_NAME)
 _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -51,7 +51,7 @@ class PublicKey:
         except (OSError, ValueError, UnsupportedAlgorithm) as error:
             raise UsageError(f"{path} cannot be read as a public key in PEM ({error}).") from error
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-            raise UsageError(f"{path} is not an elliptic curve key on P-256, the kind signatures are made with here.")
+            raise UsageError(f"{path} is not an elliptic curve key on P-256: make one with `adapterhub keygen`.")
         return cls(path, key)
 
     @property
@@ -153,7 +153,7 @@ def signer_hint(adapter: Adapter) -> str | None:
 
 
 def _digests(adapter: Adapter) -> dict[str, str]:
-    """sha256 of each file that is signed, by name in order."""
+    """Return the sha256 of each file that is signed, sorted by name."""
     listed = {name: entry.sha256 for name, entry in adapter.manifest.files.items() if name not in _UNSIGNED}
     return dict(sorted((listed | {MANIFEST_NAME: sha256_of(adapter.path / MANIFEST_NAME)}).items()))
 
@@ -203,7 +203,7 @@ def _read_bundle(path: Path) -> tuple[bytes, bytes, str | None]:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SignatureInvalid(
-            f"{path} is not a signature this can read ({error!r}): sign the adapter again."
+            f"{path} is not a signature that adapterhub reads ({error!r}): sign the adapter again."
         ) from error
 
 
@@ -232,5 +232,5 @@ def _signed_digests(path: Path, payload: bytes) -> dict[str, str]:
         if subject["digest"]["sha256"] != _root([digest for _, digest, _ in resources]):
             raise ValueError("its own digest is not that of the files it lists")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SignatureInvalid(f"{path} does not state what this can check ({error!r}): sign it again.") from error
+        raise SignatureInvalid(f"{path} has no statement that adapterhub checks ({error!r}): sign it again.") from error
     return {name: digest for name, digest, _ in resources}

@@ -16,14 +16,14 @@ _INFINITY = {
     "F32": (np.int32, np.uint32, 0x7F800000),
     "F64": (np.int64, np.uint64, 0x7FF << 52),
 }
-"""Taken as integers of the same bits, infinity and NaN are the largest values of either sign: two maxima find them."""
+"""Dtype -> (signed, unsigned integer, bits of infinity). As integers, Inf and NaN are the largest of either sign."""
 
 
 def sha256_and_nonfinite(path: Path, header: dict[str, TensorInfo]) -> tuple[str, list[str]]:
     """Return the file's sha256 and the names of the tensors that contain NaN or Inf.
 
-    `header` is the file's own, checked (`read_header`), so tensors follow each other without a gap. Each piece of
-    1 MiB is hashed and looked at while the cache has it.
+    `header` is the file's own, checked (`read_header`), so tensors follow each other without a gap. Each chunk of
+    1 MiB is hashed and checked while it is in the cache.
     """
     digest = hashlib.sha256()
     nonfinite = []
@@ -31,30 +31,30 @@ def sha256_and_nonfinite(path: Path, header: dict[str, TensorInfo]) -> tuple[str
     with path.open("rb", buffering=0) as file:
 
         def read(size: int) -> memoryview:
-            piece = buffer[: file.readinto(buffer[: min(size, _CHUNK_BYTES)])]
-            digest.update(piece)
-            return piece
+            chunk = buffer[: file.readinto(buffer[: min(size, _CHUNK_BYTES)])]
+            digest.update(chunk)
+            return chunk
 
         tensors = sorted(header.items(), key=lambda item: (item[1].start, item[1].end))
         left = tensors[0][1].start if tensors else path.stat().st_size
-        while left and (piece := read(left)):
-            left -= len(piece)
+        while left and (chunk := read(left)):
+            left -= len(chunk)
         for name, info in tensors:
             left, is_finite = info.size_bytes, True
-            while left and (piece := read(left)):
-                left -= len(piece)
-                is_finite = is_finite and _is_finite(piece, info.dtype)
+            while left and (chunk := read(left)):
+                left -= len(chunk)
+                is_finite = is_finite and _is_finite(chunk, info.dtype)
             if not is_finite:
                 nonfinite.append(name)
     return digest.hexdigest(), nonfinite
 
 
-def _is_finite(piece: memoryview, dtype: str) -> bool:
-    """Whole numbers are finite; a kind with few bits (F8) is none a LoRA is kept in, and is left to who loads it."""
+def _is_finite(chunk: memoryview, dtype: str) -> bool:
+    """Return whether all values are finite. Dtypes that no LoRA is stored in (F8) are left to the reader that loads."""
     if dtype not in _INFINITY:
         return True
     signed, unsigned, infinity = _INFINITY[dtype]
-    whole = piece[: len(piece) // np.dtype(signed).itemsize * np.dtype(signed).itemsize]
+    whole = chunk[: len(chunk) // np.dtype(signed).itemsize * np.dtype(signed).itemsize]
     sign = 1 << (8 * np.dtype(signed).itemsize - 1)
     if not whole:
         return True

@@ -179,7 +179,7 @@ class AdapterCache:
 
     async def _granted(self, waiter: _Waiter) -> None:
         if not waiter.answer.done() and len(self._waiting) > MAX_WAITING:
-            raise ServerBusy(f"{MAX_WAITING} requests wait for their adapters already: try again shortly.")
+            raise ServerBusy(f"{MAX_WAITING} requests are waiting for their adapters already: try again shortly.")
         try:
             async with asyncio.timeout(self._wait_s):
                 refusal = await waiter.answer

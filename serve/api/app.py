@@ -42,7 +42,7 @@ from serve.training.candidates import CandidatePipeline
 log = logging.getLogger(__name__)
 
 _CLIENT_GONE = 499
-"""nginx's status for a client that disconnected; it appears in logs only."""
+"""HTTP status for a client that disconnected, as in nginx; it appears in logs only."""
 
 
 def create_app(services: Services, keys: ApiKeys, http: HttpLimits | None = None) -> FastAPI:

@@ -19,7 +19,7 @@ from serve.api.body import BodyPermit, BodyReader, has_body, parse_json
 from serve.api.lanes import INLINE_SIZE, Lanes
 
 _JSON_BASED = re.compile(r"application/[a-z0-9!#$&^_.+-]+\+json")
-"""RFC 6838, sections 4.2 and 4.2.8"""
+"""Pattern of a media type that is JSON-based (RFC 6838, sections 4.2 and 4.2.8)."""
 
 
 class BodyField(Protocol):

@@ -380,8 +380,8 @@ def _client_error(request: GenerationRequest, error: BaseException) -> AdapterHu
         return error
     log.error("request %s failed", request.id, exc_info=error)
     return RequestFailed(
-        f"this request failed in the engine ({type(error).__name__}: {error}); others were not touched. "
-        "The server's log says more."
+        f"this request failed in the engine ({type(error).__name__}: {error}); other requests continue. "
+        "See the server's log."
     )
 
 

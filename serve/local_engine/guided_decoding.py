@@ -101,7 +101,7 @@ class GuidedDecoder:
     def begin(self, guided: GuidedDecoding) -> Future[Matcher]:
         """Make the matcher of a new answer; this takes a second for the largest grammars.
 
-        The future raises ConstraintFailed, with llguidance's reason, for a grammar that cannot be followed.
+        The future raises ConstraintFailed, with llguidance's reason, for a grammar that no answer can follow.
         """
         begun = self._compilers.submit(self._begin, guided)
         self._preparing.add(begun)
@@ -172,8 +172,8 @@ def _check(kind: str, matcher: LLMatcher) -> None:
     if matcher.is_error():
         # In one line, without the parser's state.
         found = " ".join(matcher.get_error().partition("<state>")[0].split()).rstrip(".:")
-        reason = "no text fits it" if found.startswith("NoExtensionBias") else found[:500]
-        raise ConstraintFailed(f"the {kind} cannot be followed: {reason}.")
+        reason = "no text satisfies it" if found.startswith("NoExtensionBias") else found[:500]
+        raise ConstraintFailed(f"no answer can follow the {kind}: {reason}.")
 
 
 def _grammar(guided: GuidedDecoding) -> str:

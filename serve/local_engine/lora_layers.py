@@ -288,7 +288,7 @@ class AdapterBank:
                 wanted = wanted[::-1]
                 if group.layers[place] is not self._head:
                     raise AdapterUnsupported(
-                        f"adapter {name} brings the whole of {module} (modules_to_save): only the embedding and the "
+                        f"adapter {name} has full weights of {module} (modules_to_save): only the embedding and the "
                         "head may be replaced; train the others with LoRA."
                     )
             found = tuple(change.weight.shape)

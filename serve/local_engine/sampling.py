@@ -25,7 +25,7 @@ class Row:
     """The logits of one sequence's next token."""
 
     logits: torch.Tensor
-    """fp32 [vocabulary]."""
+    """Logits, fp32 [vocabulary]."""
     best: int
     peak: float
     """The largest logit: NaN or Inf where any of them is NaN or +Inf, -Inf where all are."""

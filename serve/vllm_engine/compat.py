@@ -28,7 +28,7 @@ GUIDED_DECODING_KEYS = {"json_schema": "json", "regex": "regex", "grammar": "gra
 """Kind of guided decoding -> key of vLLM's `structured_outputs`."""
 
 KEEP_ALL_TOKENS = -1
-"""vLLM's `top_k` for no limit."""
+"""Value of vLLM's `top_k` for no limit."""
 
 
 class Subject(StrEnum):
@@ -59,7 +59,7 @@ DORA = Limit(Subject.ADAPTER, "DoRA", "uses DoRA, which vLLM does not serve")
 SAVED_MODULES = Limit(
     Subject.ADAPTER,
     "whole modules (`modules_to_save`)",
-    "brings the whole of {modules} (modules_to_save), which vLLM does not serve",
+    "has full weights of {modules} (modules_to_save), which vLLM does not serve",
 )
 RANK = Limit(Subject.ADAPTER, f"a rank above {RANKS[-1]}", f"has rank {{rank}}, vLLM takes at most {RANKS[-1]}")
 MIX = Limit(

@@ -53,7 +53,7 @@ def find_vllm(python: Path) -> Environment:
     try:
         output = subprocess.run([python, "-c", _FIND], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise UsageError(f"{python} does not run ({error}): --vllm-python is the Python of an environment.") from None
+        raise UsageError(f"{python} does not run ({error}): give the Python of an environment with vLLM.") from None
     cpu, version = json.loads(output)
     found = cpu or version
     if found is None:

@@ -61,7 +61,7 @@ async def deltas_of(
             offset += sum(len(one.text) for one in logprobs)
             delta = Delta(choice["text"], count, tokens, None, logprobs, num_cached_tokens)
             if choice.get("finish_reason") in ("abort", "error"):
-                raise EngineStopped(f"vLLM gave up the answer ({choice['finish_reason']}): ask again.")
+                raise EngineStopped(f"vLLM aborted the answer ({choice['finish_reason']}): ask again.")
             if choice.get("finish_reason") is None:
                 yield delta
             else:

@@ -255,5 +255,5 @@ def test_a_magnitude_has_one_number_for_each_output(shape: tuple[int, ...], fits
     if fits:
         assert len(lora_tensors(header, config)) == 3
     else:
-        with pytest.raises(InvalidTensors, match=r"lora_magnitude_vector .* does not fit the 32 outputs of lora_B"):
+        with pytest.raises(InvalidTensors, match=r"lora_magnitude_vector .* does not match the 32 outputs of lora_B"):
             lora_tensors(header, config)

@@ -121,7 +121,7 @@ def test_chunk_that_unpacks_to_another_size_is_refused(raw_size: int) -> None:
     bomb = lz4.frame.compress(bytes(1000))
     with pytest.raises(UploadMismatch) as refusal:
         unpack(XorbChunk(0, len(bomb), 1, raw_size), bomb)
-    assert "announced were" in str(refusal.value)
+    assert "as announced" in str(refusal.value)
 
 
 def test_chunk_that_is_no_lz4_frame_is_refused() -> None:

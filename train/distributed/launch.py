@@ -38,8 +38,8 @@ class Launch:
             )
         if self.nodes != "1" and self.rendezvous is None:
             raise UsageError(
-                f"--nodes {self.nodes} without --rendezvous: expected the machine where all meet. Give --rendezvous "
-                "HOST:PORT, the same on each machine."
+                f"--nodes {self.nodes} without --rendezvous: expected the machine that all connect to. Give "
+                "--rendezvous HOST:PORT, the same on each machine."
             )
         if self.rendezvous is not None and not re.fullmatch(r".+:[1-9]\d{0,4}", self.rendezvous):
             raise UsageError(

@@ -67,7 +67,7 @@ class _DecoderOutput:
 def ends_with_head(inner: Any) -> bool:
     """Return whether the output head is all there is between the decoder's output and the logits.
 
-    Only then can `token_losses` compute logits in pieces. A plan asks the same of a model without weights (device
+    Only then can `token_losses` compute logits in chunks. A plan asks the same of a model without weights (device
     meta). The forward pass is run with a decoder that returns a given tensor: the head must receive that tensor, and
     the logits must be the head's output, unchanged. Soft caps and scales change them.
     """

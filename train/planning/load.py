@@ -30,7 +30,7 @@ def training_load(
     counts: WeightCounts,
     tokens: int | None = None,
     trained_tokens: int | None = None,
-    logits: LogitsMode = "pieces",
+    logits: LogitsMode = "chunks",
     gpus: int = 1,
     sharding: Sharding = "none",
     is_offloaded: bool = False,

@@ -88,7 +88,7 @@ class Plan(Strict):
     seconds: Range
     adapter_bytes: int
     disk_bytes: int
-    """Bytes on disk while the run goes on, at most."""
+    """Most bytes on disk during the run."""
     disk_free_bytes: int
     hub: HubAccess
     stop: list[str]
@@ -212,14 +212,14 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
         shape = ModelShape.from_config(config.get_text_config().to_dict())
     except KeyError as error:
         raise IncompatibleBase(
-            f"the config of {base.ref} has no number as {error.args[0]}, by which a run's memory is planned: use one "
+            f"{error.args[0]} in the config of {base.ref} is not a number, which the memory plan needs: use a base "
             "of LLaMA's shape, such as `adapterhub base list` names."
         ) from error
     model.requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
     is_capped = bool(getattr(config.get_text_config(), "final_logit_softcapping", None))
-    logits: LogitsMode = "pieces" if ends_with_head(model) else "capped" if is_capped else "whole"
+    logits: LogitsMode = "chunks" if ends_with_head(model) else "capped" if is_capped else "whole"
     layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
     linear = sum(layer.weight.numel() for layer in layers)
     adapted = attach(model, recipe)

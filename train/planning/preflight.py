@@ -46,13 +46,13 @@ def hub_access(hub: Hub | None = None) -> HubAccess:
     except HubError as error:
         return access(f"nothing can be pulled or pushed now: {error}")
     if account is None:
-        return access("no token; public bases can be pulled, to push the adapter set HF_TOKEN")
-    may = "may push" if account.can_write else "may read, to push the adapter another token is needed"
+        return access("no token: public bases can be pulled; set HF_TOKEN to push the adapter")
+    may = "may push" if account.can_write else "may read; pushing the adapter needs another token"
     return access(f"the token is {account.name}'s and {may}", user=account.name, can_push=account.can_write)
 
 
 def disk_needed(num_trainable: int, moment_bytes: int) -> int:
-    """Return the bytes on disk, at most, while a run goes on."""
+    """Return the most bytes on disk during a run."""
     return total(disk_items(num_trainable, moment_bytes))
 
 
@@ -92,8 +92,8 @@ def _room(path: Path, needed: int, what: str) -> Iterator[str]:
     free = free_bytes(path)
     if needed > free:
         yield (
-            f"disk: {what} need up to {format_bytes(needed)} at {path} and {format_bytes(free)} are free: free some, "
-            "or choose another place."
+            f"disk: {what} need up to {format_bytes(needed)} at {path} and {format_bytes(free)} are free: free some "
+            "space, or use another disk."
         )
 
 

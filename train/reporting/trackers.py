@@ -1,7 +1,7 @@
 """Logging of a run's metrics to experiment trackers, only to those that were named.
 
 Each tracker reads its own configuration (`TRACKIO_DIR`, `WANDB_MODE`, ...); by default, trackio and TensorBoard write
-to this machine's disk. When a tracker fails, its tracking ends and the run goes on.
+to this machine's disk. When a tracker fails, its tracking ends and the run continues.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def _shape(model: str) -> ModelShape:
         except (BaseNotFound, InvalidRef) as error:
             names = ", ".join(MODEL_SHAPES)
             raise BaseNotFound(
-                f"{model} is no base on this machine: expected a config.json, its folder, or one of {names}."
+                f"{model} is not a base on this machine: expected a config.json, its folder, or one of {names}."
             ) from error
     try:
         return ModelShape.from_config(json.loads(path.read_bytes()))
@@ -182,7 +182,7 @@ def _shape(model: str) -> ModelShape:
         raise UsageError(f"{path} cannot be read as a config.json: {error}.") from error
     except (KeyError, TypeError) as error:
         raise UsageError(
-            f"{path} is no decoder's config.json ({error} is missing or no number): a model of text is expected."
+            f"{path} is not a decoder's config.json ({error} is missing or not a number): expected a text model."
         ) from error
 
 

@@ -99,7 +99,7 @@ def train(
         raise UsageError("--offload keeps the parts of a divided base in host memory: give --shard with it.")
     if plan and (launch is not None or shard):
         raise UsageError(
-            "--plan counts one process: leave --launch and --shard out; `adapterhub memory --recipe RECIPE --gpus N` "
+            "--plan plans one process: leave --launch and --shard out; `adapterhub memory --recipe RECIPE --gpus N` "
             "counts several."
         )
     if as_json and not plan:
@@ -114,7 +114,7 @@ def train(
             raise UsageError("--resume writes to the folder of the stopped run: leave out --output.")
         if shard or nodes != "1" or rendezvous is not None:
             raise UsageError(
-                "--resume goes on in one process: leave out --shard, --nodes and --rendezvous, or repeat the run's "
+                "--resume continues in one process: leave out --shard, --nodes and --rendezvous, or repeat the run's "
                 "command with --launch."
             )
         from train.loop.run_folder import read_run

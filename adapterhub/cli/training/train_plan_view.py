@@ -45,7 +45,7 @@ def print_plan(plan: Plan) -> None:
     line("disk", f"{disk} while it runs, {after} after; {free} free")
     line("hub", f"{plan.hub.endpoint}: {plan.hub.note}")
     if plan.stop:
-        line("stop", f"a server ends an answer at {', '.join(map(repr, plan.stop))} too; the package says so")
+        line("stop", f"a server ends an answer at {', '.join(map(repr, plan.stop))} too, as the package records")
     for engine in plan.servable:
         line("serving", f"{engine.engine}: {'yes, ' if engine.can_serve else 'no: '}{engine.how}")
     _print_masks(console, plan)
@@ -62,6 +62,6 @@ def _print_masks(console: Console, plan: Plan) -> None:
         console.print(f"  to {bin_.up_to:>5} tokens {bin_.samples:>6} {bar}", markup=False)
     for number, row in enumerate(masks.rows, start=1):
         shown = Text().append(f"\nsample {number} (trained: ⟦...⟧)\n", "bold")
-        for piece in row:
-            shown.append(f"⟦{piece.text}⟧" if piece.is_trained else piece.text, "green" if piece.is_trained else "dim")
+        for span in row:
+            shown.append(f"⟦{span.text}⟧" if span.is_trained else span.text, "green" if span.is_trained else "dim")
         console.print(shown)

@@ -71,8 +71,8 @@ class Upload:
         received = (self._spool.size_bytes, self._digest.hexdigest())
         if received != (self._size, self._sha256):
             raise UploadMismatch(
-                f"the upload has {received[0]} bytes with sha256 {received[1]}: announced were {self._size} bytes with "
-                f"sha256 {self._sha256}. Nothing was stored; upload it again."
+                f"the upload has {received[0]} bytes with sha256 {received[1]}: expected {self._size} bytes with "
+                f"sha256 {self._sha256}, as announced. Nothing was stored; upload it again."
             )
         self._spool.publish()
 
@@ -182,8 +182,8 @@ class ObjectStore:
             if received != (size_bytes, sha256):
                 path.unlink()
                 raise UploadMismatch(
-                    f"the parts have {received[0]} bytes with sha256 {received[1]}: announced were {size_bytes} bytes "
-                    f"with sha256 {sha256}. Nothing was stored; upload it again."
+                    f"the parts have {received[0]} bytes with sha256 {received[1]}: expected {size_bytes} bytes "
+                    f"with sha256 {sha256}, as announced. Nothing was stored; upload it again."
                 )
             if self.touch_lfs(sha256):
                 path.unlink()

@@ -96,7 +96,7 @@ def unpack(chunk: XorbChunk, packed: bytes) -> bytes:
     """Return the decompressed bytes of a chunk, at most as many as its header announced. Raises UploadMismatch."""
     raw = packed if chunk.scheme == _PLAIN else _unpack_lz4(packed, limit=chunk.raw_size)
     if len(raw) != chunk.raw_size:
-        raise UploadMismatch(f"a chunk unpacks to {len(raw)} bytes: announced were {chunk.raw_size}.")
+        raise UploadMismatch(f"a chunk unpacks to {len(raw)} bytes: expected {chunk.raw_size}, as announced.")
     return _ungroup(raw) if chunk.scheme == _GROUPED_LZ4 else raw
 
 

@@ -168,7 +168,7 @@ def test_a_gated_adapter_says_where_to_ask_before_a_download(url: str, repo: str
     """Gated as the public Hub gates: everybody sees the page, the files are for those who asked."""
     Hub(url, ALICE).push(open_adapter(write_package(tmp_path / "p")), repo)
     mood = Moody(url, "/auth-check", 403, 1, {"X-Error-Code": "GatedRepo"}, (b'"gated":false', b'"gated":"manual"'))
-    with proxied(mood) as moody, pytest.raises(NotAuthorized, match=f"access is gated; ask for it at {moody}/{repo}"):
+    with proxied(mood) as moody, pytest.raises(NotAuthorized, match=f"access is gated: ask for it at {moody}/{repo}"):
         Hub(moody, BOB).pull(repo, tmp_path / "x")
     assert mood.refused == 1
     assert not (tmp_path / "x").exists()

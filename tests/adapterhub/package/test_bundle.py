@@ -116,7 +116,7 @@ def test_a_missing_file_is_refused(package: Path) -> None:
 def test_what_is_no_zip_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.zip"
     path.write_bytes(content)
-    _refused(path, InvalidBundle, "no zip")
+    _refused(path, InvalidBundle, "not a readable zip")
 
 
 def test_a_damaged_zip_is_refused(package: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_damaged_entry_of_any_compression_is_refused(package: Path, compressio
     begin = 30 + len(WEIGHTS) + 12  # behind the local header, and what LZMA says of itself
     raw[begin : begin + 12] = bytes(byte ^ 0x5A for byte in raw[begin : begin + 12])
     path.write_bytes(raw)
-    _refused(path, InvalidBundle, "no zip that can be read")
+    _refused(path, InvalidBundle, "not a readable zip")
 
 
 def test_an_encrypted_zip_is_refused(package: Path) -> None:

@@ -190,7 +190,7 @@ def test_a_locked_server_answers_with_what_was_locked_though_the_name_moved(
     ("faults", "error", "said"),
     [
         ({"commit": None, "hub": None}, AdapterNotFound, "alice/other sha256:[0-9a-f]{64} is not .*Add or import it"),
-        ({"commit": "0" * 40}, AdapterNotFound, "alice/other exists at .*, that revision does not"),
+        ({"commit": "0" * 40}, AdapterNotFound, "alice/other exists at .*, but that revision does not"),
         ({"name": "alice/nobody"}, AdapterNotFound, "shows no alice/nobody"),
         ({"digest": "sha256:" + "0" * 64}, DigestMismatch, "is sha256:[0-9a-f]{64}: expected sha256:000"),
         ({"hub": "http://127.0.0.1:1"}, HubUnavailable, "http://127.0.0.1:1 is not answering"),

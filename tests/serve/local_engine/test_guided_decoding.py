@@ -104,11 +104,11 @@ ITSELF = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$r
 
 
 LEADS_NOWHERE = [
-    (GuidedDecoding("regex", r"[^\s\S]"), "no text fits it"),
-    (GuidedDecoding("regex", r"a[^\s\S]"), "no text fits it"),
-    (GuidedDecoding("json_schema", '{"$ref": "#"}'), "no text fits it"),
-    (GuidedDecoding("json_schema", json.dumps(ITSELF)), "no text fits it"),
-    (GuidedDecoding("grammar", "start: s\ns: s"), "no text fits it"),
+    (GuidedDecoding("regex", r"[^\s\S]"), "no text satisfies it"),
+    (GuidedDecoding("regex", r"a[^\s\S]"), "no text satisfies it"),
+    (GuidedDecoding("json_schema", '{"$ref": "#"}'), "no text satisfies it"),
+    (GuidedDecoding("json_schema", json.dumps(ITSELF)), "no text satisfies it"),
+    (GuidedDecoding("grammar", "start: s\ns: s"), "no text satisfies it"),
     (GuidedDecoding("grammar", X2500), "Too many items"),
     (GuidedDecoding("grammar", 'start: s\ns: "a" s'), "Too many items"),  # the second token
     (GuidedDecoding("grammar", "start: " + " ".join(["A?"] * 1990) + '\nA: "a"'), "items"),

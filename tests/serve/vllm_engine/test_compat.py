@@ -55,7 +55,7 @@ def test_only_the_table_words_a_limit() -> None:
         (replace(PLAIN, use_dora=True), "uses DoRA, which vLLM does not serve"),
         (
             replace(PLAIN, saved_modules=("embed_tokens", "lm_head")),
-            "brings the whole of embed_tokens, lm_head (modules_to_save), which vLLM does not serve",
+            "has full weights of embed_tokens, lm_head (modules_to_save), which vLLM does not serve",
         ),
         (replace(PLAIN, rank=513), "has rank 513, vLLM takes at most 512"),
         (replace(PLAIN, rank_pattern={"q_proj": 600}), "has rank 600, vLLM takes at most 512"),

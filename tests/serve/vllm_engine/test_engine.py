@@ -401,7 +401,7 @@ def test_an_answer_that_vllm_gave_up_is_no_complete_one(
 ) -> None:
     async def check() -> None:
         async with engine_on(tiny_base, tmp_path, run_fake(fake_of(tiny_base, ending=ending)).url) as engine:
-            with pytest.raises(EngineStopped, match=f"gave up the answer \\({ending}\\)"):
+            with pytest.raises(EngineStopped, match=f"aborted the answer \\({ending}\\)"):
                 await ask(engine)
 
     run(check())

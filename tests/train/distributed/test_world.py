@@ -166,8 +166,8 @@ def test_parts_in_host_memory_and_activations_computed_again_change_no_byte(
     [
         (["mine.toml", "--launch", "2", "--offload"], "give --shard with it"),
         (["mine.toml", "--plan", "--launch", "2", "--shard"], "--plan counts one process"),
-        (["--resume", "one", "--shard"], "--resume goes on in one process"),
-        (["--resume", "one", "--rendezvous", "127.0.0.1:1"], "--resume goes on in one process"),
+        (["--resume", "one", "--shard"], "--resume continues in one process"),
+        (["--resume", "one", "--rendezvous", "127.0.0.1:1"], "--resume continues in one process"),
     ],
 )
 def test_options_of_several_processes_where_they_mean_nothing(options: list[str], said: str) -> None:
