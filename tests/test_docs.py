@@ -64,7 +64,7 @@ def test_every_command_shown_exists_with_its_options(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_link_to_a_file_leads_somewhere(document: Path) -> None:
+def test_every_link_to_a_file_has_a_target(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#:\s]+)\)", document.read_text()):
         assert (document.parent / target).exists(), target
 

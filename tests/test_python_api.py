@@ -117,7 +117,7 @@ def test_every_sampling_option_is_a_field_of_the_http_api() -> None:
 
 
 @pytest.mark.usefixtures("tiny_home")
-def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 8
@@ -231,7 +231,7 @@ def test_batch_with_too_few_adapters_is_refused(llm: adapterhub.LLM) -> None:
         llm.chat_batch(["Hi", "Ho"], adapters=["mine"])
 
 
-def test_prompt_that_does_not_fit_is_refused(llm: adapterhub.LLM) -> None:
+def test_prompt_that_is_too_long_is_refused(llm: adapterhub.LLM) -> None:
     with pytest.raises(RequestTooLong):
         llm.chat("word " * 600, adapter="mine")
 

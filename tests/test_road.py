@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from browser import COUNT_TEXTS, VERDICTS, ask, ask_two, button, needs_browser, note, picker, turn_to, vote
+from browser import COUNT_TEXTS, VOTES, ask, ask_two, button, needs_browser, note, picker, turn_to, vote
 from openai import OpenAI
 from playwright.sync_api import Page, expect
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -62,10 +62,10 @@ def test_the_openai_client_chats_with_each_streamed_and_not(served: ServedRoad, 
             "temperature": 0,
         }
         whole = client.chat.completions.create(**arguments)  # type: ignore[call-overload]
-        pieces = list(client.chat.completions.create(**arguments, stream=True))  # type: ignore[call-overload]
+        chunks = list(client.chat.completions.create(**arguments, stream=True))  # type: ignore[call-overload]
         answers[model] = whole.choices[0].message.content
-        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == answers[model]
-        assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answers[model]
+        assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
         assert whole.usage.prompt_tokens > 10
     assert len(set(answers.values())) == 3
 
@@ -82,7 +82,7 @@ def test_a_seeded_answer_is_the_same_alone_and_in_a_crowd(served: ServedRoad, cl
     assert crowd[0] == crowd[3] == crowd[5]
 
 
-def test_both_names_lead_from_the_hub_to_the_digests_that_were_packed(served: ServedRoad) -> None:
+def test_both_names_point_from_the_hub_to_the_digests_that_were_packed(served: ServedRoad) -> None:
     rows = json.loads(run("list", "--json", home=served.home).stdout)
     assert {row["name"]: row["digest"] for row in rows} == {
         f"local/{name}": open_adapter(served.folders[name]).digest for name in NAMES
@@ -167,7 +167,7 @@ def test_a_mixed_batch_on_the_real_nf4_base_equals_pefts_generate_in_fp32(
         assert other.submit(asyncio.run, serve()).result() == expected
 
 
-def test_the_server_answers_as_the_recorded_proof_of_each_adapter_says(served: ServedRoad, client: OpenAI) -> None:
+def test_the_server_answers_as_the_recorded_probe_of_each_adapter(served: ServedRoad, client: OpenAI) -> None:
     """bf16, packed NF4, our kernels and a mixed batch, against what PEFT answered at packing."""
     from adapterhub.probe import TOLERANCE
 
@@ -280,9 +280,9 @@ def test_votes_are_lines_that_ratings_and_trainers_read(
         page.locator("#arena-among input").click()
         page.get_by_role("option", name=name).click()
     page.locator("#arena-among input").press("Escape")
-    for number, verdict in enumerate(VERDICTS):
+    for number, choice in enumerate(VOTES):
         ask_two(page, f"Who are you, number {number}?")
-        vote(page, verdict)
+        vote(page, choice)
         expect(page.locator("#ratings tbody tr")).to_have_count(2)
     rows = _exported(served, "votes", tmp_path)
     assert len(rows) == len({line["id"] for line in rows}) == 4

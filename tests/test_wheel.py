@@ -152,7 +152,7 @@ def test_command_without_its_extra_names_it(core: Environment, command: str, ext
     assert (done.returncode, done.stdout, done.stderr) == (2, "", wanted)
 
 
-def test_doctor_tells_which_extras_are_missing(core: Environment) -> None:
+def test_doctor_shows_which_extras_are_missing(core: Environment) -> None:
     done = core.run("adapterhub", "doctor")
     assert "without train, serve, ui, hubserver" in done.stdout
     assert "pip install 'adapterhub[train,serve,ui,hubserver]'" in done.stdout

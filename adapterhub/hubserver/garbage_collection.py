@@ -26,7 +26,7 @@ DEFAULT_GRACE_S = 24 * 3600
 
 
 @dataclass(frozen=True)
-class Collected:
+class Deleted:
     """What a garbage collection deleted."""
 
     num_objects: int
@@ -49,12 +49,12 @@ class GarbageCollector:
         self._oldest_s = time.time() - grace_s
         self._grace_s = grace_s
 
-    def gc(self) -> Collected:
+    def gc(self) -> Deleted:
         """Delete what was not used within the grace period. Wait for a collection in another process to end first."""
         with FileLock(self._locks / "gc.lock"):
             return self._gc()
 
-    def _gc(self) -> Collected:
+    def _gc(self) -> Deleted:
         for left in self._trash.iterdir():
             # Left by a process that was killed.
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
@@ -73,7 +73,7 @@ class GarbageCollector:
             *self._delete_unused(self._store.objects.git_folder, keep=used_blobs),
             *self._delete_unused(self._store.objects.lfs_folder, keep=used_lfs),
         ]
-        return Collected(len(sizes), commits, sum(sizes) + self._xet.remove_unused())
+        return Deleted(len(sizes), commits, sum(sizes) + self._xet.remove_unused())
 
     def _repos(self) -> list[Repo]:
         return [*self._store.repos("model"), *self._store.repos("dataset")]

@@ -76,7 +76,7 @@ async def _answers(engine: Engine, adapter: Adapter, recorded: Probe) -> list[li
     asking = [asyncio.create_task(_answer(engine, adapter, *numbered)) for numbered in enumerate(recorded.answers)]
     try:
         return await asyncio.gather(*asking)
-    finally:  # after a failure none may go on: the adapter is unloaded next
+    finally:  # after a failure none may continue: the adapter is unloaded next
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)

@@ -8,7 +8,7 @@ from adapterhub.errors import UsageError
 
 MAX_STOP_LENGTH = 1000
 """Length of a stop string, in characters: every delta of an answer is searched for it."""
-MAX_CONSTRAINT_LENGTH = 64 << 10
+MAX_GRAMMAR_LENGTH = 64 << 10
 """Length of a schema, regex, grammar or list of choices, in characters.
 
 At this length, a chain of references takes a fifth of the stack of its reader (serve/local_engine/guided_decoding.py).
@@ -25,6 +25,6 @@ def check_stop(stop: Sequence[str]) -> None:
 
 
 def check_length(length: int) -> None:
-    """Check the length of a constraint. Raises ValueError, which pydantic reports with the field."""
-    if length > MAX_CONSTRAINT_LENGTH:
-        raise ValueError(f"{length:,} characters are too many: expected at most {MAX_CONSTRAINT_LENGTH:,}")
+    """Check the length of a schema, regex, grammar or choices. Raises ValueError, which pydantic reports by field."""
+    if length > MAX_GRAMMAR_LENGTH:
+        raise ValueError(f"{length:,} characters are too many: expected at most {MAX_GRAMMAR_LENGTH:,}")

@@ -131,8 +131,8 @@ class ResponseFormat(_Wire):
             raise ValueError("expected json_schema with type 'json_schema', and only with it")
         return self
 
-    def constraint(self) -> GuidedDecoding | None:
-        """Return the constraint for the engine."""
+    def guided_decoding(self) -> GuidedDecoding | None:
+        """Return it as the engine takes it."""
         if self.type == "text":
             return None
         schema = self.json_schema.schema_ if self.json_schema else None
@@ -153,8 +153,8 @@ class StructuredOutputs(_Wire):
             raise ValueError("expected exactly one of json, regex, choice and grammar")
         return self
 
-    def constraint(self) -> GuidedDecoding:
-        """Return the constraint for the engine."""
+    def guided_decoding(self) -> GuidedDecoding:
+        """Return it as the engine takes it."""
         if self.json_ is not None:
             return GuidedDecoding("json_schema", self.json_)
         if self.regex is not None:
@@ -206,7 +206,7 @@ class _Request(_Wire):
     service_tier: Label | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
-    _constraint: GuidedDecoding | None = PrivateAttr(None)
+    _guided_decoding: GuidedDecoding | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _no_empty_stop(self) -> _Request:
@@ -215,11 +215,11 @@ class _Request(_Wire):
         return self
 
     @model_validator(mode="after")
-    def _one_constraint(self) -> _Request:
+    def _one_guided_decoding(self) -> _Request:
         if self.structured_outputs is not None and self.response_format is not None:
             raise ValueError("expected one of response_format and structured_outputs, not both")
         asked = self.structured_outputs or self.response_format
-        self._constraint = asked.constraint() if asked else None
+        self._guided_decoding = asked.guided_decoding() if asked else None
         return self
 
     def choices(self) -> list[AdapterChoice]:
@@ -237,7 +237,7 @@ class _Request(_Wire):
             max_tokens=max_tokens,
             temperature=self.temperature,
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
-            guided_decoding=self._constraint,
+            guided_decoding=self._guided_decoding,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,

@@ -22,7 +22,7 @@ from serve.client import (
 )
 
 Messages = list[dict[str, str]]
-Verdict = Literal["a", "b", "tie", "both_bad"]
+VoteWinner = Literal["a", "b", "tie", "both_bad"]
 _READ_BYTES = 1 << 20
 
 

@@ -1,4 +1,4 @@
-"""An adapter is for one base: its depth, its width, its vocabulary; and a proof that fails says why."""
+"""An adapter is for one base: its depth, its width, its vocabulary; and a probe that fails names the cause."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def test_a_base_of_another_shape_is_refused_at_packing_and_at_verifying(
         check_adapter(packed, other)
 
 
-def test_the_base_it_was_made_for_fits(packed: Adapter, tiny_base: StoredBase) -> None:
+def test_the_base_it_was_made_for_is_compatible(packed: Adapter, tiny_base: StoredBase) -> None:
     check_adapter(packed, tiny_base)
 
 
-def test_an_adapter_for_some_layers_only_fits(tiny_base: StoredBase, tmp_path: Path) -> None:
+def test_an_adapter_for_some_layers_only_is_compatible(tiny_base: StoredBase, tmp_path: Path) -> None:
     make_peft_adapter(tmp_path / "a", tiny_base, rank=4, seed=1, target_modules=["q_proj"], layers_to_transform=[1])
     pack(tmp_path / "a", base=tiny_base)
 
@@ -85,7 +85,7 @@ def test_tensors_of_no_layer_have_no_effect(tiny_base: StoredBase, peft_folder: 
         pack(folder, base=tiny_base)
 
 
-def test_a_tensor_that_is_no_number_is_refused_before_the_base_is_loaded(
+def test_a_tensor_with_nan_is_refused_before_the_base_is_loaded(
     tiny_base: StoredBase, peft_folder: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(peft_folder, tmp_path / "a")
@@ -141,7 +141,7 @@ def _litter(folder: Path, names: dict[str, str]) -> None:
 )
 # One of PEFT's own for keys it does not know, which must not keep an adapter out.
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
-def test_a_folder_of_another_tool_is_adopted_and_what_was_filled_in_is_told(
+def test_a_folder_of_another_tool_is_adopted_and_what_was_filled_in_is_reported(
     litter: dict[str, str], fields: dict[str, object], peft_folder: Path, tiny_base: StoredBase, tmp_path: Path
 ) -> None:
     theirs = shutil.copytree(peft_folder, tmp_path / "theirs")
@@ -184,29 +184,29 @@ def test_the_end_token_of_its_own_tokenizer_travels(peft_folder: Path, tiny_base
     assert (chat.eos, chat.stop) == ("<|im_start|>", ["\n\nUser:"])
 
 
-# The proof
+# The probe
 
 
-def test_the_proof_holds_on_its_base(packed: Adapter, tiny_base: StoredBase) -> None:
+def test_the_probe_passes_on_its_base(packed: Adapter, tiny_base: StoredBase) -> None:
     recorded = packed.manifest.probe
     assert recorded is not None
     replay(load_base(tiny_base, purpose="serve", dtype=recorded.dtype), packed)
 
 
-def test_a_proof_that_fails_on_another_base_names_it(packed: Adapter, smollm2: StoredBase, tmp_path: Path) -> None:
+def test_a_probe_that_fails_on_another_base_names_it(packed: Adapter, smollm2: StoredBase, tmp_path: Path) -> None:
     other = _base(tmp_path, smollm2, layers=2, seed=7)
     with pytest.raises(ProbeMismatch, match=r"likely cause: another base: packed on tests/tiny-llama"):
         replay(load_base(other, purpose="serve", dtype=packed.manifest.probe.dtype), packed)  # type: ignore[union-attr]
 
 
-def test_a_proof_that_fails_by_template_names_it(packed: Adapter, tiny_base: StoredBase, tmp_path: Path) -> None:
+def test_a_probe_that_fails_by_template_names_it(packed: Adapter, tiny_base: StoredBase, tmp_path: Path) -> None:
     folder = shutil.copytree(packed.path, tmp_path / "a")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}Q: {{ m.content }}\n{% endfor %}A:")
     with pytest.raises(ProbeMismatch, match="likely cause: another chat template"):
         replay(load_base(tiny_base, purpose="serve", dtype="float32"), Adapter(folder, packed.manifest))
 
 
-def test_a_proof_recorded_on_whole_weights_names_the_quantization(packed: Adapter, tiny_base: StoredBase) -> None:
+def test_a_probe_recorded_on_unquantized_weights_names_the_quantization(packed: Adapter, tiny_base: StoredBase) -> None:
     probe = record(load_base(tiny_base, purpose="serve", dtype="float32", kind="none"), packed.path)
     whole = packed.manifest.base.model_copy(update={"quantization": Quantization(kind="none", compute_dtype="float32")})
     moved = Adapter(packed.path, packed.manifest.model_copy(update={"probe": probe, "base": whole}))
@@ -219,7 +219,7 @@ def test_the_dtype_is_named_when_all_else_is_as_recorded(packed: Adapter) -> Non
     assert cause == f"another dtype: recorded in {packed.manifest.probe.dtype}, computed in float16"  # type: ignore[union-attr]
 
 
-def test_a_whole_weight_that_is_no_matrix_is_told_with_its_shape() -> None:
+def test_a_full_weight_that_is_no_matrix_is_reported_with_its_shape() -> None:
     tensors = [LoraTensor("lm_head.weight", "lm_head", "weight", TensorInfo("F32", (7,), 0, 28))]
     config = LoraConfig(
         4, 8.0, use_rslora=False, use_dora=False, targets=("q_proj",), rank_pattern={}, alpha_pattern={}
@@ -239,11 +239,11 @@ MAGNITUDES: dict[tuple[int, ...], bool] = {
     (32, 16): False,
     (0,): False,
 }
-"""shape -> does it fit 16 inputs and 32 outputs?"""
+"""shape -> does it match 16 inputs and 32 outputs?"""
 
 
-@pytest.mark.parametrize(("shape", "fits"), MAGNITUDES.items(), ids=str)
-def test_a_magnitude_has_one_number_for_each_output(shape: tuple[int, ...], fits: bool) -> None:
+@pytest.mark.parametrize(("shape", "matches"), MAGNITUDES.items(), ids=str)
+def test_a_magnitude_has_one_number_for_each_output(shape: tuple[int, ...], matches: bool) -> None:
     config = LoraConfig(
         rank=4, alpha=8, use_rslora=False, use_dora=True, targets=("q_proj",), rank_pattern={}, alpha_pattern={}
     )
@@ -252,7 +252,7 @@ def test_a_magnitude_has_one_number_for_each_output(shape: tuple[int, ...], fits
         f"base_model.model.model.layers.0.self_attn.q_proj.{part}": TensorInfo("F32", one, 0, 0)
         for part, one in shapes.items()
     }
-    if fits:
+    if matches:
         assert len(lora_tensors(header, config)) == 3
     else:
         with pytest.raises(InvalidTensors, match=r"lora_magnitude_vector .* does not match the 32 outputs of lora_B"):

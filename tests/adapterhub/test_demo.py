@@ -28,7 +28,7 @@ PACK = "pack"
     ],
     ids=["nothing", "a lock", "a checkpoint", "an adapter", "an adapter and its run", "a package"],
 )
-def test_an_interrupted_walk_goes_on_where_it_was(tmp_path: Path, left: tuple[str, ...], verbs: list[str]) -> None:
+def test_an_interrupted_demo_continues_where_it_was(tmp_path: Path, left: tuple[str, ...], verbs: list[str]) -> None:
     for name in left:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def test_an_interrupted_walk_goes_on_where_it_was(tmp_path: Path, left: tuple[st
     assert found == verbs
 
 
-def test_a_busy_port_is_told_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_busy_port_is_reported_before_anything_is_made(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(PortBusy, match="--port"):
         demo.run_demo(tmp_path / "work", port=taken.getsockname()[1], leave=True)
     assert not (tmp_path / "work").exists()

@@ -33,7 +33,7 @@ def test_an_interrupted_folder_is_never_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_said_with_what_to_do(number: int, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_what_to_do(number: int, tmp_path: Path) -> None:
     with pytest.raises(StorageFull, match=r"[MG]B free.*ADAPTERHUB_HOME"), raise_storage_full(tmp_path / "deep" / "x"):
         raise OSError(number, "no space")
 

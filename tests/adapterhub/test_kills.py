@@ -100,7 +100,7 @@ def _is_tidy(registry: Registry) -> None:
     assert not [*registry.root.glob("*/.*.tmp"), *registry.root.glob(".pull-*")]
 
 
-_ADD_AND_COLLECT = """
+_ADD_AND_GC = """
 registry = Registry(Path(sys.argv[1]))
 adapters = [open_adapter(Path(path)) for path in sys.argv[2:]]
 print("begins", flush=True)
@@ -114,12 +114,12 @@ while True:
 """
 
 
-def test_add_promote_remove_and_collect(packages: list[Path], chance: random.Random, tmp_path: Path) -> None:
+def test_add_promote_remove_and_gc(packages: list[Path], chance: random.Random, tmp_path: Path) -> None:
     registry = Registry(tmp_path / "home")
     adapters = [open_adapter(package) for package in packages]
     held = registry.add(adapters[0], name="held").digest
     for number in kills():
-        _killed(_ADD_AND_COLLECT, registry.root, *packages, random_s=chance, longest_s=0.15)
+        _killed(_ADD_AND_GC, registry.root, *packages, random_s=chance, longest_s=0.15)
         _is_whole(registry, {adapter.digest for adapter in adapters})
         assert registry.resolve(AdapterRef.parse("held")).digest == held  # nothing complete is lost
         assert registry.add(adapters[number % 2]).digest == adapters[number % 2].digest

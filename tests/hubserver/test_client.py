@@ -113,7 +113,7 @@ def test_repository_of_another_kind_is_refused(alice: HfApi) -> None:
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "gpt2"])
-def test_missing_repository_is_said(alice: HfApi, nobody: HfApi, name: str) -> None:
+def test_missing_repository_is_reported(alice: HfApi, nobody: HfApi, name: str) -> None:
     for api, status in ((alice, 404), (nobody, 401)):
         with pytest.raises(RepositoryNotFoundError) as refusal:
             api.model_info(name)

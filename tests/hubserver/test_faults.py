@@ -118,7 +118,7 @@ def test_killed_hub_loses_nothing_it_promised(tmp_path: Path) -> None:
         assert pusher.faults == []
         check_folder(tmp_path, promised)
         rounds += 1
-        # A version may be there that was never promised: the answer was lost. The next goes on from what is there.
+        # A version may be there that was never promised: the answer was lost. The next continues from what is there.
         store = HubStore(tmp_path)
         head = store.commit_at(store.repo(RepoId.parse(REPO)), "main")
         if head.title.isdecimal() and int(head.title) not in promised:
@@ -147,7 +147,7 @@ def test_gc_beside_pushes_takes_nothing_that_is_needed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare to mount a small disk")
-def test_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+def test_full_disk_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
     arguments = hub_command(tmp_path, PEOPLE, Limits(free_bytes=0))
     mount = f'mount -t tmpfs -o size=4m tmpfs {tmp_path} && cat > {tmp_path}/tokens.json && exec "$@"'
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh", *arguments]
@@ -161,7 +161,7 @@ def test_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
             raise
         try:
             ask(url, "POST", "/api/repos/create", json={"name": "poems", "organization": "alice"})
-            # What the quota does not see coming: two at once, each of which would fit.
+            # What the quota does not see coming: two at once, each of which is within it.
             big = os.urandom(5 << 20)
             body = {"operation": "upload", "objects": [{"oid": sha_of(big), "size": len(big)}]}
             (answer,) = ask(url, "POST", f"/{REPO}.git/info/lfs/objects/batch", json=body).json()["objects"]

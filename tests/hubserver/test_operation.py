@@ -102,8 +102,8 @@ class LfsSender:
 
     def put_parts(self, upload: dict[str, Any], data: bytes) -> list[int]:
         size = int(upload["header"]["chunk_size"])
-        pieces = [data[start : start + size] for start in range(0, len(data), size)]
-        return [self.put(upload["header"][str(number)], piece) for number, piece in enumerate(pieces, 1)]
+        parts = [data[start : start + size] for start in range(0, len(data), size)]
+        return [self.put(upload["header"][str(number)], part) for number, part in enumerate(parts, 1)]
 
     def finish(self, upload: dict[str, Any], data: bytes) -> int:
         parts = [{"partNumber": int(name), "etag": "x"} for name in upload["header"] if name.isdigit()]

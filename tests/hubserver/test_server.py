@@ -16,7 +16,7 @@ from adapterhub.errors import PortBusy, UsageError
 from adapterhub.hubserver.server import serve_hub
 
 
-def test_busy_port_is_said(tmp_path: Path) -> None:
+def test_busy_port_is_reported(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(PortBusy) as refusal:

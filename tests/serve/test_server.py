@@ -24,7 +24,7 @@ main()
 """
 
 
-def test_a_server_whose_engine_dies_tells_its_clients_and_ends_by_itself(tiny_base: StoredBase) -> None:
+def test_a_server_whose_engine_dies_answers_its_clients_and_ends_by_itself(tiny_base: StoredBase) -> None:
     command = [sys.executable, "-c", _DYING_SERVER, str(tiny_base.path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None

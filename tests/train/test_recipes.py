@@ -110,7 +110,7 @@ def test_each_recipe_is_planned_without_weights(tmp_path: Path, tiny_base: Store
 @pytest.mark.parametrize(
     ("name", "gpu_gib"), [("guanaco-7b", 16), ("guanaco-13b", 24), ("guanaco-33b", 40), ("guanaco-65b", 48)]
 )
-def test_guanaco_fits_the_gpus_the_paper_names(name: str, gpu_gib: int) -> None:
+def test_guanaco_needs_no_more_than_the_gpus_the_paper_names(name: str, gpu_gib: int) -> None:
     found = recipe(name)
     shape = shape_of(found.base_name)
     assert shape is not None

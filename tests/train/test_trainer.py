@@ -225,7 +225,7 @@ def test_samples_longer_than_a_sliding_window(
     assert "Set max_length = 16" in str(caught.value)
 
 
-def test_a_run_tells_its_choices_before_the_first_step(
+def test_a_run_prints_its_choices_before_the_first_step(
     tmp_path: Path, tiny_base: StoredBase, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer.train(make_recipe(tmp_path), tiny_base, tmp_path / "out")

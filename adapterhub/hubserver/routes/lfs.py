@@ -60,7 +60,7 @@ class _BatchUpload:
     base_url: str
     is_in_parts: bool
     promised: set[schemas.LfsObject] = field(default_factory=set)
-    """Objects of this batch that the client was told to upload; together they must fit the quota."""
+    """Objects of this batch that the client is to upload; together they must stay within the quota."""
 
     def reply(self, wanted: schemas.LfsObject) -> schemas.LfsObjectReply:
         """Return the upload URLs of an object, or the reason why it cannot be uploaded."""

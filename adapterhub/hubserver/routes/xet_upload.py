@@ -69,7 +69,7 @@ Ticket = Annotated[XetTicket, Depends(_ticket)]
 
 @router.post("/v1/xorbs/default/{xorb}", max_body_size=MAX_XORB_BYTES)
 async def receive_xorb(request: Request, xorb: PathSegment, ticket: Ticket, hub: HubDep) -> schemas.XorbReply:
-    """Store a xorb for the files that will refer to its chunks."""
+    """Store a xorb for the files whose shards will name its chunks."""
     announced = int(request.headers.get("content-length", 0))
     await run_in_threadpool(hub.quotas.check, ticket.repo_id, added_bytes=announced)
     with contextlib.closing(hub.xet.begin_xorb(ticket.user, xorb)) as spool:

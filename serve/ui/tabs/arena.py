@@ -15,7 +15,7 @@ from adapterhub.feedback.ratings import Rating
 from adapterhub.svg_plot import Interval, interval_plot
 from serve.client import Answer, Sampling, Turn, to_send
 from serve.ui.answer_panels import Panels, Updates
-from serve.ui.client import Messages, PageClient, Verdict
+from serve.ui.client import Messages, PageClient, VoteWinner
 from serve.ui.model_picker import QUIET, Models, model_picker, trouble
 from serve.ui.render.conversation import escape
 from serve.ui.render.tables import bullet_list, note_html, rows_table, scrollable
@@ -23,7 +23,7 @@ from serve.ui.sign_in import key_of
 from serve.ui.streams import AnswerStream, AnswerStreams
 from serve.ui.tabs.chat import CONCURRENT_ANSWERS
 
-_VERDICTS: tuple[tuple[Verdict, str], ...] = (
+_WINNERS: tuple[tuple[VoteWinner, str], ...] = (
     ("a", "◀ Left is better"),
     ("tie", "Tie"),
     ("both_bad", "Both are bad"),
@@ -70,7 +70,7 @@ class ArenaTab:
         self._message = gr.Markdown(elem_classes="said", elem_id="arena-vote")
         self._panels = Panels(client, 2, prefix="arena")
         with gr.Row(visible=False, elem_classes="votes") as self._votes:
-            self._buttons = [(verdict, gr.Button(label, size="md", min_width=120)) for verdict, label in _VERDICTS]
+            self._buttons = [(winner, gr.Button(label, size="md", min_width=120)) for winner, label in _WINNERS]
         with gr.Accordion("Settings", open=False, elem_id="arena-settings"):
             self._among = model_picker(
                 elem_id="arena-among",
@@ -100,8 +100,8 @@ class ArenaTab:
         panels = self._panels.panels
         heads, actions = [panel.head for panel in panels], [panel.actions for panel in panels]
         voted = [self._message, self._votes, self._battle, *heads, *actions]
-        for verdict, button in self._buttons:
-            button.click(self._voting(verdict), [self._battle], voted, **QUIET).then(
+        for winner, button in self._buttons:
+            button.click(self._voting(winner), [self._battle], voted, **QUIET).then(
                 self._ratings, [self._method], [self._table], **QUIET
             )
         self._method.input(self._ratings, [self._method], [self._table], **QUIET)
@@ -142,20 +142,20 @@ class ArenaTab:
             self._votes: gr.update(visible=True),
         }
 
-    def _voting(self, verdict: Verdict) -> Callable[..., Any]:
+    def _voting(self, winner: VoteWinner) -> Callable[..., Any]:
         async def vote(battle: PendingVote | None, request: gr.Request) -> tuple[Any, ...]:
-            return await self._vote(verdict, battle, request)
+            return await self._vote(winner, battle, request)
 
         return vote
 
-    async def _vote(self, verdict: Verdict, battle: PendingVote | None, request: gr.Request) -> tuple[Any, ...]:
+    async def _vote(self, winner: VoteWinner, battle: PendingVote | None, request: gr.Request) -> tuple[Any, ...]:
         closed = (gr.update(visible=False), None)
         unchanged = (gr.skip(),) * 4
         if battle is None:
             return (trouble("this pair has its vote already. Ask again."), *closed, *unchanged)
         body = {"battle": battle.id, "messages": battle.messages, "a": battle.a.wire(), "b": battle.b.wire()}
         try:
-            await self._client.post("feedback", key_of(request), kind="vote", **body, winner=verdict)
+            await self._client.post("feedback", key_of(request), kind="vote", **body, winner=winner)
             message = "✓ your vote counts."
         except Conflict as error:
             message = trouble(str(error))

@@ -139,7 +139,7 @@ def test_train_refuses_its_options_before_it_looks_for_the_base(
     _refused(run_here("train", str(recipe), *options), 2, said)
 
 
-def test_an_interrupted_training_writes_no_adapter_and_says_how_to_go_on(
+def test_an_interrupted_training_writes_no_adapter_and_says_how_to_resume(
     home: Path, tmp_path: Path, tiny_base: StoredBase
 ) -> None:
     recipe, output = _recipe(tmp_path, tiny_base, steps=100_000), tmp_path / "out"
@@ -220,13 +220,13 @@ def test_a_wrong_token_is_refused_without_printing_it(home: Path, tmp_path: Path
         assert run("resolve", "alice/p", "--hub", url, home=home).stdout.startswith("sha256:")
 
 
-def test_a_busy_port_of_the_hub_is_said(home: Path, tmp_path: Path) -> None:
+def test_a_busy_port_of_the_hub_is_reported(home: Path, tmp_path: Path) -> None:
     with start_hub(tmp_path / "hub", PEOPLE) as url:
         port = url.rpartition(":")[2]
         _refused(run_any("hub", "serve", "--root", str(tmp_path / "x"), "--port", port, home=home), 1, port)
 
 
-def test_inspect_tells_what_an_adapter_is(home: Path, tmp_path: Path) -> None:
+def test_inspect_shows_what_an_adapter_is(home: Path, tmp_path: Path) -> None:
     package = write_package(tmp_path / "p", name="captain")
     text = run("inspect", str(package), home=home).stdout
     for fact in ("captain", "rank 4", "owner/base", "384", "sha256:"):

@@ -114,7 +114,7 @@ def test_more_orderings_than_are_played_at_once() -> None:
     assert one.rating == pytest.approx(rate(GAMES[:200], "elo", orderings=2500, seed=1).ratings[0].rating, abs=3)
 
 
-def test_groups_that_never_met_are_said_and_rated_apart() -> None:
+def test_groups_without_votes_between_them_are_noted_and_rated_apart() -> None:
     found = rate([PairwiseVote("a1", "a2", "a"), PairwiseVote("a1", "a2", "b"), PairwiseVote("b1", "b2", "tie")])
     assert any("a1, a2; b1, b2" in note for note in found.notes)
     assert by_name(found) == pytest.approx(dict.fromkeys(("a1", "a2", "b1", "b2"), 1000.0))

@@ -100,7 +100,7 @@ def test_a_missing_repository_is_not_found(hub: Hub, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_a_missing_revision_is_told_apart_from_a_missing_repository(
+def test_a_missing_revision_is_another_error_than_a_missing_repository(
     hub: Hub, package: Path, repo: str, tmp_path: Path
 ) -> None:
     hub.push(open_adapter(package), repo)
@@ -108,7 +108,9 @@ def test_a_missing_revision_is_told_apart_from_a_missing_repository(
         hub.pull(repo, tmp_path / "x", revision="v9")
 
 
-@pytest.mark.parametrize("token", ["hf_wrong", READER, BOB, None], ids=["unknown", "read-only", "a stranger's", "none"])
+@pytest.mark.parametrize(
+    "token", ["hf_wrong", READER, BOB, None], ids=["unknown", "read-only", "another user's", "none"]
+)
 def test_a_token_that_may_not_push_is_refused(url: str, package: Path, token: str | None) -> None:
     with pytest.raises(NotAuthorized, match="HF_TOKEN") as caught:
         Hub(url, token).push(open_adapter(package), "alice/forbidden")

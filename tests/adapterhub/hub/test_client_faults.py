@@ -227,7 +227,7 @@ def test_a_mirror_has_the_same_adapters_in_the_same_order(url: str, other_url: s
     assert len(mirror(repo, source, target)) == 2
     source.push(adapters[2], repo)
     made = mirror(repo, source, target)
-    assert len(made) == 1  # goes on where it stopped
+    assert len(made) == 1  # resumes where it stopped
     assert mirror(repo, source, target) == []
     there = [commit for commit in target.commits(repo) if "mirrored from" in commit.message]
     pulled = [target.pull(repo, tmp_path / f"x{n}", revision=c.id)[0].digest for n, c in enumerate(there)]
@@ -236,7 +236,7 @@ def test_a_mirror_has_the_same_adapters_in_the_same_order(url: str, other_url: s
     with pytest.raises(Conflict, match="is not a mirror of"):
         mirror(repo, target, source)
     third = f"{repo}-again"
-    for seed in range(2):  # a mirror of a mirror goes on, too
+    for seed in range(2):  # a mirror of a mirror continues, too
         assert len(mirror(repo, target, source, name=third)) == (3, 0)[seed]
 
 
@@ -285,7 +285,7 @@ def _large_package(folder: Path, size_bytes: int) -> Path:
 
 @LFS_UPLOADS_WARN
 @pytest.mark.parametrize(("how", "asked"), [("closed", [None, "bytes=10485760-"]), ("reset", [None, None])])
-def test_a_connection_cut_within_a_large_file_goes_on_in_the_same_pull(
+def test_a_connection_cut_within_a_large_file_resumes_in_the_same_pull(
     url: str, repo: str, tmp_path: Path, how: Literal["closed", "reset"], asked: list[str | None]
 ) -> None:
     """The client keeps 10 MiB at a time of what came, and nothing once the connection was reset."""

@@ -196,7 +196,7 @@ def test_the_verb_reads_names_and_configs_and_prints_a_range(tmp_path: Path) -> 
         (["--recipe", "no-such-recipe"], "there is no recipe no-such-recipe"),
     ],
 )
-def test_what_cannot_be_estimated_is_said(arguments: list[str], said: str, home: Path) -> None:
+def test_what_cannot_be_estimated_is_reported(arguments: list[str], said: str, home: Path) -> None:
     outcome = CliRunner().invoke(app, ["memory", *arguments])
     assert isinstance(outcome.exception, AdapterHubError)
     assert said in str(outcome.exception)

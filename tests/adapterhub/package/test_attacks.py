@@ -63,10 +63,8 @@ def test_the_command_refuses_one_in_a_line(home: Path) -> None:
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 299_999, 300_000, -1])
-def test_a_value_that_is_no_number_is_found_wherever_it_is(
-    tmp_path: Path, dtype: str, value: float, place: int
-) -> None:
-    """Several pieces of 1 MiB, the largest finite values all around."""
+def test_a_nan_or_inf_is_found_wherever_it_is(tmp_path: Path, dtype: str, value: float, place: int) -> None:
+    """Several chunks of 1 MiB, the largest finite values all around."""
     import torch
 
     kind = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}[dtype]
@@ -166,7 +164,7 @@ def test_a_config_with_anything_anywhere_opens_or_is_refused(sound: Path, data: 
     raw[data.draw(st.sampled_from(keys))] = data.draw(_JSON)
     try:
         path.write_text(json.dumps(raw))
-        _fit_manifest(sound)
+        _update_manifest(sound)
         _opens_or_is_refused(sound)
     finally:
         path.write_bytes(before)
@@ -190,7 +188,7 @@ def test_a_header_with_anything_anywhere_opens_or_is_refused(sound: Path, data: 
     try:
         text = json.dumps(header).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + before[8 + length :])
-        _fit_manifest(sound)
+        _update_manifest(sound)
         _opens_or_is_refused(sound)
     finally:
         path.write_bytes(before)
@@ -216,7 +214,7 @@ def test_a_flipped_byte_of_the_weights_is_refused_or_read(sound: Path, at: int, 
         path.write_bytes(before)
 
 
-def _fit_manifest(folder: Path) -> None:
+def _update_manifest(folder: Path) -> None:
     """The manifest's digests made those of the files, whatever is in them."""
     import hashlib
 

@@ -1,4 +1,4 @@
-"""Zips of packages from strangers: what is refused, and that nothing of it stays."""
+"""Untrusted .zip files of packages: what is refused, and that nothing of it stays."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_pickle_is_refused_by_name(package: Path) -> None:
     _refused(_zip(package, **{"captain/adapter_model.bin": b"\x80\x04."}), UnsafeFile, "adapter_model.bin")
 
 
-def test_a_stranger_s_file_is_refused(package: Path) -> None:
+def test_an_unexpected_file_is_refused(package: Path) -> None:
     _refused(_zip(package, **{"captain/thesis.txt": "x"}), UnexpectedFile, "thesis.txt")
 
 

@@ -63,7 +63,7 @@ def test_a_layer_only_one_adapts_has_one_norm(tmp_path: Path) -> None:
     assert [(layer.norm_before is None, layer.distance) for layer in layers] == [(False, 0), (True, None)]
 
 
-def test_config_base_and_losses_are_told_with_both_values(tmp_path: Path) -> None:
+def test_config_base_and_losses_are_shown_with_both_values(tmp_path: Path) -> None:
     one = open_adapter(write_package(tmp_path / "a"))
     folder = write_package(tmp_path / "b", base_id="owner/other")
     (folder / "adapter_config.json").write_text(

@@ -108,7 +108,7 @@ def test_a_truncated_file_is_noticed_by_its_size(package: Path) -> None:
         open_adapter(package)
 
 
-def test_truncated_tensors_with_a_fitting_manifest_are_noticed(package: Path) -> None:
+def test_truncated_tensors_with_a_matching_manifest_are_noticed(package: Path) -> None:
     weights = package / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     write_manifest(package)

@@ -41,7 +41,7 @@ BAD: dict[str, tuple[object, bytes]] = {
     "dtype is a list": ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4),
     "shape is negative": ({"a": _tensor([-1], 0, 4)}, b"\0" * 4),
     "shape is true": ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, b"\0" * 4),
-    "size does not fit shape": ({"a": _tensor([2], 0, 4)}, b"\0" * 4),
+    "size does not match shape": ({"a": _tensor([2], 0, 4)}, b"\0" * 4),
     "shape is astronomically large": ({"a": _tensor([2**62, 2**62], 0, 4)}, b"\0" * 4),
     "end lies before start": ({"a": _tensor([1], 4, 0)}, b"\0" * 4),
     "data lies beyond the file": ({"a": _tensor([1], 0, 4)}, b"\0" * 3),

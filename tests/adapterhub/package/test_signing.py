@@ -92,20 +92,20 @@ def test_what_is_changed_after_signing_is_noticed_by_both(
 
 
 def test_another_key_is_not_trusted(signed: Adapter, tmp_path: Path) -> None:
-    _, stranger = make_key(tmp_path / "keys" / "eve")
+    _, other = make_key(tmp_path / "keys" / "eve")
     with pytest.raises(SignatureInvalid, match=r"trusted here: .*eve\.pub"):
-        verify(signed, [PublicKey.read(stranger)])
+        verify(signed, [PublicKey.read(other)])
     with pytest.raises(SignatureInvalid, match="no key"):
         verify(signed, [])
 
 
 def test_a_hint_that_lies_does_not_help(signed: Adapter, keys: tuple[Path, Path], tmp_path: Path) -> None:
-    _, stranger = make_key(tmp_path / "keys" / "eve")
+    _, other = make_key(tmp_path / "keys" / "eve")
     path = signed.path / "adapter.sig"
     bundle = json.loads(path.read_text())
-    bundle["verificationMaterial"]["publicKey"]["hint"] = PublicKey.read(stranger).hint
+    bundle["verificationMaterial"]["publicKey"]["hint"] = PublicKey.read(other).hint
     path.write_text(json.dumps(bundle))
-    for key in (stranger, keys[1]):
+    for key in (other, keys[1]):
         with pytest.raises(SignatureInvalid):
             verify(signed, [PublicKey.read(key)])
 
@@ -261,7 +261,7 @@ def test_the_verbs(home: Path, tmp_path: Path) -> None:
     assert run("verify", package, "--key", f"{key}.pub", home=home).stdout.strip() == digest
 
 
-def test_the_same_content_from_a_stranger_replaces_neither_signature_nor_manifest(
+def test_the_same_content_from_someone_else_replaces_neither_signature_nor_manifest(
     registry: Registry, signed: Adapter, tmp_path: Path
 ) -> None:
     """The digest covers base and files: what else the manifest says is the signature's to vouch for."""
@@ -271,9 +271,9 @@ def test_the_same_content_from_a_stranger_replaces_neither_signature_nor_manifes
     manifest["chat"]["stop"] = ["the"]
     (folder / "adapterhub.json").write_text(json.dumps(manifest))
     (folder / "adapter.sig").write_text("junk")
-    stranger = open_adapter(folder)
-    assert stranger.digest == signed.digest
-    registry.add(stranger, name="evil/captain")
+    other = open_adapter(folder)
+    assert other.digest == signed.digest
+    registry.add(other, name="evil/captain")
     kept = registry.resolve(_ref("acme/captain"))
     assert kept.manifest.chat.stop == []
     assert verify(kept, [PublicKey.read(registry.root / "ada.pub")])

@@ -1,4 +1,4 @@
-"""Garbage collection: what nobody can reach goes, and nothing that somebody holds."""
+"""Garbage collection: what nothing refers to is deleted, and nothing that is leased."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def _kept(registry: Registry, adapters: list[Adapter]) -> list[bool]:
     return [registry.store.has(adapter.digest) for adapter in adapters]
 
 
-def test_what_no_name_leads_to_goes_with_its_files(registry: Registry, adapters: list[Adapter]) -> None:
+def test_what_no_name_points_to_is_deleted_with_its_files(registry: Registry, adapters: list[Adapter]) -> None:
     removed = registry.gc(grace_s=0)
     assert removed.packages == (adapters[0].digest,)
     assert removed.num_bytes > 0
-    assert _kept(registry, adapters) == [False, True, True]  # the second is where a rollback of main would lead
+    assert _kept(registry, adapters) == [False, True, True]  # the second is where a rollback of main would point
     linked = {path.stat().st_ino for path in (registry.root / "adapters").glob("*/*")}
     assert {path.stat().st_ino for path in (registry.root / "objects").iterdir()} == linked
     assert registry.gc(grace_s=0).packages == ()
 
 
-def test_what_a_stopped_run_goes_on_from_stays_until_it_is_complete(
+def test_what_a_stopped_run_started_from_stays_until_it_is_complete(
     registry: Registry, adapters: list[Adapter]
 ) -> None:
     folder = registry.root / "training"
@@ -84,13 +84,13 @@ def test_a_clock_that_was_wrong_holds_longer_and_never_shorter(registry: Registr
     assert registry.history("captain")[-1].revision == "production"  # the order of lines, whatever the clocks said
 
 
-def test_a_trial_tells_and_touches_nothing(registry: Registry, adapters: list[Adapter]) -> None:
+def test_a_dry_run_lists_and_deletes_nothing(registry: Registry, adapters: list[Adapter]) -> None:
     told = registry.gc(grace_s=0, dry_run=True)
     assert told.packages == (adapters[0].digest,)
     assert _kept(registry, adapters) == [True, True, True]
 
 
-def test_what_an_alias_leads_to_or_would_roll_back_to_stays(registry: Registry, adapters: list[Adapter]) -> None:
+def test_what_an_alias_points_to_or_would_roll_back_to_stays(registry: Registry, adapters: list[Adapter]) -> None:
     for adapter in adapters[:2]:
         registry.promote(AdapterRef.parse(f"captain@{adapter.digest}"), "production")
     assert registry.gc(grace_s=0).packages == ()
@@ -164,15 +164,15 @@ def test_a_file_that_changes_between_verifying_and_copying_is_not_kept(registry:
     assert not [*registry.root.glob("adapters/[!.]*")]
 
 
-def test_adding_and_collecting_at_once_loses_nothing_that_was_added(registry: Registry, tmp_path: Path) -> None:
+def test_adding_during_gc_loses_nothing_that_was_added(registry: Registry, tmp_path: Path) -> None:
     packages = [open_adapter(write_package(tmp_path / str(n), name="x", seed=n)) for n in range(4)]
     stop = threading.Event()
 
-    def collect() -> None:
+    def run_gc() -> None:
         while not stop.is_set():
             registry.gc(grace_s=0)
 
-    thread = threading.Thread(target=collect)
+    thread = threading.Thread(target=run_gc)
     thread.start()
     try:
         for round_ in range(40):

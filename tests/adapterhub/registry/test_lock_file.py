@@ -73,7 +73,7 @@ def test_the_same_package_makes_the_same_bundle(tmp_path: Path) -> None:
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
 
-def test_a_lock_leads_to_exactly_what_was_locked(registry: Registry, tmp_path: Path) -> None:
+def test_a_lock_resolves_to_exactly_what_was_locked(registry: Registry, tmp_path: Path) -> None:
     first = registry.add(open_adapter(write_package(tmp_path / "a", name="captain")))
     lock = registry.lock({"captain": _ref("captain")})
     registry.add(open_adapter(write_package(tmp_path / "b", name="captain", seed=1)))

@@ -46,7 +46,7 @@ def _led(registry: Registry, text: str) -> str:
     return registry.resolve(_ref(text)).digest
 
 
-def test_an_alias_stays_where_it_was_led_when_main_moves_on(
+def test_an_alias_points_where_it_was_moved_when_main_moves(
     registry: Registry, digests: list[str], tmp_path: Path
 ) -> None:
     registry.promote(_ref("captain"), "production")
@@ -55,13 +55,13 @@ def test_an_alias_stays_where_it_was_led_when_main_moves_on(
     assert _led(registry, "captain") == newer
 
 
-def test_an_alias_can_be_led_to_a_digest_the_name_once_led_to(registry: Registry, digests: list[str]) -> None:
+def test_an_alias_can_be_moved_to_a_digest_the_name_once_pointed_to(registry: Registry, digests: list[str]) -> None:
     registry.promote(_ref(f"captain@{digests[0]}"), "production")
     registry.promote(_ref(f"captain@{digests[1][:19]}"), "canary")
     assert (_led(registry, "captain@production"), _led(registry, "captain@canary")) == tuple(digests[:2])
 
 
-def test_a_rollback_leads_back_step_by_step_and_no_further(registry: Registry, digests: list[str]) -> None:
+def test_a_rollback_moves_back_step_by_step_and_no_further(registry: Registry, digests: list[str]) -> None:
     for digest in digests:
         registry.promote(_ref(f"captain@{digest}"), "production")
     assert registry.rollback("captain", "production").after == digests[1]
@@ -101,7 +101,7 @@ def test_of_many_promotions_that_expect_the_same_exactly_one_wins(registry: Regi
         assert sum(pool.map(race, range(16))) == 1
 
 
-def test_the_history_says_who_led_what_where(registry: Registry, digests: list[str]) -> None:
+def test_the_history_shows_who_moved_what_where(registry: Registry, digests: list[str]) -> None:
     registry.promote(_ref("captain"), "production", by="grace")
     registry.remove("captain", "production", by="linus")
     told = [(move.by, move.act, move.revision, move.before, move.after) for move in registry.history("captain")]
@@ -218,8 +218,8 @@ def test_rollbacks_undo_promotions_like_a_stack(steps: list[tuple[str, int]]) ->
     stack: list[str | None] = []
     for act, number in steps:
         name = Name("n", tuple(moves))
-        led = name.target("a")
-        assert led == (stack[-1] if stack else None)
+        target = name.target("a")
+        assert target == (stack[-1] if stack else None)
         if act == "rollback":
             expected = stack[-2] if len(stack) > 1 else None
             assert name.before("a") == expected
@@ -228,7 +228,7 @@ def test_rollbacks_undo_promotions_like_a_stack(steps: list[tuple[str, int]]) ->
             stack.pop()
             after = expected
         elif act == "remove":
-            if led is None:
+            if target is None:
                 continue
             stack.append(None)
             after = None
@@ -236,7 +236,7 @@ def test_rollbacks_undo_promotions_like_a_stack(steps: list[tuple[str, int]]) ->
             after = f"sha256:{number}"
             stack.append(after)
         moves.append(
-            Move(at="2026-01-01T00:00:00+00:00", by="x", act=act, revision="a", before=led, after=after)  # type: ignore[arg-type]
+            Move(at="2026-01-01T00:00:00+00:00", by="x", act=act, revision="a", before=target, after=after)  # type: ignore[arg-type]
         )
 
 
@@ -304,13 +304,13 @@ def test_promotion_and_rollback_know_where_the_package_came_from(registry: Regis
 
 
 @pytest.mark.parametrize("name", ["captain@v2", "./captain", "sha256:" + "0" * 64])
-def test_what_would_not_lead_back_is_no_name(registry: Registry, tmp_path: Path, name: str) -> None:
+def test_what_would_not_parse_back_is_no_name(registry: Registry, tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="invalid name"):
         registry.add(open_adapter(write_package(tmp_path / "p", name="captain")), name=name)
     assert registry.list() == []
 
 
-def test_a_move_that_does_not_fit_leaves_the_log_as_it_was(tmp_path: Path) -> None:
+def test_a_move_without_room_on_disk_leaves_the_log_as_it_was(tmp_path: Path) -> None:
     log = NameLog(tmp_path)
     move = Move(at="2026-01-01T00:00:00+00:00", by="x", act="add", revision="main", before=None, after="sha256:0")
     with log.locked():

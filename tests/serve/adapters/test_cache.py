@@ -55,14 +55,14 @@ def _cache(engine: FakeEngine, capacity: int, wait_s: float = 5.0, **options: An
 
 
 async def _settle() -> None:
-    """Let everything go on that can."""
+    """Let everything continue that can."""
     for _ in range(20):
         await asyncio.sleep(0)
 
 
 @dataclass
 class Client:
-    """Holds a lease from when it is granted until it is told to leave."""
+    """Holds a lease from when it is granted until it is asked to leave."""
 
     cache: AdapterCache
     names: str
@@ -121,7 +121,7 @@ def test_bytes_bound_what_is_resident_and_the_least_recently_used_go() -> None:
     asyncio.run(run())
 
 
-def test_what_never_fits_is_refused_at_once() -> None:
+def test_more_than_the_cache_can_hold_is_refused_at_once() -> None:
     async def run() -> None:
         cache = _cache(FakeEngine(), 1, max_bytes=50)
         with pytest.raises(UsageError, match=r"60 bytes.*50"):
@@ -246,7 +246,7 @@ def test_an_evicted_adapter_goes_when_its_last_lease_ends() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["loads", "fails"])
-def test_who_waits_goes_on_when_a_load_ends_whose_client_has_left(fails: bool) -> None:
+def test_a_waiter_is_served_when_a_load_ends_whose_client_has_left(fails: bool) -> None:
     async def run() -> None:
         engine = FakeEngine(holds={"+a": asyncio.Event()}, fails={"a"} if fails else set())
         cache = _cache(engine, 1)
@@ -482,7 +482,7 @@ def test_who_is_cancelled_in_the_moment_it_is_granted_leaves_no_lease() -> None:
 
 
 class Clock:
-    """Time in ticks, each of which lets everything go on that can."""
+    """Time in ticks, each of which lets everything continue that can."""
 
     def __init__(self) -> None:
         self.now = 0

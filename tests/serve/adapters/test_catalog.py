@@ -56,7 +56,7 @@ class _Bench:
     engine: _Slow
     cache: _Cache
     unnamed: Adapter
-    """in the registry, where no name leads to it"""
+    """In the registry, where no name points to it."""
     other: Adapter
 
     async def loading(self, name: str, adapter: Adapter) -> asyncio.Task[Published]:
@@ -214,7 +214,7 @@ def test_a_load_given_up_before_it_had_a_name_does_not_stay(tmp_path: Path) -> N
     _run(tmp_path, test)
 
 
-def test_what_loses_its_last_name_is_no_longer_pinned(tmp_path: Path) -> None:
+def test_what_no_name_points_to_any_more_is_no_longer_pinned(tmp_path: Path) -> None:
     async def test(b: _Bench) -> None:
         b.engine.may_end.set()
         await b.catalog.load("one", AdapterRef(digest=b.unnamed.digest), is_pinned=True)

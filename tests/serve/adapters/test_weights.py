@@ -93,7 +93,7 @@ def test_tensors_that_begin_at_odd_bytes_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("second", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_one_value_that_is_no_number(tmp_path: Path, second: torch.dtype, value: float) -> None:
+def test_one_value_that_is_nan_or_inf(tmp_path: Path, second: torch.dtype, value: float) -> None:
     tensors = _halves(torch.float32, second)
     tensors[f"{KEY}.lora_B.weight"][-1, -1] = value
     with pytest.raises(InvalidTensors, match=r"q_proj\.lora_B\.weight has NaN or Inf"):

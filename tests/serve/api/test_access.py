@@ -104,7 +104,7 @@ MEASURED_ELSEWHERE = {
     "schema",
     "description",
 }
-"""what is tokenized (refused when it cannot fit), and what serve/api/request_limits.py measures"""
+"""What is tokenized (refused when it is certainly too long), and what serve/api/request_limits.py measures"""
 
 
 def texts(schema: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -135,7 +135,7 @@ def test_no_text_that_a_body_may_hold_is_without_bounds(tmp_path: Path) -> None:
     on_whole_app(tmp_path, test)
 
 
-def test_a_name_in_a_path_is_said_and_compared_in_part(tmp_path: Path) -> None:
+def test_a_name_in_a_path_is_shown_and_compared_in_part(tmp_path: Path) -> None:
     async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
         answer = await client.get("/v1/models/" + "captain" * 9_000)
         assert answer.status_code == 404
@@ -310,7 +310,7 @@ def test_what_is_no_name_of_a_host_is_refused_at_start(name: str) -> None:
         "/V1/models",
     ],
 )
-def test_no_spelling_of_a_path_leads_around_the_keys(tmp_path: Path, path: str) -> None:
+def test_no_spelling_of_a_path_bypasses_the_keys(tmp_path: Path, path: str) -> None:
     async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
         for method in ("GET", "HEAD", "OPTIONS", "POST", "PUT"):
             answer = await client.request(method, path, follow_redirects=True)

@@ -172,7 +172,7 @@ def test_an_upload_nobody_trusted_signed(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
-def test_an_adapter_nobody_trusted_signed_is_looked_at(tmp_path: Path) -> None:
+def test_an_adapter_nobody_trusted_signed_is_inspected(tmp_path: Path) -> None:
     async def test(b: Bench) -> None:
         (tmp_path / "home" / "policy.toml").write_text('[[trust]]\nnames = "*"\nkeys = []\n')
         assert (await b.client.get("/v1/adapters/inspect", params={"ref": "spare"})).status_code == 200

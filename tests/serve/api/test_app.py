@@ -119,7 +119,7 @@ def test_logprobs_have_openais_shape(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
-def test_tokens_of_one_name_are_told_apart_and_the_chosen_one_is_listed() -> None:
+def test_tokens_of_one_name_have_two_entries_and_the_chosen_one_is_listed() -> None:
     top = (
         TokenLogprob(5, "a", b"a", -0.1),
         TokenLogprob(9, "a", b"a", -0.2),
@@ -200,7 +200,7 @@ def test_numbers_too_small_for_fp32_are_what_they_are_in_the_arithmetic(sent: di
     assert getattr(sampling, next(iter(sent))) == used
 
 
-def test_each_of_several_answers_is_another_draw_within_one_constraint() -> None:
+def test_each_of_several_answers_is_another_draw_within_one_choice() -> None:
     body = ChatRequest.model_validate(
         {"model": "m", **HELLO, "n": 3, "seed": 2**63 - 2, "structured_outputs": {"choice": ["a", "b"]}}
     )

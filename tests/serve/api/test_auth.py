@@ -62,7 +62,7 @@ def test_another_interface_is_refused_without_a_key() -> None:
     check_exposure("127.0.0.1", ApiKeys())
 
 
-def test_a_busy_port_is_said_before_anything_is_loaded() -> None:
+def test_a_busy_port_is_reported_before_anything_is_loaded() -> None:
     with listen("127.0.0.1", 0) as first, pytest.raises(PortBusy, match="--port"):
         listen("127.0.0.1", first.getsockname()[1])
 

@@ -59,12 +59,12 @@ def test_a_vote_counts_once(store: FeedbackStore) -> None:
     assert [given.winner for _, given in store.rows() if isinstance(given, Vote)] == ["a"]
 
 
-def test_a_vote_must_fit_its_battle(store: FeedbackStore) -> None:
+def test_a_vote_must_match_its_battle(store: FeedbackStore) -> None:
     with pytest.raises(UsageError, match="unknown battle"):
         store.add(vote("bt-made-up", "a"), owner="me")
     battle = store.begin_battle(["captain", "poet"])
     with pytest.raises(UsageError, match="the vote is between"):
-        store.add(vote(battle.id, "a", "captain", "stranger"), owner="me")
+        store.add(vote(battle.id, "a", "captain", "unknown"), owner="me")
     with pytest.raises(UsageError, match="needs two models"):
         store.begin_battle(["captain", "captain"])
 

@@ -168,9 +168,9 @@ class Call:
         app = b.client._transport.app  # type: ignore[attr-defined]
         self.done: asyncio.Task[None] = asyncio.create_task(app(scope, self._receive, self._send))
 
-    def give(self, piece: bytes, *, more: bool) -> None:
+    def give(self, chunk: bytes, *, more: bool) -> None:
         self.wants.clear()
-        self._inbox.put_nowait({"type": "http.request", "body": piece, "more_body": more})
+        self._inbox.put_nowait({"type": "http.request", "body": chunk, "more_body": more})
 
     def leave(self) -> None:
         self._inbox.put_nowait({"type": "http.disconnect"})
@@ -259,11 +259,11 @@ def test_a_route_that_takes_long_holds_no_room_for_bodies(tmp_path: Path, monkey
     monkeypatch.setattr(bodies, "MAX_LARGE_BODIES", 1)
 
     async def test(b: Bench) -> None:
-        begun, goes_on, load = asyncio.Event(), asyncio.Event(), Catalog.load
+        begun, may_continue, load = asyncio.Event(), asyncio.Event(), Catalog.load
 
         async def held(*given: Any, **named: Any) -> Any:
             begun.set()
-            await goes_on.wait()
+            await may_continue.wait()
             return await load(*given, **named)
 
         monkeypatch.setattr(Catalog, "load", held)
@@ -274,7 +274,7 @@ def test_a_route_that_takes_long_holds_no_room_for_bodies(tmp_path: Path, monkey
         other = Call(b, len(large_request()))
         other.give(large_request(), more=False)
         await other.done
-        goes_on.set()
+        may_continue.set()
         await loading.done
         assert (other.status, loading.status) == (200, 200)
 
@@ -304,12 +304,12 @@ class SlowTokenizer(FakeTokenizer):
     """Waits for the test within each call, as a long text makes a real one take long."""
 
     def __init__(self) -> None:
-        self.begun, self.goes_on, self.num_calls = threading.Event(), threading.Event(), 0
+        self.begun, self.may_continue, self.num_calls = threading.Event(), threading.Event(), 0
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
         self.num_calls += 1
         self.begun.set()
-        assert self.goes_on.wait(20)
+        assert self.may_continue.wait(20)
         return super().__call__(text, add_special_tokens=add_special_tokens)
 
 
@@ -335,7 +335,7 @@ def test_the_time_a_body_waits_for_room_is_not_its_clients(tmp_path: Path, monke
         await stalled.done
         assert stalled.status == 408
         assert not waiting.wants.is_set()
-        slow.goes_on.set()
+        slow.may_continue.set()
         await waiting.wants.wait()
         waiting.give(given[-1:], more=False)
         await asyncio.gather(holder.done, waiting.done)
@@ -358,7 +358,7 @@ def test_the_server_answers_others_while_it_tokenizes(tmp_path: Path) -> None:
         assert slow.num_calls == 1  # one at a time
         for other in others:
             other.cancel()
-        slow.goes_on.set()
+        slow.may_continue.set()
         assert (await asked).status_code == 400  # more tokens than the fake engine holds
         assert (await b.client.post("/v1/completions", json={"model": "base", "prompt": "hi"})).status_code == 200
 
@@ -377,13 +377,15 @@ def test_a_client_that_leaves_while_its_prompt_is_tokenized_is_let_go(tmp_path: 
         call.leave()
         await call.done
         assert call.status == 499
-        slow.goes_on.set()
+        slow.may_continue.set()
         assert not b.engine.open_requests
 
     run(tmp_path, test)
 
 
-def test_a_text_that_cannot_fit_is_refused_without_tokenizing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_is_certainly_too_long_is_refused_without_tokenizing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(TokenBound, "of", lambda tokenizer: TokenBound(10))
 
     async def test(b: Bench) -> None:
@@ -401,7 +403,7 @@ def test_a_text_that_cannot_fit_is_refused_without_tokenizing(tmp_path: Path, mo
     run(tmp_path, test)
 
 
-def test_an_upload_may_be_larger_than_other_bodies_and_must_go_on(
+def test_an_upload_may_be_larger_than_other_bodies_and_must_keep_arriving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.05)

@@ -35,7 +35,7 @@ def _stream(tokenizer: Any, text: str, *stop: str) -> tuple[list[str], bool]:
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(min_size=1, max_size=40, alphabet=st.characters(exclude_categories=["Cs", "Cc"])))
-def test_the_pieces_are_the_text(tokenizer: Any, text: str) -> None:
+def test_the_deltas_are_the_text(tokenizer: Any, text: str) -> None:
     whole = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
     assume("\ufffd" not in whole)  # the vocabulary lacks some bytes of rare characters
     deltas, _ = _stream(tokenizer, text)
@@ -55,7 +55,7 @@ def test_a_stop_string_ends_the_text_before_it(tokenizer: Any, stop: str) -> Non
     assert "".join(deltas) == "before END after"[: "before END after".index(stop)]
 
 
-def test_the_start_of_a_stop_string_that_does_not_come_is_given_back(tokenizer: Any) -> None:
+def test_the_start_of_a_stop_string_that_does_not_come_is_returned(tokenizer: Any) -> None:
     deltas, is_stopped = _stream(tokenizer, "the EN", "END")
     assert not is_stopped
     assert "".join(deltas) == "the EN"

@@ -74,7 +74,7 @@ def test_a_closed_stream_is_aborted_within_one_step_and_leaves_nothing(
     run(test)
 
 
-def test_a_prompt_that_cannot_fit_shows_both_numbers(tiny_base: StoredBase) -> None:
+def test_a_prompt_that_is_too_long_shows_both_numbers(tiny_base: StoredBase) -> None:
     async def test() -> None:
         async with running(load_tiny(tiny_base), LocalEngineConfig(max_model_len=20)) as engine:
             with pytest.raises(RequestTooLong, match=r"24 tokens.*12.*20"):
@@ -107,7 +107,7 @@ def test_an_id_that_is_taken_harms_neither_the_first_nor_the_engine(
             await asyncio.to_thread(step.begun.wait)
             second = asyncio.ensure_future(ask(engine, GenerationRequest("a", PROMPTS[0], GREEDY)))
             await _commanded(engine, 1)
-            step.go_on.set()
+            step.may_continue.set()
             with pytest.raises(UsageError, match="request a is being answered already"):
                 await second
             assert tokens_of(await first) == alone
@@ -231,7 +231,7 @@ def _without_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [_without_weights, shutil.rmtree], ids=["the weights", "the folder"])
-def test_an_adapter_gone_from_disk_while_its_request_waits_is_said(
+def test_an_adapter_gone_from_disk_while_its_request_waits_is_reported(
     tiny_base: StoredBase, adapter: Adapter, tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
     async def test() -> None:
@@ -319,15 +319,15 @@ def test_a_dying_worker_fails_requests_and_readiness_and_hangs_nobody(
 
 
 class _Held:
-    """The engine's next step waits, once `begun`, until it may `go_on`; then it fails with `error`, if there is one."""
+    """The engine's next step waits, once `begun`, for `may_continue`; then it fails with `error`, if there is one."""
 
     def __init__(self, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
-        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.begun, self.may_continue = threading.Event(), threading.Event()
         compute = engine._runner.run
 
         def held(batch: Batch) -> Any:
             self.begun.set()
-            self.go_on.wait()
+            self.may_continue.wait()
             if error is not None:
                 raise error
             return compute(batch)
@@ -341,7 +341,9 @@ async def _commanded(engine: LocalEngine, count: int) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_what_arrives_while_the_dying_step_runs_is_told(tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_arrives_while_the_dying_step_runs_gets_the_error(
+    tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def test() -> None:
         async with running(load_tiny(tiny_base)) as engine:
             step = _Held(engine, monkeypatch, MemoryError("no more"))
@@ -352,7 +354,7 @@ def test_what_arrives_while_the_dying_step_runs_is_told(tiny_base: StoredBase, m
                 for work in (ask(engine, GenerationRequest("b", PROMPTS[0], GREEDY)), engine.unload("x"))
             ]
             await _commanded(engine, 2)
-            step.go_on.set()
+            step.may_continue.set()
             for told in (first, *late):
                 with pytest.raises(EngineStopped, match="no more"):
                     await asyncio.wait_for(told, 10)
@@ -372,7 +374,7 @@ def test_an_unload_given_up_while_a_step_runs_harms_nobody(
             await _commanded(engine, 1)
             unloading.cancel()
             await asyncio.gather(unloading, return_exceptions=True)
-            step.go_on.set()
+            step.may_continue.set()
             assert len(tokens_of(await answer)) == NUM_TOKENS
             await idle(engine)
 

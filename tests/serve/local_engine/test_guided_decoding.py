@@ -1,4 +1,4 @@
-"""Answers that must fit: a random model, which would never write JSON by itself, with SmolLM2's tokenizer."""
+"""Answers that must match: a random model, which would never write JSON by itself, with SmolLM2's tokenizer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from adapterhub.adapter import BaseName, BaseRef, StoredBase
 from adapterhub.bases.loading import load_base
 from adapterhub.errors import ConstraintFailed, RequestFailed, ServerBusy, UsageError
 from adapterhub.registry.registry import Registry
-from serve.api.request_limits import MAX_CONSTRAINT_LENGTH
+from serve.api.request_limits import MAX_GRAMMAR_LENGTH
 from serve.api.schemas import ChatRequest
 from serve.config import LocalEngineConfig, ServeConfig
 from serve.engine import Delta, FinishReason, GenerationRequest, GuidedDecoding, SamplingParams
 from serve.engine_choice import start_engine
-from serve.local_engine import guided_decoding as constrained
+from serve.local_engine import guided_decoding as module
 from serve.local_engine.engine import LocalEngine
 from serve.local_engine.guided_decoding import GuidedDecoder
 
@@ -41,18 +41,18 @@ SCHEMA = {
 }
 
 
-def _answers(base: StoredBase, *constraints: GuidedDecoding | None, temperature: float = 1.0) -> list[tuple[str, bool]]:
-    """(text, did it end by itself) of one request per constraint, all in one batch."""
+def _answers(base: StoredBase, *guides: GuidedDecoding | None, temperature: float = 1.0) -> list[tuple[str, bool]]:
+    """(text, did it end by itself) of one request per guided, all in one batch."""
 
-    async def one(engine: LocalEngine, number: int, constraint: GuidedDecoding | None) -> tuple[str, bool]:
-        sampling = SamplingParams(max_tokens=120, temperature=temperature, seed=number, guided_decoding=constraint)
+    async def one(engine: LocalEngine, number: int, guided: GuidedDecoding | None) -> tuple[str, bool]:
+        sampling = SamplingParams(max_tokens=120, temperature=temperature, seed=number, guided_decoding=guided)
         chunks = [chunk async for chunk in engine.generate(GenerationRequest(str(number), PROMPT, sampling))]
         return "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason is FinishReason.STOP
 
     async def test() -> list[tuple[str, bool]]:
         engine = LocalEngine(load_base(base, purpose="serve", dtype="float32"))
         try:
-            return await asyncio.gather(*(one(engine, n, constraint) for n, constraint in enumerate(constraints)))
+            return await asyncio.gather(*(one(engine, n, guided) for n, guided in enumerate(guides)))
         finally:
             await engine.close()
 
@@ -83,7 +83,7 @@ def test_greedy_answers_hold_too(tiny_base: StoredBase) -> None:
 
 
 @pytest.mark.parametrize(
-    ("constraint", "said"),
+    ("guided", "said"),
     [
         (GuidedDecoding("regex", "(unclosed"), "regex"),
         (GuidedDecoding("json_schema", "{not json"), "json_schema"),
@@ -92,18 +92,18 @@ def test_greedy_answers_hold_too(tiny_base: StoredBase) -> None:
     ],
     ids=["bad expression", "not JSON", "impossible schema", "unknown rule"],
 )
-def test_a_constraint_that_cannot_be_followed_is_refused(
-    tiny_base: StoredBase, constraint: GuidedDecoding, said: str
+def test_guided_decoding_that_no_answer_can_follow_is_refused(
+    tiny_base: StoredBase, guided: GuidedDecoding, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        _answers(tiny_base, constraint)
+        _answers(tiny_base, guided)
 
 
 X2500 = "start: " + " | ".join(f"x{n}" for n in range(2500)) + "".join(f'\nx{n}: "a" x{n} | "a"' for n in range(2500))
 ITSELF = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
 
 
-LEADS_NOWHERE = [
+NO_NEXT_TOKEN = [
     (GuidedDecoding("regex", r"[^\s\S]"), "no text satisfies it"),
     (GuidedDecoding("regex", r"a[^\s\S]"), "no text satisfies it"),
     (GuidedDecoding("json_schema", '{"$ref": "#"}'), "no text satisfies it"),
@@ -116,23 +116,23 @@ LEADS_NOWHERE = [
 ]
 
 
-def test_a_constraint_that_leads_nowhere_is_an_error_and_no_empty_answer(tiny_base: StoredBase) -> None:
+def test_guided_decoding_without_a_next_token_is_an_error_and_no_empty_answer(tiny_base: StoredBase) -> None:
     async def test() -> None:
         engine = LocalEngine(load_base(tiny_base, purpose="serve", dtype="float32"))
 
-        async def one(number: int, constraint: GuidedDecoding | None) -> list[int]:
-            sampling = SamplingParams(max_tokens=20, temperature=0, guided_decoding=constraint, ignore_eos=True)
+        async def one(number: int, guided: GuidedDecoding | None) -> list[int]:
+            sampling = SamplingParams(max_tokens=20, temperature=0, guided_decoding=guided, ignore_eos=True)
             request = GenerationRequest(str(number), PROMPT, sampling)
             return [token async for chunk in engine.generate(request) for token in chunk.tokens]
 
         try:
             alone = await one(0, None)
-            asked = [one(number, constraint) for number, (constraint, _) in enumerate(LEADS_NOWHERE, 1)]
+            asked = [one(number, guided) for number, (guided, _) in enumerate(NO_NEXT_TOKEN, 1)]
             beside, *found = await asyncio.gather(one(0, None), *asked, return_exceptions=True)
             assert beside == alone
-            for error, (constraint, said) in zip(found, LEADS_NOWHERE, strict=True):
-                assert isinstance(error, ConstraintFailed), constraint
-                assert said in str(error), constraint
+            for error, (guided, said) in zip(found, NO_NEXT_TOKEN, strict=True):
+                assert isinstance(error, ConstraintFailed), guided
+                assert said in str(error), guided
             assert await one(0, None) == alone
         finally:
             await engine.close()
@@ -140,13 +140,13 @@ def test_a_constraint_that_leads_nowhere_is_an_error_and_no_empty_answer(tiny_ba
     asyncio.run(test())
 
 
-def test_a_constraint_that_is_met_ends_the_answer_however_often_the_end_is_ignored(tiny_base: StoredBase) -> None:
+def test_a_complete_match_ends_the_answer_however_often_the_end_is_ignored(tiny_base: StoredBase) -> None:
     async def test() -> None:
         engine = LocalEngine(load_base(tiny_base, purpose="serve", dtype="float32"))
         try:
             for text in ("", "(a?){2000}", "ab?"):
-                constraint = GuidedDecoding("regex", text)
-                sampling = SamplingParams(max_tokens=6, temperature=0, guided_decoding=constraint, ignore_eos=True)
+                guided = GuidedDecoding("regex", text)
+                sampling = SamplingParams(max_tokens=6, temperature=0, guided_decoding=guided, ignore_eos=True)
                 chunks = [chunk async for chunk in engine.generate(GenerationRequest("a", PROMPT, sampling))]
                 assert chunks[-1].finish_reason is FinishReason.LENGTH
                 assert re.fullmatch(text, "".join(chunk.text for chunk in chunks))
@@ -161,7 +161,7 @@ def _sampling(**options: object) -> SamplingParams:
     return body.sampling(max_tokens=5, extra_stop=[], end_tokens=[], top_logprobs=None)[0]
 
 
-def test_openais_and_vllms_ways_to_ask_lead_to_the_same() -> None:
+def test_openais_and_vllms_ways_to_ask_give_the_same() -> None:
     wanted = GuidedDecoding("json_schema", json.dumps(SCHEMA, separators=(",", ":")))
     openai = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
     assert _sampling(response_format=openai).guided_decoding == wanted
@@ -226,22 +226,22 @@ def _rule_chain(length: int) -> str:
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("json_schema", _schema_chain(MAX_CONSTRAINT_LENGTH)),
-        ("grammar", _rule_chain(MAX_CONSTRAINT_LENGTH)),
+        ("json_schema", _schema_chain(MAX_GRAMMAR_LENGTH)),
+        ("grammar", _rule_chain(MAX_GRAMMAR_LENGTH)),
         ("grammar", f"start: {'(' * 30_000}'a'{')' * 30_000}"),
         ("regex", f"{'(' * 30_000}a{')' * 30_000}"),
         ("json_schema", f"{'[' * 30_000}{']' * 30_000}"),
-        ("choice", "." * MAX_CONSTRAINT_LENGTH),
-        ("choice", ",".join(f"{n:05}." for n in range(MAX_CONSTRAINT_LENGTH // 7))),
+        ("choice", "." * MAX_GRAMMAR_LENGTH),
+        ("choice", ",".join(f"{n:05}." for n in range(MAX_GRAMMAR_LENGTH // 7))),
     ],
     ids=[
         "schema that refers on", "rules that refer on", "brackets in a grammar", "brackets in a regex", "lists",
         "one long choice", "many choices",
     ],
 )  # fmt: skip
-def test_the_deepest_constraints_within_the_limit_end_nothing(tiny_base: StoredBase, kind: str, text: str) -> None:
+def test_the_deepest_grammars_within_the_limit_end_nothing(tiny_base: StoredBase, kind: str, text: str) -> None:
     """A stack that overflows would end this process, or the server."""
-    assert len(text) <= MAX_CONSTRAINT_LENGTH
+    assert len(text) <= MAX_GRAMMAR_LENGTH
     given = GuidedDecoding(kind, text)  # type: ignore[arg-type]
     if kind == "choice":
         built = _sampling(structured_outputs={"choice": text.split(",")}).guided_decoding
@@ -323,41 +323,41 @@ def test_a_panic_while_the_vocabulary_is_read_is_a_refusal(
     def broken(tokenizer: Any) -> None:
         raise Panic("index out of bounds")
 
-    monkeypatch.setattr(constrained, "from_tokenizer", broken)
+    monkeypatch.setattr(module, "from_tokenizer", broken)
     with pytest.raises(ConstraintFailed, match="tokenizer: index out of bounds"):
         _answers(tiny_base, GuidedDecoding("regex", "a"))
 
 
 @pytest.mark.parametrize("error", [KeyError("broken"), Panic("broken"), SystemExit("broken")], ids=repr)
-def test_what_fails_while_a_constraint_is_read_ends_its_request_with_the_reason(
+def test_what_fails_while_a_grammar_is_read_ends_its_request_with_the_reason(
     tiny_base: StoredBase, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(constraint: GuidedDecoding) -> None:
+    def broken(guided: GuidedDecoding) -> None:
         raise error
 
-    monkeypatch.setattr(constrained, "_grammar", broken)
+    monkeypatch.setattr(module, "_grammar", broken)
     with pytest.raises(RequestFailed, match=f"{type(error).__name__}: .?broken"):
         _answers(tiny_base, GuidedDecoding("regex", "a"))
 
 
 class _Reading:
-    """Grammars whose text begins with `slow` are read once `go_on` is set; all that were read are noted."""
+    """Grammars whose text begins with `slow` are read once `may_continue` is set; all that were read are noted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go_on = threading.Event()
+        self.may_continue = threading.Event()
         self.read: list[str] = []
-        grammar = constrained._grammar
+        grammar = module._grammar
 
-        def held(constraint: GuidedDecoding) -> str:
-            self.read.append(constraint.text)
-            if constraint.text.startswith("slow"):
-                self.go_on.wait()
-            return grammar(constraint)
+        def held(guided: GuidedDecoding) -> str:
+            self.read.append(guided.text)
+            if guided.text.startswith("slow"):
+                self.may_continue.wait()
+            return grammar(guided)
 
-        monkeypatch.setattr(constrained, "_grammar", held)
+        monkeypatch.setattr(module, "_grammar", held)
 
 
-def test_a_guided_answer_goes_on_while_others_are_being_read_and_those_count_as_waiting(
+def test_a_guided_answer_continues_while_others_are_being_read_and_those_count_as_waiting(
     tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def guided(name: str, text: str) -> GenerationRequest:
@@ -381,7 +381,7 @@ def test_a_guided_answer_goes_on_while_others_are_being_read_and_those_count_as_
                 assert not any(one.done() for one in crowd)
                 crowd[0].cancel()
             finally:
-                reading.go_on.set()
+                reading.may_continue.set()
             _, *answers = await asyncio.gather(*crowd, return_exceptions=True)
             for number, answer in enumerate(answers, 1):
                 assert isinstance(answer, list), answer
@@ -397,6 +397,6 @@ def test_the_choices_of_a_question_share_what_was_read_and_draw_for_themselves(
     reading = _Reading(monkeypatch)
     wanted = GuidedDecoding("regex", "(red|green|blue) [0-9]{3}")
     answers = _answers(tiny_base, *[wanted] * 8)
-    assert len(reading.read) <= constrained._NUM_COMPILERS
+    assert len(reading.read) <= module._NUM_COMPILERS
     assert all(re.fullmatch(wanted.text, text) and ended for text, ended in answers)
     assert len({text for text, _ in answers}) > 4

@@ -116,7 +116,7 @@ BAD = SamplingParams(
     stop=("bad",),
     guided_decoding=GuidedDecoding("regex", ".*"),
 )
-"""told from its neighbours' parameters wherever only these are seen"""
+"""Distinguished from its neighbors' parameters wherever only these are seen"""
 
 
 def _is_bad_text(text: Detokenizer, *_: object) -> bool:
@@ -170,7 +170,7 @@ def test_what_fails_while_one_request_is_answered_ends_that_one_alone(
     run(test)
 
 
-def test_a_listener_that_cannot_be_told_harms_nobody(shared: LocalEngine) -> None:
+def test_a_listener_that_cannot_be_notified_harms_nobody(shared: LocalEngine) -> None:
     async def test() -> None:
         engine = shared
         right = await _neighbours(engine)
@@ -383,15 +383,15 @@ def test_a_stream_that_fails_half_way_gets_an_error_event_and_ends(
 
 
 class _HeldMasks:
-    """Masks after the first wait until they may `go_on`."""
+    """Masks after the first wait until they may `may_continue`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go_on = threading.Event()
+        self.may_continue = threading.Event()
         compute = Matcher._compute
 
         def held(matcher: Matcher, *token: int) -> torch.Tensor:
             if token:
-                self.go_on.wait(60)
+                self.may_continue.wait(60)
             return compute(matcher, *token)
 
         monkeypatch.setattr(Matcher, "_compute", held)
@@ -400,7 +400,7 @@ class _HeldMasks:
 WORDS = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, guided_decoding=GuidedDecoding("regex", "[ab]{8}"))
 
 
-@pytest.mark.parametrize("ending", ["goes on", "is aborted", "fails"])
+@pytest.mark.parametrize("ending", ["continues", "is aborted", "fails"])
 def test_a_mask_that_takes_long_holds_up_nobody_else(
     shared: LocalEngine, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,8 +418,8 @@ def test_a_mask_that_takes_long_holds_up_nobody_else(
             )
         if ending == "is aborted":
             await stream.aclose()
-        masks.go_on.set()
-        if ending == "goes on":
+        masks.may_continue.set()
+        if ending == "continues":
             assert [*first.tokens, *tokens_of([chunk async for chunk in stream])] == alone
         elif ending == "fails":
             with pytest.raises(RequestFailed):
@@ -439,18 +439,18 @@ def test_an_engine_that_closes_while_a_mask_is_computed_says_so(
             stream = engine.generate(GenerationRequest("a", PROMPTS[1], WORDS))
             await anext(stream)
             await engine.close()
-            masks.go_on.set()
+            masks.may_continue.set()
             with pytest.raises(EngineStopped):
                 await anext(stream)
 
     run(test)
 
 
-def test_a_sequence_preempted_while_its_mask_is_computed_goes_on_as_if_it_were_not(
+def test_a_sequence_preempted_while_its_mask_is_computed_continues_as_if_it_were_not(
     tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test() -> None:
-        # 12 blocks of 4 tokens: two of these answers do not fit side by side to their ends.
+        # 12 blocks of 4 tokens: two of these answers are too large to run side by side to their ends.
         config = LocalEngineConfig(kv_cache_bytes=12 * 4 * 512, block_size=4)
         async with running(load_tiny(tiny_base), config) as engine:
             long = replace(GREEDY, max_tokens=40)
@@ -464,7 +464,7 @@ def test_a_sequence_preempted_while_its_mask_is_computed_goes_on_as_if_it_were_n
             async for chunk in other:
                 seen += chunk.tokens
             assert engine.status().num_preemptions > 0
-            masks.go_on.set()
+            masks.may_continue.set()
             assert [*first.tokens, *tokens_of([chunk async for chunk in stream])] == alone
             assert seen == beside
             await idle(engine)

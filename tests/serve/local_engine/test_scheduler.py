@@ -50,7 +50,7 @@ def test_a_prompt_is_computed_once_and_then_one_token_a_step() -> None:
     assert [(p.start, p.num_tokens, p.samples) for p in _step(scheduler).chunks] == [(6, 1, True)]  # type: ignore[union-attr]
 
 
-def test_a_long_prompt_is_cut_and_decoding_goes_on_beside_it() -> None:
+def test_a_long_prompt_is_cut_and_decoding_continues_beside_it() -> None:
     scheduler = _scheduler(max_prefill_chunk=8)
     scheduler.add(_sequence("short"))
     _step(scheduler)
@@ -309,7 +309,7 @@ def test_a_starved_prompt_is_computed_though_others_were_served_less() -> None:
 
 @pytest.mark.parametrize("num_tokens", [3000, 5000, 5600])
 @pytest.mark.parametrize("trickle", [False, True], ids=["alone", "with short ones"])
-def test_long_prompts_that_do_not_fit_together_are_answered(num_tokens: int, trickle: bool) -> None:
+def test_long_prompts_too_large_for_the_cache_together_are_answered(num_tokens: int, trickle: bool) -> None:
     scheduler = _scheduler(num_blocks=360, block_size=16)  # 5760 tokens
     for adapter in "ab":
         scheduler.add(_sequence(adapter, prompt=num_tokens, adapter=adapter, max_tokens=100))

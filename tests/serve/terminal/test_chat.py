@@ -57,7 +57,7 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def chat(
     api: FakeApi, typed: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[str, str]]:
-    """Have a conversation line by line; gives what was answered and what was said about it."""
+    """Have a conversation line by line; return stdout and stderr."""
 
     def run(*lines: str, **changes: Any) -> tuple[str, str]:
         typed("\n".join(lines) + "\n")
@@ -162,7 +162,7 @@ def test_no_server_says_how_to_start_one(api: FakeApi, typed: Callable[[str], No
         run_chat(options(api, url="http://127.0.0.1:9/v1"), prompt="ahoy")
 
 
-def test_address_that_is_no_api_is_said(api: FakeApi, typed: Callable[[str], None]) -> None:
+def test_address_that_is_no_api_is_reported(api: FakeApi, typed: Callable[[str], None]) -> None:
     typed("")
     with pytest.raises(UsageError, match="expected an address that ends in /v1"):
         run_chat(options(api, url=api.url), prompt="ahoy")
@@ -194,7 +194,7 @@ def test_unknown_adapter_ends_the_conversation_before_it_begins(api: FakeApi, ty
         run_chat(options(api, model="kaptain"), prompt=None)
 
 
-def test_conversation_goes_on_after_a_failure(chat: Callable[..., tuple[str, str]]) -> None:
+def test_conversation_continues_after_a_failure(chat: Callable[..., tuple[str, str]]) -> None:
     answered, said = chat("500 once", "/retry", "next")
     assert answered == "captain says: 500 once\ncaptain says: next\n"
     assert "the server failed unexpectedly" in said
@@ -362,11 +362,11 @@ def test_help_lists_every_command(chat: Callable[..., tuple[str, str]]) -> None:
         ("/set max_tokens 0", "invalid max_tokens '0': expected a number from 1 to 1e+06."),
     ],
 )
-def test_command_that_makes_no_sense_is_said(chat: Callable[..., tuple[str, str]], line: str, said: str) -> None:
+def test_command_that_makes_no_sense_is_reported(chat: Callable[..., tuple[str, str]], line: str, said: str) -> None:
     assert said in chat(line)[1]
 
 
-def test_unwritable_file_is_said(tmp_path: Path, chat: Callable[..., tuple[str, str]]) -> None:
+def test_unwritable_file_is_reported(tmp_path: Path, chat: Callable[..., tuple[str, str]]) -> None:
     answered, said = chat("one", f"/save {tmp_path}", "two")
     assert "Is a directory" in said
     assert answered.endswith("captain says: two\n")

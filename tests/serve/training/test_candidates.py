@@ -1,4 +1,4 @@
-"""What a server's runs begin from and lead to, on runs that train nothing."""
+"""What a server's runs start from and produce, on runs that train nothing."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_promoting_keeps_the_pin_the_share_and_who_did_it(tmp_path: Path, monkey
 
 
 async def _refused(b: Bench, act: Awaitable[str], match: str, kind: type[Exception]) -> None:
-    """Names lead where they led, here and wherever they are served."""
+    """Names point where they pointed, here and wherever they are served."""
 
     def names() -> list[tuple[str, str]]:
         kept = [(entry.name, entry.digest) for entry in b.registry.list()]
@@ -144,7 +144,7 @@ def test_result_for_which_there_is_no_room(tmp_path: Path, monkeypatch: pytest.M
     run(tmp_path, monkeypatch, test)
 
 
-def test_promoting_for_a_name_that_leads_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promoting_for_a_name_that_points_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(b: Bench, w: CandidatePipeline) -> None:
         visitor = write_package(tmp_path / "elsewhere", name="captain", seed=5)
         await b.services.catalog.load("visitor", AdapterRef(folder=visitor))

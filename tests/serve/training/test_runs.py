@@ -263,7 +263,7 @@ def test_a_run_that_is_resumed_while_it_is_stopped(tmp_path: Path, monkeypatch: 
         def ends(runs: TrainingRuns, record: object) -> bool:
             if not has_resumed.is_set():
                 loop.call_soon_threadsafe(resumes)
-                has_resumed.wait(0.1)  # the loop goes on meanwhile, if this is not on it
+                has_resumed.wait(0.1)  # the loop continues meanwhile, if this is not on it
             return True
 
         monkeypatch.setattr(TrainingRuns, "_is_alive", ends)

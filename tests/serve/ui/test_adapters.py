@@ -93,7 +93,7 @@ def test_button_without_an_adapter_says_what_it_needs(adapters: Page, api: FakeA
     assert [posted for posted in api.posted() if len(posted) > 1] == []
 
 
-def test_zip_is_uploaded_as_it_is_and_a_refusal_is_said(adapters: Page, api: FakeApi, tmp_path: Path) -> None:
+def test_zip_is_uploaded_as_it_is_and_a_refusal_is_shown(adapters: Page, api: FakeApi, tmp_path: Path) -> None:
     path = tmp_path / "captain.zip"
     path.write_bytes(b"PK" + b"\0" * 3_000_000)
     adapters.locator("input[type=file]").set_input_files(path)

@@ -205,7 +205,7 @@ def test_phone_shows_everything_without_scrolling_sideways(
         expect(page.locator("#card")).to_be_hidden()
 
 
-def test_card_tells_what_the_package_says(page: Page) -> None:
+def test_card_shows_what_the_package_says(page: Page) -> None:
     card = page.locator("#card")
     for fact in ("tiny-base", "lora, rank 8", "apache-2.0", "sha256:0123456789ab", "sea_tales", "3.210", "1.090"):
         expect(card).to_contain_text(fact)
@@ -220,7 +220,7 @@ def test_picking_changes_card_and_address(page: Page) -> None:
     expect(page).to_have_url(re.compile(r"\?adapter=tiny-base$"))
 
 
-def test_deep_link_to_a_missing_adapter_is_said(open_page: Callable[..., Page], api: FakeApi) -> None:
+def test_deep_link_to_a_missing_adapter_is_reported(open_page: Callable[..., Page], api: FakeApi) -> None:
     page = open_page(api.url, "?adapter=kaptain")
     expect(page.locator("#card")).to_contain_text("this server has no adapter kaptain")
     expect(picker(page)).to_have_value("tiny-base (base)")
@@ -268,7 +268,7 @@ def test_thumb_is_sent_with_what_was_read_and_who_answered(page: Page, api: Fake
     assert posted["answer"] == {"model": "captain", "digest": MODELS[1]["digest"], "text": "captain says: one"}
 
 
-def test_correction_is_sent_and_the_conversation_goes_on_from_it(page: Page, api: FakeApi) -> None:
+def test_correction_is_sent_and_the_conversation_continues_from_it(page: Page, api: FakeApi) -> None:
     ask_and_wait(page, "one")
     button(page, "Say what it should have said").click()
     wording = page.get_by_role("textbox", name="What it should have said")

@@ -70,7 +70,7 @@ def _use(page: Page, tab: str) -> None:
 
 
 @pytest.mark.parametrize("tab", TABS)
-def test_tab_is_accessible_in_light_and_dark_and_fits_a_phone(
+def test_tab_is_accessible_in_light_and_dark_and_on_a_phone(
     tab: str, browser: Browser, open_page: Callable[..., Page], api: FakeApi
 ) -> None:
     """Axe's rules: names of controls, contrast, roles; then 390 px without scrolling sideways."""

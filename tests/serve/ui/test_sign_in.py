@@ -34,7 +34,7 @@ def test_key_that_no_header_can_carry(key: str) -> None:
 
 
 @pytest.mark.parametrize(("needs_key", "status"), [(False, 200), (True, 401)], ids=["page", "sign-in form"])
-def test_page_in_a_stranger_s_frame(needs_key: bool, status: int) -> None:
+def test_page_in_a_frame_of_another_site(needs_key: bool, status: int) -> None:
     async def whole() -> httpx.Response:
         app = FastAPI()
         mount_page(app, "http://127.0.0.1:9", needs_key=needs_key)

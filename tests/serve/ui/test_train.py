@@ -67,7 +67,7 @@ def test_text_fills_the_fields_and_the_command(train: Page) -> None:
     expect(train.get_by_text("the recipe is not TOML")).to_be_visible()
 
 
-def test_plan_tells_memory_time_and_what_is_learnt(train: Page, api: FakeApi) -> None:
+def test_plan_shows_memory_time_and_what_is_learnt(train: Page, api: FakeApi) -> None:
     button(train, "Plan").click()
     plan = train.locator("#plan")
     for fact in ("35 (14,052 tokens)", "1.10 GB to 1.80 GB", "4,884,480 of 134,515,008", "base, 4-bit codes"):

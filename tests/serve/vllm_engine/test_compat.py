@@ -61,7 +61,7 @@ def test_only_the_table_words_a_limit() -> None:
         (replace(PLAIN, rank_pattern={"q_proj": 600}), "has rank 600, vLLM takes at most 512"),
     ],
 )
-def test_an_adapter_that_vllm_does_not_serve_is_told_why(config: LoraConfig, said: str | None) -> None:
+def test_an_adapter_that_vllm_does_not_serve_is_refused_with_the_reason(config: LoraConfig, said: str | None) -> None:
     assert compat._reason(config) == said
 
 

@@ -247,7 +247,7 @@ def test_a_server_that_is_healthy_and_gives_no_token_hangs(
     run(check())
 
 
-def test_new_requests_do_not_hide_that_no_answer_goes_on(
+def test_new_requests_do_not_hide_that_no_answer_continues(
     tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running]
 ) -> None:
     async def check() -> None:
@@ -417,7 +417,7 @@ def test_a_website_is_no_vllm(tiny_base: StoredBase, tmp_path: Path, run_fake: C
     run(check())
 
 
-def test_a_key_that_no_longer_fits_is_not_the_clients_fault(
+def test_a_key_that_vllm_no_longer_accepts_is_not_the_clients_fault(
     tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running]
 ) -> None:
     async def check() -> None:
@@ -430,7 +430,9 @@ def test_a_key_that_no_longer_fits_is_not_the_clients_fault(
     run(check())
 
 
-def test_an_unknown_version_is_said(tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running]) -> None:
+def test_an_unknown_version_is_reported(
+    tiny_base: StoredBase, tmp_path: Path, run_fake: Callable[..., Running]
+) -> None:
     async def check() -> None:
         said: list[str] = []
         running = run_fake(fake_of(tiny_base, version="0.99.1"))
@@ -440,7 +442,7 @@ def test_an_unknown_version_is_said(tiny_base: StoredBase, tmp_path: Path, run_f
     run(check())
 
 
-def test_a_constraint_reaches_vllm_in_its_words() -> None:
+def test_guided_decoding_reaches_vllm_under_its_field_names() -> None:
     sampling = SamplingParams(
         guided_decoding=GuidedDecoding("json_schema", '{"type":"object"}'), logit_bias=((7, 1.5),)
     )

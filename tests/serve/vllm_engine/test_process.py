@@ -143,8 +143,8 @@ def test_a_child_is_closed_to_others(tiny_base: StoredBase, tmp_path: Path) -> N
         process = child(tiny_base, tmp_path)
         server = await process.start()
         try:
-            async with httpx.AsyncClient() as stranger:
-                assert (await stranger.get(f"{server.url}/v1/models")).status_code == 401
+            async with httpx.AsyncClient() as without_key:
+                assert (await without_key.get(f"{server.url}/v1/models")).status_code == 401
             assert (await server.base_card())["id"] == "base"
         finally:
             await server.close()
@@ -153,7 +153,7 @@ def test_a_child_is_closed_to_others(tiny_base: StoredBase, tmp_path: Path) -> N
     run(check())
 
 
-def test_where_the_plugin_does_not_fit_the_base_is_asked_for_through_an_adapter(
+def test_where_the_plugin_does_not_apply_the_base_is_asked_for_through_an_adapter(
     tiny_base: StoredBase, packed: Adapter, tmp_path: Path, run_fake: Callable[..., Running],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -244,7 +244,9 @@ def test_on_a_gpu_auto_takes_vllm_if_it_serves_the_adapters_given(
         ({}, VllmConfig(endpoints=("http://127.0.0.1:1",)), "of a precision that its servers do not report"),
     ],
 )  # fmt: skip
-def test_how_the_base_is_held_is_said(tmp_path: Path, stored: dict[str, str], vllm: VllmConfig, said: str) -> None:
+def test_how_the_base_is_quantized_is_shown(
+    tmp_path: Path, stored: dict[str, str], vllm: VllmConfig, said: str
+) -> None:
     config = {"quantization_config": stored} if stored else {}
     (tmp_path / "config.json").write_text(json.dumps(config))
     base = StoredBase(tmp_path, BaseRef("tests/held", None, "fp1:0"))

@@ -122,20 +122,20 @@ def test_what_cannot_be_served_is_refused_with_its_reason(served: Served, smollm
         ("dora", served.base, {"rank": 4, "use_dora": True}),
         ("wide", served.base, {"rank": 96}),
         ("deeper", bases["deep"], {"rank": 4}),
-        ("stranger", bases["other"], {"rank": 4}),
+        ("other-base", bases["other"], {"rank": 4}),
     ):
         make_peft_adapter(tmp_path / name, base, seed=5, **options)  # type: ignore[arg-type]
         pack(tmp_path / name, base=base, name=name)
     # One that says it is for this base, and has tensors for a layer vLLM would drop without a word.
     claimed = read_manifest(tmp_path / "deeper").model_copy(update={"base": read_manifest(served.folders / "a").base})
     (tmp_path / "deeper" / MANIFEST_NAME).write_text(claimed.to_json())
-    for name in ("dora", "wide", "deeper", "stranger"):
+    for name in ("dora", "wide", "deeper", "other-base"):
         served.add(tmp_path / name, name)
     for name, code, words in (
         ("dora", "adapter_unsupported", "DoRA"),
         ("wide", "adapter_rank_too_large", "rank 96"),
         ("deeper", "adapter_base_mismatch", "layers this base does not have"),
-        ("stranger", "adapter_base_mismatch", "was made for tests/other"),
+        ("other-base", "adapter_base_mismatch", "was made for tests/other"),
         ("nowhere", "model_not_found", "nowhere"),
     ):
         answer = served.load("x", name)

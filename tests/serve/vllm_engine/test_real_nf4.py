@@ -87,7 +87,7 @@ def served(smollm2: StoredBase, folders: Path, reference: dict[str, list[Answer]
         yield found
 
 
-def test_the_base_is_said_to_be_nf4(served: Served) -> None:
+def test_the_base_is_reported_as_nf4(served: Served) -> None:
     cards = httpx.get(f"{served.url}/v1/models").json()["data"]
     assert cards[0]["precision"] == "nf4 weights, computed in bfloat16"
 
@@ -95,7 +95,7 @@ def test_the_base_is_said_to_be_nf4(served: Served) -> None:
 def test_answers_are_the_references_up_to_its_first_near_tie(
     served: Served, reference: dict[str, list[Answer]]
 ) -> None:
-    """All at once, every slot in use; so the proofs packed with the adapters passed, too, or there were no server."""
+    """All at once, every slot in use; so the probes packed with the adapters passed, too, or there were no server."""
     with ThreadPoolExecutor(len(QUESTIONS) * len(reference)) as pool:
         asked = {
             (name, number): pool.submit(served.complete, model_of(served, name), answer.prompt, max_tokens=TOKENS)
@@ -113,7 +113,7 @@ def test_answers_are_the_references_up_to_its_first_near_tie(
     assert min(compared.values()) >= 12, compared
 
 
-def test_a_proof_it_does_not_repeat_is_refused(served: Served, tmp_path: Path) -> None:
+def test_a_probe_that_vllm_does_not_reproduce_is_refused(served: Served, tmp_path: Path) -> None:
     """On NF4 a difference is a fault; on other weights it is a note."""
     liar = tmp_path / "liar"
     make_peft_adapter(liar, served.base, rank=8, seed=9)

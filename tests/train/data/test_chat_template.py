@@ -71,7 +71,7 @@ def conversation(**row: str) -> Conversation:
     return found
 
 
-def pieces(sample: Sample, tokenizer: Any) -> list[str]:
+def trained_texts(sample: Sample, tokenizer: Any) -> list[str]:
     """Texts of neighbouring trained tokens."""
     found, last = [], False
     for token, mark in zip(sample.tokens, sample.trained, strict=True):
@@ -105,7 +105,7 @@ def test_alpacas_template_renders_the_published_prompts(
     with_template(tmp_path, tokenizer, "alpaca")
     sample = tokenize(conversation(**row), tokenizer, loss_on="assistant")
     assert tokenizer.decode(sample.tokens) == f"{tokenizer.bos_token}{text}{tokenizer.eos_token}"
-    assert pieces(sample, tokenizer) == [f" {row['output']}{tokenizer.eos_token}"]
+    assert trained_texts(sample, tokenizer) == [f" {row['output']}{tokenizer.eos_token}"]
 
 
 def test_a_serving_prompt_is_the_beginning_of_what_was_trained(tmp_path: Path, tokenizer: Any) -> None:
@@ -123,7 +123,7 @@ def test_answers_inside_a_guanaco_conversation_are_trained_up_to_their_stop_stri
 ) -> None:
     with_template(tmp_path, tokenizer, "guanaco")
     sample = tokenize(conversation(text=GUANACO), tokenizer, loss_on="assistant", stop=("### Human:",))
-    assert pieces(sample, tokenizer) == [
+    assert trained_texts(sample, tokenizer) == [
         " Me! Who else?### Human:",
         f" Because.\n\n- one\n- two{tokenizer.eos_token}",
     ]
@@ -138,7 +138,7 @@ def test_more_stop_strings_do_not_change_where_answers_end(tokenizer: Any) -> No
 def test_the_last_answer_of_a_guanaco_conversation_can_be_trained_alone(tmp_path: Path, tokenizer: Any) -> None:
     with_template(tmp_path, tokenizer, "guanaco")
     sample = tokenize(conversation(text=GUANACO), tokenizer, loss_on="last", stop=("### Human:",))
-    assert pieces(sample, tokenizer) == [f" Because.\n\n- one\n- two{tokenizer.eos_token}"]
+    assert trained_texts(sample, tokenizer) == [f" Because.\n\n- one\n- two{tokenizer.eos_token}"]
 
 
 def test_a_system_message_stands_before_the_first_question(tmp_path: Path, tokenizer: Any) -> None:
@@ -271,7 +271,7 @@ def test_the_stop_string_travels_to_the_server_which_stops_at_it(
     assert asyncio.run(ask()) == {"guanaco": "Ho.", "base": "Ho.### Human: And you?"}
 
 
-def test_going_on_from_an_adapter_keeps_its_template_and_stop_string(tmp_path: Path, tiny_base: StoredBase) -> None:
+def test_starting_from_an_adapter_keeps_its_template_and_stop_string(tmp_path: Path, tiny_base: StoredBase) -> None:
     run(make_recipe(tmp_path, data={"template": "guanaco"}, train={"loss_on": "all"}), tiny_base, tmp_path / "a")
     start = pack(tmp_path / "a", base=tiny_base, name="guanaco")
     make_recipe(tmp_path)

@@ -86,7 +86,7 @@ def test_preference_recipes_get_what_their_method_reads(
         assert set(line) == {"prompt", *keys}
 
 
-def test_a_stopped_run_goes_on_with_the_feedback_it_began_with(
+def test_a_stopped_run_resumes_with_the_feedback_it_began_with(
     tmp_path: Path, tiny_base: StoredBase, store: FeedbackStore
 ) -> None:
     path = recipe_of(tmp_path, tiny_base)
@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_with_the_feedback_it_began_with(
         assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 9
 
 
-def test_paths_beside_the_recipe_still_lead_there(tmp_path: Path, store: FeedbackStore) -> None:
+def test_paths_beside_the_recipe_still_resolve_there(tmp_path: Path, store: FeedbackStore) -> None:
     data = {"source": "feedback", "template": "mine.jinja"}
     raw = {"name": "x", "base": "x", "start": "./adapter", "data": data, "train": {"steps": 1}}
     recipe = Recipe.model_validate(raw)

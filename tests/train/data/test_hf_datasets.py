@@ -86,7 +86,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
         (ImportError("To support decoding audio, install it"), "cannot read data set tatsu-lab/alpaca (To support"),
     ],
 )
-def test_what_the_library_raises_is_said(
+def test_what_the_library_raises_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, words: str
 ) -> None:
     def load(*_: Any, **__: Any) -> None:

@@ -142,7 +142,7 @@ def test_its_adapter_loads_in_peft_and_in_our_engine(tmp_path: Path, two: Outcom
 
 @needs_soak
 @pytest.mark.parametrize("two", ["whole"], indirect=True)
-def test_two_nodes_that_meet_on_loopback_write_what_two_processes_write(place: Path, two: Outcome) -> None:
+def test_two_nodes_on_loopback_write_what_two_processes_write(place: Path, two: Outcome) -> None:
     where = ["--nodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}"]
     nodes = [launched(place, "nodes", *where, processes=1) for _ in range(2)]
     for node in nodes:
@@ -193,7 +193,7 @@ def test_accelerate_with_the_shipped_config_writes_the_same(place: Path, two: Ou
 
 
 @pytest.mark.parametrize("two", ["whole"], indirect=True)
-def test_a_killed_worker_is_started_again_and_goes_on_from_the_checkpoint(place: Path, two: Outcome) -> None:
+def test_a_killed_worker_is_started_again_and_resumes_from_the_checkpoint(place: Path, two: Outcome) -> None:
     process = launched(place, "killed")
     try:
         while not any(run_path(place / "killed").glob("step-*")):
@@ -268,7 +268,7 @@ def test_an_impossible_launch_is_refused(wrong: dict[str, Any]) -> None:
         Launch(**wrong)
 
 
-def test_a_stopped_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path, base: StoredBase) -> None:
+def test_a_stopped_run_of_another_recipe_is_not_resumed(tmp_path: Path, base: StoredBase) -> None:
     from stopped_runs import train_and_stop
 
     recipe = recipe_on(tmp_path, base)

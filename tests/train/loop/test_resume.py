@@ -160,7 +160,7 @@ def test_killed_between_the_adapter_and_the_tidying(tmp_path: Path, tiny_base: S
     assert sha256_of(tmp_path / "out" / WEIGHTS) == digest
 
 
-def test_half_written_leftovers_are_swept(tmp_path: Path, tiny_base: StoredBase) -> None:
+def test_half_written_leftovers_are_deleted(tmp_path: Path, tiny_base: StoredBase) -> None:
     train_and_stop(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
     for leftover in (tmp_path / ".out.12ab34cd.tmp", run_path(tmp_path / "out") / ".step-000004.12ab34cd.tmp"):
         leftover.mkdir()
@@ -285,7 +285,7 @@ def test_the_best_weights_survive_a_stop(tmp_path: Path, tiny_base: StoredBase) 
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
-def test_an_optimizer_goes_on_as_if_never_stopped(tmp_path: Path, name: Any) -> None:
+def test_an_optimizer_resumes_as_if_never_stopped(tmp_path: Path, name: Any) -> None:
     section = TrainSection(steps=1, optimizer=name)
 
     def parameters() -> list[torch.nn.Parameter]:

@@ -39,7 +39,7 @@ def heads_rows(model: Any) -> list[int]:
     return seen
 
 
-def test_pieces_give_the_same_losses_and_gradients(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_give_the_same_losses_and_gradients(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     weights = list(model.parameters())  # the head is trained too
     token_losses(model, row)  # the model has been asked whether its head is last
@@ -49,11 +49,11 @@ def test_pieces_give_the_same_losses_and_gradients(row: Row, monkeypatch: pytest
     assert rows == [len(row.targets)]
     rows.clear()
     monkeypatch.setattr(memory, "LOGITS_AT_ONCE", 20 * 128)
-    pieces = token_losses(model, row)
-    found = torch.autograd.grad(pieces.sum(), weights)
+    chunked = token_losses(model, row)
+    found = torch.autograd.grad(chunked.sum(), weights)
     assert rows[:5] == [20, 20, 20, 20, 8]
     assert sorted(rows[5:]) == [8, 20, 20, 20, 20]  # again, for the gradients
-    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(chunked, whole)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -67,7 +67,7 @@ def test_few_places_are_not_computed_twice(row: Row) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "in_pieces"),
+    ("family", "options", "in_chunks"),
     [
         ("llama", {}, True),
         ("qwen2", {}, True),
@@ -76,7 +76,7 @@ def test_few_places_are_not_computed_twice(row: Row) -> None:
     ],
 )
 def test_a_base_that_works_on_its_logits_afterwards_keeps_doing_so(
-    family: str, options: dict[str, Any], in_pieces: bool, row: Row, monkeypatch: pytest.MonkeyPatch
+    family: str, options: dict[str, Any], in_chunks: bool, row: Row, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(family, **options).eval()
     logits = model(input_ids=row.input_ids, position_ids=row.position_ids, attention_mask=row.mask).logits[0, row.keep]
@@ -85,7 +85,7 @@ def test_a_base_that_works_on_its_logits_afterwards_keeps_doing_so(
     token_losses(model, row)
     rows = heads_rows(model)
     torch.testing.assert_close(token_losses(model, row), wanted)
-    assert (max(rows) == 20) == in_pieces
+    assert (max(rows) == 20) == in_chunks
 
 
 @pytest.mark.parametrize(

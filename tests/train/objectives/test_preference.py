@@ -185,7 +185,7 @@ def test_labels_without_pairs_are_compared_across_prompts(tmp_path: Path, tiny_b
     assert tuned.loss_after < tuned.loss_before
 
 
-def test_going_on_from_an_adapter_keeps_its_shape_and_begins_where_it_is(tmp_path: Path, tiny_base: StoredBase) -> None:
+def test_starting_from_an_adapter_keeps_its_shape_and_begins_where_it_is(tmp_path: Path, tiny_base: StoredBase) -> None:
     run(make_recipe(tmp_path, train={"steps": 6, "learning_rate": 5e-3}), tiny_base, tmp_path / "first")
     start = pack(tmp_path / "first", base=tiny_base)
     recipe = preference_recipe(tmp_path, "dpo", lora={"rank": 4, "dropout": 0.0}, train=TRAIN | {"steps": 1})

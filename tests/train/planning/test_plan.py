@@ -51,7 +51,7 @@ def test_the_plan_counts_what_the_run_makes(tmp_path: Path, tiny_base: StoredBas
     assert 0 < header < 10_000
 
 
-def test_a_plan_of_going_on_from_an_adapter_counts_that_adapter(tmp_path: Path, tiny_base: StoredBase) -> None:
+def test_a_plan_of_starting_from_an_adapter_counts_that_adapter(tmp_path: Path, tiny_base: StoredBase) -> None:
     run(make_recipe(tmp_path), tiny_base, tmp_path / "first")
     start = pack(tmp_path / "first", base=tiny_base)
     make_recipe(tmp_path)
@@ -209,7 +209,7 @@ def test_masks_are_counted(tmp_path: Path, tiny_base: StoredBase) -> None:
     assert (found.samples, found.held_out, found.cut, found.untrained, found.ends_trained) == (8, 4, 0, 0, 8)
     assert (found.end_token, found.eos_token, found.pad_is_eos) == ("<|im_end|>", "<|im_end|>", True)
     assert sum(bin_.samples for bin_ in found.lengths) == 8
-    trained = [piece.text for row in found.rows for piece in row if piece.is_trained]
+    trained = [span.text for row in found.rows for span in row if span.is_trained]
     assert len(trained) == 3
     assert all(text.startswith("It is") and text.endswith("<|im_end|>") for text in trained)
 
@@ -256,7 +256,7 @@ def test_more_left_out_than_trained_is_noted() -> None:
     assert report(untrained=5).notes == ["more samples were left out (5) than are trained (2)"]
 
 
-def test_pieces_of_a_text_are_not_said_to_be_cut() -> None:
+def test_chunks_of_a_text_are_not_counted_as_cut() -> None:
     assert report(ends_trained=1).notes == []
     assert report(ends_trained=1, cut=1).notes == ["1 samples are cut before the end of the answer"]
 

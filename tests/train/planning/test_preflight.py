@@ -120,7 +120,7 @@ def test_a_plan_fetches_config_and_tokenizer_but_no_weights(
     assert not (home / "bases").exists()
 
 
-def test_a_base_nobody_may_see_is_told_before_anything_else(
+def test_a_base_that_is_not_visible_is_reported_before_anything_else(
     home: Path, hub: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", hub)

@@ -169,7 +169,7 @@ def answer_texts(folder: Path) -> list[str]:
     return [answer.text for event in events_of(folder) if isinstance(event, RunSampled) for answer in event.answers]
 
 
-def test_a_package_lists_its_page_and_the_card_leads_to_it(
+def test_a_package_lists_its_page_and_the_card_links_to_it(
     tmp_path: Path, reported: Path, tiny_base: StoredBase
 ) -> None:
     folder = tmp_path / "packed"

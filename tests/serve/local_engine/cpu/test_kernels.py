@@ -156,7 +156,7 @@ def _attended(
 
 @pytest.mark.parametrize("dim", [16, 64, 80, 128])
 @pytest.mark.parametrize("window", [0, 5])
-def test_attention_of_mixed_pieces_is_torchs(kernels: CpuKernels, dim: int, window: int) -> None:
+def test_attention_of_mixed_chunks_is_torchs(kernels: CpuKernels, dim: int, window: int) -> None:
     torch.manual_seed(0)
     heads, kv_heads = 6, 2
     past = torch.randn(2, kv_heads, 4 * 60, dim)
@@ -282,7 +282,7 @@ def test_without_a_compiler_torch_does_the_work_and_says_so(monkeypatch: pytest.
     assert "no C compiler" in str(choice)
 
 
-def test_a_compiler_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+def test_a_failed_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setattr(kernel_build, "_FLAGS", ("-fno-such-flag",))
     found, choice = load_kernels.__wrapped__()
     assert found is None
