@@ -111,7 +111,7 @@ class BrowserGuard:
 
 
 def _split(netloc: str) -> tuple[str, str]:
-    """Name and port, the port empty where none is given; of `[::1]:80`, `localhost:` and `LOCALHOST.`, too."""
+    """Return name and port, the port empty where none is given; of `[::1]:80`, `localhost:` and `LOCALHOST.`, too."""
     name, colon, port = netloc.strip().lower().rpartition(":")
     if not colon or (port and not port.isdecimal()):
         name, port = netloc.strip().lower(), ""

@@ -100,7 +100,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Mark a file or folder as in use while the block runs; `is_held` tells every process.
+    """Mark a file or folder as in use while the block runs; `is_held` returns that in every process.
 
     The mark is a shared lock of the kernel, so it ends with the process. Raises FileNotFoundError.
     """

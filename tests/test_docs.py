@@ -1,4 +1,4 @@
-"""Documents that fail: the CLI page is the command's own, and every command a document shows exists."""
+"""Documents against the program: the CLI page is current, and every command that a document shows exists."""
 
 from __future__ import annotations
 

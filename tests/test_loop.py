@@ -1,4 +1,4 @@
-"""Serve -> vote -> train -> serve, all of it through the page: what people say of answers makes a better adapter."""
+"""Serve -> vote -> train -> serve, all of it through the page: feedback on answers makes a better adapter."""
 
 from __future__ import annotations
 

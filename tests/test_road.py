@@ -1,4 +1,4 @@
-"""The whole road on the real base, through commands, unmodified clients and a browser."""
+"""End to end on the real base: train to chat, through commands, unmodified clients and a browser."""
 
 from __future__ import annotations
 

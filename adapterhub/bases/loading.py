@@ -130,7 +130,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def _choose_kernel(model: Any, purpose: Purpose, compute: torch.dtype) -> tuple[Choice, ...]:
-    """On CPUs with AVX512-BF16, bitsandbytes repacks weights in place at the first forward without gradients.
+    """Choose whether bitsandbytes may repack weights in place, at the first forward without gradients on AVX512-BF16.
 
     That kernel computes in bf16 whatever the dtype asked for, and a repacked weight gives wrong gradients
     afterwards (grad_norm 2.15 -> 0.21 here, with a warning only): so it is switched off for training and

@@ -312,7 +312,7 @@ def _check(path: Path, expected: str) -> None:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Dequantize to bf16 safetensors; the tokenizer and its chat template travel inside the GGUF."""
+    """Dequantize to bf16 safetensors; the tokenizer and its chat template are in the GGUF."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils.logging import disable_progress_bar

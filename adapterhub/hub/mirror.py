@@ -23,9 +23,9 @@ def mirror(
 ) -> list[str]:
     """Copy the commits of `repo` at `source` to `name` (default: the same) at `target`. Return the new commits.
 
-    Each commit is verified as a package; one that is none (an empty beginning, a half-made upload) is left out and
-    told. What a mirror before this one copied is known by the last line of its messages. Raises Conflict when the
-    target has commits of its own, HubError kinds.
+    Each commit is verified as a package. One that is not a package (an empty first commit, a partial upload) is left
+    out and reported. The last line of a message names the source commit, so that a later mirror continues there. Raises
+    Conflict when the target has commits of its own, HubError kinds.
     """
     called = name or repo
     place = f"{source.endpoint}/{repo}"

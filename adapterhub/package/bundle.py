@@ -1,4 +1,4 @@
-"""Write a package as one .zip file, and read such a file without trusting it. What is in it package.py judges."""
+"""Write a package as one .zip file, and read such a file without trusting it. layout.py checks the content."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def write_bundle(adapter: Adapter, path: Path) -> None:
 def opened_bundle(path: Path, scratch: Path, *, max_bytes: int = MAX_BYTES) -> Iterator[Adapter]:
     """Yield the verified adapter of the zip at `path`, unpacked below `scratch` while the block runs.
 
-    Its files lie at the top or in one folder. Names, number and sizes are judged before the first byte is written,
-    and the bytes are counted while they are: what a zip says of itself need not be true. Raises InvalidBundle,
+    Its files are at the top or in one folder. Names, number and sizes are checked before the first byte is written,
+    and the bytes are counted while they are written: the sizes that a zip declares may be wrong. Raises InvalidBundle,
     BundleTooLarge, and the PackageError that open_adapter finds.
     """
     scratch.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def _opened(bundle: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
 
 
 def _copy(source: IO[bytes], target: IO[bytes], *, at_most: int, name: str) -> int:
-    """How many bytes there were. Raises InvalidBundle past `at_most`."""
+    """Copy a file and return its size, in bytes. Raises InvalidBundle past `at_most`."""
     copied = 0
     while chunk := _read(source):
         copied += len(chunk)

@@ -1,6 +1,6 @@
 """What changed between two adapters: configuration, provenance, measured losses, and the update of each layer.
 
-The only place here that reads tensors of two packages; loads torch.
+The only module of this folder that reads tensors of two packages; loads torch.
 """
 
 from __future__ import annotations

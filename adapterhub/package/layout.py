@@ -56,7 +56,7 @@ Report = Callable[[str], None]
 def open_adapter(folder: Path | str) -> Adapter:
     """Open a packed folder and check all of it: files, digests, tensors. This is what `verify` runs.
 
-    Raises the PackageError that names what is wrong, AdapterUnsupported for other things than LoRA.
+    Raises the PackageError that names what is wrong, AdapterUnsupported for methods other than LoRA.
     """
     folder = expanded(folder)
     if not folder.is_dir():

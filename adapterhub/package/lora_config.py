@@ -110,7 +110,7 @@ class LoraConfig:
 
 
 def _matched(pattern: dict[str, _T], module: str, default: _T) -> _T:
-    """PEFT's rule: a key is a regular expression for the end of the module's dotted name."""
+    """Apply PEFT's rule: a key is a regular expression for the end of the module's dotted name."""
     for key, value in pattern.items():
         if re.fullmatch(rf"(?:.*\.)?(?:{key})", module):
             return value
@@ -198,7 +198,7 @@ def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[Lora
 
 
 def _is_saved(module: str, config: LoraConfig) -> bool:
-    """PEFT's rule: a name of modules_to_save is the end of the module's dotted name."""
+    """Apply PEFT's rule: a name of modules_to_save is the end of the module's dotted name."""
     return any(module == name or module.endswith(f".{name}") for name in config.saved_modules)
 
 

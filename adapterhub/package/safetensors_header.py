@@ -42,7 +42,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensor name -> dtype, shape and place in the file, checked against the file's real size.
+    """Return tensor name -> dtype, shape and place in the file, checked against the file's real size.
 
     Raises InvalidTensors for a truncated file, a header out of bounds, unknown dtypes, sizes that do not
     match shapes, and overlapping, out-of-range or gapped data. Allocates no more than the file's size.

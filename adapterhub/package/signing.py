@@ -163,7 +163,7 @@ def _root(digests: Sequence[str]) -> str:
 
 
 def _encoded(payload: bytes) -> bytes:
-    """DSSE's pre-authentication encoding, the bytes that are signed."""
+    """Return DSSE's pre-authentication encoding, the bytes that are signed."""
     return f"DSSEv1 {len(_PAYLOAD_TYPE)} {_PAYLOAD_TYPE} {len(payload)} ".encode() + payload
 
 
@@ -185,7 +185,7 @@ def _read_private(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def _read_bundle(path: Path) -> tuple[bytes, bytes, str | None]:
-    """Payload, signature, and the hint of the key, if it has one."""
+    """Return payload, signature, and the hint of the key, if it has one."""
     try:
         if path.stat().st_size > _MAX_SIGNATURE_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes are too many")

@@ -243,7 +243,7 @@ def _is_sound(folder: Path) -> bool:
 
 
 def _size(folder: Path) -> int:
-    """Bytes."""
+    """Return the size in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

@@ -19,7 +19,7 @@ class ProbedLoader:
     """
 
     def __init__(self, engine: Engine, *, replays: bool, report: Callable[[str], None]) -> None:
-        """Without `replays`, probes are not replayed. `report` takes a line for the operator."""
+        """Load into `engine`. Without `replays`, probes are not replayed. `report` takes a line for the operator."""
         self._engine = engine
         self._replays = replays
         self._report = report

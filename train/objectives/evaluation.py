@@ -18,7 +18,7 @@ logits over a vocabulary of 128k take 1.6 GB). So an evaluation needs less memor
 
 
 def row_loss(model: Any, row: Row) -> torch.Tensor:
-    """Sum of the negative log-likelihoods (nats, fp32) of the row's targets."""
+    """Return the sum of the negative log-likelihoods (nats, fp32) of the row's targets."""
     return token_losses(model, row).sum()
 
 

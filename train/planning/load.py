@@ -112,7 +112,7 @@ def _layer_inputs(recipe: Recipe) -> LayerInputs:
 
 
 def _counts(recipe: Recipe, shape: ModelShape) -> WeightCounts:
-    """Numbers of weights by the shape alone; a plan counts them on the model itself."""
+    """Return the numbers of weights by the shape alone; a plan counts them on the model itself."""
     is_full = recipe.method == "full"
     return WeightCounts(
         linear=0 if is_full else shape.linear_weights,

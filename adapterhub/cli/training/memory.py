@@ -46,7 +46,7 @@ def memory(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="llama-7b, mistral-7b, ...; a base on this machine; or a config.json [default: the recipe's base]."
+            help="Well-known name (llama-7b), base on this machine, or config.json [default: the recipe's base]."
         ),
     ] = None,
     recipe: Annotated[

@@ -57,10 +57,10 @@ def train(
         ),
     ] = None,
     shard: Annotated[
-        bool, typer.Option("--shard", help="Divide the base among the processes of --launch (FSDP).")
+        bool, typer.Option("--shard", help="Shard the base among the processes of --launch (FSDP).")
     ] = False,
     offload: Annotated[
-        bool, typer.Option("--offload", help="Keep the parts of a --shard base in host memory between uses.")
+        bool, typer.Option("--offload", help="Keep the shards of a --shard base in host memory between uses.")
     ] = False,
     nodes: Annotated[
         str,
@@ -96,7 +96,7 @@ def train(
     if (recipe is None) == (resume is None):
         raise UsageError("expected either a recipe or --resume OUTPUT: give one of them.")
     if offload and not shard:
-        raise UsageError("--offload keeps the parts of a divided base in host memory: give --shard with it.")
+        raise UsageError("--offload keeps the shards of the base in host memory: give --shard with it.")
     if plan and (launch is not None or shard):
         raise UsageError(
             "--plan plans one process: leave --launch and --shard out; `adapterhub memory --recipe RECIPE --gpus N` "

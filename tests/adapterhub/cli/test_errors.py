@@ -1,4 +1,4 @@
-"""Every refusal as a user meets it: one line, what to do next, the exit code of the error tree."""
+"""Every refusal as a user sees it: one line, what to do next, the exit code of the error tree."""
 
 from __future__ import annotations
 

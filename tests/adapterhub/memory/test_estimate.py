@@ -188,7 +188,7 @@ def test_the_verb_reads_names_and_configs_and_prints_a_range(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["no-such-model"], "no base on this machine"),
+        (["no-such-model"], "not a base on this machine"),
         (["llama-7b", "--offload"], "needs --sharded"),
         (["llama-7b", "--sharded"], "--gpus 2"),
         (["llama-7b", "--sharded", "--gpus", "2", "--method", "full"], "full fine-tuning has none"),

@@ -454,7 +454,7 @@ def test_too_many_that_wait_are_refused_and_who_need_not_wait_are_not(monkeypatc
         monkeypatch.setattr(adapter_cache, "MAX_WAITING", 3)
         cache = _cache(FakeEngine(), 1, turn_s=1e9)
         clients = await _ask(cache, *"abcd")
-        with pytest.raises(ServerBusy, match="3 requests wait"):
+        with pytest.raises(ServerBusy, match="3 requests are waiting"):
             await _use(cache, _adapter("e"))
         await _use(cache, _adapter("a"))
         await _use(cache)

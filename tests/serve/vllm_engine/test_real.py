@@ -1,4 +1,4 @@
-"""A real vLLM server under our API: what the fake stands for, asked of the real thing. `make test-vllm` runs it.
+"""A real vLLM server under our API: the same requests as to the fake server. `make test-vllm` runs it.
 
 ADAPTERHUB_VLLM_PYTHON names the Python of vLLM's environment. One server for the whole file, on a tiny Llama in fp32.
 """

@@ -165,7 +165,7 @@ def test_parts_in_host_memory_and_activations_computed_again_change_no_byte(
     ("options", "said"),
     [
         (["mine.toml", "--launch", "2", "--offload"], "give --shard with it"),
-        (["mine.toml", "--plan", "--launch", "2", "--shard"], "--plan counts one process"),
+        (["mine.toml", "--plan", "--launch", "2", "--shard"], "--plan plans one process"),
         (["--resume", "one", "--shard"], "--resume continues in one process"),
         (["--resume", "one", "--rendezvous", "127.0.0.1:1"], "--resume continues in one process"),
     ],

@@ -1,4 +1,4 @@
-"""The dry run against the run it foretells, and the report on masks: what it counts, shows and stops."""
+"""The plan against the run that it predicts, and the report on masks: what it counts, shows and stops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in a run's way, told by the plan and, where it must, refused before the first step."""
+"""Problems of a run before its first step: reported by the plan and, where they would end the run, refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run shows of itself: answers on the way, the page in its package, figures for a tracker, advice."""
+"""The report of a run: answers during training, the page in its package, figures for a tracker, advice."""
 
 from __future__ import annotations
 
