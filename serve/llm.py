@@ -182,7 +182,7 @@ class LLM:
             try:
                 return await asyncio.gather(*answers)
             finally:
-                for answer in answers:  # where one fails, the others would go on for nobody
+                for answer in answers:  # where one fails, the others would run for nobody
                     answer.cancel()
 
         return self._call(together())
