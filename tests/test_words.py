@@ -49,7 +49,8 @@ NAMES = r"class (?:Measured|Course|Question|Workshop|Piece|Given|Ending|Runs|Lin
 """Classes of earlier versions."""
 
 CONTRACTS = (
-    '"licence"', "`licence`", "--licence", "licence: Annotated", "license or licence", "(license, licence)", 'match="licence"',
+    '"licence"', "`licence`", "--licence", "licence: Annotated", "license or licence", "(license, licence)",
+    'match="licence"',
     "has_proof", "proof_passed_here", '"proofs"', "--verdicts", '"verdicts"', "`verdicts`", "constraint_failed",
     "constraints.txt",
 )  # fmt: skip
