@@ -303,8 +303,9 @@ def test_option_of_a_base_that_does_not_exist_is_refused(tiny_home: Path, option
         adapterhub.load_base(BASE_NAME, **option)
 
 
-def test_registrys_root_may_be_text(captain: adapterhub.Adapter, tiny_home: Path) -> None:
-    assert adapterhub.Registry(str(tiny_home)).resolve("captain").digest == captain.digest
+def test_registrys_root_may_be_text(captain: adapterhub.Adapter, tmp_path: Path) -> None:
+    adapterhub.Registry(tmp_path).add(captain)
+    assert adapterhub.Registry(str(tmp_path)).resolve("captain").digest == captain.digest
 
 
 def test_unknown_recipe_is_refused(tiny_home: Path) -> None:

@@ -168,8 +168,11 @@ def _connect_chat(on: Widgets, handlers: ChatHandlers) -> None:
     on.kept.input(handlers.leave, js=OPEN, **turned)
     on.fresh.click(handlers.leave, js=NEW, **turned).then(None, None, [on.kept], js="() => null", **here)
     on.forget.click(None, [on.kept], [on.kept], js=DELETE, **here).then(handlers.leave, js=NEW, **turned)
-    liking = at_once | {"outputs": [on.said, on.correcting, on.wording, on.corrected_at]}
-    on.chat.like(handlers.liked, {on.chat, on.system, on.corrected_at}, **liking)
+    liking = at_once | {"outputs": [on.said, on.wording, on.corrected_at]}
+    # The box opens after its text is there: a text that arrives later would replace what was typed meanwhile.
+    on.chat.like(handlers.liked, {on.chat, on.system, on.corrected_at}, **liking).then(
+        handlers.show_correction, {on.corrected_at}, **(at_once | {"outputs": [on.correcting]})
+    )
     wording = {on.chat, on.system, on.wording, on.corrected_at}
     saving = at_once | {"outputs": [on.said, on.correcting, on.wording, on.chat]}
     on.save_wording.click(handlers.save_wording, wording, **saving).then(**kept)

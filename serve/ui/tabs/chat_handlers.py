@@ -140,19 +140,22 @@ class ChatHandlers:
         return self._draw(finalize_pending(read_entries(values[self._on.chat])))  # the server was restarted meanwhile
 
     async def liked(self, values: Values, request: gr.Request, event: gr.LikeData) -> Updates:
-        """Send a thumb, or open the box for a correction when the flag was clicked."""
+        """Send a thumb, or fill the box for a correction when the flag was clicked."""
         on, index = self._on, _index(event)
         found = rated_answer_at(read_entries(values[on.chat]), index)
         # A second click on a button sends "": the flag then opens again, a thumb stays as it was stored.
         is_flag = event.liked == CORRECT or (event.liked == "" and index == values[on.corrected_at])
         if is_flag and found is not None:
-            wording = {on.wording: found.answer["text"], on.corrected_at: index}
-            return {on.correcting: gr.update(visible=True), on.said: "", **wording}
+            return {on.said: "", on.wording: found.answer["text"], on.corrected_at: index}
         if found is None or not isinstance(event.liked, bool):
             return {on.said: "", on.corrected_at: None}
         messages = to_send(values[on.system], found.before)
         message = await self._feedback.thumb(messages, found.answer, is_up=event.liked, key=key_of(request))
         return {on.said: message, on.corrected_at: None}
+
+    def show_correction(self, values: Values) -> Updates:
+        """Open the box for a correction, or close it where no answer is being corrected."""
+        return {self._on.correcting: gr.update(visible=values[self._on.corrected_at] is not None)}
 
     async def save_wording(self, values: Values, request: gr.Request) -> Updates:
         """Send the correction, and continue the conversation from it."""
