@@ -153,6 +153,17 @@ def test_no_folder_holds_more_modules_than_one_can_read() -> None:
     assert {folder: count for folder, count in counts.items() if count > MAX_MODULES} == {}
 
 
+def test_no_two_classes_share_a_name() -> None:
+    """Except those that are the HTTP schema of another."""
+    homes: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        if not (name.endswith(".schemas") or ".schemas." in name):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef):
+                    homes.setdefault(node.name, []).append(name)
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
 def test_the_map_names_every_module() -> None:
     """docs/architecture.md draws each package as a tree, one line for a room or a few modules."""
     drawn: set[str] = set()

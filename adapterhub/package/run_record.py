@@ -73,7 +73,7 @@ class RunMeasured(Strict):
     loss: float
 
 
-class Answer(Strict):
+class SampleAnswer(Strict):
     """A model's greedy answer to one of the fixed prompts."""
 
     prompt: str
@@ -85,7 +85,7 @@ class RunSampled(Strict):
 
     event: Literal["sampled"] = "sampled"
     step: int
-    answers: list[Answer]
+    answers: list[SampleAnswer]
 
 
 class RunEnd(Strict):
@@ -97,7 +97,7 @@ class RunEnd(Strict):
     seconds: float
     peak_memory_bytes: int
     evaluations: list[Evaluation]
-    answers: list[Answer] = Field(default_factory=list)
+    answers: list[SampleAnswer] = Field(default_factory=list)
     """Answers of the adapter as it was written."""
 
 

@@ -36,7 +36,7 @@ from serve.local_engine.cpu.kernels import MAX_RANK
 from serve.local_engine.guided_decoding import Matcher
 from serve.local_engine.model_runner import ModelRunner, kv_dtype
 from serve.local_engine.running_answer import RunningAnswer
-from serve.local_engine.sampling import Row, Sampled
+from serve.local_engine.sampling import Sampled, SamplingRow
 from serve.local_engine.scheduler import Batch, BlockPool, ScheduledChunk, Scheduler, Sequence
 
 log = logging.getLogger(__name__)
@@ -270,7 +270,7 @@ class LocalEngine:
         except BaseException:
             log.exception("the error of request %s could not be sent", answer.sequence.request.id)
 
-    def _rows(self, batch: Batch) -> dict[str, Row]:
+    def _rows(self, batch: Batch) -> dict[str, SamplingRow]:
         """Run the batch and return the logits to sample from; after a failure, run each sequence alone."""
         try:
             return self._runner.run(batch)
@@ -279,9 +279,9 @@ class LocalEngine:
             fault = error.with_traceback(None)  # its frames hold the step's tensors, perhaps all the memory
         return self._rows_one_at_a_time(batch, fault)
 
-    def _rows_one_at_a_time(self, batch: Batch, error: BaseException) -> dict[str, Row]:
+    def _rows_one_at_a_time(self, batch: Batch, error: BaseException) -> dict[str, SamplingRow]:
         """Run each chunk alone and end the answers that fail. Raise `error` where the bare base fails, too."""
-        rows: dict[str, Row] = {}
+        rows: dict[str, SamplingRow] = {}
         failed: list[tuple[ScheduledChunk, AdapterHubError]] = []
         for chunk in batch.chunks:
             try:

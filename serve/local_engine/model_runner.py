@@ -12,7 +12,7 @@ from serve.local_engine.cpu.rms_norm import use_fast_norms
 from serve.local_engine.fused_decoder import fuse_decoder
 from serve.local_engine.guided_decoding import GuidedDecoder
 from serve.local_engine.lora_layers import AdapterBank
-from serve.local_engine.sampling import Row, Sampler, rows_of
+from serve.local_engine.sampling import Sampler, SamplingRow, rows_of
 from serve.local_engine.scheduler import Batch
 
 
@@ -46,7 +46,7 @@ class ModelRunner:
             self.choices += (fuse_decoder(self._model, self.adapters, self._cache, self._kernels),)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> dict[str, Row]:
+    def run(self, batch: Batch) -> dict[str, SamplingRow]:
         """Compute every chunk. Return the logits of each request whose chunk reaches the end of its sequence."""
         tokens: list[int] = []
         positions: list[int] = []

@@ -11,7 +11,7 @@ from serve.engine import Delta, FinishReason, GenerationRequest, TokenLogprob
 from serve.local_engine.block_pool import Sequence
 from serve.local_engine.detokenizer import Detokenizer
 from serve.local_engine.guided_decoding import Matcher
-from serve.local_engine.sampling import Row, Sampled
+from serve.local_engine.sampling import Sampled, SamplingRow
 
 Emit = Callable[[Delta | Exception], None]
 
@@ -24,7 +24,7 @@ class RunningAnswer:
         self.sequence = Sequence.of(request)
         self.matcher = matcher
         self.emit = emit
-        self.row: Row | None = None
+        self.row: SamplingRow | None = None
         """Logits that wait for the matcher's mask."""
         self._text = Detokenizer(tokenizer, request.sampling.stop, request.prompt)
         self._logprobs: deque[TokenLogprob] = deque()

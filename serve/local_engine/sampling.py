@@ -21,7 +21,7 @@ _LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True)
-class Row:
+class SamplingRow:
     """The logits of one sequence's next token."""
 
     logits: torch.Tensor
@@ -31,10 +31,10 @@ class Row:
     """The largest logit: NaN or Inf where any of them is NaN or +Inf, -Inf where all are."""
 
 
-def rows_of(logits: torch.Tensor) -> list[Row]:
+def rows_of(logits: torch.Tensor) -> list[SamplingRow]:
     """Split logits [n, vocabulary] fp32 into rows; argmax and maximum are computed for all of them at once."""
     peaks, best = logits.max(-1)
-    return [Row(*one) for one in zip(logits, best.tolist(), peaks.tolist(), strict=True)]
+    return [SamplingRow(*one) for one in zip(logits, best.tolist(), peaks.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sampler:
         self._device = device
         self._generators: dict[str, torch.Generator] = {}
 
-    def sample(self, row: Row, sequence: Sequence, matcher: Matcher | None = None) -> Sampled:
+    def sample(self, row: SamplingRow, sequence: Sequence, matcher: Matcher | None = None) -> Sampled:
         """Choose the next token; `matcher` restricts it, and accepts the one chosen.
 
         Raises NonFiniteLogits, and ConstraintFailed where the matcher allows no token.

@@ -39,7 +39,7 @@ _START_TOLERANCE_S = 1.5
 _MAX_MESSAGE = 500
 
 
-class _Record(Strict):
+class _RunRecord(Strict):
     """Record of a run, from which a restarted server finds it again."""
 
     id: str
@@ -192,9 +192,9 @@ class TrainingRuns:
         started = _start_of_process(child.pid) or 0.0
         earlier = self.folder / f"{name}.json"
         created = self._read(name).created if earlier.is_file() else int(time.time())
-        self._write(_Record(id=name, created=created, pid=child.pid, started=started, improves=improves))
+        self._write(_RunRecord(id=name, created=created, pid=child.pid, started=started, improves=improves))
 
-    def _is_alive(self, record: _Record) -> bool:
+    def _is_alive(self, record: _RunRecord) -> bool:
         child = self._children.get(record.id)
         if child is not None and child.pid == record.pid:
             return child.poll() is None
@@ -240,24 +240,24 @@ class TrainingRuns:
         lines = [line for line in lines if not line.startswith("next: ") and line != str(self.folder / name)]
         return _last_line("\n".join(lines))
 
-    def _read(self, name: str) -> _Record:
+    def _read(self, name: str) -> _RunRecord:
         path = self.folder / f"{name}.json"
         if "/" in name or not name.startswith("run-") or not path.is_file():
             raise TrainingRunNotFound(
                 f"unknown training run {name!r}: expected one of this server's. List them with GET /v1/training/runs."
             )
         try:
-            return _Record.model_validate_json(path.read_text())
+            return _RunRecord.model_validate_json(path.read_text())
         except ValidationError as error:
             raise TrainingRunNotFound(
                 f"the record of run {name} is damaged: expected JSON. Remove {path.name} on the server."
             ) from error
 
-    def _write(self, record: _Record) -> None:
+    def _write(self, record: _RunRecord) -> None:
         write_atomic(self.folder / f"{record.id}.json", record.model_dump_json())
 
 
-def _status(record: _Record, *, is_alive: bool, is_complete: bool) -> Status:
+def _status(record: _RunRecord, *, is_alive: bool, is_complete: bool) -> Status:
     if is_alive:
         return "running"
     if is_complete:

@@ -11,7 +11,7 @@ from train.data.tokenization import Sample
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """Input of one forward pass: the samples' common prefix, then the rest of each, end to end.
 
     `input_ids` and `position_ids` are [1, N]; `mask` [1, 1, N, N] is added to attention scores. `targets` [T] are the
@@ -27,7 +27,7 @@ class Row:
     owners: torch.Tensor
 
 
-def pack(samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype) -> Row:
+def pack(samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype) -> PackedRow:
     """Pack samples end to end; each attends to itself and the common prefix only, so losses do not change.
 
     Chat samples often begin with the same system message. Its keys and values do not depend on what follows, so one
@@ -47,7 +47,7 @@ def pack(samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype)
         tokens += sample.tokens[prefix:]
         positions += range(prefix, len(sample.tokens))
         owners += [owner] * (len(sample.tokens) - prefix)
-    return Row(
+    return PackedRow(
         torch.tensor([tokens], device=device),
         torch.tensor([positions], device=device),
         _mask(torch.tensor(owners, device=device), dtype),

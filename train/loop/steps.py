@@ -13,7 +13,7 @@ import torch
 
 from adapterhub.adapter import StoredBase
 from adapterhub.errors import TrainingFailed, TrainingStopped
-from adapterhub.package.run_record import Answer, RunMeasured, RunSampled, RunStep
+from adapterhub.package.run_record import RunMeasured, RunSampled, RunStep, SampleAnswer
 from train.data.tokenization import Sample
 from train.distributed.world import current_world
 from train.loop.optimizer import load_optimizer, save_optimizer, set_learning_rate
@@ -191,7 +191,7 @@ class TrainingLoop:
         )
 
 
-def log_answers(run: RunFolder, step: int, answers: list[Answer]) -> None:
+def log_answers(run: RunFolder, step: int, answers: list[SampleAnswer]) -> None:
     if answers:
         run.log(RunSampled(step=step, answers=answers))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from train.data.packing import Row, pack
+from train.data.packing import PackedRow, pack
 from train.data.tokenization import Sample
 from train.objectives.forward import token_losses
 
@@ -17,7 +17,7 @@ _ROW_SAMPLES, _ROW_TOKENS, _ROW_TRAINED = 8, 2048, 512
 logits over a vocabulary of 128k take 1.6 GB). So an evaluation needs less memory than a step."""
 
 
-def row_loss(model: Any, row: Row) -> torch.Tensor:
+def row_loss(model: Any, row: PackedRow) -> torch.Tensor:
     """Return the sum of the negative log-likelihoods (nats, fp32) of the row's targets."""
     return token_losses(model, row).sum()
 

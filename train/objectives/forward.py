@@ -11,13 +11,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from adapterhub.memory.training import places_at_once
-from train.data.packing import Row
+from train.data.packing import PackedRow
 
 _ends_with_head: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """Models whose forward pass was asked already -> `ends_with_head`."""
 
 
-def token_losses(model: Any, row: Row) -> torch.Tensor:
+def token_losses(model: Any, row: PackedRow) -> torch.Tensor:
     """Return [T], the negative log-likelihood (nats, fp32) of each target of the row.
 
     Logits are computed for the targets only, and in chunks: those of a chunk are dropped after its losses and computed
@@ -109,7 +109,7 @@ def _known_to_end_with_head(inner: Any) -> bool:
     return _ends_with_head[inner]
 
 
-def _inputs(model: Any, inner: Any, row: Row) -> dict[str, Any]:
+def _inputs(model: Any, inner: Any, row: PackedRow) -> dict[str, Any]:
     inputs: dict[str, Any] = {"position_ids": row.position_ids, "attention_mask": row.mask, "use_cache": False}
     embedding = inner.get_input_embeddings()
     noise = getattr(embedding, "neftune_noise_alpha", 0.0) if model.training else 0.0

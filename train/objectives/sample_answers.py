@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from adapterhub.package.run_record import Answer
+from adapterhub.package.run_record import SampleAnswer
 from train.objectives.evaluation import eval_mode
 
 NUM_TOKENS = 40
@@ -32,7 +32,7 @@ class FixedPrompts:
             for prompt in self._prompts
         ]
 
-    def answer(self, model: Any) -> list[Answer]:
+    def answer(self, model: Any) -> list[SampleAnswer]:
         """Return the model's current answer to each prompt."""
         if not self._rows:
             return []
@@ -42,7 +42,7 @@ class FixedPrompts:
             warnings.filterwarnings("ignore", message="Position ids are not supported")
             texts = [text for batch in batches for text in self._generate(model, batch)]
         return [
-            Answer(prompt=prompt, text=self._ended(text).strip())
+            SampleAnswer(prompt=prompt, text=self._ended(text).strip())
             for prompt, text in zip(self._prompts, texts, strict=True)
         ]
 

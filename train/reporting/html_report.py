@@ -18,13 +18,13 @@ from adapterhub.bases.loading import LoadedBase
 from adapterhub.memory.estimate import Estimate
 from adapterhub.package.run_record import (
     REPORT_HEAD,
-    Answer,
     RunEnd,
     RunEvent,
     RunMeasured,
     RunSampled,
     RunStart,
     RunStep,
+    SampleAnswer,
 )
 from adapterhub.svg_plot import Curve, bar_plot, line_plot
 from adapterhub.units import format_bytes, format_duration
@@ -109,7 +109,7 @@ def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _asked(events: Sequence[RunEvent]) -> list[Asked]:
-    rounds: list[tuple[str, list[Answer]]] = []
+    rounds: list[tuple[str, list[SampleAnswer]]] = []
     for event in events:
         if isinstance(event, RunSampled):
             rounds.append((f"step {event.step}" if event.step else "base", event.answers))

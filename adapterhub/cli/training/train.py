@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from train.recipe import Recipe
 
 
-class Tracker(StrEnum):
+class TrackerName(StrEnum):
     """Experiment trackers of `--report-to`, each named like the module it needs."""
 
     TRACKIO = "trackio"
@@ -27,7 +27,7 @@ class Tracker(StrEnum):
     TENSORBOARD = "tensorboard"
 
 
-def _check_installed(trackers: list[Tracker] | None) -> list[Tracker] | None:
+def _check_installed(trackers: list[TrackerName] | None) -> list[TrackerName] | None:
     for tracker in trackers or []:
         if find_spec(tracker) is None:
             raise typer.BadParameter(f"{tracker} is not installed. Run: pip install {tracker}")
@@ -75,7 +75,7 @@ def train(
         ),
     ] = None,
     report_to: Annotated[
-        list[Tracker] | None,
+        list[TrackerName] | None,
         typer.Option(
             "--report-to", callback=_check_installed, help="Experiment tracker to send metrics to. Repeatable."
         ),

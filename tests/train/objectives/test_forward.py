@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapterhub.memory import training as memory
-from train.data.packing import Row, pack
+from train.data.packing import PackedRow, pack
 from train.data.tokenization import Sample
 from train.objectives.forward import ends_with_head, token_losses
 
@@ -25,7 +25,7 @@ def make_model(family: str, **options: Any) -> Any:
 
 
 @pytest.fixture
-def row() -> Row:
+def row() -> PackedRow:
     draw = random.Random(0)
     texts = [tuple(draw.randrange(1, 128) for _ in range(size)) for size in (30, 21, 40)]
     samples = [Sample(text, (False, *(True for _ in text[1:]))) for text in texts]
@@ -39,7 +39,7 @@ def heads_rows(model: Any) -> list[int]:
     return seen
 
 
-def test_chunks_give_the_same_losses_and_gradients(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_give_the_same_losses_and_gradients(row: PackedRow, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     weights = list(model.parameters())  # the head is trained too
     token_losses(model, row)  # the model has been asked whether its head is last
@@ -58,7 +58,7 @@ def test_chunks_give_the_same_losses_and_gradients(row: Row, monkeypatch: pytest
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_few_places_are_not_computed_twice(row: Row) -> None:
+def test_few_places_are_not_computed_twice(row: PackedRow) -> None:
     model = make_model("llama")
     token_losses(model, row)
     rows = heads_rows(model)
@@ -76,7 +76,7 @@ def test_few_places_are_not_computed_twice(row: Row) -> None:
     ],
 )
 def test_a_base_that_works_on_its_logits_afterwards_keeps_doing_so(
-    family: str, options: dict[str, Any], in_chunks: bool, row: Row, monkeypatch: pytest.MonkeyPatch
+    family: str, options: dict[str, Any], in_chunks: bool, row: PackedRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(family, **options).eval()
     logits = model(input_ids=row.input_ids, position_ids=row.position_ids, attention_mask=row.mask).logits[0, row.keep]
