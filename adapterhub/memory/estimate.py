@@ -39,8 +39,9 @@ class Estimate:
     """Peaks of moments other than a step or a decode; contained in the range."""
     textbook: tuple[Item, ...]
     """The common rules of thumb, for comparison."""
-    movable_bytes: int = 0
-    """Part of the device's memory that may move to host RAM when the device is full."""
+    uncertain_bytes: int = 0
+    """Part of the device's memory that some machines do not hold: state that may move to host RAM when the device is
+    full, products that only some CPUs compile."""
 
     @property
     def size_bytes(self) -> int:
@@ -50,7 +51,7 @@ class Estimate:
     @property
     def low(self) -> int:
         """Lower end of the range of one device's peak."""
-        return int((self.size_bytes - self.movable_bytes) * (1 - SPREAD))
+        return int((self.size_bytes - self.uncertain_bytes) * (1 - SPREAD))
 
     @property
     def high(self) -> int:

@@ -32,7 +32,8 @@ LOGITS_AT_ONCE = 1 << 23
 _MEASURED_TRAINED = 512
 """Trained tokens of one forward pass of the held-out measurement, at most (train/objectives/evaluation.py)."""
 _KERNELS_CPU = 200 << 20
-"""Bytes of products that oneDNN compiles for the shapes of a step or two; measured, bf16, with the caches bounded."""
+"""Bytes of products that oneDNN compiles for the shapes of a step or two; measured, bf16, with the caches bounded, on a
+CPU with AMX. A CPU with AVX512-BF16 alone holds almost none."""
 _COLLECTIVES = 500 << 20
 """Bytes of NCCL's buffers and streams on each GPU of several."""
 _ALLOCATOR_SHARE = 0.15
@@ -114,9 +115,9 @@ def estimate_training(shape: ModelShape, load: TrainingLoad) -> Estimate:
     base, states = _base(counts, load), _states(counts, load)
     held = [_on_device(item, load) for item in (*base, *states)]
     gathered, moving = _gathered(shape, counts, load), _step(shape, load)
-    paged = [item for item in held if item.name == _PAGED]
+    process = _process(load, temporary=total((*gathered, *moving)))
     return Estimate(
-        device=(*held, *gathered, *moving, *_process(load, temporary=total((*gathered, *moving)))),
+        device=(*held, *gathered, *moving, *process),
         host=_host(load, base, states),
         disk=(Item("base, bf16", 2 * shape.weights), *disk_items(counts.trainable, load.moment_bytes)),
         spikes=(
@@ -126,7 +127,7 @@ def estimate_training(shape: ModelShape, load: TrainingLoad) -> Estimate:
         ),
         textbook=textbook(shape.weights, 0 if load.method == "full" else counts.trainable, gpus=load.gpus),
         # Paged state may leave the GPU altogether, and does before an allocation fails.
-        movable_bytes=total(paged),
+        uncertain_bytes=total(item for item in (*held, *process) if item.name in (_PAGED, _COMPILED)),
     )
 
 
@@ -156,6 +157,7 @@ def textbook(base: int, adapter: int, *, gpus: int = 1) -> tuple[Item, ...]:
 
 
 _PAGED = "optimizer, paged"
+_COMPILED = "compiled products"
 _WORDS = {1: "8-bit", 2: "16-bit", 4: "32-bit"}
 
 
@@ -292,7 +294,7 @@ def _evaluation(shape: ModelShape, load: TrainingLoad) -> int:
 
 def _process(load: TrainingLoad, *, temporary: int) -> list[Item]:
     if load.device == "cpu":
-        return [Item("compiled products", _KERNELS_CPU), *process_items("cpu")]
+        return [Item(_COMPILED, _KERNELS_CPU), *process_items("cpu")]
     collectives = [Item("collectives", _COLLECTIVES)] if load.gpus > 1 else []
     return [Item("allocator", int(_ALLOCATOR_SHARE * temporary)), *process_items("cuda"), *collectives]
 

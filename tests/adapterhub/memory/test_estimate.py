@@ -144,6 +144,14 @@ def test_sharding_divides_what_is_held_and_offloading_moves_it_to_the_host() -> 
     assert whole in [i.size_bytes for i in offloaded.host]
 
 
+def test_products_that_only_some_cpus_compile_are_in_the_upper_end_alone() -> None:
+    shape = ModelShape(layers=2, hidden=64, intermediate=128, key_value=32, vocabulary=1000)
+    held = estimate_training(shape, replace(HUGGING_FACE, device="cpu"))
+    compiled = next(item.size_bytes for item in held.device if item.name == "compiled products")
+    assert held.low == int(0.75 * (held.size_bytes - compiled))
+    assert held.high == int(1.25 * held.size_bytes)
+
+
 def test_a_paged_optimizer_widens_the_range_downwards_only() -> None:
     shape = MODEL_SHAPES["llama-7b"]
     held, paged = (estimate_training(shape, replace(PAPER, is_paged=is_paged)) for is_paged in (False, True))
