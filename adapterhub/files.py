@@ -1,4 +1,8 @@
-"""Atomic writes, folders in use, user paths and sha256 digests of files."""
+"""Atomic and durable writes, folders in use, user paths and sha256 digests of files.
+
+What `write_atomic`, `new_folder`, `make_folder`, `rename_durably` and `link_durably` made survives a power cut once
+they return: content is flushed before a name points to it, and the folder that holds the name after.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +23,8 @@ from adapterhub.errors import StorageFull, UsageError
 from adapterhub.units import format_bytes
 
 _CHUNK = 1 << 20
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_RUST_ERROR = re.compile(r"\(os error ([0-9]+)\)")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -60,16 +67,64 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 @contextlib.contextmanager
 def write_stream_atomic(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that `write_atomic` would write. An exception in the block leaves `path` unchanged."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_beside(path)
+    with raise_storage_full(path):
+        make_folder(path.parent)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+            rename_durably(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with raise_storage_full(path), temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder; they keep its names in order themselves.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Flush a file, or a folder with everything below it, to disk."""
+    if path.is_dir() and not path.is_symlink():
+        for inside in path.iterdir():
+            sync_tree(inside)
+    if not path.is_symlink():
+        sync(path)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its missing parents. Their names are on disk when this returns."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync(folder.parent)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Flush a file or folder with its content, rename it to `target` and flush the folder of `target`."""
+    sync_tree(source)
+    source.replace(target)
+    sync(target.parent)
+
+
+def link_durably(source: Path, target: Path) -> None:
+    """Flush a file, make `target` a hard link to it and flush the folder of `target`. Raises FileExistsError."""
+    sync(source)
+    os.link(source, target)
+    sync(target.parent)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a new name beside `path`, for what will be renamed to it (`is_temporary`)."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def is_temporary(path: Path) -> bool:
@@ -78,24 +133,28 @@ def is_temporary(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, holds_synced: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder, which is renamed to `path` when the block succeeds and else removed.
 
-    If another process made `path` meanwhile, that one stays.
+    All files and names are on disk when this returns; `holds_synced`: the files are already, for example as links to
+    files that are. If another process made `path` meanwhile, that one stays. Raises StorageFull.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
-        with hold(temporary), raise_storage_full(path):
-            yield temporary
+    temporary = temporary_beside(path)
+    with raise_storage_full(path):
+        make_folder(path.parent)
+        temporary.mkdir()
         try:
-            temporary.rename(path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            with hold(temporary):
+                yield temporary
+                sync(temporary) if holds_synced else sync_tree(temporary)
+            try:
+                temporary.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            sync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -126,11 +185,11 @@ def is_held(path: Path) -> bool:
 
 @contextlib.contextmanager
 def raise_storage_full(path: Path) -> Iterator[None]:
-    """Convert ENOSPC and EDQUOT into StorageFull, with the free space."""
+    """Convert ENOSPC and EDQUOT into StorageFull, with the free space; also when a library wraps them."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _is_disk_full(error):
             raise
         folder = next(parent for parent in (path, *path.parents) if parent.exists())
         free = format_bytes(shutil.disk_usage(folder).free)
@@ -138,3 +197,12 @@ def raise_storage_full(path: Path) -> Iterator[None]:
             f"the disk is full: could not write {path} ({free} free), and no partial file was left. Free "
             "some space, or set ADAPTERHUB_HOME (or the output option) to a folder on another disk."
         ) from error
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _DISK_FULL
+    # It is no OSError; its number is only in its text. The library is loaded if it raised.
+    safetensors = sys.modules.get("safetensors")
+    found = _RUST_ERROR.search(str(error)) if safetensors and isinstance(error, safetensors.SafetensorError) else None
+    return found is not None and int(found[1]) in _DISK_FULL
