@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adapterhub.errors import InvalidRef
 from adapterhub.files import expanded
-from adapterhub.package.manifest import Manifest
+from adapterhub.package.manifest import Manifest, Probe, read_probe
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
@@ -119,8 +119,13 @@ class Adapter:
 
     @property
     def digest(self) -> str:
-        """`sha256:...` of base and files, the same wherever the package is."""
+        """`sha256:...` of all that serving reads, the same wherever the package is."""
         return self.manifest.digest
+
+    @property
+    def probe(self) -> Probe | None:
+        """The author's probe, else that of whoever adopted the adapter, read each time. Raises InvalidManifest."""
+        return self.manifest.probe or read_probe(self.path)
 
     @property
     def base(self) -> BaseRef:

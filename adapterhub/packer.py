@@ -11,7 +11,15 @@ from typing import Any
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.bases.store import stored_base
 from adapterhub.compatibility import check_compatible, check_vocabulary, module_shapes
-from adapterhub.errors import AdapterUnsupported, IncompatibleBase, MissingFile, UnsafeFile, UsageError
+from adapterhub.errors import (
+    AdapterUnsupported,
+    IncompatibleBase,
+    InvalidManifest,
+    MissingFile,
+    SignatureInvalid,
+    UnsafeFile,
+    UsageError,
+)
 from adapterhub.files import expanded, is_temporary, new_folder, raise_storage_full, sha256_of, write_atomic
 from adapterhub.package import card
 from adapterhub.package.layout import (
@@ -30,8 +38,19 @@ from adapterhub.package.layout import (
     walk_files,
 )
 from adapterhub.package.lora_config import CONFIG_NAME, WEIGHTS_NAME
-from adapterhub.package.manifest import MANIFEST_NAME, BaseEntry, Chat, FileEntry, Manifest, Quantization
+from adapterhub.package.manifest import (
+    MANIFEST_NAME,
+    PROBE_NAME,
+    BaseEntry,
+    Chat,
+    FileEntry,
+    Manifest,
+    Quantization,
+    write_probe,
+)
 from adapterhub.package.run_record import RunRecord, read_run_record
+from adapterhub.package.signing import check_covers
+from adapterhub.strict import parse_json
 
 
 def pack(
@@ -94,12 +113,21 @@ def pack(
             chat=_chat(folder, loaded.tokenizer, stop=[*(record.stop if record else ()), *stop]),
             training=record.training if record else None,
             evaluations=list(record.evaluations) if record else [],
-            probe=answers,
+            probe=answers if record else None,
             files=_file_entries(folder),
         )
+        (folder / PROBE_NAME).unlink(missing_ok=True)
+        if record is None:  # adopted: whoever adopts it, wherever, gets the same digest
+            write_probe(folder, answers)
         write_atomic(folder / CARD_NAME, card.render(manifest))
         write_atomic(folder / MANIFEST_NAME, manifest.to_json())
-    return open_adapter(folder)
+    adapter = open_adapter(folder)
+    try:
+        check_covers(adapter)
+    except SignatureInvalid:
+        (folder / SIGNATURE_NAME).unlink()
+        report(f"{SIGNATURE_NAME} removed: it was of the package before")
+    return adapter
 
 
 def load_kwargs(quantization: Quantization | None) -> dict[str, Any]:
@@ -127,7 +155,8 @@ def adopt(folder: Path, output: Path, *, report: Report = lambda line: None) -> 
                 "only adapter_model.bin, a pickle: load and save it with a current PEFT" if is_pickled else "no adapter"
             )
             raise kind(f"{folder} has no {needed} ({told}).")
-    taken = [name for name in names if name in ALLOWED and name not in (MANIFEST_NAME, SIGNATURE_NAME, CARD_NAME)]
+    made_here = (MANIFEST_NAME, PROBE_NAME, SIGNATURE_NAME, CARD_NAME)
+    taken = [name for name in names if name in ALLOWED and name not in made_here]
     with new_folder(output) as temporary:
         for name in taken:
             if (folder / name).is_symlink():
@@ -152,7 +181,7 @@ def _fill_base(folder: Path, base: StoredBase) -> list[str]:
     Return one line per field that was changed.
     """
     path = folder / CONFIG_NAME
-    raw = json.loads(path.read_bytes())
+    raw = parse_json(path.read_bytes())
     filled = {"base_model_name_or_path": base.ref.id, "revision": base.ref.hub_revision}
     changed = {key: value for key, value in filled.items() if raw.get(key) != value}
     if changed:
@@ -174,7 +203,10 @@ def _base_entry(base: StoredBase, record: RunRecord | None) -> BaseEntry:
 def _chat(folder: Path, tokenizer: Any, *, stop: Sequence[str]) -> Chat:
     """Return the special tokens of the adapter's own tokenizer_config.json, else those of the base's tokenizer."""
     path = folder / "tokenizer_config.json"
-    own = json.loads(path.read_bytes()) if path.is_file() else {}
+    try:
+        own = parse_json(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise InvalidManifest(f"{path} is not JSON ({error}): save the tokenizer again.") from error
 
     def token(name: str) -> str | None:
         found = own.get(name, getattr(tokenizer, name))

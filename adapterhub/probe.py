@@ -26,18 +26,18 @@ def record(base: LoadedBase, folder: Path) -> Probe:
 
 
 def replay(base: LoadedBase, adapter: Adapter) -> None:
-    """Answer the prompts of the adapter's probe again and compare. The manifest must have a probe.
+    """Answer the prompts of the adapter's probe again and compare. It must have one.
 
     Raises ProbeMismatch with the prompt, both values and the likely cause.
     """
-    recorded = adapter.manifest.probe
+    recorded = adapter.probe
     assert recorded is not None
     tolerance = max(TOLERANCE[recorded.dtype], TOLERANCE[base.quantization.compute_dtype])
     quantization = base.quantization
     answers = _answers(base, adapter.path, [then.prompt for then in recorded.answers])
     for now, then in zip(answers, recorded.answers, strict=True):
         cause = likely_cause(
-            adapter.manifest,
+            adapter,
             fingerprint=base.ref.fingerprint,
             weights=quantization.weights,
             dtype=quantization.compute_dtype,
@@ -52,19 +52,19 @@ def recorded_on(manifest: Manifest) -> str:
 
 
 def likely_cause(
-    manifest: Manifest, *, fingerprint: str | None, weights: str, dtype: str, renders_alike: bool = True
+    adapter: Adapter, *, fingerprint: str | None, weights: str, dtype: str, renders_alike: bool = True
 ) -> str:
     """Name the difference between the recording and here: template, base, quantization or dtype.
 
     `weights` are the base's here (`Quantization.weights`), `dtype` is its compute dtype.
     """
-    assert manifest.probe is not None
-    base, probe = manifest.base, manifest.probe
+    base, probe = adapter.manifest.base, adapter.probe
+    assert probe is not None
     if not renders_alike:
         return "another chat template or tokenizer than it was packed with"
     if fingerprint is not None and fingerprint != base.fingerprint:
         return f"another base: packed on {base.id} {base.fingerprint[:20]}, this is {fingerprint[:20]}"
-    recorded = recorded_on(manifest)
+    recorded = recorded_on(adapter.manifest)
     if weights != recorded:
         return f"another quantization: recorded on {recorded} weights, these are {weights}"
     if dtype != probe.dtype:

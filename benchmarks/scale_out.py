@@ -127,7 +127,7 @@ def answers(base: Path, folder: Path) -> str:
             await engine.close()
 
     asyncio.run(serve())
-    return f"{len(adapter.manifest.probe.answers) if adapter.manifest.probe else 0} answers of PEFT's, replayed by ours"
+    return f"{len(adapter.probe.answers) if adapter.probe else 0} answers of PEFT's, replayed by ours"
 
 
 def main() -> None:

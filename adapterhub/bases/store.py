@@ -20,7 +20,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from adapterhub.adapter import BaseName, BaseRef, StoredBase
 from adapterhub.errors import AdapterNotFound, BaseNotFound, DigestMismatch, HubError, HubUnavailable, UnsafeFile
@@ -28,7 +28,7 @@ from adapterhub.files import expanded, new_folder, sha256_of, write_atomic
 from adapterhub.package.manifest import LICENSE_NAMES
 from adapterhub.package.safetensors_header import TensorInfo, read_header
 from adapterhub.paths import home
-from adapterhub.strict import Strict
+from adapterhub.strict import Strict, parse_json
 
 Source = Literal["auto", "hub", "pypi"]
 Report = Callable[[str], None]
@@ -216,8 +216,8 @@ def _open_record(folder: Path) -> StoredBase | None:
     if not record_path.is_file():
         return None
     try:
-        record = _Record.model_validate_json(record_path.read_bytes())
-    except ValidationError as error:
+        record = _Record.model_validate(parse_json(record_path.read_bytes()))
+    except ValueError as error:
         raise DigestMismatch(f"{record_path} is damaged: delete {folder} and pull the base again.") from error
     return StoredBase(folder, BaseRef(record.id, record.revision, record.fingerprint), record.license)
 

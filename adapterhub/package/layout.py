@@ -13,6 +13,7 @@ from pathlib import Path
 from adapterhub.adapter import Adapter
 from adapterhub.errors import (
     DigestMismatch,
+    InvalidManifest,
     InvalidTensors,
     MissingFile,
     PackageError,
@@ -28,7 +29,7 @@ from adapterhub.package.lora_config import (
     lora_tensors,
     read_lora_config,
 )
-from adapterhub.package.manifest import MANIFEST_NAME, Manifest, read_manifest
+from adapterhub.package.manifest import MANIFEST_NAME, PROBE_NAME, Lora, Manifest, read_manifest, read_probe
 from adapterhub.package.run_record import LOG_NAME, RECIPE_NAME, REPORT_HEAD, REPORT_NAME
 from adapterhub.package.safetensors_header import read_header
 
@@ -41,7 +42,7 @@ _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
-UNLISTED = (MANIFEST_NAME, CARD_NAME, SIGNATURE_NAME, ".gitattributes")
+UNLISTED = (MANIFEST_NAME, CARD_NAME, SIGNATURE_NAME, PROBE_NAME, ".gitattributes")
 """Files that the digest leaves out: they may change, and the adapter stays the same."""
 ALLOWED = frozenset((*REQUIRED, *_TOKENIZER, RECIPE_NAME, LOG_NAME, REPORT_NAME, *UNLISTED))
 
@@ -69,8 +70,25 @@ def open_adapter(folder: Path | str) -> Adapter:
     for name in REQUIRED:
         if name not in manifest.files:
             raise MissingFile(f"{folder / MANIFEST_NAME} does not list {name}: pack the adapter again.")
-    read_lora(folder)
+    _check_agrees(folder, manifest, read_lora(folder)[0].described())
+    read_probe(folder)
     return Adapter(folder, manifest)
+
+
+def _check_agrees(folder: Path, manifest: Manifest, lora: Lora) -> None:
+    """Check what the manifest repeats of the files: lists and servers show it, the engine reads the files."""
+    # 0.1.0 described heads otherwise, in `method` and `targets`.
+    told = set(Lora.model_fields) if manifest.format > 1 else {"rank", "alpha", "scaling"}
+    stated, found = (one.model_dump(include=told) for one in (manifest.lora, lora))
+    facts = [(f"lora.{key}", stated[key], found[key], CONFIG_NAME) for key in stated]
+    template = manifest.files[TEMPLATE_NAME].sha256
+    facts.append(("chat.template_sha256", manifest.chat.template_sha256, template, TEMPLATE_NAME))
+    for key, here, there, name in facts:
+        if here != there:
+            raise InvalidManifest(
+                f"{folder / MANIFEST_NAME} states {key} {str(here)[:80]}, {name} has {str(there)[:80]}: expected the "
+                "same. Fetch it again, or pack it again."
+            )
 
 
 def check_names(names: Iterable[str]) -> None:

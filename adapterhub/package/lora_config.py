@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from adapterhub.errors import AdapterUnsupported, InvalidTensors, MissingFile
 from adapterhub.package.manifest import Lora
 from adapterhub.package.safetensors_header import TensorInfo
+from adapterhub.strict import parse_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -20,6 +20,7 @@ NO_LAYERS = "dummy-target-modules"
 
 _MAX_CONFIG_BYTES = 10_000_000
 _MAX_PATTERN = 1000
+_MAX_RANK = 1 << 31
 _MAX_MODULE = 200
 """Maximum length of a module's dotted name, in characters: the time to match a pattern grows with it."""
 
@@ -125,7 +126,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes are too many")
-        raw = json.loads(path.read_bytes())
+        raw = parse_json(path.read_bytes())
         faults = [f"{key}={raw[key]!r}" for key, inert in _INERT.items() if key in raw and raw[key] not in inert]
         if faults:
             raise AdapterUnsupported(
@@ -135,17 +136,17 @@ def read_lora_config(folder: Path) -> LoraConfig:
         targets = raw["target_modules"]
         return LoraConfig(
             rank=_positive(raw["r"]),
-            alpha=float(raw["lora_alpha"]),
+            alpha=_number(raw["lora_alpha"]),
             use_rslora=bool(raw.get("use_rslora")),
             use_dora=bool(raw.get("use_dora")),
-            targets=(_pattern(targets, repeated=3),) if isinstance(targets, str) else tuple(sorted(targets)),
+            targets=(_pattern(targets, repeated=3),) if isinstance(targets, str) else _names(targets),
             rank_pattern={_pattern(key): _positive(r) for key, r in (raw.get("rank_pattern") or {}).items()},
-            alpha_pattern={_pattern(key): float(a) for key, a in (raw.get("alpha_pattern") or {}).items()},
-            saved_modules=tuple(sorted(raw.get("modules_to_save") or ())),
+            alpha_pattern={_pattern(key): _number(a) for key, a in (raw.get("alpha_pattern") or {}).items()},
+            saved_modules=_names(raw.get("modules_to_save") or ()),
             is_pattern=isinstance(targets, str),
             is_everywhere=not raw.get("layers_to_transform") and not raw.get("exclude_modules"),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise AdapterUnsupported(
             f"{path} cannot be read as a LoRA config ({error!r}): it needs peft_type, r, lora_alpha and "
             "target_modules as PEFT writes them."
@@ -153,9 +154,21 @@ def read_lora_config(folder: Path) -> LoraConfig:
 
 
 def _positive(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"rank {value!r} is not a positive whole number")
+    if type(value) is not int or not 1 <= value <= _MAX_RANK:
+        raise ValueError(f"rank {value!r} is not a whole number from 1 to {_MAX_RANK}")
     return value
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"the modules {list(values)!r} are not names")
+    return tuple(sorted(values))
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"alpha {value!r} is not a number")
+    return float(value)
 
 
 def _pattern(text: str, *, repeated: int = 1) -> str:

@@ -6,21 +6,25 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from adapterhub.errors import InvalidManifest
-from adapterhub.strict import Strict
+from adapterhub.files import write_atomic
+from adapterhub.strict import Strict, parse_json
 
 FORMAT = 2
 """Written. Every format up to it is read."""
 LICENSE_NAMES = AliasChoices("license", "licence")
 """The second one is format 1's; records on disk that were written with it have it, too."""
 MANIFEST_NAME = "adapterhub.json"
+PROBE_NAME = "probe.json"
+"""File of a probe that was recorded by whoever adopted the adapter. It lies beside the manifest, outside the digest."""
 MAX_MANIFEST_BYTES = 10_000_000
 _Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 _Token = Annotated[int, Field(ge=0)]
+_Record = TypeVar("_Record", bound=Strict)
 
 
 class FileEntry(Strict):
@@ -161,21 +165,46 @@ class Manifest(Strict):
     training: Training | None = None
     evaluations: list[Evaluation] = Field(default_factory=list)
     probe: Probe | None = None
+    """The author's; None: not recorded, or by whoever adopted the adapter (PROBE_NAME)."""
     files: dict[str, FileEntry]
 
     @cached_property
     def digest(self) -> str:
-        """`sha256:` over the canonical JSON (sorted keys, no spaces, UTF-8) of `base` and `files`."""
-        part = {
-            "base": self.base.model_dump(mode="json"),
-            "files": {name: entry.model_dump(mode="json") for name, entry in self.files.items()},
-        }
-        canonical = json.dumps(part, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+        """`sha256:` over the canonical JSON of all that serving reads: `base`, `chat`, `files`, `lora`, `probe`.
+
+        Keys that have their default are left out, so a key that is added with a default leaves older digests as they
+        are. Format 1 covers `base` and `files` only.
+        """
+        if self.format == 1:
+            return _sha256_of_json({"base": _base_of_format_1(self.base), "files": _plain(self)["files"]})
+        plain = _plain(self)
+        return _sha256_of_json({key: plain[key] for key in ("base", "chat", "files", "lora", "probe") if key in plain})
 
     def to_json(self) -> str:
         """Return the text of adapterhub.json."""
         return self.model_dump_json(indent=1) + "\n"
+
+
+def probe_digest(probe: Probe) -> str:
+    """Return `sha256:` over the canonical JSON of a probe."""
+    return _sha256_of_json(_plain(probe))
+
+
+def _base_of_format_1(base: BaseEntry) -> dict[str, Any]:
+    """Return the keys that 0.1.0 wrote, with their defaults."""
+    weights = {"kind", "double_quant", "block_size", "compute_dtype"}
+    quantization = base.quantization and base.quantization.model_dump(include=weights)
+    return base.model_dump(include={"id", "revision", "fingerprint"}) | {"quantization": quantization}
+
+
+def _plain(record: Strict) -> dict[str, Any]:
+    return record.model_dump(mode="json", exclude_defaults=True)
+
+
+def _sha256_of_json(value: dict[str, Any]) -> str:
+    """Return `sha256:` over sorted keys, no spaces, UTF-8, and the shortest digits that read back as the number."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -186,27 +215,47 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST_NAME}, so it is not a complete adapter package: "
             f"run `adapterhub pack {folder} --base BASE` to make it one."
         )
+    return parse_manifest(_bytes_of(path), where=str(path))
+
+
+def read_probe(folder: Path) -> Probe | None:
+    """Parse `folder/probe.json`, the probe of whoever adopted the adapter; None without one. Raises InvalidManifest."""
+    path = folder / PROBE_NAME
+    return _parsed(Probe, _bytes_of(path), where=str(path)) if path.is_file() else None
+
+
+def write_probe(folder: Path, probe: Probe) -> None:
+    """Write `folder/probe.json`."""
+    write_atomic(folder / PROBE_NAME, probe.model_dump_json(indent=1) + "\n")
+
+
+def _bytes_of(path: Path) -> bytes:
     size = path.stat().st_size
     if size > MAX_MANIFEST_BYTES:
         raise InvalidManifest(f"{path} has {size:,} bytes: expected at most {MAX_MANIFEST_BYTES:,}. Pack it again.")
-    return parse_manifest(path.read_bytes(), where=str(path))
+    return path.read_bytes()
 
 
 def parse_manifest(data: bytes, *, where: str) -> Manifest:
     """Parse a manifest. Raises InvalidManifest, in which `where` names the source."""
+    return _parsed(Manifest, data, where=where)
+
+
+def _parsed(kind: type[_Record], data: bytes, *, where: str) -> _Record:
     try:
-        raw: Any = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        raw: Any = parse_json(data)
+    except ValueError as error:
         raise InvalidManifest(f"{where} is not JSON ({error}): pull or pack the adapter again.") from error
-    if isinstance(raw, dict) and raw.get("format") not in range(1, FORMAT + 1):
+    if kind is Manifest and isinstance(raw, dict) and raw.get("format") not in range(1, FORMAT + 1):
         raise InvalidManifest(
             f"{where} has format {raw.get('format')!r}: expected 1 to {FORMAT}. Upgrade adapterhub, or pack the "
             "adapter again."
         )
     try:
-        return Manifest.model_validate(raw)
+        # Strict: a number is a number. Read leniently, "NaN" as a string is one, too.
+        return kind.model_validate(raw, strict=True)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:10])
         raise InvalidManifest(
-            f"{where} is not a valid manifest: {faults}. Upgrade adapterhub, or pack the adapter again."
+            f"{where} is not a valid {kind.__name__.lower()}: {faults}. Upgrade adapterhub, or pack the adapter again."
         ) from error

@@ -7,7 +7,6 @@ The trainer writes the log line by line; packing reads it. Each line is one JSON
 
 from __future__ import annotations
 
-import json
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from adapterhub.adapter import BaseRef
 from adapterhub.errors import InvalidManifest
 from adapterhub.package.manifest import Evaluation, Quantization, Training
-from adapterhub.strict import Strict
+from adapterhub.strict import Strict, parse_json
 
 LOG_NAME = "train_log.jsonl"
 RECIPE_NAME = "recipe.toml"
@@ -123,10 +122,10 @@ def read_run_events(path: Path, *, is_whole: bool = True) -> list[RunEvent]:
     """
     try:
         # Not splitlines: texts in it may hold line ends that are none of JSONL's.
-        *lines, rest = path.read_text(encoding="utf-8").split("\n")
+        *lines, rest = path.read_bytes().split(b"\n")
         if rest and is_whole:
             lines.append(rest)
-        return [_EVENT.validate_python(json.loads(line)) for line in lines]
+        return [_EVENT.validate_python(parse_json(line)) for line in lines]
     except (ValueError, ValidationError) as error:
         raise InvalidManifest(f"{path} is not a training log ({error}): train again, or remove it.") from error
 

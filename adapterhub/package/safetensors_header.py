@@ -5,13 +5,13 @@ Format: 8 bytes little-endian header length, JSON header, data; https://github.c
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapterhub.errors import InvalidTensors
+from adapterhub.strict import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """Maximum size of a header, in bytes: the bound of the safetensors library itself."""
@@ -60,8 +60,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if length > min(MAX_HEADER_BYTES, file_size - 8):
             raise refuse(f"its header claims {length:,} bytes, the file has {file_size:,}")
         try:
-            header: Any = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
+            header: Any = parse_json(file.read(length))
+        except ValueError as error:
             raise refuse(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise refuse("its header is not a JSON object")

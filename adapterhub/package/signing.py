@@ -23,12 +23,13 @@ from adapterhub.adapter import Adapter
 from adapterhub.errors import SignatureInvalid, UsageError
 from adapterhub.files import sha256_of, write_atomic
 from adapterhub.package.layout import SIGNATURE_NAME, UNLISTED
-from adapterhub.package.manifest import MANIFEST_NAME
+from adapterhub.package.manifest import MANIFEST_NAME, PROBE_NAME
+from adapterhub.strict import parse_json
 
 PASSWORD_VARIABLE = "ADAPTERHUB_KEY_PASSWORD"  # noqa: S105 (the name of the variable)
 """Environment variable with the password of an encrypted private key; unset: keys are not encrypted."""
 
-_UNSIGNED = tuple(name for name in UNLISTED if name != MANIFEST_NAME)
+_UNSIGNED = tuple(name for name in UNLISTED if name not in (MANIFEST_NAME, PROBE_NAME))
 _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -132,15 +133,29 @@ def verify(adapter: Adapter, keys: Sequence[PublicKey]) -> PublicKey:
     else:
         known = ", ".join(str(key.path) for key in keys) or "no key"
         raise SignatureInvalid(f"{name} was signed with key {str(hint)[:16]}, trusted here: {known}; it is not used.")
-    signed = _signed_digests(path, payload)
-    found = _digests(adapter)
+    _check_covers(adapter, payload)
+    return key
+
+
+def check_covers(adapter: Adapter) -> None:
+    """Check, without a key, that a signature beside the package is of this package; none passes.
+
+    Raises SignatureInvalid for one of other files: no key could ever verify it.
+    """
+    path = adapter.path / SIGNATURE_NAME
+    if path.is_file():
+        _check_covers(adapter, _read_bundle(path)[0])
+
+
+def _check_covers(adapter: Adapter, payload: bytes) -> None:
+    signed, found = _signed_digests(adapter.path / SIGNATURE_NAME, payload), _digests(adapter)
     wrong = sorted(file for file in found if signed.get(file) != found[file])
     missing = sorted(set(signed) - set(found) - set(_UNSIGNED))
     if wrong or missing:
         raise SignatureInvalid(
-            f"{name}: {', '.join(wrong + missing)} is not what was signed: fetch it again, or sign it again."
+            f"{adapter.manifest.name}: {', '.join(wrong + missing)} is not what was signed: fetch it again, or sign it "
+            f"again, or remove {SIGNATURE_NAME}."
         )
-    return key
 
 
 def signer_hint(adapter: Adapter) -> str | None:
@@ -155,7 +170,8 @@ def signer_hint(adapter: Adapter) -> str | None:
 def _digests(adapter: Adapter) -> dict[str, str]:
     """Return the sha256 of each file that is signed, sorted by name."""
     listed = {name: entry.sha256 for name, entry in adapter.manifest.files.items() if name not in _UNSIGNED}
-    return dict(sorted((listed | {MANIFEST_NAME: sha256_of(adapter.path / MANIFEST_NAME)}).items()))
+    beside = [adapter.path / name for name in (MANIFEST_NAME, PROBE_NAME) if (adapter.path / name).is_file()]
+    return dict(sorted((listed | {path.name: sha256_of(path) for path in beside}).items()))
 
 
 def _root(digests: Sequence[str]) -> str:
@@ -189,7 +205,7 @@ def _read_bundle(path: Path) -> tuple[bytes, bytes, str | None]:
     try:
         if path.stat().st_size > _MAX_SIGNATURE_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes are too many")
-        bundle: Any = json.loads(path.read_bytes())
+        bundle: Any = parse_json(path.read_bytes())
         envelope = bundle["dsseEnvelope"]
         kinds = (bundle["mediaType"], envelope["payloadType"])
         if kinds != (_MEDIA_TYPE, _PAYLOAD_TYPE):
@@ -201,7 +217,7 @@ def _read_bundle(path: Path) -> tuple[bytes, bytes, str | None]:
             base64.b64decode(signature["sig"], validate=True),
             None if hint is None else str(hint),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SignatureInvalid(
             f"{path} is not a signature that adapterhub reads ({error!r}): sign the adapter again."
         ) from error
@@ -217,7 +233,7 @@ def _is_signed(payload: bytes, signature: bytes, key: PublicKey) -> bool:
 
 def _signed_digests(path: Path, payload: bytes) -> dict[str, str]:
     try:
-        statement: Any = json.loads(payload)
+        statement: Any = parse_json(payload)
         predicate = statement["predicate"]
         serialized = predicate["serialization"]
         kinds = (statement["_type"], statement["predicateType"], serialized["method"], serialized["hash_type"])
@@ -231,6 +247,6 @@ def _signed_digests(path: Path, payload: bytes) -> dict[str, str]:
             raise ValueError("it lists a file twice, or by another digest than sha256")
         if subject["digest"]["sha256"] != _root([digest for _, digest, _ in resources]):
             raise ValueError("its own digest is not that of the files it lists")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise SignatureInvalid(f"{path} has no statement that adapterhub checks ({error!r}): sign it again.") from error
     return {name: digest for name, digest, _ in resources}

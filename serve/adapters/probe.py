@@ -61,13 +61,11 @@ async def replay(engine: Engine, adapter: Adapter) -> None:
     First tokens' log-probabilities and all tokens up to the first near-tie must be the recorded ones within the wider
     tolerance of the two dtypes (adapterhub.probe). Raises ProbeMismatch.
     """
-    recorded = adapter.manifest.probe
+    recorded = adapter.probe
     if recorded is None:
         return
     answers = await _answers(engine, adapter, recorded)
-    cause = likely_cause(
-        adapter.manifest, fingerprint=None, weights=engine.precision.weights, dtype=engine.precision.dtype
-    )
+    cause = likely_cause(adapter, fingerprint=None, weights=engine.precision.weights, dtype=engine.precision.dtype)
     for now, then in zip(answers, recorded.answers, strict=True):
         _compare(adapter, now, then, tolerance=_tolerance(engine, recorded), cause=cause)
 

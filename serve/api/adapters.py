@@ -213,8 +213,8 @@ def _described(adapter: Adapter) -> dict[str, Any]:
         "license": manifest.license,
         "licence": manifest.license,  # the old name, for one version
         "evaluations": [evaluation.model_dump(mode="json") for evaluation in manifest.evaluations],
-        "has_probe": manifest.probe is not None,
-        "has_proof": manifest.probe is not None,  # the old name, for one version
+        "has_probe": adapter.probe is not None,
+        "has_proof": adapter.probe is not None,  # the old name, for one version
         "bytes": sum(entry.size for entry in manifest.files.values()),
     }
 

@@ -188,7 +188,7 @@ def test_the_end_token_of_its_own_tokenizer_travels(peft_folder: Path, tiny_base
 
 
 def test_the_probe_passes_on_its_base(packed: Adapter, tiny_base: StoredBase) -> None:
-    recorded = packed.manifest.probe
+    recorded = packed.probe
     assert recorded is not None
     replay(load_base(tiny_base, purpose="serve", dtype=recorded.dtype), packed)
 
@@ -196,7 +196,7 @@ def test_the_probe_passes_on_its_base(packed: Adapter, tiny_base: StoredBase) ->
 def test_a_probe_that_fails_on_another_base_names_it(packed: Adapter, smollm2: StoredBase, tmp_path: Path) -> None:
     other = _base(tmp_path, smollm2, layers=2, seed=7)
     with pytest.raises(ProbeMismatch, match=r"likely cause: another base: packed on tests/tiny-llama"):
-        replay(load_base(other, purpose="serve", dtype=packed.manifest.probe.dtype), packed)  # type: ignore[union-attr]
+        replay(load_base(other, purpose="serve", dtype=packed.probe.dtype), packed)  # type: ignore[union-attr]
 
 
 def test_a_probe_that_fails_by_template_names_it(packed: Adapter, tiny_base: StoredBase, tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_a_probe_recorded_on_unquantized_weights_names_the_quantization(packed: 
 
 
 def test_the_dtype_is_named_when_all_else_is_as_recorded(packed: Adapter) -> None:
-    cause = likely_cause(packed.manifest, fingerprint=None, weights="nf4", dtype="float16")
-    assert cause == f"another dtype: recorded in {packed.manifest.probe.dtype}, computed in float16"  # type: ignore[union-attr]
+    cause = likely_cause(packed, fingerprint=None, weights="nf4", dtype="float16")
+    assert cause == f"another dtype: recorded in {packed.probe.dtype}, computed in float16"  # type: ignore[union-attr]
 
 
 def test_a_full_weight_that_is_no_matrix_is_reported_with_its_shape() -> None:

@@ -198,8 +198,8 @@ def test_packing_a_peft_folder_fills_in_what_is_missing(
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tests/tiny-llama"
     assert adapter.manifest.base.fingerprint == tiny_base.ref.fingerprint
-    assert adapter.manifest.probe is not None
-    assert len(adapter.manifest.probe.answers) == 3
+    assert adapter.probe is not None
+    assert len(adapter.probe.answers) == 3
     assert any("chat_template.jinja filled in" in line for line in said)
     assert "base_model: tests/tiny-llama" in (folder / "README.md").read_text()
     assert pack(folder, base=tiny_base, name="adopted").digest == adapter.digest

@@ -264,18 +264,17 @@ def test_the_verbs(home: Path, tmp_path: Path) -> None:
 def test_the_same_content_from_someone_else_replaces_neither_signature_nor_manifest(
     registry: Registry, signed: Adapter, tmp_path: Path
 ) -> None:
-    """The digest covers base and files: what else the manifest says is the signature's to vouch for."""
+    """The digest covers what serving reads: what else the manifest says is the signature's to vouch for."""
     registry.add(signed, name="acme/captain")
     folder = write_package(tmp_path / "evil", name="captain")
     manifest = json.loads((folder / "adapterhub.json").read_text())
-    manifest["chat"]["stop"] = ["the"]
+    manifest["license"] = "WTFPL"
     (folder / "adapterhub.json").write_text(json.dumps(manifest))
-    (folder / "adapter.sig").write_text("junk")
     other = open_adapter(folder)
     assert other.digest == signed.digest
     registry.add(other, name="evil/captain")
     kept = registry.resolve(_ref("acme/captain"))
-    assert kept.manifest.chat.stop == []
+    assert kept.manifest.license == "apache-2.0"
     assert verify(kept, [PublicKey.read(registry.root / "ada.pub")])
 
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from adapterhub.adapter import Adapter, BaseRef, StoredBase
 from adapterhub.bases.loading import load_base
 from adapterhub.errors import InvalidManifest, ProbeMismatch, RequestTooLong
+from adapterhub.package.layout import open_adapter
 from adapterhub.package.manifest import MANIFEST_NAME, Probe, parse_manifest
 from adapterhub.packer import pack
 from adapterhub.probe import replay as verify
@@ -61,7 +62,7 @@ def test_on_another_base_it_does_not(packed: Adapter, smollm2: StoredBase, tmp_p
 
 
 def test_other_tokens_than_recorded_are_a_mismatch(tiny_base: StoredBase, packed: Adapter) -> None:
-    probe = packed.manifest.probe
+    probe = packed.probe
     assert probe is not None
     first = probe.answers[0]
     changed = first.model_copy(update={"tokens": [first.tokens[0] + 1, *first.tokens[1:]], "gaps": [9.0] * 12})
@@ -70,7 +71,7 @@ def test_other_tokens_than_recorded_are_a_mismatch(tiny_base: StoredBase, packed
 
 
 def test_other_leads_than_recorded_are_a_mismatch(tiny_base: StoredBase, packed: Adapter) -> None:
-    probe = packed.manifest.probe
+    probe = packed.probe
     assert probe is not None
     first = probe.answers[0]
     logits = [first.top_logits[0], *(logit - 5 for logit in first.top_logits[1:])]
@@ -79,25 +80,30 @@ def test_other_leads_than_recorded_are_a_mismatch(tiny_base: StoredBase, packed:
         _replayed(tiny_base, _with_probe(packed, probe.model_copy(update={"answers": [changed]})))
 
 
-def test_an_adapter_without_a_probe_has_nothing_to_replay(tiny_base: StoredBase, packed: Adapter) -> None:
-    _replayed(tiny_base, _with_probe(packed, None))
+def test_an_adapter_without_a_probe_has_nothing_to_replay(
+    tiny_base: StoredBase, packed: Adapter, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(packed.path, tmp_path / "bare", ignore=shutil.ignore_patterns("probe.json"))
+    bare = open_adapter(folder)
+    assert bare.probe is None
+    _replayed(tiny_base, bare)
 
 
 def test_a_prompt_recorded_twice_is_asked_twice(tiny_base: StoredBase, packed: Adapter) -> None:
-    probe = packed.manifest.probe
+    probe = packed.probe
     assert probe is not None
     _replayed(tiny_base, _with_probe(packed, probe.model_copy(update={"answers": [probe.answers[0]] * 2})))
 
 
 def test_a_probe_of_other_prompts_than_ours_is_replayed_as_recorded(tiny_base: StoredBase, packed: Adapter) -> None:
-    probe = packed.manifest.probe
+    probe = packed.probe
     assert probe is not None
     base = load_base(tiny_base, purpose="serve", dtype="float32")
     verify(base, _with_probe(packed, probe.model_copy(update={"answers": probe.answers[1:2]})))
 
 
 def test_an_answer_that_fails_leaves_no_other_running(tiny_base: StoredBase, packed: Adapter) -> None:
-    probe = packed.manifest.probe
+    probe = packed.probe
     assert probe is not None
     long, short = sorted(probe.answers, key=lambda answer: -len(answer.prompt_tokens))[::2]
     most = len(short.prompt_tokens) + len(short.tokens)

@@ -15,7 +15,7 @@ from vllm_fixtures import VLLM, Served, model_of, serving
 
 from adapterhub.adapter import StoredBase
 from adapterhub.bases.loading import load_base
-from adapterhub.package.manifest import MANIFEST_NAME
+from adapterhub.package.manifest import write_probe
 from adapterhub.packer import pack
 
 pytestmark = VLLM
@@ -117,13 +117,12 @@ def test_a_probe_that_vllm_does_not_reproduce_is_refused(served: Served, tmp_pat
     """On NF4 a difference is a fault; on other weights it is a note."""
     liar = tmp_path / "liar"
     make_peft_adapter(liar, served.base, rank=8, seed=9)
-    manifest = pack(liar, base=served.base, name="liar").manifest
-    assert manifest.probe is not None
-    first = manifest.probe.answers[0]
+    probe = pack(liar, base=served.base, name="liar").probe
+    assert probe is not None
+    first = probe.answers[0]
     logits = [first.top_logits[0], *(logit - 5 for logit in first.top_logits[1:])]
-    answers = [first.model_copy(update={"top_logits": logits}), *manifest.probe.answers[1:]]
-    probe = manifest.probe.model_copy(update={"answers": answers})
-    (liar / MANIFEST_NAME).write_text(manifest.model_copy(update={"probe": probe}).to_json())
+    answers = [first.model_copy(update={"top_logits": logits}), *probe.answers[1:]]
+    write_probe(liar, probe.model_copy(update={"answers": answers}))
     served.add(liar, "liar")
     answer = served.load("liar", "liar")
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "adapter_probe_mismatch")
