@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from adapterhub.errors import InvalidManifest
 from adapterhub.files import write_atomic
-from adapterhub.strict import Strict
+from adapterhub.strict import Strict, parse_json
 
 LOCK_NAME = "adapterhub.lock"
 
@@ -33,8 +33,8 @@ class Lock(Strict):
 def read_lock(path: Path) -> Lock:
     """Read a lock file. Raises InvalidManifest for any other file."""
     try:
-        return Lock.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return Lock.model_validate(parse_json(path.read_bytes()))
+    except (OSError, ValueError) as error:
         faults = "; ".join(str(error).splitlines()[:4])
         raise InvalidManifest(f"{path} is not a lock file: {faults}. Write one with 'adapterhub lock'.") from error
 

@@ -1,7 +1,7 @@
 """The targets of names and their history: one append-only log of moves per name. A revision's last move counts.
 
-Each line is a JSON object that ends in a line feed. A line without one was left by a killed writer: it is no move, and
-the next writer cuts it off. All writers share one lock.
+Each line is a JSON object that ends in a line feed. A last line without one, or with a NUL byte, was left by a killed
+writer or a power cut: it is no move, and the next writer cuts it off. All writers share one lock.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Literal
 from urllib.parse import quote, unquote
 
 from filelock import FileLock
-from pydantic import AwareDatetime, Field, ValidationError
+from pydantic import AwareDatetime, Field
 
 from adapterhub.errors import InvalidManifest
-from adapterhub.files import raise_storage_full
+from adapterhub.files import make_folder, raise_storage_full, sync
 from adapterhub.package.manifest import LICENSE_NAMES, Manifest
-from adapterhub.strict import Strict
+from adapterhub.strict import Strict, parse_json
 
 _SUFFIX = ".jsonl"
 
@@ -104,12 +104,14 @@ class Name:
                 referenced |= {move.before, move.after}
         return {digest for digest in referenced if digest is not None}
 
-    def find(self, text: str) -> Move | None:
-        """Return the newest move to a digest that begins with `text`, or to a package fetched at commit `text`."""
-        for move in reversed(self.moves):
-            if move.after is not None and (move.after.startswith(text) or move.origin.endswith(f" {text}")):
-                return move
-        return None
+    def find(self, text: str) -> list[str]:
+        """Return the digests that begin with `text`, or of packages fetched at commit `text`; newest first."""
+        found = [
+            move.after
+            for move in reversed(self.moves)
+            if move.after is not None and (move.after.startswith(text) or move.origin.endswith(f" {text}"))
+        ]
+        return list(dict.fromkeys(found))
 
 
 def default_actor() -> str:
@@ -154,7 +156,7 @@ class NameLog:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from appending while the block runs."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with FileLock(self.folder / ".lock"):
             yield
 
@@ -166,13 +168,16 @@ class NameLog:
         path = self._path(name)
         lines = "".join(move.model_dump_json(by_alias=True) + "\n" for move in moves).encode()
         # Unbuffered: a buffer would write the rest of a line when the file is closed, after it was truncated.
+        is_new = not path.exists()
         with raise_storage_full(path), path.open("ab", buffering=0) as file:
-            whole = _whole_bytes(path)
+            whole = len(_whole_lines(path))
             file.truncate(whole)
             try:
                 while lines:
                     lines = lines[file.write(lines) :]
                 os.fsync(file.fileno())
+                if is_new:
+                    sync(self.folder)
             except OSError:
                 file.truncate(whole)
                 raise
@@ -181,18 +186,23 @@ class NameLog:
         return self.folder / f"{quote(name, safe='')}{_SUFFIX}"
 
 
-def _whole_bytes(path: Path) -> int:
-    """Return the length up to and including the last line feed."""
-    return path.read_bytes().rfind(b"\n") + 1
+def _whole_lines(path: Path) -> bytes:
+    """Return the bytes up to and including the last line feed, without a last line that has NUL bytes.
+
+    A file system may have made a file longer and not written it yet when the power fails; then it has NUL bytes there.
+    """
+    data = path.read_bytes()
+    data = data[: data.rfind(b"\n") + 1]
+    last = data.rfind(b"\n", 0, -1) + 1
+    return data[:last] if b"\0" in data[last:] else data
 
 
 def _read(path: Path, name: str) -> Name:
-    lines = path.read_bytes().split(b"\n")[:-1]
     moves = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_whole_lines(path).split(b"\n")[:-1], 1):
         try:
-            moves.append(Move.model_validate_json(line))
-        except ValidationError as error:
+            moves.append(Move.model_validate(parse_json(line)))
+        except ValueError as error:
             raise InvalidManifest(
                 f"{path}:{number} is damaged: expected a move as JSON. Restore the file, or delete it and pull or add "
                 f"{name} again."

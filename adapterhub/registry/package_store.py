@@ -3,13 +3,13 @@
     objects/<sha256>       a file, read-only
     adapters/<digest>/     a package: hard links to objects
 
-A package is removed only by `gc`, when no name points to it and no process has a lease on it. Names are not known here.
+A package is on disk before `keep` returns, and what is read is compared with the digest that was asked for. A package
+is removed only by `gc`, when no name points to it and no process has a lease on it. Names are not known here.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +21,20 @@ from filelock import FileLock
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import AdapterNotFound, Conflict, DigestMismatch, PackageError
-from adapterhub.files import copy_and_hash, hold, is_held, new_folder, raise_storage_full, sha256_of, write_atomic
+from adapterhub.files import (
+    copy_and_hash,
+    hold,
+    is_held,
+    make_folder,
+    new_folder,
+    raise_storage_full,
+    sha256_of,
+    sync,
+    temporary_beside,
+    write_atomic,
+)
 from adapterhub.package.layout import SIGNATURE_NAME, files_of, open_adapter
-from adapterhub.package.manifest import MANIFEST_NAME, read_manifest
+from adapterhub.package.manifest import MANIFEST_NAME, PROBE_NAME, read_manifest
 
 _ABANDONED_S = 60.0
 """Age from which a temporary file that no process holds counts as left by a process that died, in seconds."""
@@ -63,33 +74,47 @@ class PackageStore:
         """Return a stored package, verified. Raises AdapterNotFound, PackageError kinds for a damaged package."""
         if not self.has(digest):
             raise AdapterNotFound(f"{digest} is not in {self.root}. Pull it, or add its folder.")
-        return open_adapter(self.folder(digest))
+        adapter = open_adapter(self.folder(digest))
+        if adapter.digest != digest:
+            raise DigestMismatch(
+                f"{adapter.path} holds {adapter.digest}: expected the package of its name. Add or pull {digest} again."
+            )
+        return adapter
+
+    def damaged_objects(self) -> list[Path]:
+        """Return the files that no package links to and whose bytes are not those that their name states."""
+        linked = {entry.inode() for digest in self.digests() for entry in os.scandir(self.folder(digest))}
+        alone = [path for path in sorted(self._objects.glob("[0-9a-f]*")) if path.stat().st_ino not in linked]
+        return [path for path in alone if sha256_of(path) != path.name]
 
     @contextmanager
     def keep(self, adapter: Adapter, *, is_scratch: bool = False) -> Iterator[Adapter]:
         """Store a verified package and lease it while the block runs, for example until a name points to it.
 
         A package that is stored already is verified, and replaced if it is damaged. The files of a scratch folder on
-        the same disk are linked, not copied.
+        the same disk are linked, not copied; they are on disk (`new_folder`).
 
         Raises:
             DigestMismatch: a file changed since it was verified.
-            Conflict: the signature is of another manifest than the stored one.
+            Conflict: the same digest is stored with another behavior (format 1), or with another manifest than the
+                signature covers.
         """
         folder = self.folder(adapter.digest)
-        is_ours, is_trusted = False, True
+        is_ours = False
         with ExitStack() as leased:
             while True:
                 if not self._lease(folder, leased):
-                    self._make(adapter, folder, is_trusted=is_trusted, is_scratch=is_scratch)
+                    self._make(adapter, folder, is_scratch=is_scratch)
                     is_ours = True
-                elif is_ours or _is_sound(folder):
+                elif is_ours or self._is_sound(adapter.digest):
                     break
                 else:
-                    folder.rename(self._trash(folder))
-                    is_trusted = False
+                    with suppress(FileNotFoundError):  # another process did
+                        folder.rename(temporary_beside(folder))
             if not is_ours:
-                _take_signature(adapter.path, folder)
+                sync(self._packages)  # whoever made it may not have come to it yet
+                _check_same_behavior(adapter, folder)
+                _take_beside(adapter.path, folder)
             yield Adapter(folder, read_manifest(folder))
 
     @contextmanager
@@ -104,7 +129,7 @@ class PackageStore:
         """Delete unreferenced packages: those not `needed`, not leased and older than `grace_s` seconds.
 
         Then delete files that no package links to, and temporary files of processes that died. With `dry_run` nothing
-        is deleted.
+        is deleted. Several processes may collect at once; each reports what it deleted.
         """
         now_needed = needed()
         packages = [
@@ -114,17 +139,18 @@ class PackageStore:
         ]
         if dry_run:
             return Removed(tuple(packages), 0, sum(_size(self.folder(digest)) for digest in packages))
-        gone = [digest for digest in packages if self._retire(digest, needed, grace_s)]
+        gone = self._retire(packages, needed, grace_s)
         num_files = num_bytes = 0
         for path in self._leftovers():
             num_bytes += _size(path) if path.is_dir() else 0
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         for path in self._objects.glob("[0-9a-f]*"):
-            about = path.stat()
-            if about.st_nlink == 1 and time.time() - about.st_mtime >= grace_s:
-                path.unlink(missing_ok=True)
-                num_files += 1
-                num_bytes += about.st_size
+            with suppress(FileNotFoundError):  # another process deletes, too
+                about = path.stat()
+                if about.st_nlink == 1 and time.time() - about.st_mtime >= grace_s:
+                    path.unlink()
+                    num_files += 1
+                    num_bytes += about.st_size
         return Removed(tuple(gone), num_files, num_bytes)
 
     @property
@@ -149,62 +175,73 @@ class PackageStore:
             until.enter_context(hold(folder))
         return True
 
-    def _make(self, adapter: Adapter, folder: Path, *, is_trusted: bool, is_scratch: bool) -> None:
+    def _make(self, adapter: Adapter, folder: Path, *, is_scratch: bool) -> None:
         listed = adapter.manifest.files
-        with new_folder(folder) as temporary:
+        make_folder(self._objects)
+        with new_folder(folder, holds_synced=True) as temporary:
             for path in files_of(adapter.path):
                 digest = listed[path.name].sha256 if path.name in listed else sha256_of(path)
-                stored = self._objects / digest
-                if not is_trusted and stored.exists() and sha256_of(stored) != digest:
-                    stored.unlink(missing_ok=True)
-                self._place(path, stored, temporary / path.name, is_scratch=is_scratch)
+                self._place(path, self._objects / digest, temporary / path.name, is_scratch=is_scratch)
+            sync(self._objects)
 
     def _place(self, source: Path, stored: Path, target: Path, *, is_scratch: bool) -> None:
-        """Make `target` a link to `stored`, the copy of `source`'s content, which is made if it is missing."""
+        """Make `target` a link to `stored`, the copy of `source`'s content; make that if it is missing or damaged."""
         while True:
-            if not stored.exists():
-                self._store(source, stored, is_scratch=is_scratch)
-            with suppress(FileNotFoundError):  # garbage-collected between the two
+            with suppress(FileNotFoundError):  # garbage-collected meanwhile
+                if not stored.exists():
+                    self._store(source, stored, is_scratch=is_scratch)
+                elif sha256_of(stored) != stored.name:
+                    stored.unlink()  # packages that link to it keep it, and fail alone
+                    continue
                 _link(stored, target)
                 return
 
     def _store(self, source: Path, stored: Path, *, is_scratch: bool) -> None:
-        stored.parent.mkdir(parents=True, exist_ok=True)
+        """Make `stored`. Its content is on disk when this returns; its name is after `sync(self._objects)`."""
         if is_scratch:
             source.chmod(0o444)
             with suppress(OSError):  # no hard links here: copied as others are
                 os.link(source, stored)
             if stored.exists():
                 return
-        temporary = stored.with_name(f".{stored.name}.{secrets.token_hex(4)}.tmp")
+        temporary = temporary_beside(stored)
         temporary.touch()
         try:
             with hold(temporary), raise_storage_full(stored):
                 if copy_and_hash(source, temporary) != stored.name:
                     raise DigestMismatch(f"{source} changed while it was copied, and nothing was stored. Add it again.")
                 temporary.chmod(0o444)
+                sync(temporary)
                 temporary.replace(stored)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _may_go(self, folder: Path, grace_s: float) -> bool:
-        return time.time() - folder.stat().st_mtime >= grace_s and not is_held(folder)
-
-    def _retire(self, digest: str, needed: Callable[[], set[str]], grace_s: float) -> bool:
-        folder = self.folder(digest)
-        with self._locked():
-            if not folder.is_dir() or not self._may_go(folder, grace_s):
-                return False
-            # Asked after the lease: whoever moves a name to the package leases it until the move is written.
-            if digest in needed():
-                return False
-            trash = self._trash(folder)
-            folder.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+    def _is_sound(self, digest: str) -> bool:
+        try:
+            self.open(digest)
+        except PackageError:
+            return False
         return True
 
-    def _trash(self, folder: Path) -> Path:
-        return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    def _may_go(self, folder: Path, grace_s: float) -> bool:
+        try:
+            return time.time() - folder.stat().st_mtime >= grace_s and not is_held(folder)
+        except FileNotFoundError:  # another process deleted it
+            return False
+
+    def _retire(self, digests: list[str], needed: Callable[[], set[str]], grace_s: float) -> list[str]:
+        """Delete those of the packages that are still unused, and return their digests."""
+        with self._locked():
+            idle = [digest for digest in digests if self._may_go(self.folder(digest), grace_s)]
+            # Asked after the leases: whoever moves a name to a package leases it until the move is written.
+            still_needed = needed() if idle else set()
+            gone = [digest for digest in idle if digest not in still_needed]
+            trash = [self.folder(digest).rename(temporary_beside(self.folder(digest))) for digest in gone]
+        if trash:
+            sync(self._packages)  # else a power cut may bring a folder back without its files
+        for folder in trash:
+            shutil.rmtree(folder, ignore_errors=True)
+        return gone
 
     def _leftovers(self) -> list[Path]:
         temporary = [
@@ -218,33 +255,49 @@ class PackageStore:
         return found
 
 
-def _take_signature(source: Path, folder: Path) -> None:
-    """Add a signature to a stored package that has none. It never replaces a signature or the manifest.
+def _check_same_behavior(adapter: Adapter, folder: Path) -> None:
+    """Check that the stored package answers alike. The digest of format 1 does not cover all that serving reads."""
+    stored = read_manifest(folder)
+    for part in ("lora", "chat", "probe"):
+        if getattr(stored, part) != getattr(adapter.manifest, part):
+            raise Conflict(
+                f"{adapter.path} has another {part!r} than the package that is stored under {adapter.digest}: expected "
+                "the same. Format 1 gives both one digest; pack it again with this version, then add it."
+            )
 
-    The manifest has more than the digest covers, and who brings the same content again need not be who signed it.
+
+def _take_beside(source: Path, folder: Path) -> None:
+    """Add a signature, or an adopter's probe, to a stored package that has none. Nothing that is there is replaced.
+
+    Who brings the same content again need not be who signed it, and a signature covers more than the digest does.
     """
-    signature, stored = source / SIGNATURE_NAME, folder / SIGNATURE_NAME
-    if not signature.is_file() or stored.is_file():
+    if (folder / SIGNATURE_NAME).is_file():
         return
-    if (source / MANIFEST_NAME).read_bytes() != (folder / MANIFEST_NAME).read_bytes():
-        raise Conflict(
-            f"{source} is signed, but the same content is stored unsigned with another {MANIFEST_NAME}, which the "
-            "signature would not cover. Remove its names, run 'adapterhub gc --grace 0', then add the signed package."
-        )
-    write_atomic(stored, signature.read_bytes())
+    is_signed = (source / SIGNATURE_NAME).is_file()
+    for name in (MANIFEST_NAME, PROBE_NAME) if is_signed else ():
+        if (folder / name).is_file() and _bytes(source / name) != _bytes(folder / name):
+            raise Conflict(
+                f"{source} is signed, but the same content is stored unsigned with another {name}, which the signature "
+                "would not cover. Remove its names, run 'adapterhub gc --grace 0', then add the signed package."
+            )
+    for name in (PROBE_NAME, SIGNATURE_NAME):
+        brought = _bytes(source / name)
+        if brought is not None and not (folder / name).is_file():
+            write_atomic(folder / name, brought)
 
 
-def _is_sound(folder: Path) -> bool:
-    try:
-        open_adapter(folder)
-    except PackageError:
-        return False
-    return True
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _size(folder: Path) -> int:
-    """Return the size in bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Return the size of what is there, in bytes: another process may be deleting it."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.stat(os.path.join(parent, name)).st_size
+    return size
 
 
 def _link(stored: Path, target: Path) -> None:

@@ -2,7 +2,7 @@
 
     $ADAPTERHUB_HOME/objects/, adapters/     the packages (package_store)
     $ADAPTERHUB_HOME/names/<name>.jsonl      what a name's revisions point to, and every move (name_log)
-    $ADAPTERHUB_HOME/probes/<digest>.json    a probe that was replayed here and passed
+    $ADAPTERHUB_HOME/probes/<digest>.json    which probe of an adapter was replayed here and passed
     $ADAPTERHUB_HOME/training/               a server's runs; gc keeps what an unfinished one starts from
     $ADAPTERHUB_HOME/policy.toml             which names need a signature, and which aliases are protected (policy)
 
@@ -25,18 +25,27 @@ from pathlib import Path
 from typing import Literal
 
 from adapterhub.adapter import Adapter, AdapterRef
-from adapterhub.errors import AdapterNotFound, Conflict, DigestMismatch, UsageError
+from adapterhub.errors import (
+    AdapterHubError,
+    AdapterNotFound,
+    Conflict,
+    DigestMismatch,
+    InvalidManifest,
+    InvalidRef,
+    UsageError,
+)
 from adapterhub.files import expanded, hold, raise_storage_full, write_atomic
 from adapterhub.hub.client import Hub
 from adapterhub.package.bundle import opened_bundle
-from adapterhub.package.layout import open_adapter
-from adapterhub.package.manifest import Manifest, read_manifest
+from adapterhub.package.layout import SIGNATURE_NAME, open_adapter
+from adapterhub.package.manifest import Manifest, probe_digest, read_manifest
 from adapterhub.package.run_record import starts_of_unfinished
 from adapterhub.paths import home
 from adapterhub.registry.lock_file import Lock, Locked
 from adapterhub.registry.name_log import Act, Move, Name, NameLog, Summary, default_actor, now
 from adapterhub.registry.package_store import PackageStore, Removed
 from adapterhub.registry.policy import Policy
+from adapterhub.strict import parse_json
 
 DEFAULT_REVISION = "main"
 NOTHING = "nothing"
@@ -65,6 +74,17 @@ class Entry:
     def manifest(self) -> Manifest:
         """The manifest, read from the package's folder each time."""
         return read_manifest(self.folder)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something damaged or lost in the store."""
+
+    what: str
+    """A digest, a log of names, or a file that no package links to."""
+    why: str
+    names: tuple[str, ...]
+    """The names that it makes unusable, with their revisions."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +130,7 @@ class Registry:
         Raises:
             UsageError: `name` cannot be a name.
             Conflict: the revision does not point where `expect` says.
-            SignatureInvalid: the trust policy protects the name.
+            SignatureInvalid: the trust policy protects the name, or the signature is of another package.
             AliasProtected: the trust policy protects the revision.
         """
         called = name or adapter.manifest.name
@@ -147,13 +167,26 @@ class Registry:
         return kept
 
     def import_bundle(self, path: Path, *, name: str | None = None, by: str | None = None) -> Adapter:
-        """Keep the package of a bundle under its own name or `name`. Raises PackageError kinds, and as `add`."""
+        """Keep the package of a bundle under `name`, else under the name that it gives itself.
+
+        That name it only takes when it is free: a file from anywhere must not move a name that others use. Raises
+        Conflict for one that points to another adapter, PackageError kinds, and as `add`.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         with (
             tempfile.TemporaryDirectory(dir=self.root, prefix=".pull-") as scratch,
             hold(Path(scratch)),
             opened_bundle(path, Path(scratch)) as adapter,
         ):
+            if name is None:
+                known = self.log.read(adapter.manifest.name)
+                target = known.target(DEFAULT_REVISION) if known else None
+                if target not in (None, adapter.digest):
+                    raise Conflict(
+                        f"{path} calls itself {adapter.manifest.name}, which points to {target}: expected a free name. "
+                        "Give --name NAME: another one, or this one to move it."
+                    )
+                return self.add(adapter, origin="bundle", act="import", expect=target or NOTHING, by=by)
             return self.add(adapter, name=name, origin="bundle", act="import", by=by)
 
     def lock(self, wanted: Mapping[str, AdapterRef]) -> Lock:
@@ -227,6 +260,32 @@ class Registry:
         if self.hub is not None and "/" in str(ref.name) and not str(ref.revision).startswith("sha256:"):
             return self.pull(ref, self.hub)
         raise AdapterNotFound(self._where_we_looked(ref, known))
+
+    def verify_all(self) -> Iterator[Finding]:
+        """Check every package, name and file of the store. Yield what is damaged or lost; the rest is sound."""
+        names: dict[str, list[str]] = {}
+        for called in self.log.names():
+            try:
+                known = self.log.read(called)
+            except InvalidManifest as error:
+                yield Finding(f"names of {called}", str(error), (called,))
+                continue
+            if known is None:
+                continue
+            for revision, move in known.revisions().items():
+                names.setdefault(str(move.after), []).append(f"{called}@{revision}")
+                if (earlier := known.before(revision)) is not None:
+                    names.setdefault(earlier, []).append(f"{called}@{revision} (rollback)")
+        there = self.store.digests()
+        for digest in there:
+            try:
+                self.store.open(digest)
+            except (AdapterHubError, OSError) as error:
+                yield Finding(digest, str(error), tuple(names.get(digest, ())))
+        for digest in sorted(names.keys() - set(there)):
+            yield Finding(digest, "it is not in the store: pull or add it again", tuple(names[digest]))
+        for path in self.store.damaged_objects():
+            yield Finding(path.name, f"{path} has other bytes than its name states: 'adapterhub gc' deletes it", ())
 
     def list(self) -> list[Entry]:
         """Return every name and revision, sorted. Opens no package."""
@@ -308,12 +367,19 @@ class Registry:
 
     def record_probe(self, adapter: Adapter, *, by: str | None = None) -> None:
         """Record that the adapter's probe was replayed on this machine and passed."""
-        record = {"at": now().isoformat(), "by": by or default_actor(), "digest": adapter.digest}
-        write_atomic(self._probe_records(adapter)[0], json.dumps(record, indent=1) + "\n")
+        about = {"digest": adapter.digest, "probe": _probe_digest(adapter)}
+        record = {"at": now().isoformat(), "by": by or default_actor(), **about}
+        write_atomic(self._probe_record(adapter), json.dumps(record, indent=1) + "\n")
 
     def probe_passed(self, adapter: Adapter) -> bool:
-        """Return whether the adapter's probe was replayed on this machine and passed."""
-        return any(path.is_file() for path in self._probe_records(adapter))
+        """Return whether the adapter's probe, this one and no other, was replayed on this machine and passed."""
+        path = self._probe_record(adapter)
+        if not path.is_file():
+            return False
+        try:
+            return bool(parse_json(path.read_bytes())["probe"] == _probe_digest(adapter))
+        except (ValueError, KeyError, TypeError):  # of an earlier version, which did not record the probe
+            return False
 
     def lease(self, adapter: Adapter) -> AbstractContextManager[None]:
         """Keep the package from garbage collection while the block runs. Folders outside the store need no lease."""
@@ -336,10 +402,8 @@ class Registry:
 
         return self.store.gc(needed, grace_s=grace_s, dry_run=dry_run)
 
-    def _probe_records(self, adapter: Adapter) -> tuple[Path, Path]:
-        """Return the record's path, and its path in stores that an earlier version wrote."""
-        name = f"{adapter.digest.removeprefix('sha256:')}.json"
-        return self.root / "probes" / name, self.root / "proofs" / name
+    def _probe_record(self, adapter: Adapter) -> Path:
+        return self.root / "probes" / f"{adapter.digest.removeprefix('sha256:')}.json"
 
     def check_move(self, adapter: Adapter, name: str, revision: str = DEFAULT_REVISION, *, act: Act = "add") -> None:
         """Check that the trust policy lets `act` point `name@revision` to `adapter`. Raises as `add` does."""
@@ -348,6 +412,10 @@ class Registry:
 
     def _check_new(self, adapter: Adapter, name: str, revision: str, act: Act) -> None:
         """Refuse an adapter before it is stored. One that is stored may have its signature there: `_move` checks it."""
+        if (adapter.path / SIGNATURE_NAME).is_file():
+            from adapterhub.package.signing import check_covers
+
+            check_covers(adapter)
         if not self.store.has(adapter.digest):
             self.check_move(adapter, name, revision, act=act)
 
@@ -407,12 +475,23 @@ def _parsed(ref: AdapterRef | str) -> AdapterRef:
 
 
 def _lookup(known: Name, revision: str) -> str | None:
-    """Return the digest of a revision; else of a package fetched at that commit, or whose digest begins so."""
+    """Return the digest of a revision; else of a package fetched at that commit, or whose digest begins so.
+
+    Raises InvalidRef for a beginning that several digests have.
+    """
     digest = known.target(revision)
     if digest is None and (revision.startswith("sha256:") or _is_commit(revision)):
-        move = known.find(revision)
-        digest = move.after if move else None
+        found = known.find(revision)
+        if len(found) > 1:
+            raise InvalidRef(
+                f"{known.name}@{revision} is ambiguous: {', '.join(found)} begin so. Give more digits of the digest."
+            )
+        digest = found[0] if found else None
     return digest
+
+
+def _probe_digest(adapter: Adapter) -> str | None:
+    return None if adapter.probe is None else probe_digest(adapter.probe)
 
 
 def _was_fetched(known: Name | None, move: Move) -> bool:

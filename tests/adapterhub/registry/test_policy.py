@@ -186,12 +186,16 @@ def test_policy_behind_a_broken_link_lets_nothing_pass(shop: Shop) -> None:
         shop.registry.add(shop.packages[UNSIGNED], name=TRUSTED)
 
 
-def test_probe_that_an_earlier_version_recorded(shop: Shop) -> None:
+def test_probe_that_an_earlier_version_recorded_is_replayed_again(shop: Shop) -> None:
+    """Its record does not say which probe passed."""
     newest = shop.registry.open(AdapterRef.parse(TRUSTED))
-    record = shop.registry.root / "proofs" / f"{newest.digest.removeprefix('sha256:')}.json"
-    record.parent.mkdir()
+    record = shop.registry.root / "probes" / f"{newest.digest.removeprefix('sha256:')}.json"
+    record.parent.mkdir(exist_ok=True)
     record.write_text("{}")
-    assert shop.registry.promote(AdapterRef.parse(TRUSTED), "production").after == newest.digest
+    with pytest.raises(ProbeMismatch, match="has not passed here"):
+        shop.registry.promote(AdapterRef.parse(TRUSTED), "production")
+    replayed = shop.registry.promote(AdapterRef.parse(TRUSTED), "production", prove=lambda adapter: None)
+    assert replayed.after == newest.digest
 
 
 def test_policy_that_is_written_while_an_adapter_is_stored(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
