@@ -43,6 +43,14 @@ Exit codes: 0 done, 1 failed while running, 2 wrong usage, 3 not found, 4 verifi
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Return `text` on one line, with control characters, escape sequences and bidi overrides written as escapes.
+
+    For text that strangers wrote: names, paths and titles must not move the cursor, forge lines or turn text around.
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 class AdapterHubError(Exception):
     """Base of all errors raised on purpose. The message is one line: what happened, what to do next."""
 
@@ -52,8 +60,8 @@ class AdapterHubError(Exception):
     """The `code` of the OpenAI-shaped error body."""
 
     def __str__(self) -> str:
-        """Return the message as one printable line: file names in it may contain line feeds and escape sequences."""
-        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in super().__str__())
+        """Return the message as one printable line."""
+        return printable(super().__str__())
 
 
 class InvalidRef(AdapterHubError):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from adapterhub.errors import printable
+
 if TYPE_CHECKING:
     from adapterhub.adapter import Adapter, BaseRef, StoredBase
     from adapterhub.hub.client import Hub
@@ -131,8 +133,18 @@ AnyRef = Annotated[
 
 
 def say(line: str) -> None:
-    """Print a note for the user to stderr, apart from the data."""
-    typer.echo(line, err=True)
+    """Print a note for the user to stderr, apart from the data; what strangers wrote in it is escaped."""
+    typer.echo(printable(line), err=True)
+
+
+def show(line: object = "") -> None:
+    """Print a line of data to stdout; what strangers wrote in it is escaped."""
+    typer.echo(printable(str(line)))
+
+
+def show_json(value: Any, *, indent: int | None = 1) -> None:
+    """Print data as JSON in ASCII, in which every control character is escaped."""
+    typer.echo(json.dumps(value, indent=indent).replace("\x7f", "\\u007f"))
 
 
 @contextmanager
@@ -171,14 +183,15 @@ def resolved(ref: str, hub: Hub | None = None) -> Adapter:
 def table(rows: list[dict[str, Any]], as_json: bool, *, empty: str) -> None:
     """Print rows as aligned columns or as JSON; `empty` is the note when there are none."""
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        show_json(rows)
     elif not rows:
         say(empty)
     else:
-        widths = {key: max(len(key), *(len(str(row[key] or "-")) for row in rows)) for key in rows[0]}
-        typer.echo("  ".join(f"{key.upper():<{width}}" for key, width in widths.items()).rstrip())
-        for row in rows:
-            typer.echo("  ".join(f"{row[key] or '-'!s:<{width}}" for key, width in widths.items()).rstrip())
+        cells = [{key: printable(str(value or "-")) for key, value in row.items()} for row in rows]
+        widths = {key: max(len(key), *(len(row[key]) for row in cells)) for key in rows[0]}
+        show("  ".join(f"{key.upper():<{width}}" for key, width in widths.items()).rstrip())
+        for row in cells:
+            show("  ".join(f"{row[key]:<{width}}" for key, width in widths.items()).rstrip())
 
 
 def base_with(ref: BaseRef, named: str | None) -> StoredBase:
@@ -202,7 +215,7 @@ def replay_probe(adapter: Adapter, base_name: str | None) -> None:
     from adapterhub.packer import load_kwargs
     from adapterhub.probe import replay
 
-    recorded = adapter.manifest.probe
+    recorded = adapter.probe
     if recorded is None:
         raise ProbeMismatch(f"{adapter.manifest.name} has no probe: pack it again to record one.")
     base = base_with(adapter.base, base_name)

@@ -7,6 +7,7 @@ import io
 import sys
 from collections.abc import Iterator
 
+from adapterhub.errors import printable
 from adapterhub.paths import home
 
 HISTORY_FILE = "chat_history"
@@ -17,12 +18,14 @@ BLOCK = '"""'
 """Mark at the start and end of a message of several lines."""
 
 # An adapter may be anybody's work: its answers must not move the cursor, set the title or fill the clipboard.
-_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+# Bidi embeddings, overrides and isolates would show text in another order than it has.
+_BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS = {code: None for code in (*range(32), *range(127, 160), *_BIDI) if chr(code) not in "\n\t"}
 
 
 def say(line: str) -> None:
     """Print a note to stderr, apart from the answers."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:

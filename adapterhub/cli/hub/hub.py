@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.options import AdapterName, AnyRef, HubUrl, check_name, check_url, hub_at, registry, resolved, say
+from adapterhub.cli.options import (
+    AdapterName,
+    AnyRef,
+    HubUrl,
+    check_name,
+    check_url,
+    hub_at,
+    registry,
+    resolved,
+    say,
+    show,
+)
 from adapterhub.errors import UsageError
 from adapterhub.units import format_bytes
 
@@ -31,7 +42,7 @@ def push(
     adapter = resolved(ref)
     target = hub_at(hub)
     say(f"pushing {adapter.manifest.name} {adapter.digest[:19]} to {target.endpoint}/{repo}")
-    typer.echo(target.propose(adapter, repo) if pr else f"{repo}@{target.push(adapter, repo, private=private)}")
+    show(target.propose(adapter, repo) if pr else f"{repo}@{target.push(adapter, repo, private=private)}")
 
 
 def pull(
@@ -59,10 +70,10 @@ def pull(
         raise UsageError("expected either OWNER/NAME or --locked FILE: give one of them.")
     if locked is not None:
         for ready in obtained(locked, hub).values():
-            typer.echo(str(ready))
+            show(str(ready))
         return
     adapter = registry().pull(AdapterRef.parse(str(ref)), hub_at(hub), report=say)
-    typer.echo(adapter.path)
+    show(adapter.path)
 
 
 def obtained(lock_path: Path, hub: str | None) -> dict[str, AdapterRef]:
@@ -99,7 +110,7 @@ def write_lock_file(
         raise UsageError("two adapters would be served under one name: expected different names. Give NAME=REF.")
     write_lock(output, registry().lock(wanted))
     say(f"{len(wanted)} adapters locked")
-    typer.echo(output)
+    show(output)
 
 
 def mirror(
@@ -138,7 +149,7 @@ def export_bundle(
     adapter = resolved(ref)
     write_bundle(adapter, file)
     say(f"{file}: {adapter.manifest.name}, {format_bytes(file.stat().st_size)}")
-    typer.echo(adapter.digest)
+    show(adapter.digest)
 
 
 def import_bundle(
@@ -146,4 +157,4 @@ def import_bundle(
     name: AdapterName = None,
 ) -> None:
     """Verify an exported .zip file and add it to the registry."""
-    typer.echo(registry().import_bundle(file, name=name).digest)
+    show(registry().import_bundle(file, name=name).digest)

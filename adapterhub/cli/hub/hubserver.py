@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adapterhub.cli.options import Port, check_finite, check_positive, say, until_interrupted
+from adapterhub.cli.options import Port, check_finite, check_positive, say, show, until_interrupted
 from adapterhub.errors import UsageError
 from adapterhub.units import format_bytes
 
@@ -80,7 +80,7 @@ def hub_gc(
         say("--grace-hours is deprecated: use --grace DAYS")
         grace = grace_hours / 24
     deleted = (GarbageCollector(root) if grace is None else GarbageCollector(root, grace_s=grace * 86_400)).gc()
-    typer.echo(
+    show(
         f"deleted {deleted.num_objects} objects and {deleted.num_commits} commits, {format_bytes(deleted.freed_bytes)}"
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adapterhub.cli.options import AsJson, say, table
+from adapterhub.cli.options import AsJson, say, show, table
 
 
 class BaseSource(StrEnum):
@@ -33,7 +33,7 @@ def base_pull(
 
     stored = pull_base(BaseName.parse(name), source=source.value, report=say)
     say(f"{name}: {stored.ref.id} {stored.ref.revision or ''} {stored.ref.fingerprint}")
-    typer.echo(stored.path)
+    show(stored.path)
 
 
 def base_list(as_json: AsJson = False) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from adapterhub.cli.options import AnyRef, AsJson, base_with, check_name, registry, replay_probe, resolved, say
+from adapterhub.cli.options import (
+    AnyRef,
+    AsJson,
+    base_with,
+    check_name,
+    registry,
+    replay_probe,
+    resolved,
+    say,
+    show,
+    show_json,
+)
 from adapterhub.units import format_bytes
 
 
@@ -63,11 +73,17 @@ def pack(
         name, folder = name or folder.resolve().name, adopt(folder, output, report=say)
     adapter = pack_folder(folder, base=stored, name=name, license=license or licence, stop=stop or (), report=say)
     say(f"packed {adapter.manifest.name}: {len(adapter.manifest.files)} files")
-    typer.echo(adapter.digest)
+    show(adapter.digest)
 
 
 def verify(
-    ref: AnyRef,
+    ref: Annotated[
+        str | None,
+        typer.Argument(help="Adapter: a name (name[@revision]), a digest, or a folder that starts with ./ or /."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Verify every package and name on this machine, and list what is lost.")
+    ] = False,
     probe: Annotated[
         bool, typer.Option("--probe", help="Also replay the recorded probe, which loads the base model.")
     ] = False,
@@ -87,8 +103,16 @@ def verify(
 ) -> None:
     """Verify a package's files, digests and tensors.
 
-    Verifies the signature with --key, the layers with --base, and the recorded answers with --probe.
+    Verifies the signature with --key, the layers with --base, and the recorded answers with --probe. With --all it
+    verifies the whole store; the exit code is 4 if anything is damaged or lost.
     """
+    from adapterhub.errors import UsageError
+
+    if everything == (ref is not None) or (everything and (key or base or probe)):
+        raise UsageError("verify takes an adapter, or --all without --key, --base and --probe: give one of the two.")
+    if ref is None:
+        _verify_all()
+        return
     adapter = resolved(ref)
     if key:
         from adapterhub.package.signing import PublicKey
@@ -105,7 +129,25 @@ def verify(
     if probe:
         replay_probe(adapter, base)
     say(f"{adapter.manifest.name}: {len(adapter.manifest.files)} files verified")
-    typer.echo(adapter.digest)
+    show(adapter.digest)
+
+
+def _verify_all() -> None:
+    from adapterhub.errors import PackageError
+
+    kept = registry()
+    num_damaged = num_names = 0
+    for finding in kept.verify_all():
+        num_damaged, num_names = num_damaged + 1, num_names + len(finding.names)
+        show(f"{finding.what}  {', '.join(finding.names) or 'no name'}")
+        say(f"{finding.what[:19]}: {finding.why}")
+    num_packages = len(kept.store.digests())
+    if num_damaged:
+        raise PackageError(
+            f"{num_damaged} damaged or lost in {kept.root}, {num_names} names with them; {num_packages} packages are "
+            "stored: expected none. Pull or add those listed again."
+        )
+    say(f"{num_packages} packages verified, nothing is damaged or lost")
 
 
 def keygen(
@@ -119,7 +161,7 @@ def keygen(
 
     private, public = make_key(path)
     say(f"keep {private} secret; give {public} to those who verify")
-    typer.echo(public)
+    show(public)
 
 
 def sign(
@@ -138,7 +180,7 @@ def sign(
     adapter = resolved(ref)
     path = sign_adapter(adapter, key)
     say(f"{adapter.manifest.name}: signed, {path}")
-    typer.echo(adapter.digest)
+    show(adapter.digest)
 
 
 def inspect(ref: AnyRef, as_json: AsJson = False) -> None:
@@ -151,7 +193,7 @@ def inspect(ref: AnyRef, as_json: AsJson = False) -> None:
 
     found = inspect_folder(resolved(ref).path)
     manifest = found.adapter.manifest
-    probe = manifest.probe
+    probe = found.adapter.probe
     kept = registry()
     names = [f"{entry.name}@{entry.revision}" for entry in kept.list() if entry.digest == found.adapter.digest]
     signer = signer_hint(found.adapter)
@@ -161,7 +203,7 @@ def inspect(ref: AnyRef, as_json: AsJson = False) -> None:
         standing = {"names": names, "signed_by": signer, "probe_passed": passed}
         told = {**facts, **standing, **manifest.model_dump(mode="json")}
         old_spellings = {"licence": manifest.license, "proof_passed_here": passed}  # for one version
-        typer.echo(json.dumps(told | old_spellings, indent=1))
+        show_json(told | old_spellings)
         return
     replayed = ", passed here" if kept.probe_passed(found.adapter) else ""
     rows = [
@@ -180,4 +222,4 @@ def inspect(ref: AnyRef, as_json: AsJson = False) -> None:
     ]
     rows += [(f"loss on {e.data}", f"{e.base_loss:.3f} -> {e.adapter_loss:.3f}") for e in manifest.evaluations]
     for label, value in rows:
-        typer.echo(f"{label:<14} {value}")
+        show(f"{label:<14} {value}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,8 @@ from adapterhub.cli.options import (
     replay_probe,
     resolved,
     say,
+    show,
+    show_json,
     table,
     until_interrupted,
 )
@@ -45,7 +46,7 @@ def add(
     from adapterhub.package.layout import open_adapter
 
     adapter = registry().add(open_adapter(folder), name=name)
-    typer.echo(adapter.digest)
+    show(adapter.digest)
 
 
 def list_adapters(
@@ -138,7 +139,7 @@ def watch(
             told = move.model_dump(mode="json")
             if move.about is not None:
                 told["about"]["licence"] = move.about.license  # the old name, for one version
-            typer.echo(json.dumps({"name": called, **told}))
+            show_json({"name": called, **told}, indent=None)
 
 
 def resolve(ref: AnyRef, hub: HubUrl = None) -> None:
@@ -149,7 +150,7 @@ def resolve(ref: AnyRef, hub: HubUrl = None) -> None:
     from adapterhub.adapter import AdapterRef
 
     adapter = registry(hub_at(hub)).resolve(AdapterRef.parse(ref))
-    typer.echo(f"{adapter.digest} {adapter.path}")
+    show(f"{adapter.digest} {adapter.path}")
 
 
 def promote(
@@ -168,7 +169,7 @@ def promote(
 
     moved = registry().promote(AdapterRef.parse(ref), alias, expect=expect, prove=lambda one: replay_probe(one, None))
     say(f"{alias}: {moved.before or 'nothing'} -> {moved.after}")
-    typer.echo(moved.after)
+    show(moved.after)
 
 
 def rollback(
@@ -182,7 +183,7 @@ def rollback(
     """
     moved = registry().rollback(name, alias, expect=expect)
     say(f"{alias}: {moved.before} -> {moved.after}")
-    typer.echo(moved.after)
+    show(moved.after)
 
 
 def history(name: Annotated[str, typer.Argument(help="Name of the adapter.")], as_json: AsJson = False) -> None:
@@ -213,11 +214,11 @@ def diff(a: AnyRef, b: AnyRef, as_json: AsJson = False) -> None:
 
     found = difference(resolved(a), resolved(b))
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=1))
+        show_json(asdict(found))
         return
     for title, changes in (("config", found.config), ("provenance", found.provenance), ("metrics", found.metrics)):
         for change in changes:
-            typer.echo(f"{title:<11} {change.fact}: {change.before or '-'} -> {change.after or '-'}")
+            show(f"{title:<11} {change.fact}: {change.before or '-'} -> {change.after or '-'}")
     layers = [layer for layer in found.layers if layer.distance != 0]
     say(f"{len(layers)} of {len(found.layers)} layers differ" if found.layers else "neither adapter changes a layer")
     rows = [
@@ -274,7 +275,7 @@ def gc(
     """
     removed = registry().gc(grace_s=grace * 86_400, dry_run=dry_run)
     for digest in removed.packages:
-        typer.echo(digest)
+        show(digest)
     what = "would be deleted" if dry_run else "deleted"
     say(f"{len(removed.packages)} packages {what}, {format_bytes(removed.num_bytes)}")
 

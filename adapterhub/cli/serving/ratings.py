@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.options import AsJson, check_finite, check_positive, say, table
+from adapterhub.cli.options import AsJson, check_finite, check_positive, say, show, show_json, table
 
 if TYPE_CHECKING:
     from adapterhub.feedback.ratings import Winner
@@ -71,7 +70,7 @@ def ratings(
         plot_ratings(found, plot)
     notes = (*read.notes, *found.notes)
     if as_json:
-        typer.echo(json.dumps(ratings_dict(found) | {"notes": notes}, indent=1))
+        show_json(ratings_dict(found) | {"notes": notes})
         return
     table(
         [
@@ -81,7 +80,7 @@ def ratings(
         ],
         False, empty="no votes",
     )  # fmt: skip
-    typer.echo()
+    show()
     table([vars(one) | {key: str(vars(one)[key]) for key in ("wins", "losses", "ties")} for one in found.head_to_head],
           False, empty="no games")  # fmt: skip
     for note in notes:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import typer
 
-from adapterhub.cli.options import AsJson
+from adapterhub.cli.options import AsJson, show, show_json
 
 _FAILED = 1
 
@@ -21,11 +20,11 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = examine()
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+        show_json([asdict(finding) for finding in findings])
     else:
         for finding in findings:
-            typer.echo(f"{finding.status:<5} {finding.check:<11} {finding.found}")
+            show(f"{finding.status:<5} {finding.check:<11} {finding.found}")
             if finding.fix:
-                typer.echo(f"{'':<17} -> {finding.fix}")
+                show(f"{'':<17} -> {finding.fix}")
     if any(finding.status == "fail" for finding in findings):
         raise typer.Exit(_FAILED)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.options import base_with, check_finite, check_positive, registry, resolved, say
+from adapterhub.cli.options import base_with, check_finite, check_positive, registry, resolved, say, show
 from adapterhub.cli.serving.feedback import Store
 from adapterhub.feedback.improvement import Improvement, Method
 
@@ -76,7 +76,7 @@ def improve(
     if promote:
         promotion.move(candidate)
         say(f"{called} points to the candidate; before, it pointed to {adapter.digest}")
-    typer.echo(folder)
+    show(folder)
 
 
 def _report_result(end: RunEnd) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.options import AsJson
+from adapterhub.cli.options import AsJson, show, show_json
 from adapterhub.units import format_bytes
 from serve.config import DeviceKind
 
@@ -122,15 +122,16 @@ def memory(
     )
     estimates = {"training": training, "serving": estimate_serving(shape, serving)}
     if as_json:
-        typer.echo(json.dumps({name: _raw(estimate) for name, estimate in estimates.items()}, indent=1))
+        show_json({name: _raw(estimate) for name, estimate in estimates.items()})
         return
-    typer.echo(f"{model}: {shape.weights / 1e9:.3f} billion weights, {shape.linear_weights / 1e9:.3f} in linear layers")
+    show(f"{model}: {shape.weights / 1e9:.3f} billion weights, {shape.linear_weights / 1e9:.3f} in linear layers")
     for name, estimate in estimates.items():
-        typer.echo(f"\n{name}: {_range(estimate)} on each device")
+        show()
+        show(f"{name}: {_range(estimate)} on each device")
         for key, title in _TITLES.items():
-            typer.echo(f"  {title}")
+            show(f"  {title}")
             for item in _items(estimate, key):
-                typer.echo(f"    {format_bytes(item.size_bytes):>11}  {item.name}")
+                show(f"    {format_bytes(item.size_bytes):>11}  {item.name}")
 
 
 def _range(estimate: Estimate) -> str:

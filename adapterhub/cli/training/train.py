@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.options import AsJson, HubUrl, check_host_port, check_nodes, hub_at, resolved, say
+from adapterhub.cli.options import AsJson, HubUrl, check_host_port, check_nodes, hub_at, resolved, say, show, show_json
 
 if TYPE_CHECKING:
     from adapterhub.adapter import Adapter, StoredBase
@@ -168,7 +168,7 @@ def train(
         end = ended
     _say_end(end)
     say(_next(folder))
-    typer.echo(folder)
+    show(folder)
 
 
 def _next(folder: Path) -> str:
@@ -189,7 +189,7 @@ def _plan(recipe: Recipe, base: StoredBase, folder: Path, start: Adapter | None,
 
     planned = make_plan(recipe, base, folder, start=start)
     if as_json:
-        typer.echo(planned.model_dump_json(indent=1))
+        show_json(planned.model_dump(mode="json"))
     else:
         from adapterhub.cli.training.train_plan_view import print_plan
 
