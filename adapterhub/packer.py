@@ -20,7 +20,7 @@ from adapterhub.errors import (
     UnsafeFile,
     UsageError,
 )
-from adapterhub.files import expanded, is_temporary, new_folder, raise_storage_full, sha256_of, write_atomic
+from adapterhub.files import expanded, is_temporary, new_folder, raise_storage_full, sha256_of, sync, write_atomic
 from adapterhub.package import card
 from adapterhub.package.layout import (
     ALLOWED,
@@ -187,6 +187,7 @@ def _fill_base(folder: Path, base: StoredBase) -> list[str]:
     if changed:
         # Packed before, and for another base: from here until the new manifest it is no package.
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        sync(folder)
         write_atomic(path, json.dumps(raw | changed, indent=2, sort_keys=True) + "\n")
     return [f"{CONFIG_NAME}: {key} was {raw.get(key)!r}, is {value!r}" for key, value in changed.items()]
 

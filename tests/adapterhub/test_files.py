@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from disk_operations import recorded
+from packages import write_manifest, write_package
 
 from adapterhub.errors import StorageFull, UsageError
 from adapterhub.files import (
@@ -20,6 +25,8 @@ from adapterhub.files import (
     sync,
     write_atomic,
 )
+from adapterhub.package.bundle import write_bundle
+from adapterhub.package.layout import open_adapter
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
@@ -157,3 +164,77 @@ def test_a_full_disk_that_a_library_reports_in_words(tmp_path: Path) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(SafetensorError), raise_storage_full(tmp_path):
         raise SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
+
+
+_WRITERS_ON_A_FULL_DISK = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from adapterhub.errors import StorageFull
+from adapterhub.files import new_folder
+from adapterhub.package.bundle import write_bundle
+from adapterhub.package.layout import open_adapter
+from adapterhub.packer import adopt
+from adapterhub.registry.registry import Registry
+from train.loop.run_folder import RunFolder, State
+
+disk, package, bundle = map(Path, sys.argv[1:])
+adapter = open_adapter(package)
+large = {"x": torch.ones(50_000)}
+
+def convert_base():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=512)
+    with new_folder(disk / "base") as folder:
+        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+
+def save_checkpoint():
+    RunFolder(disk / "out", None, None).save(State(step=1), lambda folder: save_file(large, folder / "x"))
+
+writers = {
+    "checkpoint": save_checkpoint,
+    "pack --output": lambda: adopt(package, disk / "packed"),
+    "add": lambda: Registry(disk / "add").add(adapter),
+    "import": lambda: Registry(disk / "import").import_bundle(bundle),
+    "export": lambda: write_bundle(adapter, disk / "x.zip"),
+    "base": convert_base,
+    "probe": lambda: Registry(disk / "probe").record_probe(adapter),
+}
+told = {}
+with (disk / "filler").open("wb", buffering=0) as file:
+    try:
+        while file.write(bytes(4096)):
+            pass
+    except OSError:
+        pass
+for name, write in writers.items():
+    try:
+        write()
+        told[name] = "nothing"
+    except BaseException as error:
+        told[name] = type(error).__name__
+left = [str(path) for path in disk.rglob("*") if path.is_file() and not path.name.endswith("lock")]
+print(json.dumps([told, left]))
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare to mount a small disk")
+def test_every_writer_says_that_the_disk_is_full_and_leaves_nothing(tmp_path: Path) -> None:
+    """A RAM disk in a mount namespace of its own. A pull onto one is in tests/adapterhub/hub/."""
+    package = write_package(tmp_path / "p")
+    (package / "tokenizer.json").write_text(json.dumps({"padding": "x" * 100_000}))
+    write_manifest(package)
+    write_bundle(open_adapter(package), tmp_path / "x.zip")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f'mount -t tmpfs -o size=128k tmpfs {disk} && exec "$@"'
+    writes = [sys.executable, "-c", _WRITERS_ON_A_FULL_DISK, str(disk), str(package), str(tmp_path / "x.zip")]
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh", *writes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.stderr.startswith(("unshare:", "mount:")):
+        pytest.skip(f"no small disk can be mounted here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    told, left = json.loads(done.stdout)
+    assert set(told.values()) == {"StorageFull"}, told
+    assert left == [str(disk / "filler")]

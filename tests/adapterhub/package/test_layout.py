@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from disk_operations import recorded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packages import write_manifest, write_package, write_peft_folder
 
+from adapterhub import probe
 from adapterhub.adapter import StoredBase
 from adapterhub.compatibility import check_base
 from adapterhub.errors import (
@@ -23,7 +27,8 @@ from adapterhub.errors import (
     UnsafeFile,
 )
 from adapterhub.package.layout import inspect, open_adapter
-from adapterhub.package.manifest import parse_manifest
+from adapterhub.package.manifest import Probe, parse_manifest
+from adapterhub.package.signing import make_key, sign, signer_hint
 from adapterhub.packer import pack
 
 
@@ -215,3 +220,53 @@ def test_an_adapter_for_another_base_shows_both_sides(package: Path, tiny_base: 
 def test_an_alpha_no_float_can_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterUnsupported, match="cannot be read as a LoRA config"):
         write_manifest(write_peft_folder(tmp_path / "p", lora_alpha=10**400))
+
+
+def test_a_power_cut_during_packing_leaves_no_package_or_a_whole_one(
+    tmp_path: Path, tiny_base: StoredBase, peft_folder: Path
+) -> None:
+    folder = shutil.copytree(peft_folder, tmp_path / "disk" / "p")
+    other = replace(tiny_base, ref=replace(tiny_base.ref, id="tests/renamed"))
+    digests: list[str] = []
+    with recorded(tmp_path / "disk") as recording:
+        for base in (tiny_base, other):  # the second changes the config under the first's manifest
+            digests.append(pack(folder, base=base).digest)
+            recording.acknowledge(digests[-1])
+    recording.check_order()
+    for acknowledged, found in recording.crashes(tmp_path / "after", draws=1):
+        try:
+            digest = open_adapter(found / "p").digest
+        except InvalidManifest as error:
+            assert "has no adapterhub.json" in str(error)
+            assert len(acknowledged) < 2
+        else:
+            assert digest in digests[max(len(acknowledged) - 1, 0) :]
+
+
+def test_two_that_adopt_one_adapter_get_one_digest(
+    tmp_path: Path, tiny_base: StoredBase, peft_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their processors round otherwise, so their probes differ."""
+    first = pack(shutil.copytree(peft_folder, tmp_path / "1"), base=tiny_base, name="ada")
+    recorded_answers = probe.record
+
+    def rounded(loaded: Any, folder: Path) -> Probe:
+        found = recorded_answers(loaded, folder)
+        answers = [one.model_copy(update={"gaps": [gap + 1e-4 for gap in one.gaps]}) for one in found.answers]
+        return found.model_copy(update={"answers": answers})
+
+    monkeypatch.setattr(probe, "record", rounded)
+    second = pack(shutil.copytree(peft_folder, tmp_path / "2"), base=tiny_base, name="bob", license="mit")
+    assert first.probe != second.probe
+    assert first.digest == second.digest
+    assert first.manifest.probe is None
+
+
+def test_packing_again_removes_a_signature_that_no_longer_holds(
+    tmp_path: Path, tiny_base: StoredBase, peft_folder: Path
+) -> None:
+    folder, said = shutil.copytree(peft_folder, tmp_path / "p"), list[str]()
+    sign(pack(folder, base=tiny_base), make_key(tmp_path / "key")[0])
+    assert signer_hint(pack(folder, base=tiny_base)) is not None  # nothing changed
+    assert signer_hint(pack(folder, base=tiny_base, stop=["###"], report=said.append)) is None
+    assert "adapter.sig removed: it was of the package before" in said

@@ -210,6 +210,7 @@ def test_without_probes_adapters_are_loaded_alone(packed: Adapter, monkeypatch: 
 )
 def test_a_probe_no_engine_could_replay_is_no_manifest(packed: Adapter, answer: dict[str, Any], said: str) -> None:
     raw = json.loads((packed.path / MANIFEST_NAME).read_text())
+    raw["probe"] = packed.probe and packed.probe.model_dump(mode="json")
     if "dtype" in answer:
         raw["probe"] |= answer
     else:
