@@ -50,8 +50,8 @@ from adapterhub.registry.registry import Registry
 """
 
 
-def _killed(code: str, *arguments: object, random_s: random.Random, longest_s: float) -> None:
-    """Run `code` until it says that it begins, and kill it a random time after."""
+def _killed(code: str, *arguments: object, random_s: random.Random, longest_s: float) -> list[str]:
+    """Run `code` until it says that it begins, and kill it a random time after. Return what it acknowledged."""
     command = [sys.executable, "-c", _START + code, *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -59,7 +59,9 @@ def _killed(code: str, *arguments: object, random_s: random.Random, longest_s: f
         assert process.stdout.readline() == "begins\n"
         time.sleep(random_s.uniform(0, longest_s))
         process.send_signal(signal.SIGKILL)
+        told = process.stdout.read().split("\n")[:-1]
     assert process.wait() == -signal.SIGKILL, "it ended by itself"
+    return told
 
 
 @pytest.fixture
@@ -91,6 +93,20 @@ def _is_whole(registry: Registry, digests: set[str]) -> None:
         assert registry.resolve(AdapterRef(name=entry.name, revision=entry.revision)).digest == entry.digest
 
 
+def _holds_what_it_acknowledged(registry: Registry, told: list[str]) -> None:
+    """Each line of `told` is `NAME DIGEST`; the moves of a name are acknowledged in their order."""
+    pointed: dict[str, list[str]] = {}
+    for line in told:
+        name, digest = line.split()
+        pointed.setdefault(name, []).append(digest)
+    for text, digests in pointed.items():
+        name, _, revision = text.partition("@")
+        moves = [str(move.after) for move in registry.history(name) if move.revision == revision]
+        assert moves[-len(digests) :] == digests or moves[-len(digests) - 1 : -1] == digests
+        if moves[-1] != "None":
+            assert registry.resolve(text).digest == moves[-1]
+
+
 def _is_tidy(registry: Registry) -> None:
     """After a collection, nothing temporary is left."""
     old = time.time() - 3600
@@ -106,10 +122,11 @@ adapters = [open_adapter(Path(path)) for path in sys.argv[2:]]
 print("begins", flush=True)
 while True:
     for adapter in adapters:
-        registry.add(adapter)
-        registry.promote(AdapterRef.parse("captain"), "production")
+        print("captain@main", registry.add(adapter).digest, flush=True)
+        print("captain@production", registry.promote("captain", "production").after, flush=True)
         registry.gc(grace_s=0)
         registry.remove("captain")
+        print("captain@main", None, flush=True)
         registry.gc(grace_s=0)
 """
 
@@ -119,7 +136,9 @@ def test_add_promote_remove_and_gc(packages: list[Path], chance: random.Random, 
     adapters = [open_adapter(package) for package in packages]
     held = registry.add(adapters[0], name="held").digest
     for number in kills():
-        _killed(_ADD_AND_GC, registry.root, *packages, random_s=chance, longest_s=0.15)
+        told = _killed(_ADD_AND_GC, registry.root, *packages, random_s=chance, longest_s=0.15)
+        _holds_what_it_acknowledged(registry, told)
+        assert list(registry.verify_all()) == []
         _is_whole(registry, {adapter.digest for adapter in adapters})
         assert registry.resolve(AdapterRef.parse("held")).digest == held  # nothing complete is lost
         assert registry.add(adapters[number % 2]).digest == adapters[number % 2].digest
@@ -162,8 +181,10 @@ registry = Registry(Path(sys.argv[3]))
 print("begins", flush=True)
 while True:
     for revision in sys.argv[4:]:
-        registry.pull(AdapterRef(name="alice/pulled", revision=revision), hub)
+        kept = registry.pull(AdapterRef(name="alice/pulled", revision=revision), hub)
+        print(f"alice/pulled@{revision}", kept.digest, flush=True)
         registry.remove("alice/pulled", revision)
+        print(f"alice/pulled@{revision}", None, flush=True)
         registry.gc(grace_s=0)
 """
 
@@ -175,7 +196,8 @@ def test_pull(url: str, packages: list[Path], chance: random.Random, tmp_path: P
     registry = Registry(tmp_path / "home")
     held = registry.add(adapters[0], name="held").digest
     for number in kills():
-        _killed(_PULL, url, ALICE, registry.root, *commits, random_s=chance, longest_s=0.8)
+        told = _killed(_PULL, url, ALICE, registry.root, *commits, random_s=chance, longest_s=0.8)
+        _holds_what_it_acknowledged(registry, told)
         _is_whole(registry, {adapter.digest for adapter in adapters})
         assert registry.resolve(AdapterRef.parse("held")).digest == held
         wanted = AdapterRef(name="alice/pulled", revision=commits[number % 2])
