@@ -49,7 +49,7 @@ from adapterhub.package.manifest import (
     write_probe,
 )
 from adapterhub.package.run_record import RunRecord, read_run_record
-from adapterhub.package.signing import check_covers
+from adapterhub.package.signing import check_signed_files
 from adapterhub.strict import parse_json
 
 
@@ -123,7 +123,7 @@ def pack(
         write_atomic(folder / MANIFEST_NAME, manifest.to_json())
     adapter = open_adapter(folder)
     try:
-        check_covers(adapter)
+        check_signed_files(adapter)
     except SignatureInvalid:
         (folder / SIGNATURE_NAME).unlink()
         report(f"{SIGNATURE_NAME} removed: it was of the package before")

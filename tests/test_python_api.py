@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -145,6 +146,23 @@ def test_reference_that_was_not_loaded_is_resolved(llm: adapterhub.LLM, captain:
     assert llm.adapters[captain.digest].digest == captain.digest
     llm.unload(captain.digest)
     assert set(llm.adapters) == {"mine"}
+
+
+def test_package_of_format_1_is_served_under_its_own_digest(
+    llm: adapterhub.LLM, captain: adapterhub.Adapter, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(captain.path, tmp_path / "old")
+    (folder / "probe.json").unlink()
+    raw = json.loads((folder / "adapterhub.json").read_text())
+    assert captain.probe is not None
+    raw |= {"format": 1, "licence": raw.pop("license"), "probe": captain.probe.model_dump(mode="json")}
+    (folder / "adapterhub.json").unlink()
+    (folder / "adapterhub.json").write_text(json.dumps(raw))
+    old = adapterhub.Registry().add(adapterhub.open_adapter(folder), name="old")
+    answer = llm.chat("Hi", adapter="old", **GREEDY)
+    assert answer.adapters == (old.digest,) != (captain.digest,)
+    assert answer.text == llm.chat("Hi", adapter="mine", **GREEDY).text
+    llm.unload("old")
 
 
 def test_batch_keeps_the_order(llm: adapterhub.LLM) -> None:

@@ -133,28 +133,28 @@ def verify(adapter: Adapter, keys: Sequence[PublicKey]) -> PublicKey:
     else:
         known = ", ".join(str(key.path) for key in keys) or "no key"
         raise SignatureInvalid(f"{name} was signed with key {str(hint)[:16]}, trusted here: {known}; it is not used.")
-    _check_covers(adapter, payload)
+    _check_files(adapter, _signed_digests(path, payload))
     return key
 
 
-def check_covers(adapter: Adapter) -> None:
-    """Check, without a key, that a signature beside the package is of this package; none passes.
+def check_signed_files(adapter: Adapter) -> None:
+    """Check that a signature, if there is one, lists this package's files. Whose key made it is not checked.
 
-    Raises SignatureInvalid for one of other files: no key could ever verify it.
+    Raises SignatureInvalid.
     """
     path = adapter.path / SIGNATURE_NAME
     if path.is_file():
-        _check_covers(adapter, _read_bundle(path)[0])
+        _check_files(adapter, _signed_digests(path, _read_bundle(path)[0]))
 
 
-def _check_covers(adapter: Adapter, payload: bytes) -> None:
-    signed, found = _signed_digests(adapter.path / SIGNATURE_NAME, payload), _digests(adapter)
+def _check_files(adapter: Adapter, signed: dict[str, str]) -> None:
+    found = _digests(adapter)
     wrong = sorted(file for file in found if signed.get(file) != found[file])
     missing = sorted(set(signed) - set(found) - set(_UNSIGNED))
     if wrong or missing:
         raise SignatureInvalid(
             f"{adapter.manifest.name}: {', '.join(wrong + missing)} is not what was signed: fetch it again, or sign it "
-            f"again, or remove {SIGNATURE_NAME}."
+            "again."
         )
 
 

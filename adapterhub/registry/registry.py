@@ -413,9 +413,9 @@ class Registry:
     def _check_new(self, adapter: Adapter, name: str, revision: str, act: Act) -> None:
         """Refuse an adapter before it is stored. One that is stored may have its signature there: `_move` checks it."""
         if (adapter.path / SIGNATURE_NAME).is_file():
-            from adapterhub.package.signing import check_covers
+            from adapterhub.package.signing import check_signed_files
 
-            check_covers(adapter)
+            check_signed_files(adapter)
         if not self.store.has(adapter.digest):
             self.check_move(adapter, name, revision, act=act)
 

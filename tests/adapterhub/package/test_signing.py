@@ -294,3 +294,24 @@ def test_a_key_on_an_unknown_curve_is_no_key(tmp_path: Path) -> None:
     path.write_text(f"-----BEGIN PUBLIC KEY-----\n{body}\n-----END PUBLIC KEY-----\n")
     with pytest.raises(UsageError, match="cannot be read as a public key"):
         PublicKey.read(path)
+
+
+def test_a_signature_of_other_files_is_refused_at_add(registry: Registry, signed: Adapter, tmp_path: Path) -> None:
+    """It needs no key, and a name without a policy is no exception."""
+    folder = write_package(tmp_path / "next", name="captain", seed=3)
+    (folder / "adapter.sig").write_bytes((signed.path / "adapter.sig").read_bytes())
+    with pytest.raises(SignatureInvalid, match="is not what was signed"):
+        registry.add(open_adapter(folder), name="free/captain")
+    assert registry.list() == []
+
+
+def test_an_adopters_probe_is_signed(tmp_path: Path) -> None:
+    folder = write_package(tmp_path / "p")
+    answer = {"prompt": "Hi", "prompt_tokens": [1], "tokens": [2], "gaps": [0.5], "top_tokens": [2], "top_logits": [1]}
+    (folder / "probe.json").write_text(json.dumps({"dtype": "float32", "answers": [answer]}))
+    private, public = make_key(tmp_path / "key")
+    sign(open_adapter(folder), private)
+    assert verify(open_adapter(folder), [PublicKey.read(public)])
+    (folder / "probe.json").write_text(json.dumps({"dtype": "float32", "answers": [answer | {"tokens": [3]}]}))
+    with pytest.raises(SignatureInvalid, match=r"probe\.json is not what was signed"):
+        verify(open_adapter(folder), [PublicKey.read(public)])
