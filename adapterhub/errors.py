@@ -46,7 +46,7 @@ from __future__ import annotations
 def printable(text: str) -> str:
     """Return `text` on one line, with control characters, escape sequences and bidi overrides written as escapes.
 
-    For text that strangers wrote: names, paths and titles must not move the cursor, forge lines or turn text around.
+    For text that others wrote: names, paths and titles must not move the cursor, forge lines or turn text around.
     """
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 

@@ -133,12 +133,12 @@ AnyRef = Annotated[
 
 
 def say(line: str) -> None:
-    """Print a note for the user to stderr, apart from the data; what strangers wrote in it is escaped."""
+    """Print a note for the user to stderr, apart from the data; what others wrote in it is escaped."""
     typer.echo(printable(line), err=True)
 
 
 def show(line: object = "") -> None:
-    """Print a line of data to stdout; what strangers wrote in it is escaped."""
+    """Print a line of data to stdout; what others wrote in it is escaped."""
     typer.echo(printable(str(line)))
 
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import SignatureInvalid, UsageError
-from adapterhub.files import sha256_of, write_atomic
+from adapterhub.files import make_folder, sha256_of, write_atomic
 from adapterhub.package.layout import SIGNATURE_NAME, UNLISTED
 from adapterhub.package.manifest import MANIFEST_NAME, PROBE_NAME
 from adapterhub.strict import parse_json
@@ -75,9 +75,11 @@ def make_key(path: Path) -> tuple[Path, Path]:
         serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
     )
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, hidden)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(pem)
+        file.flush()
+        os.fsync(file.fileno())
     write_atomic(public_path, _public_pem(key.public_key()))
     return path, public_path
 

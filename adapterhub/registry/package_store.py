@@ -164,7 +164,7 @@ class PackageStore:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the store's lock: a package is found and leased, or found unused and deleted, in one step."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(self.root)
         with FileLock(self.root / ".packages.lock"):
             yield
 

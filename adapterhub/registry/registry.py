@@ -34,7 +34,7 @@ from adapterhub.errors import (
     InvalidRef,
     UsageError,
 )
-from adapterhub.files import expanded, hold, raise_storage_full, write_atomic
+from adapterhub.files import expanded, hold, make_folder, raise_storage_full, write_atomic
 from adapterhub.hub.client import Hub
 from adapterhub.package.bundle import opened_bundle
 from adapterhub.package.layout import SIGNATURE_NAME, open_adapter
@@ -77,7 +77,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Damage:
     """Something damaged or lost in the store."""
 
     what: str
@@ -151,7 +151,7 @@ class Registry:
         if ref.name is None:
             raise AdapterNotFound(f"{ref} cannot be pulled: expected owner/name or owner/name@revision. Give its name.")
         report(f"pulling {ref} from {hub.endpoint}")
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(self.root)
         with (
             tempfile.TemporaryDirectory(dir=self.root, prefix=".pull-") as scratch,
             hold(Path(scratch)),
@@ -172,7 +172,7 @@ class Registry:
         That name it only takes when it is free: a file from anywhere must not move a name that others use. Raises
         Conflict for one that points to another adapter, PackageError kinds, and as `add`.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(self.root)
         with (
             tempfile.TemporaryDirectory(dir=self.root, prefix=".pull-") as scratch,
             hold(Path(scratch)),
@@ -261,14 +261,14 @@ class Registry:
             return self.pull(ref, self.hub)
         raise AdapterNotFound(self._where_we_looked(ref, known))
 
-    def verify_all(self) -> Iterator[Finding]:
+    def verify_all(self) -> Iterator[Damage]:
         """Check every package, name and file of the store. Yield what is damaged or lost; the rest is sound."""
         names: dict[str, list[str]] = {}
         for called in self.log.names():
             try:
                 known = self.log.read(called)
             except InvalidManifest as error:
-                yield Finding(f"names of {called}", str(error), (called,))
+                yield Damage(f"names of {called}", str(error), (called,))
                 continue
             if known is None:
                 continue
@@ -281,11 +281,11 @@ class Registry:
             try:
                 self.store.open(digest)
             except (AdapterHubError, OSError) as error:
-                yield Finding(digest, str(error), tuple(names.get(digest, ())))
+                yield Damage(digest, str(error), tuple(names.get(digest, ())))
         for digest in sorted(names.keys() - set(there)):
-            yield Finding(digest, "it is not in the store: pull or add it again", tuple(names[digest]))
+            yield Damage(digest, "it is not in the store: pull or add it again", tuple(names[digest]))
         for path in self.store.damaged_objects():
-            yield Finding(path.name, f"{path} has other bytes than its name states: 'adapterhub gc' deletes it", ())
+            yield Damage(path.name, f"{path} has other bytes than its name states: 'adapterhub gc' deletes it", ())
 
     def list(self) -> list[Entry]:
         """Return every name and revision, sorted. Opens no package."""

@@ -1,4 +1,4 @@
-"""JSON that strangers wrote is read as RFC 8259 defines it, by every reader of it."""
+"""JSON that others wrote is read as RFC 8259 defines it, by every reader of it."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ READERS = [_manifest, _probe, _config, _header, _signature, _lock, _name_log, _t
 
 @pytest.mark.parametrize("name", ["NaN", "twice", "half-a-pair", "deep"])
 @pytest.mark.parametrize("read", READERS)
-def test_each_file_of_a_stranger_is_read_strictly(
+def test_each_file_of_others_is_read_strictly(
     read: Callable[[Path, bytes], object], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused by name; by the strict reader, and not for the keys that are missing."""

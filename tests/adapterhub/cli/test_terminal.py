@@ -1,4 +1,4 @@
-"""What strangers wrote does not act on a terminal, whichever command prints it."""
+"""What others wrote does not act on a terminal, whichever command prints it."""
 
 from __future__ import annotations
 

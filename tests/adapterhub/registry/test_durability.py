@@ -32,7 +32,7 @@ def _check(recording: Recording, after: Path, *, draws: int = 1) -> None:
     recording.check_order()
     told = [operation.what.split() for operation in recording.operations if operation.kind == "acknowledge"]
     for acknowledged, found in recording.crashes(after, draws=draws):
-        registry = Registry(found)
+        registry = Registry(found / "home")
         pointed = dict(text.split() for text in acknowledged)
         upcoming = told[len(acknowledged) :]
         for name, digest in pointed.items():
@@ -45,8 +45,8 @@ def _check(recording: Recording, after: Path, *, draws: int = 1) -> None:
 
 
 def test_add_and_promote(adapters: list[Adapter], tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "home")
-    with recorded(registry.root) as recording:
+    registry = Registry(tmp_path / "disk" / "home")
+    with recorded(tmp_path / "disk") as recording:
         for adapter in adapters:
             recording.acknowledge(f"captain@main {registry.add(adapter).digest}")
             recording.acknowledge(f"captain@production {registry.promote('captain', 'production').after}")
@@ -55,46 +55,46 @@ def test_add_and_promote(adapters: list[Adapter], tmp_path: Path) -> None:
 
 
 def test_an_add_flushes_each_new_file_once_and_no_shared_one(adapters: list[Adapter], tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "home")
+    registry = Registry(tmp_path / "disk" / "home")
     registry.add(adapters[0])
-    with recorded(registry.root) as recording:
+    with recorded(tmp_path / "disk") as recording:
         registry.add(adapters[1])
     flushed = [operation.what for operation in recording.operations if operation.kind == "fsync"]
-    new = [what for what in flushed if what.startswith("objects/")]
+    new = [what for what in flushed if what.startswith("home/objects/")]
     assert len(new) == 3  # weights, manifest and card; template and config are shared
     assert len(flushed) == len(new) + 4  # objects/, the package, adapters/ and the log
 
 
 def test_a_package_that_gets_its_signature_later(adapters: list[Adapter], tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "home")
+    registry = Registry(tmp_path / "disk" / "home")
     registry.add(adapters[0])
     folder = write_package(tmp_path / "signed", name="captain")
     sign(open_adapter(folder), make_key(tmp_path / "key")[0])
-    with recorded(registry.root) as recording:
+    with recorded(tmp_path / "disk") as recording:
         recording.acknowledge(f"signed {registry.add(open_adapter(folder), name='signed').digest}")
     _check(recording, tmp_path / "after")
 
 
 def test_a_damaged_package_that_is_replaced(adapters: list[Adapter], tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "home")
+    registry = Registry(tmp_path / "disk" / "home")
     damaged = registry.add(adapters[0]).path / "chat_template.jinja"
     damaged.chmod(0o644)
     damaged.write_text("damaged")
-    with recorded(registry.root) as recording:
+    with recorded(tmp_path / "disk") as recording:
         registry.add(adapters[0])
         recording.acknowledge(f"captain {adapters[0].digest}")
     recording.check_order()
     for acknowledged, found in recording.crashes(tmp_path / "after", draws=1):
         if acknowledged:
-            assert Registry(found).resolve("captain").digest == adapters[0].digest
+            assert Registry(found / "home").resolve("captain").digest == adapters[0].digest
 
 
 def test_removal_and_gc(adapters: list[Adapter], tmp_path: Path) -> None:
     """A deleted package may come back whole, and never without its files."""
-    registry = Registry(tmp_path / "home")
+    registry = Registry(tmp_path / "disk" / "home")
     registry.add(adapters[0], name="held")
     registry.add(adapters[1], name="gone")
-    with recorded(registry.root) as recording:
+    with recorded(tmp_path / "disk") as recording:
         recording.acknowledge(f"held {adapters[0].digest}")
         registry.remove("gone")
         recording.acknowledge("gone nothing")
@@ -103,14 +103,14 @@ def test_removal_and_gc(adapters: list[Adapter], tmp_path: Path) -> None:
 
 
 def test_a_probe_that_passed(adapters: list[Adapter], tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "home")
+    registry = Registry(tmp_path / "disk" / "home")
     adapter = registry.add(adapters[0])
-    with recorded(registry.root) as recording:
+    with recorded(tmp_path / "disk") as recording:
         registry.record_probe(adapter)
         recording.acknowledge("passed")
     recording.check_order()
     for acknowledged, found in recording.crashes(tmp_path / "after"):
-        assert Registry(found).probe_passed(adapter) or not acknowledged
+        assert Registry(found / "home").probe_passed(adapter) or not acknowledged
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_pull(url: str, adapters: list[Adapter], tmp_path: Path) -> None:
     hub = Hub(url, ALICE)
     hub.push(adapters[0], "alice/captain")
-    registry = Registry(tmp_path / "home")
-    with recorded(registry.root) as recording:
+    registry = Registry(tmp_path / "disk" / "home")
+    with recorded(tmp_path / "disk") as recording:
         recording.acknowledge(f"alice/captain {registry.pull('alice/captain', hub).digest}")
     _check(recording, tmp_path / "after", draws=0)

@@ -130,16 +130,16 @@ def test_an_ambiguous_beginning_of_a_digest_is_refused(registry: Registry, tmp_p
 def test_an_imported_file_does_not_move_a_name_that_others_use(
     registry: Registry, adapters: list[Adapter], tmp_path: Path
 ) -> None:
-    bundle = tmp_path / "stranger.zip"
-    stranger = open_adapter(write_package(tmp_path / "stranger", name="name0", seed=7))
-    write_bundle(stranger, bundle)
+    bundle = tmp_path / "other.zip"
+    other = open_adapter(write_package(tmp_path / "other", name="name0", seed=7))
+    write_bundle(other, bundle)
     with pytest.raises(Conflict, match=r"calls itself name0, which points to .* Give --name"):
         registry.import_bundle(bundle)
     assert registry.resolve("name0").digest == adapters[0].digest
-    assert registry.import_bundle(bundle, name="name0").digest == stranger.digest  # asked for
-    assert registry.import_bundle(bundle).digest == stranger.digest  # it points there already
+    assert registry.import_bundle(bundle, name="name0").digest == other.digest  # asked for
+    assert registry.import_bundle(bundle).digest == other.digest  # it points there already
     registry.remove("name0")
-    assert registry.import_bundle(bundle).digest == stranger.digest  # free
+    assert registry.import_bundle(bundle).digest == other.digest  # free
 
 
 def test_two_that_collect_at_once_both_finish(registry: Registry, tmp_path: Path) -> None:
