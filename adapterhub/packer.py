@@ -11,6 +11,7 @@ from typing import Any
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.bases.store import stored_base
 from adapterhub.compatibility import check_compatible, check_vocabulary, module_shapes
+from adapterhub.end_of_turn import end_of_turn
 from adapterhub.errors import (
     AdapterUnsupported,
     IncompatibleBase,
@@ -213,12 +214,14 @@ def _chat(folder: Path, tokenizer: Any, *, stop: Sequence[str]) -> Chat:
         found = own.get(name, getattr(tokenizer, name))
         return found.get("content") if isinstance(found, dict) else found
 
+    end = end_of_turn(tokenizer, (folder / TEMPLATE_NAME).read_text(encoding="utf-8"))
     return Chat(
         template_sha256=sha256_of(folder / TEMPLATE_NAME),
         bos=token("bos_token"),
         eos=token("eos_token"),
         pad=token("pad_token"),
         stop=list(stop),
+        stop_token_ids=[] if end is None else [end],
     )
 
 

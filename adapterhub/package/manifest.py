@@ -84,6 +84,9 @@ class Chat(Strict):
     eos: str | None
     pad: str | None
     stop: list[str] = Field(default_factory=list)
+    """Strings that end an answer, besides `eos`."""
+    stop_token_ids: list[_Token] = Field(default_factory=list)
+    """Tokens that end an answer: the one with which the template ends a turn. Since format 2."""
 
 
 class Preference(Strict):

@@ -8,9 +8,10 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from adapterhub.adapter import Adapter
@@ -52,7 +53,9 @@ async def prepare_chat(services: Services, request: schemas.ChatRequest) -> Prep
     template_of = chosen[0].adapter if len(chosen) == 1 else None
     messages = [message.plain() for message in request.messages]
     prompt = await services.prompts.chat(messages, template_of, max_tokens=services.engine.max_model_len)
-    return _prepared(services, request, chosen, mix, prompt, request.wanted_logprobs, is_chat=True)
+    ends = [template_of] if len(chosen) == 1 else [None, *(published.adapter for published in chosen)]
+    end_tokens = await _end_tokens(services, request, ends)
+    return _prepared(services, request, chosen, mix, prompt, end_tokens, request.wanted_logprobs, is_chat=True)
 
 
 async def prepare_completion(services: Services, request: schemas.CompletionRequest) -> PreparedRequest:
@@ -64,7 +67,8 @@ async def prepare_completion(services: Services, request: schemas.CompletionRequ
         prompt = await services.prompts.text(given, max_tokens=room)
     else:
         prompt = services.prompts.check_tokens(given, max_tokens=room)
-    return _prepared(services, request, chosen, mix, prompt, request.logprobs, is_chat=False)
+    end_tokens = await _end_tokens(services, request, [published.adapter for published in chosen])
+    return _prepared(services, request, chosen, mix, prompt, end_tokens, request.logprobs, is_chat=False)
 
 
 def _chosen(
@@ -92,12 +96,22 @@ def _chosen(
     return chosen, mix
 
 
+async def _end_tokens(
+    services: Services, request: schemas.ChatRequest | schemas.CompletionRequest, adapters: Sequence[Adapter | None]
+) -> list[int]:
+    """Return the tokens that end an answer of `adapters` (None: the base), and those that are stop strings."""
+    named = [services.prompts.special_token(stop) for stop in request.stop_strings]
+    ends = [] if request.ignore_eos else [await services.prompts.end_tokens(adapter) for adapter in adapters]
+    return [token for token in (*named, *chain.from_iterable(ends)) if token is not None]
+
+
 def _prepared(
     services: Services,
     request: schemas.ChatRequest | schemas.CompletionRequest,
     chosen: list[Published],
     mix: tuple[AdapterScale, ...],
     prompt: tuple[int, ...],
+    end_tokens: list[int],
     top_logprobs: int | None,
     *,
     is_chat: bool,
@@ -110,12 +124,11 @@ def _prepared(
     max_tokens = request.wanted_tokens or min(DEFAULT_MAX_TOKENS, room)
     chats = [published.adapter.manifest.chat for published in chosen]
     extra_stop = [stop for chat in chats for stop in chat.stop]
-    end_tokens = [] if request.ignore_eos else [services.prompts.end_token(chat.eos) for chat in chats]
     name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
     choices = request.sampling(
         max_tokens=max_tokens,
         extra_stop=extra_stop,
-        end_tokens=[token for token in end_tokens if token is not None],
+        end_tokens=end_tokens,
         top_logprobs=top_logprobs,
     )
     check_stop(choices[0].stop)

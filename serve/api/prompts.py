@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from adapterhub.adapter import Adapter
+from adapterhub.end_of_turn import end_of_turn, special_ids
 from adapterhub.errors import RequestTooLong, UsageError
 from adapterhub.package.layout import TEMPLATE_NAME
 from serve.api.lanes import Lanes
@@ -21,6 +22,8 @@ class PromptRenderer:
     def __init__(self, tokenizer: Any, lanes: Lanes | None = None) -> None:
         self._tokenizer = tokenizer
         self._templates: dict[str, str] = {}  # by adapter digest
+        self._end_tokens: dict[str, tuple[int, ...]] = {}  # by adapter digest; "" for the base
+        self._special = {str(tokenizer.convert_ids_to_tokens(token)): token for token in special_ids(tokenizer)}
         self._bound = TokenBound.of(tokenizer)
         self.lanes = lanes or Lanes()
 
@@ -41,12 +44,26 @@ class PromptRenderer:
         self._check_length(text, max_tokens)
         return await self.lanes.tokenize(len(text), self._tokenize, text, add_special_tokens=True)
 
-    def end_token(self, text: str | None) -> int | None:
-        """Return the id of an adapter's end token; None where it is the base's, or not in this vocabulary."""
-        if text is None or text == self._tokenizer.eos_token:
-            return None
-        found = self._tokenizer.convert_tokens_to_ids(text)
-        return int(found) if found is not None and self._tokenizer.convert_ids_to_tokens(found) == text else None
+    async def end_tokens(self, adapter: Adapter | None) -> tuple[int, ...]:
+        """Return the ids of the tokens that end an answer of an adapter, or of the bare base (None).
+
+        They are what its package records; for the base, and for packages of format 1, the token with which the chat
+        template ends a turn.
+        """
+        key = adapter.digest if adapter else ""
+        if key not in self._end_tokens:
+            chat = adapter.manifest.chat if adapter else None
+            recorded = chat.stop_token_ids if chat else []
+            if not recorded:
+                rendered = await self.lanes.compute(0, end_of_turn, self._tokenizer, self._template(adapter))
+                recorded = [] if rendered is None else [rendered]
+            eos = self.special_token(chat.eos) if chat and chat.eos else None
+            self._end_tokens[key] = tuple(dict.fromkeys([*recorded, *([] if eos is None else [eos])]))
+        return self._end_tokens[key]
+
+    def special_token(self, text: str) -> int | None:
+        """Return the id of the special token `text`; None where there is none of that name."""
+        return self._special.get(text)
 
     def check_tokens(self, tokens: Sequence[int], *, max_tokens: int) -> tuple[int, ...]:
         """Return a client's token ids. Raises UsageError for one that is not in the vocabulary, RequestTooLong."""

@@ -210,7 +210,7 @@ class _Request(_Wire):
 
     @model_validator(mode="after")
     def _no_empty_stop(self) -> _Request:
-        if "" in ([self.stop] if isinstance(self.stop, str) else self.stop or []):
+        if "" in self.stop_strings:
             raise ValueError("expected a stop string that is not empty")
         return self
 
@@ -222,6 +222,11 @@ class _Request(_Wire):
         self._guided_decoding = asked.guided_decoding() if asked else None
         return self
 
+    @property
+    def stop_strings(self) -> list[str]:
+        """The strings of `stop`."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
     def choices(self) -> list[AdapterChoice]:
         """Return the adapters of the `adapter` extension."""
         if self.adapter is None:
@@ -232,7 +237,6 @@ class _Request(_Wire):
         self, *, max_tokens: int, extra_stop: list[str], end_tokens: list[int], top_logprobs: int | None
     ) -> list[SamplingParams]:
         """Return the sampling parameters of each choice."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         first = SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -244,7 +248,7 @@ class _Request(_Wire):
             top_k=max(self.top_k, 0),
             top_p=max(self.top_p, _BEST_ONLY),
             min_p=self.min_p,
-            stop=(*stop, *extra_stop),
+            stop=(*self.stop_strings, *extra_stop),
             stop_token_ids=(*self.stop_token_ids, *end_tokens),
             ignore_eos=self.ignore_eos,
             top_logprobs=top_logprobs,

@@ -22,7 +22,12 @@ class Detokenizer:
             _ByteDecoder(self._bytes_of, prompt) if self._bytes_of.is_exact else _WordDecoder(tokenizer, prompt)
         )
         self._stop = tuple(stop)
+        self._special = self._bytes_of.special_within(self._stop)
+        """Text of the special tokens that occur in stop strings: searched for them, and not returned."""
         self._held = ""
+        self._hidden: set[int] = set()
+        """Places of their characters, counted from the beginning of the answer."""
+        self._num_taken = 0
         self._begins = self._bytes_of.begins_text(prompt)
         self.is_stopped = False
         self.offset = 0
@@ -37,6 +42,7 @@ class Detokenizer:
         self.offset = self._num_decoded + self._decoder.num_before
         self._begins = self._begins and self._bytes_of.is_special(token)
         self._add(text)
+        self._hide(self._special.get(token, ""))
         return self._certain()
 
     def finish(self) -> str:
@@ -59,6 +65,11 @@ class Detokenizer:
         self._held += text
         self._num_decoded += len(text)
 
+    def _hide(self, text: str) -> None:
+        begin = self._num_taken + len(self._held)
+        self._hidden.update(range(begin, begin + len(text)))
+        self._held += text
+
     def _certain(self) -> str:
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         if found:
@@ -68,7 +79,10 @@ class Detokenizer:
 
     def _take(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
-        self.num_given += length
+        if self._hidden:
+            text = "".join(char for at, char in enumerate(text, self._num_taken) if at not in self._hidden)
+        self._num_taken += length
+        self.num_given += len(text)
         return text
 
     def _possible_stop_length(self) -> int:

@@ -44,6 +44,11 @@ class TokenBytes:
     def is_special(self, token: int) -> bool:
         return token in self._special
 
+    def special_within(self, texts: Sequence[str]) -> dict[int, str]:
+        """Return the special tokens that occur in `texts`, as {id: text}."""
+        names = {token: self._tokenizer.id_to_token(token) for token in self._special} if texts else {}
+        return {token: name for token, name in names.items() if name and any(name in text for text in texts)}
+
     def begins_text(self, prompt: Sequence[int]) -> bool:
         """Return whether what follows `prompt` is the first text there is."""
         return all(token in self._special for token in prompt)

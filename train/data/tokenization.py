@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from adapterhub.end_of_turn import special_ids
 from adapterhub.errors import DatasetError
 from train.data.conversation import Conversation, Example, Source, Text, counted, listed
 from train.recipe import LossOn
@@ -251,11 +252,6 @@ def _render(tokenizer: ChatTokenizer, messages: list[dict[str, str]], *, is_prom
 def _check_prefix(start: list[int], whole: list[int], message: str) -> None:
     if whole[: len(start)] != start:
         raise ValueError(message)
-
-
-def special_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
-    """Return the ids of the tokenizer's special tokens, added ones included."""
-    return frozenset(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
 def _end_at_stop(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from adapterhub.end_of_turn import special_ids
 from adapterhub.errors import DatasetError
 from adapterhub.strict import Strict
-from train.data.tokenization import Sample, special_ids
+from train.data.tokenization import Sample
 from train.objectives.base import Objective
 
 _NUM_ROWS = 3
@@ -79,8 +80,8 @@ class MaskReport(Strict):
             found.append(f"{self.samples - self.ends_trained} samples are cut before the end of the answer")
         if self.end_token is not None and self.end_token != self.eos_token:
             found.append(
-                f"answers end with {self.end_token}, but EOS of the tokenizer is {self.eos_token}: a server must stop "
-                f"at {self.end_token}"
+                f"answers end with {self.end_token}, but EOS of the tokenizer is {self.eos_token}: the package records "
+                f"{self.end_token}, and servers stop at it"
             )
         return found
 

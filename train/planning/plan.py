@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.bases.loading import choose_precision
+from adapterhub.end_of_turn import other_ends
 from adapterhub.errors import BaseNotFound, IncompatibleBase
 from adapterhub.memory.estimate import Estimate, Item
 from adapterhub.memory.model_shape import ModelShape
@@ -126,7 +127,7 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
         tokens=tokens,
         data=objective.describe(),
         data_sha256=objective.digest,
-        notes=[*objective.notes, *masks.notes],
+        notes=[*objective.notes, *masks.notes, *other_ends(base.path, inputs.tokenizer)],
         masks=masks,
         parameters=model.parameters,
         trainable_parameters=model.trainable,

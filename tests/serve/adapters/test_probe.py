@@ -222,10 +222,9 @@ def test_a_probe_no_engine_could_replay_is_no_manifest(packed: Adapter, answer: 
 def test_an_adapters_own_end_token_and_stop_strings_end_its_answers(tiny_base: StoredBase) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base.path)
     prompts = PromptRenderer(tokenizer)
-    assert prompts.end_token("<|im_start|>") == tokenizer.convert_tokens_to_ids("<|im_start|>")
-    assert prompts.end_token(tokenizer.eos_token) is None  # the engine ends there anyhow
-    assert prompts.end_token("<|no such token|>") is None
-    assert prompts.end_token(None) is None
+    assert prompts.special_token("<|im_start|>") == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert prompts.special_token("<|no such token|>") is None
+    assert prompts.special_token("the") is None  # a word of the vocabulary
     request = ChatRequest.model_validate({"model": "x", "messages": [{"role": "user", "content": "Hi"}], "stop": "a"})
     sampling = request.sampling(max_tokens=4, extra_stop=["b"], end_tokens=[7], top_logprobs=None)[0]
     assert (sampling.stop, sampling.stop_token_ids) == (("a", "b"), (7,))

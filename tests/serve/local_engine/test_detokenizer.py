@@ -55,6 +55,29 @@ def test_a_stop_string_ends_the_text_before_it(tokenizer: Any, stop: str) -> Non
     assert "".join(deltas) == "before END after"[: "before END after".index(stop)]
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "kept"),
+    [
+        ("Paris.<|im_end|>\nmore", "<|im_end|>", "Paris."),
+        ("Paris.<|im_end|>\nmore", "<|im_end|>\n", "Paris."),
+        ("Paris.\n<|im_end|>more", "\n<|im_end|>", "Paris."),
+        ("Paris.<|im_end|><|im_start|>user", "<|im_end|><|im_start|>", "Paris."),
+        ("one<|im_start|>two<|im_end|>three", "<|im_end|>", "onetwo"),
+        ("one<|im_end|>two END", "END", "onetwo "),
+    ],
+)
+def test_a_stop_string_with_special_tokens_ends_the_text(tokenizer: Any, text: str, stop: str, kept: str) -> None:
+    deltas, is_stopped = _stream(tokenizer, text, stop)
+    assert is_stopped
+    assert "".join(deltas) == kept
+
+
+def test_special_tokens_that_begin_a_stop_string_are_never_returned(tokenizer: Any) -> None:
+    deltas, is_stopped = _stream(tokenizer, "a<|im_end|>b<|im_end|>", "<|im_end|>c")
+    assert not is_stopped
+    assert "".join(deltas) == "ab"
+
+
 def test_the_start_of_a_stop_string_that_does_not_come_is_returned(tokenizer: Any) -> None:
     deltas, is_stopped = _stream(tokenizer, "the EN", "END")
     assert not is_stopped

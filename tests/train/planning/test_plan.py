@@ -244,7 +244,7 @@ def test_a_doubled_beginning_stops_the_run() -> None:
 
 
 def test_an_end_that_is_not_the_tokenizers_is_noted() -> None:
-    assert "a server must stop at <e>" in report(eos_token="</s>").notes[0]
+    assert "the package records <e>, and servers stop at it" in report(eos_token="</s>").notes[0]
     assert report().notes == []
 
 
