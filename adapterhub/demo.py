@@ -55,15 +55,15 @@ def run_demo(work: Path, *, port: int, leave: bool) -> None:
 
     with ExitStack() as running:
         _title("3. Publish both on a Hub of our own")
-        hub_url, token = running.enter_context(_local_hub(home, work / "hub"))
+        hub = running.enter_context(_local_hub(home, work / "hub"))
         for name in ADAPTERS:
-            _adapterhub(home, "push", _written(_folder(work, name)), f"{OWNER}/{name}", "--hub", hub_url, token=token)
-        _adapterhub(home, "list", "--hub", hub_url, token=token)
+            _adapterhub(home, "push", _written(_folder(work, name)), f"{OWNER}/{name}", hub=hub)
+        _adapterhub(home, "list", hub=hub)
 
         _title("4. Pull both into a second, empty registry, as another user would")
         second = work / "second-home"
         for name in ADAPTERS:
-            _adapterhub(second, "pull", f"{OWNER}/{name}", "--hub", hub_url, token=token)
+            _adapterhub(second, "pull", f"{OWNER}/{name}", hub=hub)
         _adapterhub(second, "list")
 
         _title("5. Serve one base with both adapters")
@@ -178,14 +178,16 @@ def _command() -> str:
     return found
 
 
-def _environment(home: Path, token: str | None = None) -> dict[str, str]:
-    return {**os.environ, "ADAPTERHUB_HOME": str(home.absolute()), **({"HF_TOKEN": token} if token else {})}
+def _environment(home: Path, hub: tuple[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a command; `hub`: URL of a Hub and the token for it."""
+    own = {"HF_ENDPOINT": hub[0], "HF_TOKEN": hub[1]} if hub else {}
+    return {**os.environ, "ADAPTERHUB_HOME": str(home.absolute()), **own}
 
 
-def _adapterhub(home: Path, *arguments: str, token: str | None = None) -> None:
+def _adapterhub(home: Path, *arguments: str, hub: tuple[str, str] | None = None) -> None:
     """Print and run one command, whose output is shown. Raises DemoFailed."""
     _say(f"$ adapterhub {' '.join(arguments)}")
-    done = subprocess.run([_command(), *arguments], env=_environment(home, token), check=False)
+    done = subprocess.run([_command(), *arguments], env=_environment(home, hub), check=False)
     if done.returncode:
         raise DemoFailed(f"`adapterhub {arguments[0]}` ended with status {done.returncode}; its message is above.")
 

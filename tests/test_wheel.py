@@ -125,7 +125,7 @@ def test_the_core_is_a_registry_client(core: Environment, tmp_path: Path) -> Non
     assert digest in core.output("adapterhub", "inspect", "small")
     with start_hub(tmp_path / "hub") as url:
         token = (tmp_path / "hub" / "token").read_text().strip()
-        core.output("adapterhub", "push", "small", "me/small", "--hub", url, HF_TOKEN=token)
+        core.output("adapterhub", "push", "small", "me/small", HF_ENDPOINT=url, HF_TOKEN=token)
         core.output("adapterhub", "pull", "me/small", "--hub", url)
     assert digest in core.output("adapterhub", "resolve", "me/small")
     assert "demo-captain" in core.output("adapterhub", "recipes")

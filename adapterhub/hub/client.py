@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import (
@@ -39,6 +39,8 @@ PUBLIC_ENDPOINT = "https://huggingface.co"
 T = TypeVar("T")
 _PAUSES_S = (1.0, 2.0, 4.0)
 _NUM_DOWNLOADS = 4
+_HUBS_OWN = ".gitattributes"
+"""The file that the public Hub adds to each repository."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,15 @@ class HubAccount:
 
     name: str
     can_write: bool
+
+
+@dataclass(frozen=True)
+class RepoAccess:
+    """Who can see a repository, and who can read its files."""
+
+    private: bool
+    gated: Literal["auto", "manual"] | None
+    """Access to the files on request: granted at once, or by the owner. None: no request is needed."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +96,13 @@ class Hub:
     def from_environment(cls, endpoint: str | None = None) -> Hub:
         """Read `HF_ENDPOINT` and the Hugging Face token: `HF_TOKEN`, `HF_TOKEN_PATH`, `hf auth login`.
 
-        The stored login is for the public Hub; another endpoint gets a token only from HF_TOKEN.
+        HF_TOKEN is for HF_ENDPOINT, or for the public Hub if that is not set; the stored login is for the public Hub.
+        Another `endpoint` gets neither, so that no token reaches an address that only a lock file or an option named.
         """
-        chosen = (endpoint or os.environ.get("HF_ENDPOINT") or PUBLIC_ENDPOINT).rstrip("/")
-        token = os.environ.get("HF_TOKEN") or None
-        if token is None and chosen == PUBLIC_ENDPOINT:
+        own = (os.environ.get("HF_ENDPOINT") or PUBLIC_ENDPOINT).rstrip("/")
+        chosen = endpoint.rstrip("/") if endpoint else own
+        token = (os.environ.get("HF_TOKEN") or None) if chosen == own else None
+        if token is None and chosen == PUBLIC_ENDPOINT and own == PUBLIC_ENDPOINT:
             from huggingface_hub import get_token
 
             token = get_token()
@@ -142,45 +155,61 @@ class Hub:
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's book-keeping, not content
 
     def push(self, adapter: Adapter, repo: str, *, private: bool = False, message: str | None = None) -> str:
-        """Publish a package as one commit on main, compare-and-swap on what main was. Returns the commit.
+        """Make main hold exactly a package, as one commit, compare-and-swap on what main was. Returns the commit.
 
-        Raises UsageError for a base that is only a local path, Conflict when another push came first.
+        Raises UsageError for a base that is only a local path, SignatureInvalid for a signature of another package,
+        Conflict when another push came first.
         """
+        _check_publishable(adapter)
         with self._mapped(f"push to {repo}", repo):
             _retried(lambda: self._api.create_repo(repo, private=private, exist_ok=True))
-        return str(self._commit(adapter, repo, message).oid)
+        return str(self._commit(files_of(adapter.path), repo, message or _title(adapter))[0].oid)
 
     def propose(self, adapter: Adapter, repo: str, *, message: str | None = None) -> str:
-        """Publish a package as a pull request, for its owners to review. Returns its URL. Raises as `push`."""
-        commit = self._commit(adapter, repo, message, create_pr=True)
+        """Open a pull request after which main holds exactly a package. Returns its URL. Raises as `push`."""
+        _check_publishable(adapter)
+        commit, _ = self._commit(files_of(adapter.path), repo, message or _title(adapter), create_pr=True)
         return str(commit.pr_url)
 
-    def _commit(self, adapter: Adapter, repo: str, message: str | None, *, create_pr: bool = False) -> CommitInfo:
-        if Path(adapter.manifest.base.id).is_absolute():
-            raise UsageError(
-                f"{adapter.manifest.name} names a local folder as its base ({adapter.manifest.base.id}), which "
-                "no other machine can load. Pull the base by its Hub id and pack the adapter on that."
-            )
-        from huggingface_hub import CommitOperationAdd
+    def replace(self, adapter: Adapter, repo: str, *, message: str) -> str | None:
+        """Make main of an existing repository hold exactly a package, under `message`; its first line is the title.
 
-        # Sorted so that the manifest is added with the rest: a commit is atomic, readers see all or nothing.
-        files = files_of(adapter.path)
-        check_names(path.name for path in files)
+        Returns the commit, or None if main holds the package already. Raises as `push`.
+        """
+        _check_publishable(adapter)
+        commit, parent = self._commit(files_of(adapter.path), repo, message)
+        return str(commit.oid) if commit.oid != parent else None
+
+    def _commit(
+        self, files: Sequence[Path], repo: str, message: str, *, create_pr: bool = False
+    ) -> tuple[CommitInfo, str]:
+        """Commit a tree that has these files and no others. Return the commit, and the one that main was at."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+        names = {path.name for path in files}
+        title, _, rest = message.partition("\n")
         with self._mapped(f"push to {repo}", repo), ExitStack() as opened:
-            parent = _retried(lambda: self._api.model_info(repo)).sha
+            info = _retried(lambda: self._api.model_info(repo))
+            there = [one.rfilename for one in info.siblings or ()]
+            # Sorted so that the manifest is added with the rest: a commit is atomic, readers see all or nothing.
             # Given as open files: with paths the client insists on Xet, which not every Hub speaks.
-            operations = [CommitOperationAdd(f.name, opened.enter_context(f.open("rb"))) for f in files]
+            operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+                *(CommitOperationAdd(path.name, opened.enter_context(path.open("rb"))) for path in files),
+                *(CommitOperationDelete(name) for name in there if name not in names and name != _HUBS_OWN),
+            ]
             # Sent again only when the Hub says to wait: after any other failure the commit may exist.
-            return _retried(
+            commit = _retried(
                 lambda: self._api.create_commit(
                     repo,
                     operations,
-                    commit_message=message or f"{adapter.manifest.name} {adapter.digest}",
-                    parent_commit=parent,
+                    commit_message=title,
+                    commit_description=rest.strip(),
+                    parent_commit=info.sha,
                     create_pr=create_pr,
                 ),
                 when=_was_not_taken,
             )
+        return commit, str(info.sha)
 
     def pull(self, repo: str, folder: Path | str, *, revision: str | None = None) -> tuple[Adapter, str]:
         """Fetch one exact revision into `folder`, which appears only when everything is there and verified.
@@ -212,35 +241,55 @@ class Hub:
         with self._mapped(f"list the files of {repo}", repo):
             return list(_retried(lambda: self._api.list_repo_files(repo, revision=commit)))
 
-    def replace(self, folder: Path, repo: str, *, message: str, private: bool = False) -> str:
-        """Make main hold exactly the files of `folder`, as one commit, compare-and-swap. Returns the commit."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+    def access(self, repo: str) -> RepoAccess:
+        """Return who can see a repository and read its files. What the Hub does not tell counts as private."""
+        with self._mapped(f"find {repo}", repo):
+            info = _retried(lambda: self._api.model_info(repo))
+        return RepoAccess(private=info.private is not False, gated=info.gated or None)
 
-        with self._mapped(f"push to {repo}", repo), ExitStack() as opened:
-            _retried(lambda: self._api.create_repo(repo, private=private, exist_ok=True))
-            parent = str(_retried(lambda: self._api.model_info(repo)).sha)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            names = [path.relative_to(folder).as_posix() for path in files]
-            there = _retried(lambda: self._api.list_repo_files(repo, revision=parent))
-            operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
-                *(CommitOperationAdd(n, opened.enter_context(f.open("rb"))) for n, f in zip(names, files, strict=True)),
-                *(CommitOperationDelete(name) for name in there if name not in names and name != ".gitattributes"),
-            ]
-            title, _, rest = message.partition("\n")
-            commit = _retried(
-                lambda: self._api.create_commit(
-                    repo, operations, commit_message=title, commit_description=rest.strip(), parent_commit=parent
-                ),
-                when=_was_not_taken,
-            )
-        return str(commit.oid)
+    def create(self, repo: str, access: RepoAccess) -> None:
+        """Create an empty repository. It is private until its gate is set. Raises Conflict, HubError kinds."""
+        with self._mapped(f"create {repo}", repo):
+            self._api.create_repo(repo, private=access.private or access.gated is not None)
+            if access.gated is not None:
+                self._api.update_repo_settings(repo, gated=access.gated)
+                self._api.update_repo_settings(repo, private=access.private)
 
-    def search(self, *, base: str | None = None, limit: int = 100) -> list[Listed]:
-        """Return the adapters on this Hub, newest first; with `base` (a Hub id) only those of that base."""
+    def restrict(self, repo: str, access: RepoAccess) -> bool:
+        """Make a repository at least as private and as gated as `access`. Returns whether that changed it."""
+        now = self.access(repo)
+        with self._mapped(f"change the settings of {repo}", repo):
+            if access.private and not now.private:
+                self._api.update_repo_settings(repo, private=True)
+            if access.gated is not None and now.gated not in (access.gated, "manual"):
+                self._api.update_repo_settings(repo, gated=access.gated)
+        return now != self.access(repo)
+
+    def tags(self, repo: str) -> dict[str, str]:
+        """Return the tags of a repository, with the commit of each."""
+        with self._mapped(f"list the tags of {repo}", repo):
+            return {tag.name: tag.target_commit for tag in _retried(lambda: self._api.list_repo_refs(repo)).tags}
+
+    def tag(self, repo: str, name: str, *, moves: bool) -> None:
+        """Tag what main holds now; `moves`: the tag exists and is moved."""
+        with self._mapped(f"tag {repo}", repo):
+            if moves:
+                self._api.delete_tag(repo, tag=name)
+            self._api.create_tag(repo, tag=name)
+
+    def search(self, *, text: str = "", base: str | None = None, limit: int | None = None) -> list[Listed]:
+        """Return the adapters on this Hub, newest first; the Hub does the search.
+
+        `text`: part of the name; `base`: Hub id of the base model; `limit`: None returns all, page by page.
+        """
         filters = ["adapterhub"] + ([f"base_model:adapter:{base}"] if base else [])
         with self._mapped("list adapters"):
             found = _retried(
-                lambda: list(self._api.list_models(filter=filters, limit=limit, sort="last_modified", full=True))
+                lambda: list(
+                    self._api.list_models(
+                        filter=filters, search=text or None, limit=limit, sort="last_modified", full=True
+                    )
+                )
             )
         return [Listed(model.id, str(model.sha), _base_tag(model.tags or [])) for model in found]
 
@@ -264,7 +313,7 @@ class Hub:
             return self._map(error.__cause__, act, repo)  # the client's word for an upload by LFS that failed
         if isinstance(error, ValueError) and str(error).startswith("LFS batch API returned errors:"):
             return HubError(f"cannot {act}: {self.endpoint} refused a file ({str(error).splitlines()[-1][:300]}).")
-        who = "with the token given (HF_TOKEN)" if self.token else "without a token"
+        who = "with the token given (HF_TOKEN)" if self.token else _without_token(self.endpoint)
         if isinstance(error, hf.GatedRepoError):
             return NotAuthorized(f"cannot {act}: access is gated: ask for it at {self.endpoint}/{repo}.")
         if isinstance(error, hf.RevisionNotFoundError):
@@ -294,6 +343,32 @@ class Hub:
                 "reach (--hub URL or HF_ENDPOINT)."
             )
         return None
+
+
+def _without_token(endpoint: str) -> str:
+    """Return why there is no token: one in the environment may be for another Hub."""
+    if not os.environ.get("HF_TOKEN"):
+        return "without a token"
+    own = os.environ.get("HF_ENDPOINT") or PUBLIC_ENDPOINT
+    return f"without a token (HF_TOKEN is for {own}; set HF_ENDPOINT={endpoint} with the token for this Hub)"
+
+
+def _check_publishable(adapter: Adapter) -> None:
+    """Check a package before anything is sent. Raises UsageError, PackageError kinds."""
+    if Path(adapter.manifest.base.id).is_absolute():
+        raise UsageError(
+            f"{adapter.manifest.name} names a local folder as its base ({adapter.manifest.base.id}), which "
+            "no other machine can load. Pull the base by its Hub id and pack the adapter on that."
+        )
+    check_names(path.name for path in files_of(adapter.path))
+    # Imported here: the libraries of signatures are not needed to list adapters.
+    from adapterhub.package.signing import check_signed_files
+
+    check_signed_files(adapter)
+
+
+def _title(adapter: Adapter) -> str:
+    return f"{adapter.manifest.name} {adapter.digest}"
 
 
 def _may_pass(error: BaseException) -> bool:

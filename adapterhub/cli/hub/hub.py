@@ -24,6 +24,7 @@ from adapterhub.units import format_bytes
 
 if TYPE_CHECKING:
     from adapterhub.adapter import AdapterRef
+    from adapterhub.hub.client import Hub
 
 
 def push(
@@ -125,15 +126,36 @@ def mirror(
         str | None,
         typer.Option(metavar="OWNER/NAME", callback=check_name, help="Repository to copy to [default: the same name]."),
     ] = None,
+    from_token: Annotated[
+        Path | None,
+        typer.Option("--from-token-file", exists=True, dir_okay=False, help="File with a token for the Hub of --from."),
+    ] = None,
+    to_token: Annotated[
+        Path | None,
+        typer.Option("--to-token-file", exists=True, dir_okay=False, help="File with a token for the Hub of --to."),
+    ] = None,
 ) -> None:
     """Copy an adapter and its history to another Hub.
 
-    Run it again to update the copy.
+    Run it again to update the copy, which is as private and as gated as the original. Each Hub has a token of its own:
+    that of a token file, else $HF_TOKEN for the Hub that $HF_ENDPOINT names.
     """
     from adapterhub.hub.mirror import mirror as mirror_adapter
 
-    made = mirror_adapter(repo, hub_at(source), hub_at(target), name=name, report=say)
+    there, copy = _hub_with(source, from_token), _hub_with(target, to_token)
+    made = mirror_adapter(repo, there, copy, name=name, report=say)
     say(f"{len(made)} commits copied")
+
+
+def _hub_with(endpoint: str, token_file: Path | None) -> Hub:
+    if token_file is None:
+        return hub_at(endpoint)
+    from adapterhub.hub.client import Hub
+
+    token = token_file.read_text(encoding="utf-8").strip()
+    if not token:
+        raise UsageError(f"{token_file} is empty: expected a token for {endpoint}. Write it there.")
+    return Hub(endpoint.rstrip("/"), token)
 
 
 def export_bundle(

@@ -99,19 +99,20 @@ def search(
 ) -> None:
     """Search for adapters by name and base."""
     if hub is not None:
-        found = [(one.name, one.revision, one.base or "") for one in hub_at(hub).search(base=base)]
+        found = [(one.name, one.revision, one.base or "") for one in hub_at(hub).search(text=text, base=base)]
     else:
         found = [
             (entry.name, entry.revision, entry.about.base)
             for entry in registry().list()
-            if base is None
-            or base == entry.about.base
-            or (base[:4] == "fp1:" and entry.about.fingerprint.startswith(base))
+            if text.lower() in entry.name.lower()
+            and (
+                base is None
+                or base == entry.about.base
+                or (base[:4] == "fp1:" and entry.about.fingerprint.startswith(base))
+            )
         ]
     rows = [
-        {"name": name, "revision": revision if as_json else revision[:12], "base": of}
-        for name, revision, of in found
-        if text.lower() in name.lower()
+        {"name": name, "revision": revision if as_json else revision[:12], "base": of} for name, revision, of in found
     ]
     table(rows, as_json, empty="no adapters found")
 

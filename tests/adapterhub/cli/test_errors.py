@@ -210,11 +210,11 @@ def test_an_unreachable_hub_is_worth_another_try(home: Path, tmp_path: Path) -> 
 def test_a_wrong_token_is_refused_without_printing_it(home: Path, tmp_path: Path) -> None:
     package = write_package(tmp_path / "p")
     with start_hub(tmp_path / "hub", PEOPLE) as url:
-        arguments = ["push", str(package), "alice/p", "--hub", url]
-        refused = run_any(*arguments, home=home, HF_TOKEN="hf_wrong")
+        arguments = ["push", str(package), "alice/p"]
+        refused = run_any(*arguments, home=home, HF_ENDPOINT=url, HF_TOKEN="hf_wrong")
         _refused(refused, 1, "HF_TOKEN")
         assert "hf_wrong" not in refused.stderr
-        assert run(*arguments, home=home, HF_TOKEN=ALICE).stdout.startswith("alice/p@")
+        assert run(*arguments, home=home, HF_ENDPOINT=url, HF_TOKEN=ALICE).stdout.startswith("alice/p@")
         assert "alice/p" in run("list", "--hub", url, home=home).stdout
         run("pull", "alice/p", "--hub", url, home=home)
         assert run("resolve", "alice/p", "--hub", url, home=home).stdout.startswith("sha256:")

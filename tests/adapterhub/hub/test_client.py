@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub_fixtures import ALICE, BOB, PEOPLE, READER, start_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from packages import write_package
+from packages import write_manifest, write_package
+from road import run
 
 from adapterhub.adapter import AdapterRef
 from adapterhub.errors import (
@@ -18,12 +20,19 @@ from adapterhub.errors import (
     DigestMismatch,
     HubUnavailable,
     NotAuthorized,
+    SignatureInvalid,
     UnsafeFile,
     UsageError,
 )
-from adapterhub.hub.client import Hub
+from adapterhub.hub.client import PUBLIC_ENDPOINT, Hub
+from adapterhub.hubserver.names import RepoId
+from adapterhub.hubserver.storage.commit import NewCommit, PutFile, RepoFile
+from adapterhub.hubserver.storage.store import HubStore
 from adapterhub.package.layout import open_adapter
+from adapterhub.package.signing import make_key, sign
 from adapterhub.registry.registry import Registry
+
+OURS = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +189,100 @@ def test_a_repository_that_is_no_package_says_how_to_adopt_it(
         hub.pull(repo, tmp_path / "x")
 
 
-def test_another_endpoint_is_not_sent_the_public_hubs_stored_login(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("environment", "asked", "token"),
+    [
+        ({}, None, "hf_stored"),
+        ({}, OURS, None),
+        ({"HF_ENDPOINT": OURS}, None, None),
+        ({"HF_ENDPOINT": OURS}, PUBLIC_ENDPOINT, None),
+        ({"HF_TOKEN": "hf_given"}, None, "hf_given"),
+        ({"HF_TOKEN": "hf_given"}, PUBLIC_ENDPOINT + "/", "hf_given"),
+        ({"HF_TOKEN": "hf_given"}, OURS, None),
+        ({"HF_TOKEN": "hf_given", "HF_ENDPOINT": OURS + "/"}, None, "hf_given"),
+        ({"HF_TOKEN": "hf_given", "HF_ENDPOINT": OURS}, OURS + "/", "hf_given"),
+        ({"HF_TOKEN": "hf_given", "HF_ENDPOINT": OURS}, PUBLIC_ENDPOINT, None),
+        ({"HF_TOKEN": "hf_given", "HF_ENDPOINT": OURS}, OURS + "0", None),
+    ],
+)
+def test_a_token_is_sent_only_to_the_endpoint_it_was_given_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], asked: str | None, token: str | None
 ) -> None:
     stored = tmp_path / "token"
-    stored.write_text("hf_secret")
+    stored.write_text("hf_stored")
     monkeypatch.setenv("HF_TOKEN_PATH", str(stored))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert Hub.from_environment("http://127.0.0.1:9").token is None
-    monkeypatch.setenv("HF_TOKEN", "hf_given")
-    assert Hub.from_environment("http://127.0.0.1:9/") == Hub("http://127.0.0.1:9", "hf_given")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(stored))
+    for name in ("HF_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Hub.from_environment(asked).token == token
+
+
+def test_a_missing_token_says_for_which_hub_there_is_one(
+    url: str, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", ALICE)
+    monkeypatch.setenv("HF_ENDPOINT", OURS)
+    with pytest.raises(NotAuthorized, match=f"HF_TOKEN is for {OURS}; set HF_ENDPOINT={url}"):
+        Hub.from_environment(url).push(open_adapter(package), "alice/nobodys")
+
+
+def test_a_second_push_leaves_only_its_own_files(hub: Hub, repo: str, tmp_path: Path) -> None:
+    first, second = write_package(tmp_path / "first"), write_package(tmp_path / "second", seed=1)
+    (first / "tokenizer.json").write_text("{}")
+    write_manifest(first)
+    hub.push(open_adapter(first), repo)
+    hub.push(open_adapter(second), repo)
+    pulled, _ = hub.pull(repo, tmp_path / "pulled")
+    assert pulled.digest == open_adapter(second).digest
+    assert sorted(path.name for path in pulled.path.iterdir()) == sorted(path.name for path in second.iterdir())
+
+
+def test_a_merged_proposal_leaves_only_its_own_files(hub: Hub, repo: str, tmp_path: Path) -> None:
+    first, second = write_package(tmp_path / "first"), write_package(tmp_path / "second", seed=1)
+    (first / "tokenizer.json").write_text("{}")
+    write_manifest(first)
+    hub.push(open_adapter(first), repo)
+    number = int(hub.propose(open_adapter(second), repo).rpartition("/")[2])
+    HfApi(endpoint=hub.endpoint, token=ALICE).merge_pull_request(repo, number)
+    assert hub.pull(repo, tmp_path / "pulled")[0].digest == open_adapter(second).digest
+
+
+def test_a_push_of_an_unsigned_version_takes_the_old_signature_away(hub: Hub, repo: str, tmp_path: Path) -> None:
+    signed = open_adapter(write_package(tmp_path / "signed"))
+    sign(signed, make_key(tmp_path / "key")[0])
+    hub.push(signed, repo)
+    hub.push(open_adapter(write_package(tmp_path / "unsigned", seed=1)), repo)
+    assert not (hub.pull(repo, tmp_path / "pulled")[0].path / "adapter.sig").exists()
+
+
+@pytest.mark.parametrize("act", ["push", "propose"])
+def test_a_signature_of_another_package_is_refused_at_push(hub: Hub, repo: str, tmp_path: Path, act: str) -> None:
+    signed, other = (open_adapter(write_package(tmp_path / f"p{seed}", seed=seed)) for seed in range(2))
+    hub.push(other, repo)
+    commit = hub.commit_of(repo)
+    sign(signed, make_key(tmp_path / "key")[0])
+    shutil.copy(signed.path / "adapter.sig", other.path)
+    with pytest.raises(SignatureInvalid, match="not what was signed"):
+        getattr(hub, act)(other, repo)
+    assert hub.commit_of(repo) == commit
+
+
+def test_a_list_has_every_adapter_and_the_hub_does_the_search(tmp_path: Path) -> None:
+    store = HubStore(tmp_path)
+    card = b"---\ntags: [adapterhub]\n---\n"
+    names = [f"alice/many-{number}" for number in range(103)]
+    for name in [*names, "alice/wanted"]:
+        store.create_repo(RepoId.parse(name), author="alice")
+        change = PutFile("README.md", RepoFile(blob=store.objects.put_blob(card), size=len(card)))
+        store.commit(RepoId.parse(name), "main", changes=[change], new=NewCommit("alice", "card"))
+    with start_hub(tmp_path, PEOPLE) as url:
+        hub = Hub(url)
+        assert {one.name for one in hub.search()} == {*names, "alice/wanted"}
+        assert [one.name for one in hub.search(text="WANT")] == ["alice/wanted"]
+        assert len(hub.search(limit=2)) == 2
+        done = run("search", "want", "--hub", url, "--json", home=tmp_path / "home")
+        assert [row["name"] for row in json.loads(done.stdout)] == ["alice/wanted"]
+        done = run("list", "--hub", url, "--json", home=tmp_path / "home")
+        assert len(json.loads(done.stdout)) == 104
