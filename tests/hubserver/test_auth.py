@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from disk_operations import recorded
 
 from adapterhub.errors import UsageError
+from adapterhub.hubserver.app import create_hub_app
 from adapterhub.hubserver.auth.tickets import Signer, UploadTicket
 from adapterhub.hubserver.auth.tokens import Account, Tokens, load_or_create_secret, token_hash
 from adapterhub.hubserver.errors import InvalidName, InvalidToken, InvalidUploadTicket
 from adapterhub.hubserver.names import RepoId
+from adapterhub.hubserver.server import serve_hub
 
 TOKENS = Tokens.of({"a-token": Account("alice", "write", ("team",)), "r-token": Account("rob", "read")})
 TICKET = UploadTicket(RepoId("alice", "poems"), "0" * 64, size_bytes=7, expires_s=4_000_000_000)
@@ -64,6 +67,7 @@ def test_tokens_file_can_be_toml(tmp_path: Path) -> None:
         (json.dumps({"token": [{"sha256": "xyz", "user": "a", "role": "root"}]}), "token.0.role"),
         (json.dumps({"token": [{"sha256": "0" * 64, "user": "a", "role": "read", "rol": 1}]}), "token.0.rol"),
         (json.dumps({"token": [{"sha256": "0" * 64, "user": "a/b", "role": "read"}]}), "'a/b'"),
+        (json.dumps({"token": [{"sha256": token_hash(""), "user": "a", "role": "read"}]}), "empty text"),
     ],
 )
 def test_unusable_tokens_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -88,6 +92,35 @@ def test_kept_secret_stays_and_is_private(tmp_path: Path) -> None:
     assert load_or_create_secret(path) == first
     assert path.stat().st_mode & 0o777 == 0o600
     assert [entry.name for entry in tmp_path.iterdir()] == ["secret"]
+
+
+@pytest.mark.parametrize("left", [b"", b"\n", b"short", b"\0" * 43, b"x" * 31, b"two words " * 5, "é".encode() * 40])
+def test_secret_that_a_disk_lost_is_refused_at_the_start(tmp_path: Path, left: bytes) -> None:
+    for name, serve in (
+        ("secret", lambda: load_or_create_secret(tmp_path / "secret")),
+        ("token", lambda: serve_hub(tmp_path, port=0)),
+        ("upload.secret", lambda: create_hub_app(tmp_path, TOKENS)),
+    ):
+        (tmp_path / name).write_bytes(left)
+        with pytest.raises(UsageError, match="holds no secret") as refusal:
+            serve()
+        assert str(tmp_path / name) in str(refusal.value)
+        assert (tmp_path / name).read_bytes() == left
+
+
+def test_secret_is_on_disk_before_its_name(tmp_path: Path) -> None:
+    with recorded(tmp_path / "hub") as recording:
+        secret = load_or_create_secret(tmp_path / "hub" / "token")
+        recording.acknowledge(secret)
+    recording.check_order()
+    for told, found in recording.crashes(tmp_path / "after"):
+        # At any moment there is the whole secret or none.
+        assert (found / "token").read_text() == secret if (found / "token").exists() else not told
+
+
+def test_secret_that_a_person_wrote_may_end_in_a_newline(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("x" * 40 + "\n")
+    assert load_or_create_secret(tmp_path / "token") == "x" * 40
 
 
 def test_own_upload_ticket_is_good() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import tomllib
 from collections.abc import Mapping
@@ -17,12 +18,14 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from adapterhub.errors import UsageError
-from adapterhub.files import write_atomic
+from adapterhub.files import link_durably, temporary_beside, write_atomic
 from adapterhub.hubserver.errors import InvalidName, InvalidToken
 from adapterhub.hubserver.names import check_namespace
 from adapterhub.strict import Strict
 
 ANY_NAMESPACE = "*"
+_MIN_SECRET = 32
+_SECRET = re.compile(rb"[!-~]{%d,}" % _MIN_SECRET)
 Role = Literal["read", "write", "admin"]
 """The role of an account; an admin can read and write every repository."""
 
@@ -98,6 +101,8 @@ class Tokens:
             text = path.read_text(encoding="utf-8")
             content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
             lines = _TokenFile.model_validate(content).token
+            if any(line.sha256 == token_hash("") for line in lines):
+                raise ValueError("a sha256 is that of the empty text: give the sha256 of a token")
             return cls({line.sha256: Account(line.user, line.role, line.namespaces) for line in lines})
         except ValidationError as error:
             faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
@@ -125,15 +130,22 @@ class Tokens:
 def load_or_create_secret(path: Path) -> str:
     """Return the secret in a file that only its owner can read; create it if it does not exist.
 
-    Processes that call this at the same time get the same secret.
+    Processes that call this at the same time get the same secret. Raises UsageError for a file that holds none, for
+    example because its disk lost the content.
     """
     with contextlib.suppress(FileExistsError):
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = temporary_beside(path)
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(secrets.token_urlsafe(32))
             # Unlike a rename, a link fails if the file exists: the first writer wins, and nobody reads a partial file.
-            os.link(temporary, path)
+            link_durably(temporary, path)
         finally:
             temporary.unlink()
-    return path.read_text()
+    secret = path.read_bytes().removesuffix(b"\n")
+    if _SECRET.fullmatch(secret) is None:
+        raise UsageError(
+            f"{path} holds no secret ({len(secret)} bytes): expected at least {_MIN_SECRET} letters, digits and "
+            "punctuation marks. Restore the file, or delete it: the next start writes a new secret."
+        )
+    return secret.decode("ascii")
