@@ -191,21 +191,40 @@ def test_file_is_put_together_in_any_order(xet: XorbStore, objects: ObjectStore)
     assert objects.lfs_path(file.sha256).read_bytes() == content
 
 
-def test_chunks_of_another_user_serve_but_cannot_spoil_ones_own(xet: XorbStore, objects: ObjectStore) -> None:
+def test_chunks_of_another_user_can_be_neither_read_nor_spoilt(xet: XorbStore, objects: ObjectStore) -> None:
     keep(xet, "alice")
     file = file_of(WHOLE, (0, 4))
-    xet.rebuild(file, user="bob")
+    with pytest.raises(UploadMismatch) as refusal:
+        xet.rebuild(file, user="bob")
+    assert "of 'bob' is not on this hub" in str(refusal.value)
     keep(xet, "bob", packed(b"spoilt", 0) * 4)
     xet.rebuild(file, user="alice")
-    with pytest.raises(UploadMismatch):
-        xet.rebuild(file, user="bob")
     assert objects.lfs_path(file.sha256).read_bytes() == WHOLE
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_refusal_tells_no_hash_of_a_chunk(xet: XorbStore, number: int) -> None:
+    """With its hash, the chunk could be asked for again, committed and downloaded."""
+    keep(xet, "alice")
+    for user in ("alice", "mallory"):
+        with pytest.raises(UploadMismatch) as refusal:
+            xet.rebuild(ShardFile("0" * 64, (Term(XORB, number, number + 1, len(RAW[number])),)), user=user)
+        assert hashlib.sha256(RAW[number]).hexdigest() not in str(refusal.value)
+
+
+def test_xorb_that_is_sent_again_packed_otherwise_serves(xet: XorbStore, objects: ObjectStore) -> None:
+    file = file_of(WHOLE, (0, 4))
+    for scheme in (0, 1, 2):
+        keep(xet, "alice", b"".join(packed(raw, scheme) for raw in RAW))
+        objects.lfs_path(file.sha256).unlink(missing_ok=True)
+        xet.rebuild(file, user="alice")
+        assert objects.lfs_path(file.sha256).read_bytes() == WHOLE
 
 
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        (ShardFile(hashlib.sha256(b"other").hexdigest(), (Term(XORB, 0, 4, len(WHOLE)),)), "with sha256"),
+        (ShardFile(hashlib.sha256(b"other").hexdigest(), (Term(XORB, 0, 4, len(WHOLE)),)), "not those announced"),
         (ShardFile(hashlib.sha256(WHOLE).hexdigest(), (Term(XORB, 0, 5, len(WHOLE)),)), "has 4 chunks"),
         (ShardFile(hashlib.sha256(WHOLE).hexdigest(), (Term(XORB, 1, 1, 0),)), "has 4 chunks"),
         (

@@ -1,22 +1,21 @@
 """Xorbs on disk, which clients do not need to send again, and files that are rebuilt from them.
 
-A xorb is stored under the user who sent it, so that no user can replace the chunks of another one. Chunks of other
-users are used only to rebuild a file whose sha256 the client has sent.
+A xorb is stored under the user who sent it, and files are rebuilt from that user's xorbs only: whoever knows the name
+of another's xorb can neither read nor replace its chunks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from adapterhub.hubserver.errors import UploadMismatch
-from adapterhub.hubserver.storage.objects import ObjectStore, Spool
+from adapterhub.hubserver.storage.objects import ObjectStore, Spool, touch_if_exists
 from adapterhub.hubserver.xet.format import (
     MAX_SHARD_BYTES,
     MAX_XORB_BYTES,
@@ -39,7 +38,6 @@ class XorbStore:
     def __init__(self, root: Path, objects: ObjectStore) -> None:
         self._xorbs = root / "xet"
         self._objects = objects
-        self._chunks = lru_cache(maxsize=64)(_read_chunks)
 
     def begin_xorb(self, user: str, xorb: str) -> Spool:
         """Open a temporary file for a xorb; the caller closes it. Raises UploadMismatch for an invalid hash."""
@@ -56,10 +54,12 @@ class XorbStore:
 
         Raises UploadMismatch if chunks are missing or the sha256 differs.
         """
+        # For this file only: a xorb can be sent again, packed otherwise.
+        positions = lru_cache(maxsize=8)(_read_chunks)
         with contextlib.closing(self._objects.begin_upload(file.sha256, size_bytes=file.size_bytes)) as upload:
             buffer = bytearray()
             for term in file.terms:
-                for raw in self._raw_chunks(term, user=user):
+                for raw in _raw_chunks(self._find(term.xorb, user=user), term, positions):
                     buffer += raw
                     if len(buffer) >= _BLOCK_BYTES:
                         upload.write(bytes(buffer))
@@ -78,30 +78,26 @@ class XorbStore:
                     freed += status.st_size
         return freed
 
-    def _raw_chunks(self, term: Term, *, user: str) -> Iterator[bytes]:
-        path = self._find(term.xorb, user=user)
-        chunks = self._chunks(path)
-        if not term.first < term.end <= len(chunks):
-            raise UploadMismatch(
-                f"the xorb {term.xorb} has {len(chunks)} chunks: the shard refers to chunks {term.first} to {term.end}."
-            )
-        # Reset its age: the xorb is in use.
-        os.utime(path)
-        with path.open("rb") as xorb:
-            for chunk in chunks[term.first : term.end]:
-                yield _read_chunk(xorb, chunk)
-
     def _find(self, xorb: str, *, user: str) -> Path:
-        own = self._xorbs / user / xorb
-        if own.exists():
-            return own
-        found = next(self._xorbs.glob(f"*/{xorb}"), None)
-        if found is None:
+        path = self._xorbs / user / xorb
+        # Reset its age: the xorb is in use.
+        if not touch_if_exists(path):
             raise UploadMismatch(
-                f"the xorb {xorb} is not on this hub (any more), but the client's cache lists it as sent: delete the "
-                "cache (~/.cache/huggingface/xet) and upload again."
+                f"the xorb {xorb} of '{user}' is not on this hub (any more), but the client's cache lists it as sent: "
+                "delete the cache (~/.cache/huggingface/xet) and upload again."
             )
-        return found
+        return path
+
+
+def _raw_chunks(path: Path, term: Term, positions: Callable[[Path], list[XorbChunk]]) -> Iterator[bytes]:
+    chunks = positions(path)
+    if not term.first < term.end <= len(chunks):
+        raise UploadMismatch(
+            f"the xorb {term.xorb} has {len(chunks)} chunks: the shard refers to chunks {term.first} to {term.end}."
+        )
+    with path.open("rb") as xorb:
+        for chunk in chunks[term.first : term.end]:
+            yield _read_chunk(xorb, chunk)
 
 
 def _read_chunks(path: Path) -> list[XorbChunk]:
