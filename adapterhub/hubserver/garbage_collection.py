@@ -17,9 +17,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from adapterhub.hubserver.auth.tickets import UPLOAD_LIFETIME_S
-from adapterhub.hubserver.errors import RepoNotFound, RevisionNotFound
+from adapterhub.hubserver.errors import RepoNotFound
 from adapterhub.hubserver.storage.discussion_store import DiscussionStore
-from adapterhub.hubserver.storage.store import HubStore, Repo
+from adapterhub.hubserver.storage.pages import pages_of
+from adapterhub.hubserver.storage.store import GC_LOCK, HubStore, Repo
 from adapterhub.hubserver.xet.xorb_store import XorbStore
 
 DEFAULT_GRACE_S = 24 * 3600
@@ -51,13 +52,16 @@ class GarbageCollector:
 
     def gc(self) -> Deleted:
         """Delete what was not used within the grace period. Wait for a collection in another process to end first."""
-        with FileLock(self._locks / "gc.lock"):
+        with FileLock(self._locks / GC_LOCK):
             return self._gc()
 
     def _gc(self) -> Deleted:
         for left in self._trash.iterdir():
-            # Left by a process that was killed.
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            # Left by a process that was killed. A young one may be a repository that is being created.
+            with contextlib.suppress(FileNotFoundError):
+                if left.stat().st_mtime < self._oldest_s:
+                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+        self._remove_incomplete_repos()
         self._store.objects.remove_stale_uploads(older_than_s=max(self._grace_s, UPLOAD_LIFETIME_S))
         used_blobs: set[str] = set()
         used_lfs: set[str] = set()
@@ -75,6 +79,13 @@ class GarbageCollector:
         ]
         return Deleted(len(sizes), commits, sum(sizes) + self._xet.remove_unused())
 
+    def _remove_incomplete_repos(self) -> None:
+        """Delete folders without `repo.json`: adapterhub 0.1 left them when duplicating a repository failed."""
+        for folder, repo_id in self._store.incomplete_repos():
+            with self._store.locked(repo_id):
+                if not (folder / "repo.json").exists() and folder.stat().st_mtime < self._oldest_s:
+                    self._store.remove_incomplete(folder)
+
     def _repos(self) -> list[Repo]:
         return [*self._store.repos("model"), *self._store.repos("dataset")]
 
@@ -85,36 +96,43 @@ class GarbageCollector:
         """
         with self._store.locked(repo.repo_id):
             repo = self._store.repo(repo.repo_id)
+            folder = self._store.folder(repo.repo_id)
             reached = self._reached(repo)
-            removed = 0
-            for record in (self._store.folder(repo.repo_id) / "commits").glob("*.json"):
-                if record.stem not in reached and self._delete_if_old(record) is not None:
-                    removed += 1
-            used = set()
-            for record in (self._store.folder(repo.repo_id) / "commits").glob("*.json"):
-                for entry in self._store.commit_at(repo, record.stem).files.values():
-                    if entry.sha256 is None:
-                        used_blobs.add(entry.blob)
-                    else:
-                        used.add(entry.sha256)
-            for mark in (self._store.folder(repo.repo_id) / "lfs").glob("*"):
-                if mark.name in used or self._delete_if_old(mark) is None:
+            removed = sum(
+                self._delete_if_old(record) is not None
+                for record in (folder / "commits").iterdir()
+                if record.stem not in reached
+            )
+            used_lfs_here: set[str] = set()
+            pages: set[str] = set()
+            for record in (folder / "commits").glob("*.json"):
+                for page_id, entries in pages_of(self._store.commit_at(repo, record.stem)):
+                    # Most pages are those of the commit before.
+                    if page_id not in pages:
+                        pages.add(page_id)
+                        used_blobs.update(entry.blob for entry in entries.values() if entry.sha256 is None)
+                        used_lfs_here.update(entry.sha256 for entry in entries.values() if entry.sha256 is not None)
+            if (folder / "pages").is_dir():
+                for page in (folder / "pages").iterdir():
+                    if page.stem not in pages:
+                        self._delete_if_old(page)
+            for mark in (folder / "lfs").glob("*"):
+                if mark.name in used_lfs_here or self._delete_if_old(mark) is None:
                     used_lfs.add(mark.name)
         return removed
 
     def _reached(self, repo: Repo) -> set[str]:
-        """Return the ids of all commits that are reachable from a branch, a tag or a pull request."""
+        """Return the ids of all commits that a branch, a tag, a pull request or a young commit reaches.
+
+        A young commit may become a branch again, and then needs its ancestors.
+        """
         pulls = [one for one in self._discussions.all(repo) if one.is_pull]
         starts = {*repo.branches.values(), *repo.tags.values(), *repo.merged.values()}
         starts |= {sha for pull in pulls for sha in (pull.start, pull.head) if sha is not None}
-        reached: set[str] = set()
-        for start in starts:
-            with contextlib.suppress(RevisionNotFound):
-                for commit in self._store.history(repo, start):
-                    if commit.sha in reached:
-                        break
-                    reached.add(commit.sha)
-        return reached
+        for record in (self._store.folder(repo.repo_id) / "commits").glob("*.json"):
+            if record.stat().st_mtime >= self._oldest_s:
+                starts.add(record.stem)
+        return {commit.sha for commit in self._store.reached(repo, starts)}
 
     def _delete_unused(self, folder: Path, *, keep: set[str]) -> Iterator[int]:
         """Delete old files that are not in `keep`. Yield the size of each, in bytes."""

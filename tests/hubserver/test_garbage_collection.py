@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 
 import pytest
-from hub_fixtures import REPO, objects, upload
+from hub_fixtures import REPO, age, objects, upload
 from typer.testing import CliRunner
 
 from adapterhub.cli.main import app
@@ -15,7 +13,7 @@ from adapterhub.hubserver.garbage_collection import GarbageCollector
 from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.storage.commit import DeleteFile, NewCommit, PutFile
 from adapterhub.hubserver.storage.discussion_store import DiscussionStore
-from adapterhub.hubserver.storage.history import squash
+from adapterhub.hubserver.storage.history import remove_objects, squash
 from adapterhub.hubserver.storage.store import HubStore
 
 
@@ -32,13 +30,6 @@ def put_lfs(store: HubStore, path: str, data: bytes) -> PutFile:
 
 def commit(store: HubStore, *changes: PutFile | DeleteFile, branch: str = "main") -> str:
     return store.commit(REPO, branch, changes=changes, new=NewCommit("alice", "a change")).sha
-
-
-def age(root: Path) -> None:
-    """Set the age of every file to three days."""
-    old = time.time() - 3 * 24 * 3600
-    for path in root.rglob("*"):
-        os.utime(path, (old, old))
 
 
 def test_what_a_ref_reaches_stays(store: HubStore, tmp_path: Path) -> None:
@@ -102,6 +93,36 @@ def test_deleted_repository_frees_what_no_other_holds(store: HubStore, tmp_path:
     age(tmp_path)
     GarbageCollector(tmp_path).gc()
     assert objects(tmp_path) == {b"shared"}
+
+
+def test_ancestors_of_a_young_commit_stay(store: HubStore, tmp_path: Path) -> None:
+    store.create_branch(REPO, "try", start="main")
+    commit(store, put_lfs(store, "w", b"old"), branch="try")
+    age(tmp_path)
+    young = commit(store, PutFile("a", store.lfs_entry(REPO, upload(store, b"young"))), branch="try")
+    store.delete_branch(REPO, "try")
+    assert GarbageCollector(tmp_path).gc().num_commits == 0
+    store.create_branch(REPO, "again", start=young)
+    history = list(store.history(store.repo(REPO), "again"))
+    assert [one.title for one in history] == ["a change", "a change", "initial commit"]
+    remove_objects(store, REPO, [str(history[0].files["w"].sha256)], is_rewriting=True)
+    assert list(store.commit_at(store.repo(REPO), "again").files) == ["a"]
+    store.delete_branch(REPO, "again")
+    age(tmp_path)
+    assert GarbageCollector(tmp_path).gc().num_commits == 4
+
+
+def test_incomplete_repositories_and_trash_go_when_they_are_old(store: HubStore, tmp_path: Path) -> None:
+    left = [store.folder(RepoId.parse(name)) for name in ("bob/copy", "datasets/bob/copy")]
+    for folder in (*left, tmp_path / "trash" / "half-made"):
+        (folder / "commits").mkdir(parents=True)
+    GarbageCollector(tmp_path).gc()
+    assert all(folder.is_dir() for folder in (*left, tmp_path / "trash" / "half-made"))
+    age(tmp_path)
+    GarbageCollector(tmp_path).gc()
+    assert not any(folder.exists() for folder in left)
+    assert list((tmp_path / "trash").iterdir()) == []
+    assert store.repo(REPO)
 
 
 def test_gc_command_says_what_it_removed(store: HubStore, tmp_path: Path) -> None:

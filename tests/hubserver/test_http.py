@@ -13,11 +13,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from hub_fixtures import ALICE, PEOPLE, READER, start_hub
+from hub_fixtures import ALICE, BOB, PEOPLE, READER, start_hub
+from hub_fixtures import upload as store_object
 from huggingface_hub import get_session
+from starlette.testclient import TestClient
 
+from adapterhub.hubserver.app import create_hub_app
 from adapterhub.hubserver.auth.tickets import Signer, UploadTicket
 from adapterhub.hubserver.names import RepoId
+from adapterhub.hubserver.storage.git_ids import lfs_pointer
+from adapterhub.hubserver.storage.store import HubStore
 
 REPO = "alice/poems"
 WEIGHTS = b"weights" * 10
@@ -253,6 +258,106 @@ def test_lfs_file_nobody_uploaded_is_refused(url: str) -> None:
 def test_lfs_file_of_another_size_is_refused(url: str, filled: str) -> None:
     reply = commit(url, HEADER, lfs_line("w", size=1))
     assert (reply.status_code, "announced" in reply.json()["error"]) == (400, True)
+
+
+def test_text_of_an_lfs_pointer_is_refused_as_a_file(url: str, filled: str) -> None:
+    """Its git blob id is that of the LFS file: the two commits would have one id."""
+    pointer = lfs_pointer(SHA256, len(WEIGHTS))
+    reply = commit(url, HEADER, file_line("w.safetensors", pointer))
+    assert (reply.status_code, "is an LFS pointer" in reply.json()["error"]) == (400, True)
+    assert ask(filled, "GET", "/w.safetensors").content == WEIGHTS
+    assert commit(url, HEADER, file_line("about.txt", b"About: " + pointer)).status_code == 200
+
+
+def test_commit_of_too_many_changes_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapterhub.hubserver.routes.commits.MAX_CHANGES", 3)
+    client = TestClient(create_hub_app(root, PEOPLE), headers={"Authorization": f"Bearer {ALICE}"})
+    client.post("/api/repos/create", json={"name": "many", "organization": "alice"})
+    for count, status in ((4, 413), (3, 200)):
+        lines = [HEADER, *(file_line(f"f{number}", b"x") for number in range(count))]
+        body = b"\n".join(json.dumps(line).encode() for line in lines)
+        assert client.post("/api/models/alice/many/commit/main", content=body).status_code == status
+
+
+# Comments, grants and merges
+
+
+LONG = "x" * 100_001
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("", {"title": "t", "description": LONG}),
+        ("/1/comment", {"comment": LONG}),
+        ("/1/comment/{event}/edit", {"content": LONG}),
+        ("/1/status", {"status": "closed", "comment": LONG}),
+        ("/2/merge", {"comment": LONG}),
+    ],
+)
+def test_every_comment_has_the_same_limit(client: TestClient, path: str, body: dict[str, str]) -> None:
+    discussions = "/api/models/alice/poems/discussions"
+    client.post(discussions, json={"title": "t"})
+    client.post(discussions, json={"title": "t", "pullRequest": True})
+    event = client.post(f"{discussions}/1/comment", json={"comment": "x"}).json()["newMessage"]["id"]
+    address = discussions + path.format(event=event)
+    assert client.post(address, json=body).status_code == 400
+    shorter = {key: value[:100_000] for key, value in body.items()}
+    assert client.post(address, json=shorter).status_code == 200
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> TestClient:
+    client = TestClient(create_hub_app(tmp_path, PEOPLE), headers={"Authorization": f"Bearer {ALICE}"})
+    client.post("/api/repos/create", json={"name": "poems", "organization": "alice"})
+    return client
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "who", "status"),
+    [
+        ("/alice/poems/ask-access", None, BOB, 200),
+        ("/api/models/alice/poems/user-access-request/grant", {"user": "bob"}, ALICE, 400),
+    ],
+)
+def test_what_was_granted_meanwhile_stays_granted(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, str] | None, who: str, status: int
+) -> None:
+    """The request read the repository before the grant; what it writes follows from what is there now."""
+    client.put("/api/models/alice/poems/settings", json={"gated": "manual"})
+    real = HubStore.set_access
+
+    def granted_before(store: HubStore, repo_id: RepoId, user: str, **options: Any) -> None:
+        real(store, repo_id, user, decide=lambda _: "accepted")
+        real(store, repo_id, user, **options)
+
+    monkeypatch.setattr(HubStore, "set_access", granted_before)
+    assert client.post(path, json=body, headers={"Authorization": f"Bearer {who}"}).status_code == status
+    (accepted,) = client.get("/api/models/alice/poems/user-access-request/accepted").json()
+    assert accepted["user"]["user"] == "bob"
+
+
+def test_status_and_its_comment_are_changed_together(client: TestClient) -> None:
+    discussions = "/api/models/alice/poems/discussions"
+    client.post(discussions, json={"title": "t"})
+    client.post(f"{discussions}/1/status", json={"status": "closed", "comment": "done"})
+    details = client.get(f"{discussions}/1").json()
+    assert [event["type"] for event in details["events"]] == ["comment", "status-change"]
+    assert details["status"] == "closed"
+
+
+def test_merge_of_a_file_that_was_deleted_for_good_is_refused(client: TestClient, tmp_path: Path) -> None:
+    store = HubStore(tmp_path)
+    repo = RepoId.parse("alice/poems")
+    sha256 = store_object(store, b"weights", repo)
+    lines = [HEADER, lfs_line("w", sha256), file_line("a", b"a")]
+    body = b"\n".join(json.dumps(line).encode() for line in lines)
+    client.post("/api/models/alice/poems/commit/main?create_pr=1", content=body)
+    head = store.repo(repo).branches["main"]
+    client.post("/api/models/alice/poems/lfs-files/batch", json={"deletions": {"sha": [sha256]}})
+    reply = client.post("/api/models/alice/poems/discussions/1/merge")
+    assert (reply.status_code, "permanently deleted" in reply.json()["error"]) == (400, True)
+    assert store.repo(repo).branches["main"] == head
 
 
 # LFS uploads

@@ -205,6 +205,25 @@ def test_disk_is_not_filled_to_the_brim(store: HubStore, tmp_path: Path) -> None
     assert "hub gc" in str(refusal.value)
 
 
+@pytest.mark.parametrize("act", ["duplicate", "move"])
+@pytest.mark.parametrize(("sizes", "status"), [((400, 400), 413), ((400, 100), 200)])
+def test_what_is_moved_or_duplicated_counts(tmp_path: Path, act: str, sizes: tuple[int, int], status: int) -> None:
+    limits = Limits(owner_bytes=2000, free_bytes=0)
+    client = TestClient(create_hub_app(tmp_path, USERS, limits=limits), headers={"Authorization": f"Bearer {ALICE}"})
+    store = HubStore(tmp_path)
+    for owner, size in zip(("alice", "team"), sizes, strict=True):
+        repo_id = RepoId.parse(f"{owner}/poems")
+        store.create_repo(repo_id, author="alice")
+        upload(store, os.urandom(3 * size), repo_id)
+    request = {
+        "duplicate": ("/api/models/alice/poems/duplicate", {"repository": "team/copy"}),
+        "move": ("/api/repos/move", {"fromRepo": "alice/poems", "toRepo": "team/copy"}),
+    }[act]
+    reply = client.post(request[0], json=request[1])
+    assert reply.status_code == status
+    assert [repo.id for repo in store.repos("model", "team")] == ["team/copy"] * (status == 200) + ["team/poems"]
+
+
 # The audit log
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from adapterhub.errors import StorageFull
 from adapterhub.hubserver.errors import (
     AlreadyExists,
     EntryNotFound,
@@ -22,6 +23,7 @@ from adapterhub.hubserver.errors import (
     TooLarge,
     UploadMismatch,
 )
+from adapterhub.hubserver.garbage_collection import GarbageCollector
 from adapterhub.hubserver.names import RepoId, check_path, check_ref
 from adapterhub.hubserver.storage.commit import (
     DeleteFile,
@@ -33,6 +35,7 @@ from adapterhub.hubserver.storage.commit import (
     files_after,
 )
 from adapterhub.hubserver.storage.git_ids import blob_id, lfs_pointer, tree_ids
+from adapterhub.hubserver.storage.history import squash
 from adapterhub.hubserver.storage.store import HubStore
 
 REPO = RepoId("alice", "poems")
@@ -277,3 +280,104 @@ def test_leftovers_of_killed_uploads_are_deleted(store: HubStore, tmp_path: Path
     store.objects.remove_stale_uploads(older_than_s=-1)
     assert not any((tmp_path / "hub" / "uploads").iterdir())
     left.close()
+
+
+# Repositories appear when they are complete, and hold nothing but what is theirs
+
+
+OTHER = RepoId("bob", "copy")
+
+
+def put_large(store: HubStore, data: bytes) -> PutFile:
+    sha256 = hashlib.sha256(data).hexdigest()
+    upload(store, data, sha256, size_bytes=len(data))
+    store.mark_lfs(REPO, sha256)
+    return PutFile("w", store.lfs_entry(REPO, sha256))
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_failed_duplicate_leaves_nothing(store: HubStore, repo: RepoId, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = commit(store, put(store, "a", b"private"), put_large(store, b"weights"))
+    root = store.folder(repo).parents[1]
+    before = everything(root)
+    with monkeypatch.context() as patch:
+        patch.setattr("adapterhub.hubserver.storage.store._save", full_disk)
+        for make in (
+            lambda: store.duplicate_repo(repo, OTHER, private=True),
+            lambda: store.create_repo(OTHER, author="bob"),
+        ):
+            with pytest.raises(StorageFull):
+                make()
+    assert everything(root) == before
+    store.create_repo(OTHER, author="bob")
+    with pytest.raises(RevisionNotFound):
+        store.commit_at(store.repo(OTHER), secret.sha)
+
+
+def full_disk(*_: object) -> None:
+    raise StorageFull("the disk is full")
+
+
+@pytest.mark.parametrize("act", ["create", "move", "duplicate"])
+def test_leftovers_of_a_failed_duplicate_do_not_become_part_of_a_repository(
+    store: HubStore, repo: RepoId, act: str
+) -> None:
+    """Adapterhub 0.1 copied in place: a folder of commits and marks under a name that answered 404."""
+    secret = commit(store, put(store, "a", b"private"))
+    shutil.copytree(store.folder(repo), store.folder(OTHER))
+    (store.folder(OTHER) / "repo.json").unlink()
+    source = RepoId("alice", "empty")
+    store.create_repo(source, author="alice")
+    {
+        "create": lambda: store.create_repo(OTHER, author="bob"),
+        "move": lambda: store.move_repo(source, OTHER),
+        "duplicate": lambda: store.duplicate_repo(source, OTHER, private=False),
+    }[act]()
+    assert len(list((store.folder(OTHER) / "commits").iterdir())) == 1
+    with pytest.raises(RevisionNotFound):
+        store.commit_at(store.repo(OTHER), secret.sha)
+
+
+def test_duplicate_has_only_what_refs_reach(store: HubStore, repo: RepoId) -> None:
+    upload(store, b"never committed", never := hashlib.sha256(b"never committed").hexdigest(), size_bytes=15)
+    store.mark_lfs(repo, never)
+    old = commit(store, put_large(store, b"squashed away"))
+    kept = commit(store, put_large(store, b"kept"), put(store, "a"))
+    squash(store, repo, "main", author="alice", message="one")
+    store.create_tag(repo, "v1", target="main")
+    store.duplicate_repo(repo, OTHER, private=False)
+    copy = store.repo(OTHER)
+    assert dict(store.commit_at(copy, "v1").files) == dict(kept.files)
+    assert list(store.lfs_marks(OTHER)) == [hashlib.sha256(b"kept").hexdigest()]
+    assert store.can_read(OTHER, kept.files["w"])
+    for sha in (old.sha, kept.sha):
+        with pytest.raises(RevisionNotFound):
+            store.commit_at(copy, sha)
+
+
+def test_permanently_deleted_object_is_not_in_a_duplicate(store: HubStore, repo: RepoId) -> None:
+    entry = commit(store, put_large(store, b"gone")).files["w"]
+    store.drop_lfs(repo, str(entry.sha256))
+    store.duplicate_repo(repo, OTHER, private=False)
+    assert not store.can_read(OTHER, entry)
+
+
+def test_commit_of_an_object_that_was_just_deleted_is_refused(store: HubStore, repo: RepoId) -> None:
+    change = put_large(store, b"gone")
+    store.drop_lfs(repo, str(change.entry.sha256))
+    with pytest.raises(UploadMismatch) as refusal:
+        commit(store, change)
+    assert "permanently deleted" in str(refusal.value)
+
+
+def test_owner_may_be_named_like_a_lock(store: HubStore, tmp_path: Path) -> None:
+    # As adapterhub 0.1 left it.
+    (tmp_path / "hub" / "locks" / "gc.lock").touch()
+    store = HubStore(tmp_path / "hub")
+    for owner in ("gc.lock", "gc", "a.lock"):
+        store.create_repo(RepoId(owner, "songs"), author=owner)
+        GarbageCollector(tmp_path / "hub").gc()
+        assert store.repo(RepoId(owner, "songs")).branches

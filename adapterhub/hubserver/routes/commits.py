@@ -13,7 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from pathspec import GitIgnoreSpec
 from pydantic import ValidationError
 
-from adapterhub.hubserver.errors import HubServerError, UploadMismatch
+from adapterhub.hubserver.errors import HubServerError, TooLarge, UploadMismatch
 from adapterhub.hubserver.names import check_path, pull_number
 from adapterhub.hubserver.routes.bodies import iter_lines
 from adapterhub.hubserver.routes.dependencies import (
@@ -36,11 +36,14 @@ from adapterhub.hubserver.storage.commit import (
     RepoCommit,
     RepoFile,
 )
+from adapterhub.hubserver.storage.git_ids import is_lfs_pointer
 from adapterhub.hubserver.storage.store import Repo
 
 MAX_REGULAR_BYTES = 10 << 20
 """Largest file that a commit request itself carries, in bytes; larger files are sent by LFS."""
 MAX_COMMIT_BYTES = 1 << 30
+MAX_CHANGES = 50_000
+"""Largest number of changes in a commit request."""
 _MAX_LINE_BYTES = MAX_REGULAR_BYTES * 4 // 3 + (64 << 10)
 
 router = APIRouter()
@@ -103,6 +106,8 @@ async def commit(
         else:
             change = await run_in_threadpool(_change, parsed, hub, repo)
             changes.append(change)
+            if len(changes) > MAX_CHANGES:
+                raise TooLarge(f"the commit has more than {MAX_CHANGES} changes: send it as several commits.")
             if isinstance(change, PutFile) and change.entry.sha256 is None:
                 small_bytes += change.entry.size
     if header is None:
@@ -150,6 +155,12 @@ def _change(line: schemas.ChangeLine, hub: HubServices, repo: Repo) -> Change:
     match line:
         case schemas.FileLine(value=file):
             data = _content(file)
+            if is_lfs_pointer(data):
+                # To git, this text is the file that it names: the two would have one commit id.
+                raise HubServerError(
+                    f"{file.path!r} is an LFS pointer, the text that git stores in place of a file: upload the file "
+                    "itself (git lfs pull fetches it)."
+                )
             return PutFile(file.path, RepoFile(blob=hub.store.objects.put_blob(data), size=len(data)))
         case schemas.LfsFileLine(value=file):
             entry = hub.store.lfs_entry(repo.repo_id, file.oid)

@@ -130,9 +130,9 @@ def set_status(
 ) -> community.NewStatusReply:
     """Open or close a discussion, with an optional comment."""
     _check_is_author_or_writer(hub, repo, num, user)
-    if request.comment:
-        hub.discussions.comment(repo.repo_id, num, text=request.comment, author=user.user)
-    event = hub.discussions.set_status(repo.repo_id, num, status=request.status, author=user.user)
+    event = hub.discussions.set_status(
+        repo.repo_id, num, status=request.status, author=user.user, comment=request.comment
+    )
     return community.NewStatusReply(new_status=_event_reply(event))
 
 

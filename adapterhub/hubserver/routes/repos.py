@@ -95,6 +95,8 @@ def move_repo(request: schemas.MoveRepo, user: User, hub: HubDep) -> None:
     repo = find_repo(hub, user, repo_id=source)
     check_can_write(user, source.namespace)
     check_can_write(user, target.namespace)
+    if target.namespace != source.namespace:
+        hub.quotas.check_quota(target, added_bytes=hub.store.stored_bytes(repo))
     hub.store.move_repo(repo.repo_id, target)
 
 
@@ -114,6 +116,7 @@ def duplicate_repo(
     private = repo.private if request.visibility is None else request.visibility == "private"
     reply = schemas.DuplicateReply(url=f"{base_url}/{target}")
     try:
+        hub.quotas.check_quota(target, added_bytes=hub.store.stored_bytes(repo))
         hub.store.duplicate_repo(repo.repo_id, target, private=private)
     except AlreadyExists as error:
         return JSONResponse({"error": str(error), **reply.model_dump(by_alias=True)}, status_code=409)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from adapterhub.hubserver.schemas.hub import HubSchema
+
+_Text = Annotated[str, Field(max_length=100_000)]
+"""Text of a comment: the same limit for every way to write one."""
 
 # Requests
 
@@ -15,20 +18,20 @@ class NewDiscussion(HubSchema):
     """Request to open a discussion or a pull request."""
 
     title: str = Field(min_length=1, max_length=200)
-    description: str = Field(default="", max_length=100_000)
+    description: _Text = ""
     pull_request: bool = False
 
 
 class NewComment(HubSchema):
     """Request to add a comment."""
 
-    comment: str = Field(min_length=1, max_length=100_000)
+    comment: _Text = Field(min_length=1)
 
 
 class EditedComment(HubSchema):
     """Request to change a comment."""
 
-    content: str = Field(min_length=1, max_length=100_000)
+    content: _Text = Field(min_length=1)
 
 
 class NewTitle(HubSchema):
@@ -41,13 +44,13 @@ class NewStatus(HubSchema):
     """Request to open or close a discussion."""
 
     status: Literal["open", "closed"]
-    comment: str | None = None
+    comment: _Text | None = None
 
 
 class MergeRequest(HubSchema):
     """Request to merge a pull request."""
 
-    comment: str | None = None
+    comment: _Text | None = None
 
 
 class AccessGrant(HubSchema):

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 from adapterhub.hubserver.errors import RevisionNotFound
 from adapterhub.hubserver.names import Kind
 from adapterhub.hubserver.schemas import hub as schemas
 from adapterhub.hubserver.storage.cards import ADAPTER_CONFIG_NAME, CARD_NAME, MAX_METADATA_BYTES, Facts, facts_of
 from adapterhub.hubserver.storage.commit import RepoCommit, RepoFile
+from adapterhub.hubserver.storage.sized_cache import SizedCache
 from adapterhub.hubserver.storage.store import DEFAULT_BRANCH, HubStore, Repo
 
 MAX_PAGE = 1000
+_FACTS_CACHE_BYTES = 32 << 20
+_BYTES_OF_FACTS = 2000
+"""Size of the metadata of a repository without a card, in memory."""
+_OBJECTS_PER_TEXT = 8
+"""Size of parsed YAML and JSON in memory, relative to the text (measured: up to 8)."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,14 @@ class RepoCatalog:
 
     def __init__(self, store: HubStore) -> None:
         self._store = store
-        self._facts = lru_cache(maxsize=4096)(self._read_facts)
+        self._facts = SizedCache[Facts](_FACTS_CACHE_BYTES)
 
     def page(self, query: RepoQuery, *, can_see: Callable[[Repo], bool]) -> Page:
         """Return one page of the repositories that match."""
         found = [
             (repo, commit)
-            for repo, commit in self._heads(query.kind)
-            if can_see(repo) and _matches(repo, query) and set(query.tags) <= set(self.facts_at(commit).tags)
+            for repo, commit, facts in self._heads(query.kind, lambda repo: can_see(repo) and _matches(repo, query))
+            if set(query.tags) <= set(facts.tags)
         ]
         found.sort(key=lambda model: model[0].created_s if query.sort == "createdAt" else model[1].time_s, reverse=True)
         end = query.skip + query.limit
@@ -79,27 +84,29 @@ class RepoCatalog:
             card_data=facts.card or None,
             base_models=schemas.BaseModels(relation=facts.relation, models=bases) if facts.relation else None,
             config=_peft_config(facts),
-            used_storage=sum(entry.size for entry in commit.files.values()),
+            used_storage=commit.size_bytes,
             siblings=siblings,
         )
 
-    def _heads(self, kind: Kind) -> Iterator[tuple[Repo, RepoCommit]]:
-        for repo in self._store.repos(kind):
+    def _heads(self, kind: Kind, is_asked: Callable[[Repo], bool]) -> Iterator[tuple[Repo, RepoCommit, Facts]]:
+        for repo in filter(is_asked, self._store.repos(kind)):
             # A repository may be deleted at the same time.
             with contextlib.suppress(RevisionNotFound):
-                yield repo, self._store.commit_at(repo, DEFAULT_BRANCH)
+                commit = self._store.commit_at(repo, DEFAULT_BRANCH)
+                yield repo, commit, self.facts_at(commit)
 
     def facts_at(self, commit: RepoCommit) -> Facts:
         """Return the metadata of the model card and the adapter's config at a commit."""
-        has_safetensors = any(path.endswith(".safetensors") for path in commit.files)
-        return self._facts(commit.files.get(CARD_NAME), commit.files.get(ADAPTER_CONFIG_NAME), has_safetensors)
+        return self._facts.get(commit.sha, lambda: self._read_facts(commit))
 
-    def _read_facts(self, card: RepoFile | None, config: RepoFile | None, has_safetensors: bool) -> Facts:
-        return facts_of(
-            card_bytes=None if card is None else self.metadata_bytes(card),
-            config_bytes=None if config is None else self.metadata_bytes(config),
-            has_safetensors=has_safetensors,
+    def _read_facts(self, commit: RepoCommit) -> tuple[Facts, int]:
+        card, config = (
+            None if entry is None else self.metadata_bytes(entry)
+            for entry in (commit.files.get(CARD_NAME), commit.files.get(ADAPTER_CONFIG_NAME))
         )
+        has_safetensors = any(path.endswith(".safetensors") for path in commit.files)
+        facts = facts_of(card_bytes=card, config_bytes=config, has_safetensors=has_safetensors)
+        return facts, _BYTES_OF_FACTS + _OBJECTS_PER_TEXT * (len(card or b"") + len(config or b""))
 
     def metadata_bytes(self, entry: RepoFile) -> bytes:
         """Return the bytes of a small metadata file; b"" if it is too large.

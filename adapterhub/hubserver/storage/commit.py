@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from adapterhub.hubserver.errors import EntryNotFound, InvalidName
+from adapterhub.hubserver.errors import EntryNotFound, InvalidName, TooLarge
 from adapterhub.hubserver.names import check_path
 from adapterhub.hubserver.storage.git_ids import commit_id, lfs_pointer, tree_ids
 from adapterhub.strict import Strict
+
+MAX_FILES = 200_000
+"""Largest number of files in a commit."""
 
 
 class RepoFile(Strict):
@@ -32,7 +35,8 @@ class RepoFile(Strict):
         return len(lfs_pointer(self.sha256, self.size)) if self.sha256 is not None else 0
 
 
-class RepoCommit(Strict):
+@dataclass(frozen=True)
+class RepoCommit:
     """A snapshot of a whole repository; `sha` is the commit id that git computes."""
 
     sha: str
@@ -42,7 +46,10 @@ class RepoCommit(Strict):
     description: str
     time_s: int
     """Commit time, in seconds since 1970."""
-    files: dict[str, RepoFile]
+    files: Mapping[str, RepoFile] = field(compare=False, repr=False)
+    """Sorted by path; read from disk when they are needed."""
+    size_bytes: int
+    """Size of all files together, in bytes."""
 
     @classmethod
     def create(
@@ -66,6 +73,7 @@ class RepoCommit(Strict):
             description=description,
             time_s=time_s,
             files=dict(sorted(files.items())),
+            size_bytes=sum(entry.size for entry in files.values()),
         )
 
     def folders(self) -> dict[str, str]:
@@ -124,7 +132,7 @@ def files_after(head: RepoCommit, changes: Iterable[Change]) -> dict[str, RepoFi
     """Apply the changes to the files of `head`, in order.
 
     Raises InvalidName for an unsafe path or for a file with the path of a folder, EntryNotFound for a deletion of
-    something that does not exist.
+    something that does not exist, TooLarge for too many files.
     """
     files = dict(head.files)
     for change in changes:
@@ -136,8 +144,15 @@ def files_after(head: RepoCommit, changes: Iterable[Change]) -> dict[str, RepoFi
             case DeleteFolder(path):
                 inside = [name for name in files if name.startswith(path.rstrip("/") + "/")]
                 _drop(files, inside, head=head, path=path)
-    _check_no_file_is_a_folder(files)
+    check_files(files)
     return files
+
+
+def check_files(files: Mapping[str, RepoFile]) -> None:
+    """Check that the files fit in one commit. Raises InvalidName for a file with the path of a folder, TooLarge."""
+    if len(files) > MAX_FILES:
+        raise TooLarge(f"the commit would have {len(files)} files: expected at most {MAX_FILES}. Pack them into fewer.")
+    _check_no_file_is_a_folder(files)
 
 
 def _drop(files: dict[str, RepoFile], paths: list[str], *, head: RepoCommit, path: str) -> None:

@@ -6,8 +6,6 @@ one commit with all the changes. That it is merged is written with the branch, i
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,13 +13,14 @@ from pathlib import Path
 from adapterhub.files import write_atomic
 from adapterhub.hubserver.errors import DiscussionNotFound, HubServerError, MergeConflict
 from adapterhub.hubserver.names import RepoId
-from adapterhub.hubserver.storage.commit import Change, NewCommit, RepoCommit, RepoFile, files_after
+from adapterhub.hubserver.storage.commit import Change, NewCommit, RepoCommit, RepoFile, check_files
+from adapterhub.hubserver.storage.diff import FileChange, git_diff
 from adapterhub.hubserver.storage.discussion import Discussion, Event
 from adapterhub.hubserver.storage.git_ids import lfs_pointer
+from adapterhub.hubserver.storage.sized_cache import SizedCache
 from adapterhub.hubserver.storage.store import HubStore, Repo
 
-_MAX_DIFF_BYTES = 1 << 20
-"""Largest file that a diff shows, in bytes; of a larger file it shows the name."""
+_DIFF_CACHE_BYTES = 16 << 20
 
 
 class DiscussionStore:
@@ -29,6 +28,7 @@ class DiscussionStore:
 
     def __init__(self, store: HubStore) -> None:
         self._store = store
+        self._diffs = SizedCache[str](_DIFF_CACHE_BYTES)
 
     def all(self, repo: Repo) -> list[Discussion]:
         """Return all discussions of a repository, newest first."""
@@ -65,8 +65,8 @@ class DiscussionStore:
             now = int(time.time())
             events = [Event.comment(description, author=author)] if description else []
             if first is not None and start is not None:
-                head = self._store.add_commit(repo, start, changes=first[0], new=first[1])
-                self._store.save(repo.with_blob_bytes(start, head))
+                head, repo = self._store.add_commit(repo, start, changes=first[0], new=first[1])
+                self._store.save(repo)
                 events.append(Event.commit(head))
             numbers = [int(path.stem) for path in self._folder(repo_id).glob("*.json")]
             made = Discussion(
@@ -92,21 +92,26 @@ class DiscussionStore:
             repo = self._store.repo(repo_id)
             pull = self._open_pull(repo, num)
             head = self._store.commit_at(repo, f"refs/pr/{num}")
-            commit = self._store.add_commit(repo, head, changes=changes, new=new)
+            commit, repo = self._store.add_commit(repo, head, changes=changes, new=new)
             if commit != head:
-                self._store.save(repo.with_blob_bytes(head, commit))
+                self._store.save(repo)
                 self._save(repo_id, pull.with_event(Event.commit(commit), head=commit.sha))
         return commit
 
     def comment(self, repo_id: RepoId, num: int, *, text: str, author: str) -> Event:
         """Add a comment. Raises DiscussionNotFound."""
-        return self._add(repo_id, num, Event.comment(text, author=author))
+        event = Event.comment(text, author=author)
+        with self._store.locked(repo_id):
+            self._save(repo_id, self.get(self._store.repo(repo_id), num).with_event(event))
+        return event
 
     def rename(self, repo_id: RepoId, num: int, *, title: str, author: str) -> Event:
         """Change the title. Raises DiscussionNotFound."""
-        before = self.get(self._store.repo(repo_id), num).title
-        event = Event.create("title-change", author, {"from": before, "to": title})
-        return self._add(repo_id, num, event, title=title)
+        with self._store.locked(repo_id):
+            found = self.get(self._store.repo(repo_id), num)
+            event = Event.create("title-change", author, {"from": found.title, "to": title})
+            self._save(repo_id, found.with_event(event, title=title))
+        return event
 
     def edit_comment(self, repo_id: RepoId, num: int, *, event_id: str, text: str | None, author: str) -> Event:
         """Change the text of the author's own comment; None hides it. Raises DiscussionNotFound."""
@@ -122,18 +127,27 @@ class DiscussionStore:
             self._save(repo_id, found.model_copy(update={"events": events}))
         return new
 
-    def set_status(self, repo_id: RepoId, num: int, *, status: str, author: str) -> Event:
-        """Open or close a discussion. Raises DiscussionNotFound, and HubServerError for a merged pull request."""
-        if num in self._store.repo(repo_id).merged:
-            raise HubServerError(f"pull request {num} is merged: it cannot be opened or closed any more.")
+    def set_status(self, repo_id: RepoId, num: int, *, status: str, author: str, comment: str | None = None) -> Event:
+        """Open or close a discussion, with an optional comment.
+
+        Raises DiscussionNotFound, and HubServerError for a merged pull request.
+        """
         if status not in ("open", "closed"):
             raise HubServerError(f"invalid status {status!r}: expected 'open' or 'closed'.")
-        return self._add(repo_id, num, Event.create("status-change", author, {"status": status}), status=status)
+        with self._store.locked(repo_id):
+            found = self.get(self._store.repo(repo_id), num)
+            if found.status == "merged":
+                raise HubServerError(f"pull request {num} is merged: it cannot be opened or closed any more.")
+            if comment:
+                found = found.with_event(Event.comment(comment, author=author))
+            event = Event.create("status-change", author, {"status": status})
+            self._save(repo_id, found.with_event(event, status=status))
+        return event
 
     def merge(self, repo_id: RepoId, num: int, *, author: str) -> RepoCommit:
         """Merge a pull request into its target branch as one commit.
 
-        Raises MergeConflict, and HubServerError if it is not open.
+        Raises MergeConflict, HubServerError if it is not open, and UploadMismatch if a file was permanently deleted.
         """
         with self._store.locked(repo_id):
             repo = self._store.repo(repo_id)
@@ -145,10 +159,12 @@ class DiscussionStore:
                     "update the pull request first."
                 )
             base = self._store.commit_at(repo, f"refs/heads/{pull.base}")
-            title = f"{pull.title} (#{num})"
-            merged = RepoCommit.create(
-                self._merged_files(repo, pull), (base.sha,), author=author, title=title, time_s=int(time.time())
+            files = self._merged_files(repo, pull, base)
+            self._store.check_objects(
+                repo_id, (entry for path, entry in files.items() if base.files.get(path) != entry)
             )
+            title = f"{pull.title} (#{num})"
+            merged = RepoCommit.create(files, (base.sha,), author=author, title=title, time_s=int(time.time()))
             self._store.save_commit(repo_id, merged)
             self._store.save(
                 repo.model_copy(
@@ -171,46 +187,37 @@ class DiscussionStore:
         )
 
     def diff(self, repo: Repo, pull: Discussion) -> str:
-        """Return the changes of a pull request as a git diff; of an LFS file it shows the pointer."""
+        """Return the changes of a pull request as a git diff; of an LFS file it shows the pointer.
+
+        Its cost and its size are bounded, see `diff`. It is computed once.
+        """
+        return self._diffs.get((pull.start, pull.head), lambda: self._new_diff(repo, pull))
+
+    def _new_diff(self, repo: Repo, pull: Discussion) -> tuple[str, int]:
         start, head = self._files(repo, pull.start), self._files(repo, pull.head)
         changed = sorted(path for path in {*start, *head} if start.get(path) != head.get(path))
-        return "".join(self._file_diff(path, start.get(path), head.get(path)) for path in changed)
+        text = git_diff((FileChange(path, start.get(path), head.get(path)) for path in changed), self._data)
+        return text, len(text)
 
-    def _file_diff(self, path: str, old: RepoFile | None, new: RepoFile | None) -> str:
-        before, after = self._text(old), self._text(new)
-        title = f"diff --git a/{path} b/{path}\n"
-        if before is None or after is None:
-            return f"{title}Binary files differ\n"
-        names = ("/dev/null" if old is None else f"a/{path}", "/dev/null" if new is None else f"b/{path}")
-        lines = difflib.unified_diff(before.splitlines(), after.splitlines(), *names, lineterm="")
-        return title + "".join(f"{line}\n" for line in lines)
-
-    def _text(self, entry: RepoFile | None) -> str | None:
-        """Return the file as text, or None if it is too large or not text."""
-        if entry is None:
-            return ""
+    def _data(self, entry: RepoFile) -> bytes:
         if entry.sha256 is not None:
-            return lfs_pointer(entry.sha256, entry.size).decode()
-        if entry.size > _MAX_DIFF_BYTES:
-            return None
-        with contextlib.suppress(UnicodeDecodeError):
-            return self._store.path_of(entry).read_bytes().decode()
-        return None
+            return lfs_pointer(entry.sha256, entry.size)
+        return self._store.path_of(entry).read_bytes()
 
-    def _merged_files(self, repo: Repo, pull: Discussion) -> dict[str, RepoFile]:
+    def _merged_files(self, repo: Repo, pull: Discussion, base: RepoCommit) -> dict[str, RepoFile]:
         start, theirs = self._files(repo, pull.start), self._files(repo, pull.head)
-        base = self._store.commit_at(repo, f"refs/heads/{pull.base}")
         files = dict(base.files)
         for path in {*start, *theirs}:
             if start.get(path) != theirs.get(path):
                 files.pop(path, None)
                 files |= {path: theirs[path]} if path in theirs else {}
         # The same checks as for any commit: one side may add a file, the other a folder with its name.
-        return files_after(base.model_copy(update={"files": files}), ())
+        check_files(files)
+        return files
 
     def _files(self, repo: Repo, revision: str | None) -> dict[str, RepoFile]:
         assert revision is not None
-        return self._store.commit_at(repo, revision).files
+        return dict(self._store.commit_at(repo, revision).files)
 
     def _open_pull(self, repo: Repo, num: int) -> Discussion:
         found = self.get(repo, num)
@@ -219,11 +226,6 @@ class DiscussionStore:
                 f"discussion {num} of {repo.id} is not an open pull request: its status is {found.status}."
             )
         return found
-
-    def _add(self, repo_id: RepoId, num: int, event: Event, **changes: str) -> Event:
-        with self._store.locked(repo_id):
-            self._save(repo_id, self.get(self._store.repo(repo_id), num).with_event(event, **changes))
-        return event
 
     def _folder(self, repo_id: RepoId) -> Path:
         return self._store.folder(repo_id) / "discussions"

@@ -6,10 +6,14 @@ Formats: git-scm.com/book, "Git Internals - Git Objects"; LFS pointers: the git-
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 
 _FILE_MODE = "100644"
 _FOLDER_MODE = "40000"
+_POINTER = re.compile(
+    rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:[0-9a-f]{64}\nsize (?:0|[1-9][0-9]*)\n"
+)
 
 
 def _object_id(kind: str, body: bytes) -> str:
@@ -25,6 +29,11 @@ def blob_id(data: bytes) -> str:
 def lfs_pointer(sha256: str, size_bytes: int) -> bytes:
     """Return the LFS pointer, the small text file that git stores in place of an LFS file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size_bytes}\n".encode()
+
+
+def is_lfs_pointer(data: bytes) -> bool:
+    """Return whether a file's bytes are those that `lfs_pointer` returns for some object."""
+    return _POINTER.fullmatch(data) is not None
 
 
 def _parent(path: str) -> str:

@@ -46,13 +46,14 @@ def _rewriter(store: HubStore, repo: Repo, sha256s: frozenset[str]) -> Callable[
     known: dict[str, str] = {}
 
     def rewritten(sha: str) -> str:
+        # Ids only: the files of all commits together may not fit into memory.
         chain = []
         for commit in store.history(repo, sha):
-            chain.append(commit)
             if commit.sha in known:
                 break
-        for commit in reversed(chain):
-            known.setdefault(commit.sha, _without(store, repo, commit, sha256s, known).sha)
+            chain.append(commit.sha)
+        for old in reversed(chain):
+            known[old] = _without(store, repo, store.commit_at(repo, old), sha256s, known).sha
         return known[sha]
 
     return rewritten

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from adapterhub.files import raise_storage_full, sha256_of, write_atomic
+from adapterhub.files import make_folder, raise_storage_full, sha256_of, sync, temporary_beside
 from adapterhub.hubserver.errors import StoreBusy, TooLarge, UploadGone, UploadMismatch
 from adapterhub.hubserver.storage.git_ids import blob_id
 
@@ -35,12 +35,13 @@ class Spool:
             self.file.write(block)
 
     def publish(self) -> None:
-        """Move the file to its target, where it becomes visible."""
-        self._target.parent.mkdir(parents=True, exist_ok=True)
+        """Move the file to its target, where it becomes visible, and flush both to disk."""
+        make_folder(self._target.parent)
         with raise_storage_full(self._part):
             self.file.flush()
             os.fsync(self.file.fileno())
         self._part.replace(self._target)
+        sync(self._target.parent)
 
     def close(self) -> None:
         """Delete the file unless it was published."""
@@ -71,8 +72,8 @@ class Upload:
         received = (self._spool.size_bytes, self._digest.hexdigest())
         if received != (self._size, self._sha256):
             raise UploadMismatch(
-                f"the upload has {received[0]} bytes with sha256 {received[1]}: expected {self._size} bytes with "
-                f"sha256 {self._sha256}, as announced. Nothing was stored; upload it again."
+                f"the upload has {received[0]} bytes that are not those announced: expected {self._size} bytes with "
+                f"sha256 {self._sha256}. Nothing was stored; upload it again."
             )
         self._spool.publish()
 
@@ -132,12 +133,17 @@ class ObjectStore:
             folder.mkdir(parents=True, exist_ok=True)
 
     def put_blob(self, data: bytes) -> str:
-        """Store a small file and return its git blob id."""
+        """Store a small file and return its git blob id; `sync` flushes its name, once for many."""
         oid = blob_id(data)
         # Reset the age: garbage collection must not delete a file that a commit in progress needs.
         if not touch_if_exists(self.blob_path(oid)):
-            write_atomic(self.blob_path(oid), data)
+            write_synced(self.blob_path(oid), data)
         return oid
+
+    def sync(self) -> None:
+        """Flush the names of all objects to disk: before a commit or a mark names one, whoever wrote it."""
+        sync(self.git_folder)
+        sync(self.lfs_folder)
 
     def blob_path(self, oid: str) -> Path:
         """Return the path of a small file."""
@@ -182,8 +188,8 @@ class ObjectStore:
             if received != (size_bytes, sha256):
                 path.unlink()
                 raise UploadMismatch(
-                    f"the parts have {received[0]} bytes with sha256 {received[1]}: expected {size_bytes} bytes "
-                    f"with sha256 {sha256}, as announced. Nothing was stored; upload it again."
+                    f"the parts have {received[0]} bytes that are not those announced: expected {size_bytes} bytes "
+                    f"with sha256 {sha256}. Nothing was stored; upload it again."
                 )
             if self.touch_lfs(sha256):
                 path.unlink()
@@ -228,3 +234,19 @@ def touch_if_exists(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file whole and flush its content to disk; the caller flushes its folder, once for many files.
+
+    Raises StorageFull.
+    """
+    temporary = temporary_beside(path)
+    try:
+        with raise_storage_full(path), temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterhub.errors import StorageFull
-from adapterhub.hubserver.errors import QuotaExceeded
+from adapterhub.hubserver.errors import QuotaExceeded, RepoNotFound
 from adapterhub.hubserver.names import RepoId
 from adapterhub.hubserver.storage.store import HubStore, Repo
 from adapterhub.units import format_bytes
@@ -53,12 +53,17 @@ class Quotas:
     def check_quota(self, repo_id: RepoId, *, added_bytes: int) -> None:
         """Check the quotas of the repository and its owner. Raises QuotaExceeded."""
         if self.limits.repo_bytes is not None:
-            _check(
-                str(repo_id), self._store.stored_bytes(self._store.repo(repo_id)), added_bytes, self.limits.repo_bytes
-            )
+            _check(str(repo_id), self._stored_bytes(repo_id), added_bytes, self.limits.repo_bytes)
         if self.limits.owner_bytes is not None:
             stored = sum(self._store.stored_bytes(repo) for repo in self._of_owner(repo_id.namespace))
             _check(f"{repo_id.namespace}/", stored, added_bytes, self.limits.owner_bytes)
+
+    def _stored_bytes(self, repo_id: RepoId) -> int:
+        try:
+            return self._store.stored_bytes(self._store.repo(repo_id))
+        except RepoNotFound:
+            # The name to which a repository is to be moved or copied.
+            return 0
 
     def _of_owner(self, namespace: str) -> list[Repo]:
         return [*self._store.repos("model", namespace), *self._store.repos("dataset", namespace)]

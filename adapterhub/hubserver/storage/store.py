@@ -1,25 +1,28 @@
 """Repositories on disk: refs, settings, commits, and the large objects that were uploaded to each.
 
 Below the root: `objects/` (file contents), `repos/<namespace>/<name>/` (data sets: `datasets/...`) with `repo.json`
-(refs and settings, written last), `commits/<sha>.json`, `discussions/<n>.json` and `lfs/<sha256>` (empty marker files),
-`locks/`, `uploads/` and `trash/`.
+(refs and settings, written last), `commits/<sha>.json`, `pages/<sha256>.json` (the files of commits),
+`discussions/<n>.json` and `lfs/<sha256>` (empty marker files), `locks/`, `uploads/` and `trash/`.
+
+What a method confirmed is on disk when it returns: content before its names, `repo.json` last. A new
+repository is built in `trash/` and renamed, so that nobody sees a part of one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from adapterhub.files import write_atomic
+from adapterhub.files import make_folder, sync, sync_tree, write_atomic
 from adapterhub.hubserver.errors import (
     AlreadyExists,
     HubServerError,
@@ -31,13 +34,17 @@ from adapterhub.hubserver.errors import (
 )
 from adapterhub.hubserver.names import Kind, RepoId, check_ref, is_commit_sha, pull_number
 from adapterhub.hubserver.storage.commit import Change, NewCommit, RepoCommit, RepoFile, files_after
+from adapterhub.hubserver.storage.commit_records import CommitRecords, commit_path, page_path
 from adapterhub.hubserver.storage.discussion import Discussion
 from adapterhub.hubserver.storage.git_ids import blob_id, lfs_pointer
 from adapterhub.hubserver.storage.objects import ObjectStore, touch_if_exists
+from adapterhub.hubserver.storage.pages import PagedFiles, pages_of
 from adapterhub.strict import Strict
 from adapterhub.units import format_duration
 
 DEFAULT_BRANCH = "main"
+GC_LOCK = ".gc.lock"
+"""Name of the lock of garbage collections: no owner can have it."""
 RefKind = Literal["branches", "tags"]
 _LOCK_TIMEOUT_S = 30.0
 
@@ -72,7 +79,7 @@ class Repo(Strict):
     merged: dict[int, str] = Field(default_factory=dict)
     """Merge commit of each merged pull request; written together with the branch."""
     blob_bytes: int = 0
-    """Size of all small files that were ever committed, in bytes, for the quota."""
+    """Size of all small files that were ever committed, and of the commits themselves, in bytes, for the quota."""
 
     @property
     def repo_id(self) -> RepoId:
@@ -97,11 +104,6 @@ class Repo(Strict):
             return revision
         raise self.revision_not_found(revision)
 
-    def with_blob_bytes(self, head: RepoCommit, commit: RepoCommit) -> Repo:
-        """Return a copy whose `blob_bytes` includes the small files that `commit` adds to `head`."""
-        added = sum(e.size for p, e in commit.files.items() if e.sha256 is None and head.files.get(p) != e)
-        return self.model_copy(update={"blob_bytes": self.blob_bytes + added})
-
     def revision_not_found(self, revision: str) -> RevisionNotFound:
         """Return the error for an unknown revision, which lists the known ones."""
         known = ", ".join([*self.branches, *self.tags][:10])
@@ -113,13 +115,15 @@ class HubStore:
 
     def __init__(self, root: Path) -> None:
         self.objects = ObjectStore(root)
-        self._repos = {"model": root / "repos", "dataset": root / "datasets"}
+        self._repos: dict[Kind, Path] = {"model": root / "repos", "dataset": root / "datasets"}
         self._locks = root / "locks"
         self._trash = root / "trash"
         for folder in (*self._repos.values(), self._locks, self._trash):
             folder.mkdir(parents=True, exist_ok=True)
-        # Commits are immutable, so they can be cached.
-        self._read_commit = lru_cache(maxsize=256)(_read_commit)
+        # The lock of garbage collections in adapterhub 0.1, in whose place an owner may be.
+        if (self._locks / "gc.lock").is_file():
+            (self._locks / "gc.lock").unlink(missing_ok=True)
+        self._commits = CommitRecords()
 
     def create_repo(self, repo_id: RepoId, *, author: str, private: bool = False) -> Repo:
         """Create a repository with one empty commit on `main`. Raises AlreadyExists."""
@@ -131,13 +135,41 @@ class HubStore:
             branches={DEFAULT_BRANCH: first.sha},
             tags={},
         )
-        with self.locked(repo_id):
-            if (self.folder(repo_id) / "repo.json").exists():
-                raise AlreadyExists(f"the repository {repo_id} already exists: choose another name.")
-            (self.folder(repo_id) / "lfs").mkdir(parents=True, exist_ok=True)
-            self.save_commit(repo_id, first)
-            self.save(repo)
+        with self.locked(repo_id), self._new_folder(repo_id) as folder:
+            self._commits.write(folder, first)
+            _save(folder, repo)
         return repo
+
+    @contextlib.contextmanager
+    def _new_folder(self, repo_id: RepoId) -> Iterator[Path]:
+        """Yield a folder that becomes the repository's when the block succeeds. The caller holds the lock.
+
+        Raises AlreadyExists.
+        """
+        self._check_free(repo_id)
+        new = self._trash / secrets.token_hex(8)
+        for part in ("commits", "pages", "lfs"):
+            (new / part).mkdir(parents=True)
+        try:
+            yield new
+            sync_tree(new)
+            self._rename(new, self.folder(repo_id))
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    def _rename(self, source: Path, target: Path) -> None:
+        """Rename the folder of a repository to the name of one that does not exist."""
+        make_folder(target.parent)
+        self.remove_incomplete(target)
+        source.rename(target)
+        sync(target.parent)
+
+    def remove_incomplete(self, folder: Path) -> None:
+        """Delete what a duplicate of adapterhub 0.1 that failed left under the name of a repository."""
+        if folder.is_dir():
+            trash = self._trash / secrets.token_hex(8)
+            folder.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
 
     def delete_repo(self, repo_id: RepoId) -> None:
         """Delete a repository; its objects remain until garbage collection. Raises RepoNotFound."""
@@ -145,6 +177,7 @@ class HubStore:
             self.repo(repo_id)
             trash = self._trash / secrets.token_hex(8)
             self.folder(repo_id).rename(trash)
+            sync(self.folder(repo_id).parent)
         shutil.rmtree(trash, ignore_errors=True)
 
     def repo(self, repo_id: RepoId) -> Repo:
@@ -163,47 +196,81 @@ class HubStore:
             with contextlib.suppress(RepoNotFound):
                 yield self.repo(RepoId(record.parent.parent.name, record.parent.name, kind))
 
+    def incomplete_repos(self) -> Iterator[tuple[Path, RepoId]]:
+        """Yield the folders under names of repositories that hold none, and the names."""
+        for kind, root in self._repos.items():
+            for folder in root.glob("*/*"):
+                if not (folder / "repo.json").exists():
+                    yield folder, RepoId(folder.parent.name, folder.name, kind)
+
     def move_repo(self, source: RepoId, target: RepoId) -> None:
         """Change the name or owner of a repository. Raises RepoNotFound, AlreadyExists."""
         with self._both_locked(source, target):
             self.repo(source)
-            self.folder(target).parent.mkdir(parents=True, exist_ok=True)
-            self.folder(source).rename(self.folder(target))
+            self._rename(self.folder(source), self.folder(target))
+            sync(self.folder(source).parent)
 
     def duplicate_repo(self, source: RepoId, target: RepoId, *, private: bool) -> None:
-        """Copy a repository with its history and settings, but without its discussions and access grants.
+        """Copy what the branches and tags of a repository reach, and its settings.
 
-        Raises RepoNotFound, AlreadyExists.
+        Discussions, access grants, and what was uploaded or committed but is reached no more are not copied. Raises
+        RepoNotFound, AlreadyExists.
         """
-        with self._both_locked(source, target):
-            copy = self.repo(source).model_copy(
+        with self._both_locked(source, target), self._new_folder(target) as folder:
+            original = self.repo(source)
+            for commit in self.reached(original, [*original.branches.values(), *original.tags.values()]):
+                self._copy_commit(self.folder(source), folder, commit)
+            copy = original.model_copy(
                 update={"id": str(target), "private": private, "created_s": int(time.time())}
                 | {"access": {}, "merged": {}}
             )
-            self.folder(target).mkdir(parents=True, exist_ok=True)
-            for part in ("commits", "lfs"):
-                shutil.copytree(self.folder(source) / part, self.folder(target) / part, dirs_exist_ok=True)
-            self.save(copy)
+            _save(folder, copy)
+
+    def _copy_commit(self, source: Path, target: Path, commit: RepoCommit) -> None:
+        # As links, because records never change.
+        os.link(commit_path(source, commit.sha), commit_path(target, commit.sha))
+        for page_id, entries in pages_of(commit):
+            if isinstance(commit.files, PagedFiles):
+                if page_path(target, page_id).exists():
+                    continue
+                os.link(page_path(source, page_id), page_path(target, page_id))
+            for entry in entries.values():
+                # Without the mark the file was permanently deleted.
+                if entry.sha256 is not None and (source / "lfs" / entry.sha256).exists():
+                    (target / "lfs" / entry.sha256).touch()
+
+    def reached(self, repo: Repo, starts: Iterable[str]) -> Iterator[RepoCommit]:
+        """Yield each commit that is in `starts` or an ancestor of one, once. Unknown ones are left out."""
+        seen: set[str] = set()
+        for start in starts:
+            with contextlib.suppress(RevisionNotFound):
+                for commit in self.history(repo, start):
+                    if commit.sha in seen:
+                        break
+                    seen.add(commit.sha)
+                    yield commit
 
     def change(self, repo_id: RepoId, **changes: object) -> None:
         """Change the settings `private` and `gated`. Raises RepoNotFound."""
         with self.locked(repo_id):
             self.save(self.repo(repo_id).model_copy(update=changes))
 
-    def set_access(self, repo_id: RepoId, user: str, *, status: AccessStatus) -> None:
-        """Set the status of a user's access request. Raises RepoNotFound."""
+    def set_access(self, repo_id: RepoId, user: str, *, decide: Callable[[Repo], AccessStatus | None]) -> None:
+        """Set the status of a user's access request to what `decide` returns for the repository as it is now.
+
+        None changes nothing. Raises RepoNotFound, and whatever `decide` raises.
+        """
         with self.locked(repo_id):
             repo = self.repo(repo_id)
-            request = AccessRequest(status=status, time_s=int(time.time()))
-            self.save(repo.model_copy(update={"access": {**repo.access, user: request}}))
+            status = decide(repo)
+            if status is not None:
+                request = AccessRequest(status=status, time_s=int(time.time()))
+                self.save(repo.model_copy(update={"access": {**repo.access, user: request}}))
 
     def commit_at(self, repo: Repo, revision: str) -> RepoCommit:
         """Return the commit of a revision. Raises RevisionNotFound."""
-        path = self._commit_path(repo.repo_id, self._sha_of(repo, revision))
         try:
-            # Checked each time: the cache may have it from a deleted repository with the same name.
-            path.stat()
-            return self._read_commit(path)
+            return self._commits.read(self.folder(repo.repo_id), self._sha_of(repo, revision))
         except FileNotFoundError:
             raise repo.revision_not_found(revision) from None
 
@@ -238,25 +305,29 @@ class HubStore:
             if branch not in repo.branches:
                 raise repo.revision_not_found(branch)
             head = self.commit_at(repo, f"refs/heads/{branch}")
-            commit = self.add_commit(repo, head, changes=changes, new=new)
+            commit, repo = self.add_commit(repo, head, changes=changes, new=new)
             if commit != head:
-                branches = {**repo.branches, branch: commit.sha}
-                self.save(repo.with_blob_bytes(head, commit).model_copy(update={"branches": branches}))
+                self.save(repo.model_copy(update={"branches": {**repo.branches, branch: commit.sha}}))
         return commit
 
-    def add_commit(self, repo: Repo, head: RepoCommit, *, changes: Iterable[Change], new: NewCommit) -> RepoCommit:
-        """Write the commit that follows `head`, without moving a ref, and return it; `head` without changes.
+    def add_commit(
+        self, repo: Repo, head: RepoCommit, *, changes: Iterable[Change], new: NewCommit
+    ) -> tuple[RepoCommit, Repo]:
+        """Write the commit that follows `head`, without moving a ref; without changes, it is `head`.
 
-        The caller holds the lock. Raises StaleParent, InvalidName and EntryNotFound.
+        Return it, and the repository with its size added, which the caller saves. The caller holds the lock. Raises
+        StaleParent, InvalidName, EntryNotFound, TooLarge, and UploadMismatch for a large object that was deleted.
         """
         if new.parent is not None and not head.sha.startswith(new.parent.lower()):
             raise StaleParent(
                 f"{repo.id} is at commit {head.sha}: expected {new.parent}, because another commit came first. "
                 "Review that commit and try again."
             )
-        files = files_after(head, changes)
-        if files == head.files:
-            return head
+        before, files = dict(head.files), files_after(head, changes)
+        if files == before:
+            return head, repo
+        changed = [entry for path, entry in files.items() if before.get(path) != entry]
+        self.check_objects(repo.repo_id, changed)
         commit = RepoCommit.create(
             files,
             (head.sha,),
@@ -265,8 +336,17 @@ class HubStore:
             description=new.description,
             time_s=int(time.time()),
         )
-        self.save_commit(repo.repo_id, commit)
-        return commit
+        added = self.save_commit(repo.repo_id, commit)
+        added += sum(entry.size for entry in changed if entry.sha256 is None)
+        return commit, repo.model_copy(update={"blob_bytes": repo.blob_bytes + added})
+
+    def check_objects(self, repo_id: RepoId, entries: Iterable[RepoFile]) -> None:
+        """Check that the repository still has the large objects. Raises UploadMismatch."""
+        gone = sorted({str(entry.sha256) for entry in entries if not self.can_read(repo_id, entry)})
+        if gone:
+            raise UploadMismatch(
+                f"{repo_id} has {', '.join(gone[:3])} no longer: the object was permanently deleted. Upload it again."
+            )
 
     def create_branch(self, repo_id: RepoId, branch: str, *, start: str) -> None:
         """Create a branch at a revision. Raises InvalidName, AlreadyExists, RevisionNotFound, RepoNotFound."""
@@ -288,8 +368,11 @@ class HubStore:
 
     def mark_lfs(self, repo_id: RepoId, sha256: str) -> None:
         """Record that an object was uploaded to a repository. Raises RepoNotFound."""
+        self.objects.sync()
+        mark = self._lfs_mark(repo_id, sha256)
         try:
-            self._lfs_mark(repo_id, sha256).touch()
+            mark.touch()
+            sync(mark.parent)
         except FileNotFoundError:
             raise RepoNotFound(f"no repository {repo_id} on this hub: check the name.") from None
 
@@ -317,7 +400,9 @@ class HubStore:
 
     def drop_lfs(self, repo_id: RepoId, sha256: str) -> None:
         """Remove an object from a repository, so that it cannot be read from it any more."""
-        self._lfs_mark(repo_id, sha256).unlink(missing_ok=True)
+        mark = self._lfs_mark(repo_id, sha256)
+        mark.unlink(missing_ok=True)
+        sync(mark.parent)
 
     def stored_bytes(self, repo: Repo) -> int:
         """Return the size that counts for quotas: each large object once, and every small file ever committed."""
@@ -380,28 +465,29 @@ class HubStore:
         # Always in the same order, so that two moves in opposite directions cannot deadlock.
         first, second = sorted((source, target), key=str)
         with self.locked(first), self.locked(second) if first != second else contextlib.nullcontext():
-            if (self.folder(target) / "repo.json").exists():
-                raise AlreadyExists(f"the repository {target} already exists: choose another name.")
+            self._check_free(target)
             yield
+
+    def _check_free(self, repo_id: RepoId) -> None:
+        if (self.folder(repo_id) / "repo.json").exists():
+            raise AlreadyExists(f"the repository {repo_id} already exists: choose another name.")
 
     def folder(self, repo_id: RepoId) -> Path:
         """Return the folder of a repository; its objects are stored elsewhere."""
         return self._repos[repo_id.kind] / repo_id.namespace / repo_id.name
-
-    def _commit_path(self, repo_id: RepoId, sha: str) -> Path:
-        return self.folder(repo_id) / "commits" / f"{sha}.json"
 
     def _lfs_mark(self, repo_id: RepoId, sha256: str) -> Path:
         return self.folder(repo_id) / "lfs" / sha256
 
     def save(self, repo: Repo) -> None:
         """Write the refs and settings of a repository. The caller holds the lock."""
-        write_atomic(self.folder(repo.repo_id) / "repo.json", repo.model_dump_json(indent=1))
+        _save(self.folder(repo.repo_id), repo)
 
-    def save_commit(self, repo_id: RepoId, commit: RepoCommit) -> None:
-        """Write a commit, without moving a ref."""
-        write_atomic(self._commit_path(repo_id, commit.sha), commit.model_dump_json())
+    def save_commit(self, repo_id: RepoId, commit: RepoCommit) -> int:
+        """Write a commit, without moving a ref, after the files that it names. Return its size in bytes."""
+        self.objects.sync()
+        return self._commits.write(self.folder(repo_id), commit)
 
 
-def _read_commit(path: Path) -> RepoCommit:
-    return RepoCommit.model_validate_json(path.read_bytes())
+def _save(folder: Path, repo: Repo) -> None:
+    write_atomic(folder / "repo.json", repo.model_dump_json(indent=1))
