@@ -28,6 +28,7 @@ _Z = 1.959964
 """Half-width of a 95 % interval, in standard deviations."""
 _CHUNK = 1000
 """Orderings computed at once: as many as fit the processor's caches."""
+_MAX_ITERATIONS = 100
 _MAX_FAULTS = 5
 WINNER_CODES: dict[str, Winner] = {"a": "a", "b": "b", "tie": "tie"}
 FIELDS = {"model_a": "model_a", "model_b": "model_b", "winner": "winner"}
@@ -196,7 +197,8 @@ def rate(
             if not is_bounded:
                 notes.append(
                     f"among {', '.join(names[i] for i in group)} some only won or only lost, and have no finite "
-                    "rating: the ratings shown include two extra draws against each opponent"
+                    "rating: the ratings shown include two extra draws against each opponent, and such a model may be "
+                    "farther from the others than its interval"
                 )
     games = np.bincount(np.concatenate([a, b]), minlength=len(names))
     rated = [
@@ -242,19 +244,22 @@ def _bradley_terry(wins: Floats) -> tuple[tuple[Floats, Floats, Floats], bool]:
         wins = wins + ((wins + wins.T) > 0)
     played = wins + wins.T
     strength = np.zeros(count)
-    for _ in range(100):
+    # The information matrix is singular along a common shift, which does not change the likelihood. With J / n added,
+    # J being all ones, it has the same inverse elsewhere and an eigenvalue of 1 there: no small number is inverted.
+    shift = np.full((count, count), 1 / count)
+    for _ in range(_MAX_ITERATIONS):
         chance = 1 / (1 + np.exp(strength[None, :] - strength[:, None]))
-        weight = played * chance * (1 - chance)
+        # chance.T is 1 - chance without its cancellation for a chance near 1.
+        weight = played * chance * chance.T
         information = np.diag(weight.sum(axis=1)) - weight
-        gradient = wins.sum(axis=1) - (played * chance).sum(axis=1)
-        # The information matrix is singular along a common shift, which does not change the likelihood.
-        step = np.linalg.pinv(information, hermitian=True) @ gradient
+        gradient = (wins * chance.T - wins.T * chance).sum(axis=1)
+        step = np.linalg.solve(information + shift, gradient)
         strength += np.clip(step, -2, 2)
         if np.abs(step).max() < 1e-10:
             break
     strength -= strength.mean()
-    deviation = np.sqrt(np.diag(np.linalg.pinv(information, hermitian=True)).clip(0))
-    rating, half = strength * _SCALE, _Z * deviation * _SCALE
+    covariance = np.linalg.inv(information + shift) - shift
+    rating, half = strength * _SCALE, _Z * np.sqrt(np.diag(covariance)) * _SCALE
     return (rating, rating - half, rating + half), is_bounded
 
 

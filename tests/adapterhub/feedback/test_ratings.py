@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from fractions import Fraction
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +74,86 @@ def test_the_interval_of_two_models_by_hand() -> None:
     deviation = np.sqrt(1 / (40 * 0.75 * 0.25)) / 2 * 400 / np.log(10)
     assert one.high - one.rating == pytest.approx(1.959964 * deviation)
     assert one.games == 40
+
+
+def _wide(wins: int, losses: int) -> float:
+    """Half-width of each of two models' intervals: the difference has variance 1 / wins + 1 / losses."""
+    return float(1.959964 * np.sqrt(1 / wins + 1 / losses) / 2 * 400 / np.log(10))
+
+
+def test_intervals_of_two_models_at_every_count() -> None:
+    """Won k to 1, and unbeaten, where two draws are added: hundreds of points wide, never 0 and never huge."""
+    for wins in range(1, 1201):
+        for losses, added in ((1, 0), (0, 1)):
+            votes = [PairwiseVote("x", "y", "a")] * wins + [PairwiseVote("x", "y", "b")] * losses
+            one = next(one for one in rate(votes).ratings if one.model == "x")
+            expected = 200 * np.log10((wins + added) / (losses + added))
+            assert one.rating - 1000 == pytest.approx(expected, abs=1e-6), (wins, losses)
+            assert one.high - one.rating == pytest.approx(_wide(wins + added, losses + added)), (wins, losses)
+
+
+def _lopsided(seed: int) -> list[PairwiseVote]:
+    """Three to six models, up to 4,000 rating points apart, and up to 3,000 games of a pair."""
+    dice = np.random.default_rng(seed)
+    strengths = dice.normal(0, 800, dice.integers(3, 7))
+    votes = []
+    for b in range(1, len(strengths)):
+        for a in range(b):
+            chance = 1 / (1 + 10 ** ((strengths[b] - strengths[a]) / 400))
+            games = int(10 ** dice.uniform(0, 3.5))
+            won = int(dice.binomial(games, chance))
+            votes += [PairwiseVote(str(a), str(b), "a")] * won + [PairwiseVote(str(a), str(b), "b")] * (games - won)
+    return votes
+
+
+def test_lopsided_tournaments_agree_with_exact_arithmetic() -> None:
+    """The covariance by the cofactors of the information matrix in rational numbers, which cannot cancel."""
+    for seed in range(60):
+        votes = _lopsided(seed)
+        found = rate(votes)
+        models = [one.model for one in found.ratings]
+        games = Counter(frozenset((vote.model_a, vote.model_b)) for vote in votes)
+        is_one_sided = any("only won or only lost" in note for note in found.notes)
+        strengths = [Fraction(float(np.exp((one.rating - 1000) * np.log(10) / 400))) for one in found.ratings]
+        information = [[Fraction(0)] * len(models) for _ in models]
+        for i, j in permutations(range(len(models)), 2):
+            count = games[frozenset((models[i], models[j]))]
+            played = count + 2 * (is_one_sided and count > 0)
+            weight = played * strengths[i] * strengths[j] / (strengths[i] + strengths[j]) ** 2
+            information[i][i] += weight
+            information[i][j] -= weight
+        for one, variance in zip(found.ratings, _variances(information), strict=True):
+            half = 1.959964 * float(variance) ** 0.5 * 400 / np.log(10)
+            assert one.high - one.rating == pytest.approx(half, rel=1e-6), (seed, one.model)
+
+
+def _variances(information: list[list[Fraction]]) -> list[Fraction]:
+    """Return the diagonal of the inverse on vectors that sum to 0: invert without the last model, then center."""
+    size = len(information)
+    rows = [
+        [*row[: size - 1], *(Fraction(int(place == other)) for other in range(size - 1))]
+        for place, row in enumerate(information[: size - 1])
+    ]
+    for place in range(size - 1):
+        rows[place] = [value / rows[place][place] for value in rows[place]]
+        for other in range(size - 1):
+            if other != place:
+                factor = rows[other][place]
+                rows[other] = [mine - factor * value for mine, value in zip(rows[other], rows[place], strict=True)]
+    inverse = [[*row[size - 1 :], Fraction(0)] for row in rows] + [[Fraction(0)] * size]
+    mean = [sum(row) / size for row in inverse]
+    return [inverse[i][i] - 2 * mean[i] + sum(mean) / size for i in range(size)]
+
+
+@pytest.mark.parametrize("games", [5, 20, 72, 300])
+def test_the_interval_of_an_unbeaten_model_covers_chances_that_make_it_so(games: int) -> None:
+    """A chance below the lower end hardly wins all; one at the upper end often does, and the note says so."""
+    found = rate([PairwiseVote("x", "y", "a")] * games)
+    ends = np.array([found.ratings[0].low, found.ratings[0].high])
+    chances = 1 / (1 + 10 ** (-2 * (ends - 1000) / 400))
+    assert chances[0] ** games < 0.05
+    assert chances[1] ** games > 0.5
+    assert "may be farther from the others than its interval" in found.notes[0]
 
 
 @pytest.mark.parametrize("method", ["bt", "elo"])
