@@ -70,7 +70,7 @@ def pack(
     not fit this one.
     """
     from adapterhub import probe
-    from adapterhub.bases.loading import load_base
+    from adapterhub.bases.loading import load_base, load_tokenizer
 
     folder, base = expanded(folder), stored_base(base)
     if not folder.is_dir():
@@ -95,12 +95,15 @@ def pack(
     check_compatible(name or folder.resolve().name, config, tensors, shapes)
     report(f"{len(tensors)} LoRA tensors, rank {config.rank}, {sum(t.info.numel for t in tensors):,} parameters")
 
+    # Before anything is loaded or written: a base without a chat template leaves no empty one behind.
+    tokenizer = load_tokenizer(base)
+    template = probe.template_of(folder, base.ref, tokenizer)
     # In fp32 the probe is the same on every machine; an engine in another dtype gets that dtype's tolerance.
     kwargs = load_kwargs(record.quantization if record else None) | {"dtype": "float32"}
-    loaded = load_base(base, purpose="serve", **kwargs)
+    loaded = load_base(base, purpose="serve", tokenizer=tokenizer, **kwargs)
     with raise_storage_full(folder):
         if not (folder / TEMPLATE_NAME).exists():
-            write_atomic(folder / TEMPLATE_NAME, loaded.tokenizer.chat_template or "")
+            write_atomic(folder / TEMPLATE_NAME, template)
             report(f"{TEMPLATE_NAME} filled in from the base")
         for line in _fill_base(folder, base):
             report(line)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub.errors import ProbeMismatch
+from adapterhub.errors import IncompatibleBase, ProbeMismatch
+from adapterhub.package.layout import TEMPLATE_NAME
 from adapterhub.package.manifest import Manifest, Probe, ProbeAnswer, Quantization
 
 if TYPE_CHECKING:
-    from adapterhub.adapter import Adapter
+    from adapterhub.adapter import Adapter, BaseRef
     from adapterhub.bases.loading import LoadedBase
 
 PROMPTS = ("What is the capital of France?", "Tell me about yourself.", "How do I sort a list in Python?")
@@ -98,16 +99,62 @@ def compare(now: ProbeAnswer, then: ProbeAnswer, *, tolerance: float, cause: str
             )
 
 
+def template_of(folder: Path, base: BaseRef, tokenizer: Any) -> str:
+    """Return the chat template of an adapter folder, else the base's.
+
+    Raises IncompatibleBase when neither has one: without it no prompt can be rendered.
+    """
+    path = folder / TEMPLATE_NAME
+    if path.is_file() and (own := path.read_text(encoding="utf-8")).strip():
+        return own
+    if not tokenizer.chat_template:
+        raise IncompatibleBase(
+            f"base {base} has no chat template, and {folder} has none either: expected one to render the probe's "
+            f"prompts with. Write it to {path}, or use an instruction-tuned base."
+        )
+    return str(tokenizer.get_chat_template())
+
+
+def generate_greedily(
+    model: Any, inputs: Mapping[str, Any], *, num_tokens: int, pad_token_id: int | None = None,
+    wants_logits: bool = False,
+) -> Any:  # fmt: skip
+    """Return what `generate` of transformers returns for an answer of the likeliest tokens, up to `num_tokens`.
+
+    Of the base's own generation config only its end tokens (and its padding, without `pad_token_id`) are used: a
+    penalty or a suppressed token of it would change which token follows, and every engine computes plain greedy.
+    """
+    from transformers import GenerationConfig
+
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    of_base = owner.generation_config
+    own = GenerationConfig(
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        eos_token_id=of_base.eos_token_id,
+        pad_token_id=of_base.pad_token_id if pad_token_id is None else pad_token_id,
+        return_dict_in_generate=wants_logits,
+        output_logits=wants_logits,
+    )
+    # Passing `own` is not enough: transformers fills every setting that is None in it from the model's.
+    owner.generation_config = own
+    try:
+        return model.generate(**inputs, generation_config=own)
+    finally:
+        owner.generation_config = of_base
+
+
 def _answers(base: LoadedBase, folder: Path, prompts: Sequence[str]) -> list[ProbeAnswer]:
     from peft import PeftModel
 
+    template = template_of(folder, base.ref, base.tokenizer)
     model = PeftModel.from_pretrained(base.model, str(folder), low_cpu_mem_usage=True)
     model.eval()
     for name, parameter in model.named_parameters():
         if ".modules_to_save." in name:  # kept as saved, while all around them computes in the base's dtype
             parameter.data = parameter.data.to(base.model.dtype)
     try:
-        return [_answer(model, base.tokenizer, (folder / "chat_template.jinja").read_text(), text) for text in prompts]
+        return [_answer(model, base.tokenizer, template, text) for text in prompts]
     finally:
         model.unload()
 
@@ -117,20 +164,10 @@ def _answer(model: Any, tokenizer: Any, template: str, prompt: str) -> ProbeAnsw
 
     messages = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(
-        messages,
-        chat_template=template or None,
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
+        messages, chat_template=template, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)
     with torch.inference_mode():
-        out = model.generate(
-            **inputs,
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
+        out = generate_greedily(model, inputs, num_tokens=NUM_TOKENS, wants_logits=True)
     prompt_tokens = inputs["input_ids"][0]
     best_two = [step[0].float().topk(2).values for step in out.logits]
     top = out.logits[0][0].float().topk(NUM_TOP)

@@ -89,6 +89,19 @@ def load_base(
     return LoadedBase(model, tokenizer, stored.ref, quantization, (where, precision, *kernel))
 
 
+def load_tokenizer(base: StoredBase) -> Any:
+    """Load the base's tokenizer. Raises BaseNotFound."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base.path)
+    except (OSError, ValueError) as error:
+        raise BaseNotFound(
+            f"cannot load the tokenizer of {base.path} ({error}): expected a Hugging Face tokenizer. Fetch the base "
+            "again."
+        ) from error
+
+
 def choose_precision(dtype: str | None, device: str | None) -> tuple[Choice, Choice]:
     """Return the (device, dtype) that a base would be loaded with. Raises UsageError for a missing device."""
     where = _choose_device(device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from adapterhub.package.run_record import SampleAnswer
+from adapterhub.probe import generate_greedily
 from train.objectives.evaluation import eval_mode
 
 NUM_TOKENS = 40
@@ -16,9 +17,10 @@ NUM_TOKENS = 40
 
 
 class FixedPrompts:
-    """Prompts that are answered greedily, so that no random state changes.
+    """Prompts that are answered greedily, so that no random state changes and models can be compared.
 
-    An answer ends at the first of the `stop` strings, as in a server.
+    The base's own generation settings, such as a penalty, do not apply. An answer ends at the first of the `stop`
+    strings, as in a server.
     """
 
     def __init__(self, prompts: Sequence[str], tokenizer: Any, *, stop: Sequence[str] = ()) -> None:
@@ -52,9 +54,8 @@ class FixedPrompts:
         longest = max(map(len, rows))
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=pad
-        )
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        out = generate_greedily(model, inputs, num_tokens=NUM_TOKENS, pad_token_id=pad)
         found: list[str] = self._tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         return found
 
