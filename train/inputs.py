@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.bases.loading import load_tokenizer
 from adapterhub.compatibility import check_adapter
 from adapterhub.errors import BaseNotFound, IncompatibleBase, RecipeError
 from train.data.chat_template import chat_template_of
@@ -70,17 +69,6 @@ def _check_vocabulary(base: StoredBase, objective: Objective) -> None:
         )
 
 
-def load_tokenizer(base: StoredBase) -> Any:
-    """Load the base's tokenizer. Raises BaseNotFound."""
-    try:
-        return AutoTokenizer.from_pretrained(base.path)
-    except (OSError, ValueError) as error:
-        raise BaseNotFound(
-            f"cannot load the tokenizer of {base.path} ({error}): expected a Hugging Face tokenizer. Fetch the base "
-            "again."
-        ) from error
-
-
 def _objective(recipe: Recipe, tokenizer: Any, stop: Sequence[str]) -> Objective:
     """Tokenize the recipe's data and return it with its loss. Raises DatasetError."""
     data = recipe.data
@@ -105,6 +93,7 @@ def _objective(recipe: Recipe, tokenizer: Any, stop: Sequence[str]) -> Objective
         loss_on=recipe.train.loss_on,
         seed=recipe.seed,
         stop=stop,
+        on_fault=data.on_fault if isinstance(data, RowData) else "stop",
     )
     return SftObjective(prepared)
 

@@ -25,8 +25,8 @@ from train.data.oasst import top_ranked, trees_of
 from train.data.readers import Row, Rows
 
 FormatName = Literal[
-    "chat", "chatml", "sharegpt", "vicuna", "alpaca", "oasst1", "guanaco", "chip2", "self-instruct", "hh-rlhf",
-    "longform", "unnatural-instructions", "text",
+    "chat", "chatml", "sharegpt", "vicuna", "alpaca", "prompt-completion", "oasst1", "guanaco", "chip2",
+    "self-instruct", "hh-rlhf", "longform", "unnatural-instructions", "text",
 ]  # fmt: skip
 OnFault = Literal["stop", "skip"]
 
@@ -87,6 +87,8 @@ def detect(row: Row, name: str) -> FormatName:
     value = row.value
     for keys, found in _BY_KEYS:
         if all(key in value for key in keys):
+            if found == "self-instruct" and not all(isinstance(value[key], str) for key in keys):
+                return "prompt-completion"
             return found
     if isinstance(text := value.get("text"), str):
         return next((found for mark, found in _BY_TEXT if re.search(mark, text)), "text")
@@ -200,6 +202,13 @@ def _alpaca(value: dict[str, Any]) -> list[_Parsed]:
     return [_question_and_answer(alpaca_input(_text_of(value, "instruction"), given), _text_of(value, "output"))]
 
 
+def _prompt_completion(value: dict[str, Any]) -> list[_Parsed]:
+    """Parse TRL's rows of messages; the completion follows the prompt."""
+    if not isinstance(value["prompt"], list) or not isinstance(value["completion"], list):
+        raise ValueError("'prompt' and 'completion' are not lists of messages")
+    return [messages_of([*value["prompt"], *value["completion"]])]
+
+
 def _oasst1(value: dict[str, Any]) -> list[_Parsed]:
     path = top_ranked(value)
     return [path] if path else []
@@ -262,6 +271,7 @@ FORMATS: dict[FormatName, Format] = {
     "sharegpt": Format(("conversations",), _sharegpt),
     "vicuna": Format(("conversations",), _vicuna),
     "alpaca": Format(("instruction", "output"), _alpaca),
+    "prompt-completion": Format(("prompt", "completion"), _prompt_completion),
     "oasst1": Format(("prompt",), _oasst1),
     "guanaco": Format(("text",), _guanaco),
     "chip2": Format(("text",), _chip2),

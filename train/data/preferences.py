@@ -100,13 +100,14 @@ def read_preferences(
     distinct = list({(line.reply.messages, _messages(line.rejected), line.label): line for line in lines}.values())
     if dropped := len(lines) - len(distinct):
         notes.append(f"left out {counted(dropped, 'duplicate row')}")
-    by_place = {line.reply.where: line for line in distinct}
     counts = Counter[str]()
+    faults: list[str] = []
     splits = split([line.reply for line in distinct], held_out=held_out, seed=seed)
     train, test = (
-        _tokenize_all([by_place[reply.where] for reply in part], tokenizer, method, max_length, counts)
-        for part in splits
+        _tokenize_all([distinct[place] for place in places], tokenizer, method, max_length, counts, faults)
+        for places in splits
     )
+    notes += check_rendered(faults, on_fault)
     if method == "kto":
         labeled = tuple(item for item in train if isinstance(item, LabeledReply))
         _check_both_labels(labeled, name)
@@ -162,11 +163,7 @@ def _parse(raw: dict[str, Any], where: str, method: PreferenceMethod) -> Iterabl
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected reply to different prompts")
     if method == "kto":
-        # The split tells conversations apart by place, so the two replies of a row need places of their own.
-        return [
-            _Line(Conversation(chosen, f"{where}a")),
-            _Line(Conversation(rejected, f"{where}b"), label=False),
-        ]
+        return [_Line(Conversation(chosen, where)), _Line(Conversation(rejected, where), label=False)]
     return [_Line(Conversation(chosen, where), rejected=Conversation(rejected, where))]
 
 
@@ -199,9 +196,10 @@ def _reply(raw: dict[str, Any], key: str) -> list[Any]:
 
 
 def _tokenize_all(
-    lines: Sequence[_Line], tokenizer: ChatTokenizer, method: PreferenceMethod, max_length: int, counts: Counter[str]
-) -> tuple[PreferencePair, ...] | tuple[LabeledReply, ...]:
-    faults = []
+    lines: Sequence[_Line], tokenizer: ChatTokenizer, method: PreferenceMethod, max_length: int, counts: Counter[str],
+    faults: list[str],
+) -> tuple[PreferencePair, ...] | tuple[LabeledReply, ...]:  # fmt: skip
+    """Tokenize lines, count those that are cut or left out, and append those that cannot be rendered to `faults`."""
     kept: list[tuple[_Line, list[Sample]]] = []
     for line in lines:
         replies = [line.reply] if line.rejected is None else [line.reply, line.rejected]
@@ -217,7 +215,6 @@ def _tokenize_all(
             kept.append((line, samples))
         else:
             counts[_UNTRAINED] += 1
-    check_rendered(faults)
     if method == "kto":
         return tuple(LabeledReply(samples[0], line.label) for line, samples in kept)
     return tuple(PreferencePair(samples[0], samples[1]) for _, samples in kept)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from adapterhub.end_of_turn import special_ids
 from adapterhub.errors import DatasetError
 from train.data.conversation import Conversation, Example, Source, Text, counted, listed
+from train.data.formats import OnFault
 from train.recipe import LossOn
 
 _CUT, _UNTRAINED = "cut", "untrained"
@@ -88,12 +89,14 @@ def prepare(
     loss_on: LossOn,
     seed: int,
     stop: Sequence[str] = (),
+    on_fault: OnFault = "stop",
 ) -> TokenData:
     """Remove duplicates, split by question, and tokenize.
 
     `held_out` is a fraction of the questions when below 1, else their number. `stop` are strings that end an answer
-    under the chat template. Raises DatasetError for a split that leaves nothing to train on, for conversations that
-    the chat template cannot render turn by turn, and for data without a trained token.
+    under the chat template. Raises DatasetError for a split that leaves nothing to train on, for data without a trained
+    token, and for conversations that the chat template cannot render turn by turn; with `on_fault` skip, these are left
+    out and counted in the notes.
     """
     if loss_on != "all" and any(isinstance(example, Text) for example in source.examples):
         raise DatasetError(
@@ -105,7 +108,12 @@ def prepare(
     if dropped := len(source.examples) - len(distinct):
         notes.append(f"left out {counted(dropped, 'conversation')} with the same questions as another one")
     counts = Counter[str]()
-    train, test = (_tokenize_all(part, tokenizer, loss_on, max_length, stop, counts) for part in splits)
+    faults: list[str] = []
+    train, test = (
+        _tokenize_all([distinct[place] for place in places], tokenizer, loss_on, max_length, stop, counts, faults)
+        for places in splits
+    )
+    notes += check_rendered(faults, on_fault)
     if not train:
         raise DatasetError(
             f"no sample of {source.name} has a trained token at max_length = {max_length}: expected at least one. "
@@ -126,8 +134,8 @@ def drop_duplicates(examples: Iterable[Example]) -> list[Example]:
     return list(first.values())
 
 
-def split(examples: Sequence[Example], *, held_out: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split by question; return (training examples, held-out examples).
+def split(examples: Sequence[Example], *, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split by question; return the places of (training examples, held-out examples) in `examples`.
 
     The order of sha256(seed, first question) decides, so the order of the file does not matter. Conversations with the
     same first question stay in one split. Raises DatasetError when nothing is left to train on.
@@ -141,9 +149,9 @@ def split(examples: Sequence[Example], *, held_out: float, seed: int) -> tuple[l
             "questions of the data. Lower held_out in [data]."
         )
     held_out_questions = set(questions[:count])
-    splits: tuple[list[Example], list[Example]] = [], []
-    for example, opening in zip(examples, openings, strict=True):
-        splits[opening in held_out_questions].append(example)
+    splits: tuple[list[int], list[int]] = [], []
+    for place, opening in enumerate(openings):
+        splits[opening in held_out_questions].append(place)
     return splits
 
 
@@ -196,11 +204,11 @@ def tokenize_text(text: Text, tokenizer: ChatTokenizer, *, length: int) -> list[
 
 def _tokenize_all(
     examples: Sequence[Example], tokenizer: ChatTokenizer, loss_on: LossOn, max_length: int, stop: Sequence[str],
-    counts: Counter[str],
+    counts: Counter[str], faults: list[str],
 ) -> tuple[Sample, ...]:  # fmt: skip
+    """Tokenize examples, count those that are cut or left out, and append those that cannot be rendered to `faults`."""
     check_has_template(tokenizer)
     samples: list[Sample] = []
-    faults = []
     for example in examples:
         try:
             if isinstance(example, Text):
@@ -217,7 +225,6 @@ def _tokenize_all(
             samples.append(sample)
         else:
             counts[_UNTRAINED] += 1
-    check_rendered(faults)
     return tuple(samples)
 
 
@@ -230,13 +237,14 @@ def check_has_template(tokenizer: ChatTokenizer) -> None:
         )
 
 
-def check_rendered(faults: list[str]) -> None:
-    """Raise DatasetError when the chat template could not render some conversations."""
-    if faults:
+def check_rendered(faults: list[str], on_fault: OnFault) -> list[str]:
+    """Raise DatasetError when the chat template could not render some conversations; with skip, return a note."""
+    if faults and on_fault == "stop":
         raise DatasetError(
             f"the chat template cannot render this data turn by turn: {listed(faults)}. "
             'Set loss_on = "last" in [train], keep one answer per conversation, or use another template.'
         )
+    return [f"left out what the chat template cannot render: {listed(faults)}"] if faults else []
 
 
 def _render(tokenizer: ChatTokenizer, messages: list[dict[str, str]], *, is_prompt: bool) -> list[int]:

@@ -45,6 +45,10 @@ ROWS: dict[FormatName, tuple[dict[str, Any], list[list[tuple[str, str]]]]] = {
         {"text": "<human>: Hi?\n<bot>: Ho.\nHum.", "metadata": {"source": "unified_chip2"}},
         [[(U, "Hi?"), (A, "Ho.\nHum.")]],
     ),
+    "prompt-completion": (
+        {"prompt": [{"role": "user", "content": "Hi."}], "completion": [{"role": "assistant", "content": "Ho."}]},
+        [[(U, "Hi."), (A, "Ho.")]],
+    ),
     "self-instruct": (
         {"prompt": "Name a ship.\n\nOutput:", "completion": " The Beagle.<|endoftext|>"},
         [[(U, "Name a ship.\n\nOutput:"), (A, "The Beagle.")]],
