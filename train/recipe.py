@@ -102,6 +102,8 @@ class FeedbackData(_Data):
 
     source: Literal["feedback"]
     path: str | None = Field(default=None, min_length=1)
+    adapters: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | Literal["all"] | None = None
+    """Names and digests of the adapters whose feedback counts; None: those of `start`, or all without `start`."""
 
 
 class ShippedData(_Data):
@@ -305,6 +307,8 @@ class Recipe(_Section):
                 yield f"[preference] reads preference pairs and labeled replies, not {format}: leave format out"
             if train.loss_on == "all":
                 yield "[preference] trains replies only: leave loss_on out"
+        elif isinstance(data, FeedbackData) and train.loss_on == "all":
+            yield 'source = "feedback" trains the judged answers only: leave loss_on out'
         if not data.held_out and (train.keep == "best" or train.patience):
             yield "keep = best and patience need held-out questions: set held_out above 0 in [data]"
         elif not data.held_out and train.evaluate_every:

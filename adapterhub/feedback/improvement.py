@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -29,18 +30,25 @@ class Improvement:
     learning_rate: float = 5e-4
     held_out: float = 0.25
     """Fraction of the prompts that is held out for evaluation."""
+    all_adapters: bool = False
+    """Whether to train on the feedback about other adapters, too."""
 
-    def recipe(self, adapter: Adapter, *, base: str, store: Path | None = None) -> str:
+    def about(self, adapter: Adapter, names: Iterable[str]) -> list[str] | None:
+        """Return the names and the digest by which feedback is about `adapter`; None: all feedback counts."""
+        return None if self.all_adapters else list(dict.fromkeys([*names, adapter.digest]))
+
+    def recipe(self, adapter: Adapter, *, base: str, names: Iterable[str], store: Path | None = None) -> str:
         """Return the recipe, in TOML, of a run that starts from `adapter` and trains on the feedback in `store`.
 
-        `store` None stands for this machine's feedback.
+        `names` are those that answers of the adapter have in feedback. `store` None stands for this machine's feedback.
         """
-        # A JSON string is a TOML basic string.
+        # A JSON string is a TOML basic string, a list of them an array.
         name, base, start = map(json.dumps, (adapter.manifest.name, base, adapter.digest))
         path = f"path = {json.dumps(str(store.absolute()))}\n" if store else ""
+        adapters = json.dumps(self.about(adapter, names) or "all")
         return (
             f"name = {name}\nbase = {base}\nstart = {start}\n\n"
-            f'[data]\nsource = "feedback"\n{path}held_out = {self.held_out}\n\n'
+            f'[data]\nsource = "feedback"\n{path}adapters = {adapters}\nheld_out = {self.held_out}\n\n'
             f"[train]\nsteps = {self.steps}\nbatch_size = {self.batch_size}\nlearning_rate = {self.learning_rate}\n\n"
             f'[preference]\nmethod = "{self.method}"\n'
         )

@@ -21,6 +21,11 @@ def pack_candidate(folder: Path, *, base: StoredBase, start: Adapter, report: Re
     return pack(folder, base=base, name=start.manifest.name, license=start.manifest.license, report=report)
 
 
+def names_of(registry: Registry, adapter: Adapter) -> list[str]:
+    """Return the registry's names that point to an adapter, by any alias; answers have these names in feedback."""
+    return list(dict.fromkeys(entry.name for entry in registry.list() if entry.digest == adapter.digest))
+
+
 def name_of(registry: Registry, adapter: Adapter) -> str:
     """Return the registry's name for an adapter; its manifest's where no name points to it."""
     named = (entry for entry in registry.list() if entry.digest == adapter.digest)

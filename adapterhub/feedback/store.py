@@ -15,11 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from adapterhub.errors import Conflict, ServeError, ServerBusy, UsageError
 from adapterhub.feedback.ratings import PairwiseVote, Winner, rate
@@ -30,6 +30,8 @@ STORE_NAME = "feedback.sqlite"
 """Name of the file in the user data folder."""
 ExportFormat = Literal["dpo", "kto", "sft", "votes"]
 _MAX_CHARACTERS = 200_000
+_SYSTEM_ROLES = ("system", "developer")
+"""Names of the system message in requests for answers (serve/api/schemas.py)."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS battles (id TEXT PRIMARY KEY, a TEXT, b TEXT);
 CREATE TABLE IF NOT EXISTS feedback (
@@ -98,6 +100,10 @@ class StoredFeedback:
     created: int
 
 
+FeedbackRow = tuple[StoredFeedback, Vote | Thumb | Correction | None]
+"""A stored row with its feedback; None: the row cannot be read, because another version wrote it or it is damaged."""
+
+
 @dataclass(frozen=True)
 class ArenaBattle:
     """Two models whose answers are to be compared."""
@@ -118,7 +124,18 @@ class FeedbackStore:
         self.path = path
 
     def add(self, feedback: Vote | Thumb | Correction, *, owner: str) -> StoredFeedback:
-        """Store feedback. Raises Conflict for a second vote on a battle, UsageError for a vote on an unknown battle."""
+        """Store feedback that training can use.
+
+        Raises UsageError with the reason for feedback that it cannot use, and for a vote on an unknown battle; Conflict
+        for a second vote on a battle.
+        """
+        if fault := fault_of(feedback):
+            raise UsageError(
+                f"training cannot use this feedback: {fault}. Send an optional system message, then user and assistant "
+                "in turn, the user last, with text in every message and answer."
+            )
+        if isinstance(feedback, Correction) and has_equal_answers(feedback):
+            raise UsageError("the correction is the same as the answer: expected another text. Send a thumb instead.")
         stored = StoredFeedback(f"fb-{secrets.token_hex(8)}", feedback.kind, int(time.time()))
         with self._open() as db:
             battle = feedback.battle if isinstance(feedback, Vote) else None
@@ -149,13 +166,13 @@ class FeedbackStore:
             db.execute("INSERT INTO battles (id, a, b) VALUES (?, ?, ?)", (battle.id, battle.a, battle.b))
         return battle
 
-    def rows(self, owner: str | None = None) -> list[tuple[StoredFeedback, Vote | Thumb | Correction]]:
+    def rows(self, owner: str | None = None) -> list[FeedbackRow]:
         """Return all rows in the order of arrival, or those of one key."""
         where, parameters = ("", ()) if owner is None else (" WHERE owner = ?", (owner,))
         with self._open() as db:
             query = f"SELECT id, kind, created, body FROM feedback{where} ORDER BY number"  # noqa: S608
             rows = db.execute(query, parameters).fetchall()
-        return [(StoredFeedback(row[0], row[1], row[2]), _FEEDBACK.validate_json(row[3])) for row in rows]
+        return [(StoredFeedback(row[0], row[1], row[2]), _parsed(row[3])) for row in rows]
 
     def delete(self, owner: str, name: str | None = None) -> int:
         """Permanently delete one row of a key, or all of them. Return the number of rows deleted."""
@@ -170,10 +187,13 @@ class FeedbackStore:
             return dict(db.execute("SELECT kind, COUNT(*) FROM feedback GROUP BY kind ORDER BY kind"))
 
     def pairwise_votes(self) -> list[PairwiseVote]:
-        """Return all votes for `ratings.rate`; a vote for 'both bad' counts as a tie."""
+        """Return the votes for `ratings.rate`; a vote for 'both bad' counts as a tie.
+
+        Votes between equal answers, which say nothing about the models, and rows that cannot be read are left out.
+        """
         with self._open() as db:
             rows = db.execute("SELECT body FROM feedback WHERE kind = 'vote' ORDER BY number").fetchall()
-        votes = (Vote.model_validate_json(body) for (body,) in rows)
+        votes = [vote for (body,) in rows if isinstance(vote := _parsed(body), Vote) and not has_equal_answers(vote)]
         return [PairwiseVote(one.a.model, one.b.model, winner_of(one)) for one in votes]
 
     def _check_battle(self, db: sqlite3.Connection, vote: Vote) -> None:
@@ -233,6 +253,45 @@ def owner_of(authorization: str | None) -> str:
 def actor_of(authorization: str | None) -> str | None:
     """Return a short name of the API key for histories and logs; None without a key."""
     return f"key {owner_of(authorization)[:8]}" if authorization else None
+
+
+def _parsed(body: str) -> Vote | Thumb | Correction | None:
+    try:
+        return _FEEDBACK.validate_json(body)
+    except ValidationError:
+        return None
+
+
+def fault_of(feedback: Vote | Thumb | Correction) -> str | None:
+    """Return why training cannot use the feedback; None where it can.
+
+    A conversation is an optional system message, then user and assistant in turn, and each text has more than white
+    space: the rules of train/data/conversation.py.
+    """
+    roles = [message.role for message in feedback.messages]
+    turns = roles[1:] if roles[0] in _SYSTEM_ROLES else roles
+    first = 1 + len(roles) - len(turns)
+    for number, (role, expected) in enumerate(zip(turns, cycle(("user", "assistant")), strict=False), first):
+        if role != expected:
+            return f"message {number} has role {role!r} in place of {expected!r}"
+    if len(turns) % 2 == 0:
+        return "the last message is not the user's"
+    texts = {f"message {number} ({one.role})": one.content for number, one in enumerate(feedback.messages, 1)}
+    if isinstance(feedback, Vote):
+        texts |= {"answer a": feedback.a.text, "answer b": feedback.b.text}
+    else:
+        texts |= {"the answer": feedback.answer.text}
+    if isinstance(feedback, Correction):
+        texts |= {"the correction": feedback.text}
+    blank = next((name for name, text in texts.items() if not text.strip()), None)
+    return None if blank is None else f"{blank} has no text"
+
+
+def has_equal_answers(feedback: Vote | Thumb | Correction) -> bool:
+    """Return whether the two answers that are compared have the same text, but for white space around it."""
+    if isinstance(feedback, Vote):
+        return feedback.a.text.strip() == feedback.b.text.strip()
+    return isinstance(feedback, Correction) and feedback.text.strip() == feedback.answer.text.strip()
 
 
 def winner_of(vote: Vote) -> Winner:

@@ -42,7 +42,7 @@ def feedback_routes(store: FeedbackStore, served: Callable[[list[str] | None], l
     async def mine(authorization: Authorization = None) -> Response:
         """List the feedback sent with this key."""
         rows = await asyncio.to_thread(store.rows, owner_of(authorization))
-        return JSONResponse({"data": [{**vars(kept), **given.model_dump()} for kept, given in rows]})
+        return JSONResponse({"data": [vars(kept) | (given.model_dump() if given else {}) for kept, given in rows]})
 
     @router.delete("/feedback")
     async def delete_all(authorization: Authorization = None) -> Response:

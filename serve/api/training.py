@@ -32,6 +32,8 @@ class ImproveBody(Strict):
     adapter: str = Field(min_length=1, max_length=500)
     method: Method = Method.dpo
     steps: int = Field(Improvement.steps, ge=1, le=10_000)
+    all_adapters: bool = False
+    """Whether feedback about other adapters is used, too."""
 
 
 def training_routes(runs: TrainingRuns, candidates: CandidatePipeline | None = None) -> APIRouter:
@@ -83,7 +85,8 @@ def _add_candidates(router: APIRouter, candidates: CandidatePipeline) -> None:
     @router.post("/improve")
     async def improve(body: ImproveBody) -> Response:
         """Train a candidate for an adapter from feedback."""
-        run = await candidates.improve(body.adapter, Improvement(body.method, body.steps))
+        improvement = Improvement(body.method, body.steps, all_adapters=body.all_adapters)
+        run = await candidates.improve(body.adapter, improvement)
         return JSONResponse(_summary(run), status_code=201)
 
     @router.post("/runs/{name}/publish")

@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.bases.store import list_bases
 from adapterhub.errors import AdapterNotFound, UsageError
+from adapterhub.feedback.export import training_export
 from adapterhub.feedback.improvement import Improvement
-from adapterhub.feedback.promotion import Promotion, name_of
+from adapterhub.feedback.promotion import Promotion, name_of, names_of
 from adapterhub.feedback.store import FeedbackStore
 from adapterhub.package.layout import open_adapter
 from adapterhub.registry.registry import Registry
@@ -28,18 +29,18 @@ class CandidatePipeline:
         self._catalog = catalog
 
     async def improve(self, ref: str, improvement: Improvement) -> TrainingRun:
-        """Start a run from all feedback on an adapter that is served or in the registry.
+        """Start a run from the feedback about an adapter that is served or in the registry.
 
         Raises UsageError, AdapterNotFound, TrainingBusy.
         """
         served = {published.name: published.adapter for published in self._catalog.list()}
         adapter = served[ref] if ref in served else await asyncio.to_thread(self._stored, ref)
-        if not await asyncio.to_thread(self._feedback.counts):
-            raise UsageError(
-                "there is no feedback to train from: expected votes with a winner, or corrections. Rate answers first."
-            )
+        improves = await asyncio.to_thread(name_of, self._registry, adapter)
+        names = [ref, *await asyncio.to_thread(names_of, self._registry, adapter)]
+        about = improvement.about(adapter, names)
+        await asyncio.to_thread(lambda: training_export(self._feedback.rows(), improvement.method, about=about))
         base = await asyncio.to_thread(_name_of_base, adapter)
-        recipe = improvement.recipe(adapter, base=base)
+        recipe = improvement.recipe(adapter, base=base, names=names)
         with ExitStack() as lease:  # one served from a folder is stored: a run finds its start by digest alone
             try:
                 await asyncio.to_thread(self._keep, adapter, lease)
@@ -48,7 +49,6 @@ class CandidatePipeline:
                     f"{adapter.path}, from which {ref} is served, has lost files: expected a complete package. Restore "
                     "them, or load another adapter."
                 ) from error
-            improves = await asyncio.to_thread(name_of, self._registry, adapter)
             return await self._runs.start(recipe, improves=improves)
 
     async def publish(self, name: str, *, by: str | None = None) -> str:

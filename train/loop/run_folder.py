@@ -6,14 +6,17 @@ OUTPUT.run/
   train_log.jsonl     run record: start, steps, held-out losses
   step-000040/        last checkpoint: adapter, optimizer state, state.json
   best-000030/        adapter with the lowest held-out loss
+  feedback.jsonl      training data exported from feedback, and the recipe that reads them
+  feedback.toml
   lock                locked by the process that trains
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +42,12 @@ from train.recipe import Recipe, read_recipe
 
 Listener = Callable[[RunEvent], None]
 _RUN_NAME, _STATE_NAME, _LOCK_NAME = "run.json", "state.json", "lock"
+FEEDBACK_NAME, FEEDBACK_RECIPE_NAME = "feedback.jsonl", "feedback.toml"
+_OWN_NAMES = re.compile(
+    r"(step|best)-\d+|\..*\.tmp|"
+    + "|".join(map(re.escape, (RECIPE_NAME, LOG_NAME, _RUN_NAME, _LOCK_NAME, FEEDBACK_NAME, FEEDBACK_RECIPE_NAME)))
+)
+"""Names in a run's folder; a folder with others is a person's."""
 
 
 class _Run(Strict):
@@ -95,10 +104,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         with _locked(path, output):
             if _newest(path) is not None:
-                raise OutputNotFresh(
-                    f"{path} holds a stopped run: expected none. Resume it with `adapterhub train --resume {output}`, "
-                    "or remove that folder."
-                )
+                raise _stopped_run(path, output)
             _remove_leftovers(output)
             run = cls(output, recipe, start.path if start else None)
             write_atomic(path / RECIPE_NAME, recipe.to_toml())
@@ -183,7 +189,8 @@ class RunFolder:
         try:
             yield
         finally:
-            if self.path.is_dir() and self.newest is None:
+            # The exported feedback stays: processes that are restarted read it again.
+            if self.path.is_dir() and self.newest is None and not (self.path / FEEDBACK_NAME).is_file():
                 self.remove()
 
 
@@ -191,8 +198,60 @@ def run_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.run")
 
 
+@contextmanager
+def prepared_folder(output: Path) -> Iterator[Path]:
+    """Create the run's folder of `output` and yield it, locked, for files that are written before the run begins.
+
+    A stopped run keeps the files of its own. After an error a folder without a checkpoint is removed. Raises
+    OutputNotFresh for folders that hold other files or a stopped run without such files, and when another process
+    trains there.
+    """
+    check_fresh(output)
+    path = run_path(output)
+    path.mkdir(parents=True, exist_ok=True)
+    with _locked(path, output):
+        if _newest(path) is not None and not (path / FEEDBACK_RECIPE_NAME).is_file():
+            raise _stopped_run(path, output)
+        try:
+            yield path
+        except BaseException:
+            _remove_unstarted(path)
+            raise
+
+
+def remove_unstarted(output: Path) -> None:
+    """Remove the folder that `prepared_folder` made, unless it has a checkpoint or another process trains there."""
+    path = run_path(output)
+    if path.is_dir():
+        with suppress(OutputNotFresh), _locked(path, output):
+            _remove_unstarted(path)
+
+
+def _stopped_run(path: Path, output: Path) -> OutputNotFresh:
+    return OutputNotFresh(
+        f"{path} holds a stopped run: expected none. Resume it with `adapterhub train --resume {output}`, or remove "
+        "that folder."
+    )
+
+
+def _remove_unstarted(path: Path) -> None:
+    if _newest(path) is None:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def check_fresh(output: Path) -> None:
-    """Check that `output` is new or an empty folder. Raises OutputNotFresh."""
+    """Check that `output` is new or an empty folder, and that no other file is where its run works.
+
+    Raises OutputNotFresh.
+    """
+    path = run_path(output)
+    others = sorted(one.name for one in path.iterdir() if not _OWN_NAMES.fullmatch(one.name)) if path.is_dir() else []
+    if others or (path.exists() and not path.is_dir()):
+        found = f"holds {', '.join(others[:3])}" if others else "is a file"
+        raise OutputNotFresh(
+            f"{path} {found}: the run of {output} works there and removes that folder at its end. Choose another "
+            "--output, or move it away."
+        )
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():

@@ -48,18 +48,24 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", dir_okay=False, help="JSONL file to write [default: stdout].")
     ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME|DIGEST", help="Only rows with an answer of this adapter. Repeatable."),
+    ] = None,
     store: Store = None,
 ) -> None:
     """Write feedback as training data."""
     from adapterhub.feedback.export import export_rows, to_jsonl
     from adapterhub.files import write_atomic
 
-    lines = export_rows((given for _, given in open_store(store).rows()), form.value)
+    found = export_rows(open_store(store).rows(), form.value, about=adapters)
+    for note in found.notes:
+        say(f"note: {note}")
     if output is None:
-        typer.echo(to_jsonl(lines), nl=False)
+        typer.echo(to_jsonl(found.lines), nl=False)
     else:
-        write_atomic(output, to_jsonl(lines))
-        say(f"{len(lines)} lines written to {output}")
+        write_atomic(output, to_jsonl(found.lines))
+        say(f"{len(found.lines)} lines written to {output}")
 
 
 def stats(store: Store = None, as_json: AsJson = False) -> None:

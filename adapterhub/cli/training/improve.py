@@ -33,6 +33,9 @@ def improve(
         float,
         typer.Option(min=0.05, max=0.9, callback=check_finite, help="Fraction of the prompts held out for evaluation."),
     ] = Improvement.held_out,
+    all_adapters: Annotated[
+        bool, typer.Option("--all-adapters", help="Use the feedback about other adapters, too.")
+    ] = False,
     store: Store = None,
     promote: Annotated[
         bool | None,
@@ -41,12 +44,12 @@ def improve(
 ) -> None:
     """Train a candidate from feedback and offer to promote it.
 
-    The candidate is compared with the adapter on held-out preference pairs.
+    Only feedback about the adapter counts, by its name or digest. The candidate is compared with it on held-out pairs.
     """
     from adapterhub.adapter import AdapterRef
     from adapterhub.cli.training.feedback_export import feedback_exported
     from adapterhub.errors import AdapterHubError
-    from adapterhub.feedback.promotion import Promotion, name_of, pack_candidate
+    from adapterhub.feedback.promotion import Promotion, name_of, names_of, pack_candidate
     from train import trainer
     from train.inputs import with_lora_of
     from train.recipe import Recipe
@@ -57,9 +60,10 @@ def improve(
     if promote:
         promotion.check_before_run()
     folder = (output or Path(f"{adapter.manifest.name}-improved")).absolute()
-    improvement = Improvement(method, steps, batch_size, learning_rate, held_out)
+    improvement = Improvement(method, steps, batch_size, learning_rate, held_out, all_adapters)
     base = base_with(adapter.base, None)
-    text = improvement.recipe(adapter, base=base.ref.id, store=store)
+    names = [called, *names_of(registry(), adapter)]
+    text = improvement.recipe(adapter, base=base.ref.id, names=names, store=store)
     wanted = Recipe.model_validate(tomllib.loads(text))
     with feedback_exported(with_lora_of(wanted, adapter), folder, folder) as (recipe, _):
         end = trainer.train(recipe, base, folder, start=adapter)

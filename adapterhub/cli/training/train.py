@@ -149,7 +149,7 @@ def train(
         start = start_of(given, lambda ref: resolved(ref, hub_at(hub)))
         # Before the recipe is exported, so that the exported one names the starting adapter's rank and targets.
         given = with_lora_of(given, start)
-        with feedback_exported(given, path, folder, is_plan=plan) as (parsed, path):
+        with feedback_exported(given, path, folder, start=start, is_plan=plan) as (parsed, path):
             if plan:
                 _plan(parsed, base, folder, start, as_json=as_json)
                 return

@@ -27,6 +27,7 @@ class ImproveBox:
             self._adapter = model_picker(elem_id="improved", label="Adapter to improve")
             self._method = gr.Radio([one.value for one in Method], value=Improvement.method.value, label="Method")
             self._steps = gr.Number(Improvement.steps, label="Steps", precision=0, minimum=1, elem_id="improve-steps")
+            self._all = gr.Checkbox(label="Use the feedback about other adapters, too", elem_id="improve-all")
             self._counts = gr.Markdown(elem_classes="said", elem_id="feedback-counts")
             self._command = gr.Markdown(elem_id="improve-command")
             self.begin = gr.Button("Improve", variant="primary", size="md", scale=0, min_width=130)
@@ -37,7 +38,7 @@ class ImproveBox:
         opened = [self._adapter, self._counts]
         tab.select(self._opened, [self._adapter], opened, **QUIET)
         self._adapter.focus(self._opened, [self._adapter], opened, **QUIET)
-        asked = [self._adapter, self._method, self._steps]
+        asked = [self._adapter, self._method, self._steps, self._all]
         gr.on([one.input for one in asked], _command, asked, [self._command], **QUIET)
         return self.begin.click(self._begin, asked, [runs, self._message], **_SLOW)
 
@@ -51,10 +52,14 @@ class ImproveBox:
         adapters = [model for model in models if not model.is_base]
         return gr.update(choices=choices_of(adapters), value=picked), f"Feedback so far: {counted or 'none'}."
 
-    async def _begin(self, adapter: str | None, method: str, steps: int | None, request: gr.Request) -> tuple[Any, str]:
+    async def _begin(
+        self, adapter: str | None, method: str, steps: int | None, all_adapters: bool, request: gr.Request
+    ) -> tuple[Any, str]:
         if not adapter:
             return gr.skip(), trouble("no adapter is picked: pick the adapter to improve first.")
-        key, body = key_of(request), {"adapter": adapter, "method": method, "steps": int(steps or Improvement.steps)}
+        key = key_of(request)
+        body = {"adapter": adapter, "method": method, "steps": int(steps or Improvement.steps)}
+        body |= {"all_adapters": all_adapters}
         try:
             run = await self._client.post("training/improve", key, **body)
             runs = (await self._client.get("training/runs", key))["data"]
@@ -63,9 +68,10 @@ class ImproveBox:
         return gr.update(choices=[one["id"] for one in runs], value=run["id"]), ""
 
 
-def _command(adapter: str | None, method: str, steps: int | None) -> str:
+def _command(adapter: str | None, method: str, steps: int | None, all_adapters: bool) -> str:
     if not adapter:
         return ""
     count = int(steps or Improvement.steps)
     command = shlex.join(["adapterhub", "improve", adapter, "--method", method, "--steps", str(count)])
+    command += " --all-adapters" if all_adapters else ""
     return f"The same on the command line:\n```\n{command}\n```"

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from feedback_rows import fifty_rows, store_all
 from typer.testing import CliRunner
 
 from adapterhub.adapter import Adapter, AdapterRef, StoredBase
+from adapterhub.bases.loading import load_tokenizer
 from adapterhub.cli.main import app
 from adapterhub.errors import SignatureInvalid
 from adapterhub.feedback.promotion import Promotion
 from adapterhub.feedback.store import STORE_NAME, Correction, FeedbackAnswer, FeedbackStore, PromptMessage
+from adapterhub.package.run_record import LOG_NAME, RunStart, read_run_events
 from adapterhub.packer import pack
 from adapterhub.registry.registry import Registry
+from train.data.preferences import read_preferences
+from train.data.readers import read_rows
+from train.recipe import PreferenceMethod
 
 
 @pytest.fixture
@@ -51,6 +58,53 @@ def test_name_moves_to_the_candidate(captain: Adapter, home: Path, tmp_path: Pat
     assert newest.digest != captain.digest
     assert newest.manifest.license == "mit"
     assert f"captain points to the candidate; before, it pointed to {captain.digest}" in said
+
+
+@pytest.mark.parametrize(("method", "num_lines"), [("dpo", 17), ("kto", 34 + 2 + 3)])
+def test_from_fifty_votes_to_a_promoted_adapter(
+    captain: Adapter, home: Path, tmp_path: Path, method: PreferenceMethod, num_lines: int
+) -> None:
+    """Ten rows are unusable, fifteen about other adapters: what is trained are the lines of the others, and no more."""
+    (home / STORE_NAME).unlink()
+    rows = fifty_rows(captain.digest)
+    store_all(home / STORE_NAME, (row.body for row in rows))
+    code, said, error = _improve("--promote", "--method", method, output=tmp_path / "made")
+    assert code == 0, error
+    assert f"exported {num_lines} lines" in said
+    assert "left out 10 rows that training cannot use" in said
+    assert "left out 15 rows about other adapters" in said
+    assert Registry(home).resolve(AdapterRef.parse("captain")).digest != captain.digest
+
+    expected = [line for row in rows if getattr(row, method) == "exported" for line in _lines_of(row.body, method)]
+    assert len(expected) == num_lines
+    (tmp_path / "expected.jsonl").write_text("\n".join(map(json.dumps, expected)))
+    data = read_preferences(
+        read_rows(tmp_path / "expected.jsonl"), load_tokenizer(StoredBase(home / "bases" / "tiny", captain.base)),
+        name="expected", method=method, held_out=0.25, max_length=512, seed=0,
+    )  # fmt: skip
+    assert len(data.train) + len(data.held_out) == {"dpo": 16, "kto": 37}[method]  # a correction was given twice
+    began = read_run_events(tmp_path / "made" / LOG_NAME)[0]
+    assert isinstance(began, RunStart)
+    assert (began.samples, began.data_sha256) == (len(data.train), data.digest)
+
+
+def _lines_of(body: Any, method: str) -> list[dict[str, Any]]:
+    """Write down what a usable row teaches, from its fields."""
+    if body["kind"] == "thumb":
+        labels = [(body["answer"]["text"], body["thumb"] == "up")]
+    elif body["kind"] == "correction":
+        labels = [(body["text"], True), (body["answer"]["text"], False)]
+    else:
+        labels = [(body[side]["text"], body["winner"] == side) for side in ("a", "b")]
+    labels.sort(key=lambda one: not one[1])  # the better one first
+    if method == "kto":
+        return [{"prompt": body["messages"], "completion": _said(text), "label": label} for text, label in labels]
+    (chosen,), (rejected,) = ([text for text, label in labels if label is wanted] for wanted in (True, False))
+    return [{"prompt": body["messages"], "chosen": _said(chosen), "rejected": _said(rejected)}]
+
+
+def _said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
 
 
 def test_name_that_comes_to_need_a_signature_stays(

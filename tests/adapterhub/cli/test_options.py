@@ -52,6 +52,7 @@ UNCHECKED = {
     "chat --prompt": "any text",
     "chat --system": "any text",
     "demo --work": "a folder to create",
+    "feedback export --adapter": "a filter: nothing matches",
     "feedback export --output": "a file to write",
     "hub serve --host": "asked of the operating system, which opens the port",
     "hub serve --root": "a folder to create",

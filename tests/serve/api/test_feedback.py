@@ -18,6 +18,7 @@ from typing import Any
 import api_bench
 import pytest
 from api_bench import ASKED, Bench, answer, run, thumb
+from feedback_rows import UNUSABLE
 from typer.testing import CliRunner
 
 from adapterhub.adapter import BaseName
@@ -25,7 +26,7 @@ from adapterhub.bases.store import pull_base
 from adapterhub.cli.main import app
 from adapterhub.errors import AdapterHubError, Conflict, ServeError, ServerBusy, StorageFull, UsageError
 from adapterhub.feedback.export import export_rows
-from adapterhub.feedback.store import Correction, FeedbackStore, Vote
+from adapterhub.feedback.store import Correction, FeedbackStore, StoredFeedback, Vote, owner_of
 from serve.api.auth import ApiKeys
 
 
@@ -202,19 +203,23 @@ def test_ratings_read_votes_alone(store: FeedbackStore) -> None:
 
 
 def test_formats_for_trainers() -> None:
-    rows = [vote("1", "a"), vote("2", "tie"), vote("3", "both_bad"), thumb("up"), thumb("down"), correction()]
+    given = [vote("1", "a"), vote("2", "tie"), vote("3", "both_bad"), thumb("up"), thumb("down"), correction()]
+    rows = [(StoredFeedback(f"fb-{number}", one.kind, 1), one) for number, one in enumerate(given, start=1)]
     said = {text: [{"role": "assistant", "content": text}] for text in ("from a", "from b", "Aye.", "Aye, captain.")}
-    assert export_rows(rows, "dpo") == [
-        {"prompt": ASKED, "chosen": said["from a"], "rejected": said["from b"]},
-        {"prompt": ASKED, "chosen": said["Aye, captain."], "rejected": said["Aye."]},
+    assert export_rows(rows, "dpo").lines == [
+        {"id": "fb-1", "prompt": ASKED, "chosen": said["from a"], "rejected": said["from b"]},
+        {"id": "fb-6", "prompt": ASKED, "chosen": said["Aye, captain."], "rejected": said["Aye."]},
     ]
-    labels = [(line["completion"][0]["content"], line["label"]) for line in export_rows(rows, "kto")]
+    labels = [(line["completion"][0]["content"], line["label"]) for line in export_rows(rows, "kto").lines]
     assert labels == [
         ("from a", True), ("from b", False), ("from a", False), ("from b", False), ("Aye.", True), ("Aye.", False),
         ("Aye, captain.", True), ("Aye.", False),
     ]  # fmt: skip
-    assert [line["messages"][-1]["content"] for line in export_rows(rows, "sft")] == ["from a", "Aye.", "Aye, captain."]
-    assert [line["winner"] for line in export_rows(rows, "votes")] == ["a", "tie", "tie"]
+    assert export_rows(rows, "sft").lines == [
+        {"id": name, "prompt": ASKED, "completion": said[text]}
+        for name, text in (("fb-1", "from a"), ("fb-4", "Aye."), ("fb-6", "Aye, captain."))
+    ]
+    assert [line["winner"] for line in export_rows(rows, "votes").lines] == ["a", "tie", "tie"]
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
@@ -225,7 +230,8 @@ def test_our_trainer_reads_what_is_exported(tmp_path: Path, method: str) -> None
     from train.data.readers import read_rows
 
     tokenizer = AutoTokenizer.from_pretrained(pull_base(BaseName.parse("smollm2-135m-instruct")).path)
-    lines = export_rows([vote("1", "a"), correction(), thumb("down")], method)  # type: ignore[arg-type]
+    rows = [(StoredFeedback("fb-1", one.kind, 1), one) for one in (vote("1", "a"), correction(), thumb("down"))]
+    lines = export_rows(rows, method).lines  # type: ignore[arg-type]
     (tmp_path / "f.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = read_preferences(
         read_rows(tmp_path / "f.jsonl"), tokenizer, name="feedback", method=method,  # type: ignore[arg-type]
@@ -266,7 +272,7 @@ def test_the_whole_arena_over_http(tmp_path: Path) -> None:
         assert begun.status_code == 201
         battle = begun.json()
         body = {"kind": "vote", "battle": battle["battle"], "messages": ASKED, "a": answer(battle["a"]),
-                "b": answer(battle["b"]), "winner": "a"}  # fmt: skip
+                "b": answer(battle["b"], "Yes."), "winner": "a"}  # fmt: skip
         assert (await b.client.post("/v1/feedback", json=body)).status_code == 201
         again = await b.client.post("/v1/feedback", json=body)
         assert again.status_code == 409
@@ -290,6 +296,7 @@ def test_the_whole_arena_over_http(tmp_path: Path) -> None:
         {"kind": "correction", "messages": [], "answer": answer(), "text": "x"},
         {"kind": "correction", "messages": ASKED, "answer": answer(), "text": ""},
         {"kind": "thumb", "messages": ASKED, "answer": answer(text="x" * 300_000), "thumb": "up"},
+        {"kind": "correction", "messages": ASKED, "answer": answer(), "text": "Aye."},
     ],
 )
 def test_malformed_feedback_is_refused(tmp_path: Path, body: dict[str, Any]) -> None:
@@ -297,6 +304,35 @@ def test_malformed_feedback_is_refused(tmp_path: Path, body: dict[str, Any]) -> 
         refused = await b.client.post("/v1/feedback", json=body)
         assert refused.status_code == 400
         assert (await b.client.get("/v1/feedback")).json()["data"] == []
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_feedback_that_training_cannot_use_is_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    async def test(b: Bench) -> None:
+        body = UNUSABLE[name]
+        if isinstance(body, str):
+            pytest.skip("no request")
+        refused = await b.client.post("/v1/feedback", json=body)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["type"]) == (400, "invalid_request_error")
+        assert error["message"].startswith("training cannot use this feedback: ")
+        assert (await b.client.get("/v1/feedback")).json()["data"] == []
+
+    run(tmp_path, test)
+
+
+def test_a_row_that_cannot_be_read_is_listed_and_can_be_deleted(tmp_path: Path) -> None:
+    async def test(b: Bench) -> None:
+        assert b.services.feedback is not None
+        store = b.services.feedback
+        name = store.add(thumb(), owner=owner_of(None)).id
+        with closing(sqlite3.connect(store.path)) as db, db:
+            db.execute("UPDATE feedback SET body = 'torn'")
+        (listed,) = (await b.client.get("/v1/feedback")).json()["data"]
+        assert (listed["id"], listed["kind"]) == (name, "thumb")
+        assert (await b.client.delete(f"/v1/feedback/{name}")).json() == {"deleted": 1}
 
     run(tmp_path, test)
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from api_bench import Bench, bench, thumb
+from api_bench import ASKED, Bench, answer, bench
 from packages import write_package
 
 from adapterhub.adapter import AdapterRef, StoredBase
 from adapterhub.errors import AdapterNotFound, Conflict, ServerBusy, SignatureInvalid, UsageError
-from adapterhub.feedback.improvement import Improvement
+from adapterhub.feedback.improvement import Improvement, Method
+from adapterhub.feedback.store import Correction
 from adapterhub.package.layout import open_adapter
 from serve.training import candidates
 from serve.training.candidates import CandidatePipeline
@@ -43,6 +44,12 @@ class FinishedRuns:
         self.licenses.append(license)
 
 
+def corrected(model: str) -> Correction:
+    return Correction.model_validate(
+        {"kind": "correction", "messages": ASKED, "answer": answer(model), "text": f"Aye, {model}."}
+    )
+
+
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test: Callable[[Bench, CandidatePipeline], Awaitable[None]]
 ) -> None:
@@ -50,7 +57,8 @@ def run(
         async with bench(tmp_path) as b:
             catalog, feedback = b.services.catalog, b.services.feedback
             assert feedback is not None
-            feedback.add(thumb(), owner="me")
+            for model in ("captain", "visitor", "favourite"):
+                feedback.add(corrected(model), owner="me")
 
             def bases() -> list[tuple[str, StoredBase]]:
                 return [("tiny", catalog.base)]
@@ -69,6 +77,26 @@ def test_adapter_served_from_a_folder_is_improved(tmp_path: Path, monkeypatch: p
         begun = await w.improve("visitor", Improvement())
         start = str(tomllib.loads(begun.recipe)["start"])
         assert b.registry.resolve(AdapterRef.parse(start)).manifest.name == "elsewhere"
+
+    run(tmp_path, monkeypatch, test)
+
+
+def test_only_feedback_about_the_adapter_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name it is served under, the registry's names that point to it, and its digest."""
+
+    async def test(b: Bench, w: CandidatePipeline) -> None:
+        assert b.services.feedback is not None
+        await b.services.catalog.load("favourite", AdapterRef.parse("spare"))
+        digest = b.registry.resolve(AdapterRef.parse("spare")).digest
+        begun = await w.improve("favourite", Improvement())
+        assert tomllib.loads(begun.recipe)["data"]["adapters"] == ["favourite", "spare", digest]
+        with pytest.raises(UsageError, match="left out 3 rows about other adapters"):
+            await w.improve("poet", Improvement())
+        begun = await w.improve("poet", Improvement(all_adapters=True))
+        assert tomllib.loads(begun.recipe)["data"]["adapters"] == "all"
+        b.services.feedback.delete("me")
+        with pytest.raises(UsageError, match="there is no feedback to train from: 0 rows"):
+            await w.improve("captain", Improvement(Method.kto))
 
     run(tmp_path, monkeypatch, test)
 

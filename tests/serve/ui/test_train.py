@@ -126,7 +126,8 @@ def test_adapter_is_improved_from_feedback_and_promoted(train: Page, api: FakeAp
     _act(train, "Promote").click()
     expect(train.get_by_text("captain points to the candidate now")).to_be_visible()
     began, promoted = api.posted()
-    assert began == {"path": "training/improve", "adapter": "captain", "method": "kto", "steps": 20}
+    body = {"adapter": "captain", "method": "kto", "steps": 20, "all_adapters": False}
+    assert began == {"path": "training/improve", **body}
     assert promoted["path"] == "training/runs/{name}/promote"
 
 
