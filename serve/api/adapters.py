@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,8 +60,10 @@ def adapter_routes(registry: Registry, catalog: Catalog) -> APIRouter:
     async def list_adapters(search: str = "", base: str = "") -> Response:
         """List the adapters of this machine."""
         entries = await asyncio.to_thread(registry.list)
-        served = {published.adapter.digest: published.name for published in catalog.list()}
-        found = [_row(entry, served) for entry in entries]
+        served: dict[str, list[str]] = {}
+        for published in catalog.list():
+            served.setdefault(published.adapter.digest, []).append(published.name)
+        found = [_row(entry, served.get(entry.digest, [])) for entry in entries]
         wanted = [row for row in found if _holds(row["name"], search) and _holds(row["base"], base)]
         return JSONResponse({"data": wanted})
 
@@ -188,7 +191,8 @@ def _local(registry: Registry, text: str) -> Adapter:
     return Registry(registry.root).open(clients_ref(text))
 
 
-def _row(entry: Entry, served: dict[str, str]) -> dict[str, Any]:
+def _row(entry: Entry, served: Sequence[str]) -> dict[str, Any]:
+    """Describe an entry; `served` are the names under which its adapter is served."""
     is_default = entry.revision == DEFAULT_REVISION
     return {
         "name": entry.name if is_default else f"{entry.name}@{entry.revision}",
@@ -199,7 +203,7 @@ def _row(entry: Entry, served: dict[str, str]) -> dict[str, Any]:
         "method": entry.about.method,
         "license": entry.about.license,
         "licence": entry.about.license,  # the old name, for one version
-        "loaded_as": served.get(entry.digest),
+        "loaded_as": entry.name if entry.name in served else next(iter(served), None),
     }
 
 

@@ -38,6 +38,17 @@ def test_what_is_kept_is_listed_with_what_is_served(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_an_adapter_that_is_served_under_two_names_is_listed_as_its_own(tmp_path: Path) -> None:
+    async def test(b: Bench) -> None:
+        await b.services.catalog.load("favourite", AdapterRef.parse("captain"))
+        await b.services.catalog.load("other", AdapterRef.parse("spare"))
+        rows = (await b.client.get("/v1/adapters")).json()["data"]
+        served = {row["name"]: row["loaded_as"] for row in rows}
+        assert served == {"captain": "captain", "captain2": None, "poet": "poet", "spare": "other"}
+
+    run(tmp_path, test)
+
+
 def test_one_is_inspected_and_verified_by_name(tmp_path: Path) -> None:
     async def test(b: Bench) -> None:
         found = (await b.client.get("/v1/adapters/inspect", params={"ref": "spare"})).json()
