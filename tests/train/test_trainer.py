@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from preference_rows import preference_recipe
 from training import WEIGHTS, Interrupt, failing_loss, make_recipe, run, tensors_of
 
-from adapterhub.adapter import StoredBase
+from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.errors import DatasetError, OutputNotFresh, RecipeError, TrainingFailed, UsageError
 from adapterhub.files import sha256_of
 from adapterhub.package.lora_config import lora_tensors, read_lora_config
@@ -45,6 +47,19 @@ def test_the_folder_is_a_complete_adapter(tmp_path: Path, tiny_base: StoredBase)
     assert (folder / "chat_template.jinja").read_text() == (tiny_base.path / "chat_template.jinja").read_text()
     assert read_recipe(folder / "recipe.toml").to_toml() == recipe.to_toml()
     assert end.steps == 3
+
+
+@pytest.mark.parametrize("preference", [None, "dpo"])
+def test_a_base_without_a_chat_template_leaves_nothing(
+    tmp_path: Path, tiny_base: StoredBase, preference: str | None
+) -> None:
+    bare = shutil.copytree(tiny_base.path, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    recipe = preference_recipe(tmp_path, preference) if preference else make_recipe(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DatasetError, match="the base has no chat template"):
+        run(recipe, StoredBase(bare, BaseRef("tests/bare", None, tiny_base.ref.fingerprint)), tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_record_says_what_was_trained(tmp_path: Path, tiny_base: StoredBase) -> None:
