@@ -42,13 +42,17 @@ class Improvement:
 
         `names` are those that answers of the adapter have in feedback. `store` None stands for this machine's feedback.
         """
-        # A JSON string is a TOML basic string, a list of them an array.
-        name, base, start = map(json.dumps, (adapter.manifest.name, base, adapter.digest))
-        path = f"path = {json.dumps(str(store.absolute()))}\n" if store else ""
-        adapters = json.dumps(self.about(adapter, names) or "all")
+        name, base, start = map(_toml, (adapter.manifest.name, base, adapter.digest))
+        path = f"path = {_toml(str(store.absolute()))}\n" if store else ""
+        adapters = _toml(self.about(adapter, names) or "all")
         return (
             f"name = {name}\nbase = {base}\nstart = {start}\n\n"
             f'[data]\nsource = "feedback"\n{path}adapters = {adapters}\nheld_out = {self.held_out}\n\n'
             f"[train]\nsteps = {self.steps}\nbatch_size = {self.batch_size}\nlearning_rate = {self.learning_rate}\n\n"
             f'[preference]\nmethod = "{self.method}"\n'
         )
+
+
+def _toml(value: str | list[str]) -> str:
+    """Return a TOML value: a JSON string is a TOML basic string unless it escapes half a character."""
+    return json.dumps(value, ensure_ascii=False)

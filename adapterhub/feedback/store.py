@@ -12,6 +12,7 @@ import random
 import secrets
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ class FeedbackStore:
         """
         if len(set(models)) < 2:
             raise UsageError(f"a battle needs two models: {len(set(models))} available. Load another adapter.")
-        pair = list(_choose_pair(sorted(set(models)), self.pairwise_votes()))
+        pair = list(_choose_pair(sorted(set(models)), self._votes()))
         random.shuffle(pair)
         battle = ArenaBattle(f"bt-{secrets.token_hex(8)}", *pair)
         with self._open() as db:
@@ -191,10 +192,12 @@ class FeedbackStore:
 
         Votes between equal answers, which say nothing about the models, and rows that cannot be read are left out.
         """
+        return [_pairwise(vote) for vote in self._votes() if not has_equal_answers(vote)]
+
+    def _votes(self) -> list[Vote]:
         with self._open() as db:
             rows = db.execute("SELECT body FROM feedback WHERE kind = 'vote' ORDER BY number").fetchall()
-        votes = [vote for (body,) in rows if isinstance(vote := _parsed(body), Vote) and not has_equal_answers(vote)]
-        return [PairwiseVote(one.a.model, one.b.model, winner_of(one)) for one in votes]
+        return [vote for (body,) in rows if isinstance(vote := _parsed(body), Vote)]
 
     def _check_battle(self, db: sqlite3.Connection, vote: Vote) -> None:
         found = db.execute("SELECT a, b FROM battles WHERE id = ?", (vote.battle,)).fetchone()
@@ -299,22 +302,26 @@ def winner_of(vote: Vote) -> Winner:
     return "tie" if vote.winner == "both_bad" else vote.winner
 
 
-def _choose_pair(models: Sequence[str], votes: Sequence[PairwiseVote]) -> tuple[str, str]:
+def _pairwise(vote: Vote) -> PairwiseVote:
+    return PairwiseVote(vote.a.model, vote.b.model, winner_of(vote))
+
+
+def _choose_pair(models: Sequence[str], votes: Sequence[Vote]) -> tuple[str, str]:
     """Draw a pair of models; its weight is p (1 - p) / (1 + n) for win probability p and n votes so far.
 
-    Pairs with similar ratings and few votes are drawn more often: their votes are the most informative.
+    Pairs with similar ratings and few votes are drawn more often: their votes are the most informative. Votes between
+    equal answers count among the n, so that models which always answer alike are not drawn again and again.
     """
     names = set(models)
-    relevant = [vote for vote in votes if {vote.model_a, vote.model_b} <= names]
-    rated = {one.model: one.rating for one in rate(relevant).ratings}
-    games: dict[frozenset[str], int] = {}
-    for vote in relevant:
-        pair = frozenset((vote.model_a, vote.model_b))
-        games[pair] = games.get(pair, 0) + 1
+    relevant = [vote for vote in votes if {vote.a.model, vote.b.model} <= names]
+    rated = {
+        one.model: one.rating for one in rate([_pairwise(v) for v in relevant if not has_equal_answers(v)]).ratings
+    }
+    games = Counter(frozenset((vote.a.model, vote.b.model)) for vote in relevant)
     pairs = list(combinations(models, 2))
 
     def weight(a: str, b: str) -> float:
         chance = 1 / (1 + 10 ** ((rated.get(b, 1000.0) - rated.get(a, 1000.0)) / 400))
-        return chance * (1 - chance) / (1 + games.get(frozenset((a, b)), 0))
+        return chance * (1 - chance) / (1 + games[frozenset((a, b))])
 
     return random.choices(pairs, [weight(a, b) for a, b in pairs])[0]  # noqa: S311 (no secret)

@@ -112,6 +112,16 @@ def test_pairs_that_teach_most_come_more_often(store: FeedbackStore) -> None:
     assert min(drawn[frozenset(("old", "new"))], drawn[frozenset(("champion", "new"))]) > 10
 
 
+def test_models_that_answer_alike_are_not_drawn_again_and_again(store: FeedbackStore) -> None:
+    for _ in range(12):
+        battle = store.begin_battle(["captain", "copy"])
+        cast = vote(battle.id, "tie", battle.a, battle.b)
+        store.add(cast.model_copy(update={"b": cast.b.model_copy(update={"text": cast.a.text})}), owner="me")
+    assert store.pairwise_votes() == []
+    drawn = Counter(frozenset((b.a, b.b)) for b in (store.begin_battle(["captain", "copy", "new"]) for _ in range(60)))
+    assert drawn[frozenset(("captain", "copy"))] < 15
+
+
 def test_both_sides_are_left_about_as_often(store: FeedbackStore) -> None:
     left = Counter(store.begin_battle(["captain", "poet"]).a for _ in range(60))
     assert min(left["captain"], left["poet"]) > 10
