@@ -92,7 +92,8 @@ class _VoteReader:
     unparsed: Counter[str] = field(default_factory=Counter)
     idle: set[str] = field(default_factory=set)
     """Models of dropped rows."""
-    ids: set[str] = field(default_factory=set)
+    ids: set[tuple[str, frozenset[str]]] = field(default_factory=set)
+    """Id and models of each row that has an id: in some files the id is that of a question, asked of many pairs."""
     num_repeated: int = 0
 
 
@@ -102,7 +103,7 @@ def read_votes(
     """Read JSONL rows with two models and a winner.
 
     `fields` maps the three field names to those of the files, `codes` the files' winner codes to ours. Rows with an
-    unknown winner code are counted and dropped, and so are rows that repeat the `id` of an earlier row. Raises
+    unknown winner code are counted and dropped, and so are rows that repeat `id` and models of an earlier row. Raises
     DatasetError, which names file and line of each row that is not a vote.
     """
     found = _VoteReader()
@@ -145,10 +146,10 @@ def _read_row(
         found.faults.append(f"{where}: {names[0]} is compared with itself")
         return
     if (name := row.get("id")) is not None:
-        if str(name) in found.ids:
+        if (identity := (str(name), frozenset(map(str, names)))) in found.ids:
             found.num_repeated += 1
             return
-        found.ids.add(str(name))
+        found.ids.add(identity)
     code = str(row[fields["winner"]])
     if code not in codes:
         found.unparsed[code] += 1
@@ -162,7 +163,7 @@ def _reading_notes(found: _VoteReader) -> Iterable[str]:
         listed = ", ".join(f"{code!r} {count}" for code, count in found.unparsed.most_common(5))
         yield f"{sum(found.unparsed.values())} rows were dropped because of an unknown winner code ({listed})"
     if found.num_repeated:
-        yield f"{found.num_repeated} rows were dropped because they repeat the id of an earlier row"
+        yield f"{found.num_repeated} rows were dropped because they repeat the id and the models of an earlier row"
     playing = {name for vote in found.votes for name in (vote.model_a, vote.model_b)}
     if idle := sorted(found.idle - playing):
         yield f"not rated, because all their votes were dropped: {', '.join(idle)}"

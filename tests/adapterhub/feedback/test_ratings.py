@@ -230,8 +230,14 @@ def test_repeated_ids_and_models_without_a_vote_are_noted(tmp_path: Path) -> Non
     rows = [row("p", "q", "a", id=1), row("p", "q", "b", id=1), row("p", "lost", "error")]
     read = read_votes([write(tmp_path / "v", *rows)])
     assert len(read.votes) == 1
-    assert any("repeat the id" in note for note in read.notes)
+    assert any("1 rows were dropped because they repeat the id" in note for note in read.notes)
     assert any(note.endswith(": lost") for note in read.notes)
+
+
+def test_a_question_s_id_that_many_pairs_share_is_no_repetition(tmp_path: Path) -> None:
+    rows = [row("p", "q", "a", id=1), row("q", "p", "a", id=1), row("p", "r", "a", id=1), row("q", "r", "b", id="1")]
+    read = read_votes([write(tmp_path / "v", *rows)])
+    assert [(one.model_a, one.model_b) for one in read.votes] == [("p", "q"), ("p", "r"), ("q", "r")]
 
 
 def test_rows_that_are_not_votes_are_named_by_line(tmp_path: Path) -> None:
