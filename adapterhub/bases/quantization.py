@@ -2,57 +2,36 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from adapterhub.bases.quantizers import METHOD, config_classes
 from adapterhub.package.manifest import Quantization
 
 if TYPE_CHECKING:
     import torch
 
-_METHOD = "bitsandbytes-blocks"
-
 
 def loading_config(quantization: Quantization, compute: torch.dtype) -> Any:
     """Return the quantization_config for `from_pretrained`.
 
-    Every option is set, because the defaults of transformers, bitsandbytes and accelerate differ.
+    Weights are quantized from the dtype that they are stored in, so that their bits do not depend on `compute`. Every
+    option is set, because the defaults of transformers, bitsandbytes and accelerate differ.
     """
-    from transformers import BitsAndBytesConfig
-
     if quantization.kind == "none":
         return None
+    four_bit, eight_bit = config_classes()
     if quantization.kind == "int8":
         # LLM.int8 (arXiv 2208.07339, section 3.2): input columns with a value beyond 6 are computed in 16 bit.
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0, llm_int8_has_fp16_weight=False)
-    kind = BitsAndBytesConfig if quantization.block_size == 64 else _block_config()
-    config = kind(
+        config = eight_bit(load_in_8bit=True, llm_int8_threshold=6.0, llm_int8_has_fp16_weight=False)
+        config.quant_method = f"{METHOD}-8bit"
+        return config
+    config = four_bit(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.kind,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=compute,
         bnb_4bit_quant_storage="uint8",
     )
-    if quantization.block_size != 64:
-        config.block_size = quantization.block_size
-        config.quant_method = _METHOD
+    config.block_size = quantization.block_size
+    config.quant_method = f"{METHOD}-4bit"
     return config
-
-
-@cache
-def _block_config() -> Any:
-    """Return a 4-bit config with a block size, which transformers' own has not, and its quantizer."""
-    from transformers import BitsAndBytesConfig
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-
-    class BlockQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
-        def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
-            super()._process_model_before_weight_loading(model, device_map, **options)
-            for parameter in model.parameters():
-                if hasattr(parameter, "quant_type"):
-                    # Loading makes the real parameter with the attributes of this empty one.
-                    parameter.blocksize = self.quantization_config.block_size
-
-    register_quantizer(_METHOD)(BlockQuantizer)
-    return register_quantization_config(_METHOD)(type("BlockConfig", (BitsAndBytesConfig,), {}))

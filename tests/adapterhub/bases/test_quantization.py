@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes import functional
+from safetensors.torch import load_file, save_file
 
 from adapterhub.adapter import StoredBase
 from adapterhub.bases.loading import LoadedBase, load_base
@@ -117,6 +119,52 @@ def test_every_option_reaches_the_layers(tiny_base: StoredBase, kind: Any, block
             original.get_submodule(name).weight.data, blocksize=block, compress_statistics=double, quant_type=kind
         )
         assert torch.equal(found, functional.dequantize_4bit(wanted, its_state))
+
+
+@pytest.fixture(scope="module", params=["float16", "float32", "bfloat16"])
+def stored_in(request: pytest.FixtureRequest, tiny_base: StoredBase, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny base, stored in a dtype."""
+    folder = shutil.copytree(tiny_base.path, tmp_path_factory.mktemp("stored") / request.param)
+    weights = load_file(folder / "model.safetensors")
+    dtype = getattr(torch, request.param)
+    save_file(
+        {name: tensor.to(dtype) for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return StoredBase(folder, tiny_base.ref)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("block", [64, 128])
+def test_the_weights_do_not_depend_on_the_dtype_that_computes(stored_in: StoredBase, kind: Any, block: int) -> None:
+    """Nor on whether a weight was cast, without loss, before it was quantized: packages of earlier versions hold."""
+    found = []
+    originals = load(stored_in, kind="none").model
+    for dtype in ("float16", "bfloat16", "float32"):
+        model = load_base(stored_in, purpose="train", dtype=dtype, kind=kind, block_size=block).model
+        parts = {name: values_of(model.get_submodule(name)) for name in LAYERS}
+        found.append({(name, part): value.clone() for name in parts for part, value in parts[name].items()})
+        assert {str(p.dtype) for p in model.parameters() if p.is_floating_point()} == {f"torch.{dtype}"}
+        assert model.dtype == getattr(torch, dtype)
+        assert "_get_dtype_plan" not in vars(model)
+    assert all(torch.equal(value, other[key]) for other in found[1:] for key, value in found[0].items())
+    if kind != "int8":
+        for name in LAYERS:
+            codes, _ = functional.quantize_4bit(
+                originals.get_submodule(name).weight.data, quant_type=kind, blocksize=block, compress_statistics=True
+            )
+            assert torch.equal(codes, found[0][name, "codes"])
+
+
+LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
+
+
+def values_of(layer: Any) -> dict[str, torch.Tensor]:
+    """Codes and constants of a quantized layer."""
+    if layer.weight.dtype == torch.int8:
+        return {"codes": layer.weight.data, "constants": layer.weight.SCB}
+    state = layer.weight.quant_state
+    assert state.dtype == layer.compute_dtype
+    return {"codes": layer.weight.data, "constants": state.absmax, "offset": state.offset}
 
 
 def test_int8_answers_and_learns_on_this_machine(tiny_base: StoredBase) -> None:
