@@ -39,9 +39,9 @@ FLOORS = {
     ),
     "train": (
         "data.conversation data.formats data.oasst data.readers",
-        "recipe",
+        "recipe loop.stopping",
         "distributed data model.fused_lora objectives.losses objectives.forward",
-        "model loop.schedule loop.progress loop.run_folder loop.stopping loop.optimizer",
+        "model loop.schedule loop.progress loop.run_folder loop.optimizer",
         "objectives",
         "loop",
         "inputs",

@@ -5,17 +5,18 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from adapterhub.adapter import Adapter, StoredBase
-from adapterhub.errors import OutputNotFresh, UsageError
+from adapterhub.errors import OutputNotFresh, TrainingStopped
 from adapterhub.package.run_record import RunEnd
 from train import trainer
 from train.distributed.world import Shards, World, process_group
 from train.inputs import with_lora_of
 from train.loop.progress import Silent
 from train.loop.run_folder import read_run, run_path
+from train.planning.unsupported import check_distributed
 from train.recipe import Recipe
 from train.reporting.trackers import tracking
 
@@ -27,20 +28,18 @@ def run_worker(
     """Run this process's part of a training run into `output`, or resume it from its last checkpoint.
 
     Only the first process writes `output`, which must be on storage that every node sees. Each other process keeps its
-    own log and checkpoints in a temporary folder, so that all processes run the same loop; for these, return None.
+    own log and checkpoints in a temporary folder, so that all processes run the same loop; for these, return None, also
+    when the run is stopped.
 
-    Raises what `trainer.train` raises, and UsageError for preference tuning, whose steps are not sums over samples.
+    Raises what `trainer.train` raises, and UsageError for what only one process can train.
     """
-    if recipe.preference is not None:
-        raise UsageError(
-            "the recipe has a [preference] section: preference tuning runs in one process. Leave --launch out."
-        )
-    if recipe.method == "full" and shards:
-        raise UsageError("method = full has no frozen weights: --shard divides frozen weights only. Leave --shard out.")
+    check_distributed(recipe, shards=shards)
     check_same_run(recipe, output, start)
     with process_group(shards=shards) as world, _own_folder(output, world) as folder:
         progress = None if world.rank == 0 else Silent()
-        with tracking(report_to if world.rank == 0 else (), recipe) as listen:
+        end = None
+        reported = suppress(TrainingStopped) if world.rank else nullcontext()
+        with reported, tracking(report_to if world.rank == 0 else (), recipe) as listen:
             if any(run_path(folder).glob("step-*")):
                 end = trainer.resume(folder, base, progress=progress, listen=listen)
             else:

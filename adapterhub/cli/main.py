@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 import typer
 import typer.main
@@ -34,8 +35,8 @@ def main() -> None:
     # other processes down, and sleeping at once made decoding 1.4 to 2.5 times slower on two cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    # `kill` cleans up like Ctrl+C: temporary folders are removed. Servers install their own handler.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # `kill` cleans up like Ctrl+C: temporary folders are removed. Servers and training runs install their own handlers.
+    signal.signal(signal.SIGTERM, _interrupt_once)
     try:
         app(prog_name="adapterhub")
     except AdapterHubError as error:
@@ -56,6 +57,12 @@ def main() -> None:
         if error.code == _INTERRUPTED:
             say("adapterhub: interrupted; complete files are kept.")
         raise
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    """Interrupt the command as Ctrl+C does. A second signal of this kind must not interrupt its cleaning up."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _command(arguments: Sequence[str]) -> list[str]:

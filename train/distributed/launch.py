@@ -8,13 +8,24 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+import psutil
+
 from adapterhub.errors import TrainingFailed, TrainingStopped, UsageError
+from train.loop.stopping import StopRequest, stop_requests
 
 _RESTARTS = 2
 """Maximum number of restarts of all processes after one died, each from the last checkpoint."""
+_SHUTDOWN_TIMEOUT_S = 3 * 3600
+"""Deadline of a stop, in seconds: torchrun kills processes that have not ended by then (its default is 30 s).
+
+A step, an evaluation and a save may take half an hour each, as long as a process waits for the others (world.py); twice
+that, since a stop that comes too late loses steps, while a person who cannot wait presses Ctrl-C again.
+"""
+_POLL_S = 0.2
 _MMAP_BYTES = 1 << 20
 """Size above which glibc returns blocks at once; its defaults quadrupled the peak of loading a base (measured)."""
 
@@ -97,6 +108,8 @@ def environment(launch: Launch, given: Mapping[str, str]) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(_MMAP_BYTES),
         # Without it restarted processes read the addresses of dead ones: 6 of 16 restarts worked; with it, all 16.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        # As `--shutdown-timeout`, which older versions of torchrun do not have.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_TIMEOUT_S),
         "PYTHONHASHSEED": "0",
     }
     if launch.is_on_loopback and sys.platform == "linux":
@@ -104,29 +117,48 @@ def environment(launch: Launch, given: Mapping[str, str]) -> dict[str, str]:
     return defaults | dict(given)
 
 
-def run(launch: Launch, arguments: Sequence[str]) -> None:
-    """Start the processes and wait for them.
+def run(launch: Launch, arguments: Sequence[str], *, kept: Callable[[], str]) -> None:
+    """Start the processes and wait for them. SIGINT, SIGTERM and SIGHUP ask them once to stop, with a checkpoint.
 
-    Raises TrainingFailed when they fail after the last restart, and TrainingStopped after SIGINT or SIGTERM, once the
-    processes have written a checkpoint.
+    `kept` returns what is on disk after they have ended, for the error. Raises TrainingStopped when they were asked to
+    stop, TrainingFailed when they fail after the last restart, and KeyboardInterrupt, after killing them, at a second
+    Ctrl-C at the terminal.
     """
-    # A session of its own: Ctrl-C reaches only this process, so each worker gets one signal instead of two.
-    process = subprocess.Popen(
-        command(launch, arguments), env=environment(launch, os.environ), start_new_session=True
-    )  # fmt: skip
-    try:
-        code = process.wait()
-    except KeyboardInterrupt as error:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        raise TrainingStopped(
-            "stopped by SIGINT or SIGTERM: the processes wrote a checkpoint. Run the same command again to resume."
-        ) from error
-    except BaseException:
-        process.kill()
-        raise
+    with stop_requests() as stop:
+        # A session of its own: Ctrl-C reaches only this process, which asks the workers once, however often it comes.
+        process = subprocess.Popen(
+            command(launch, arguments), env=environment(launch, os.environ), start_new_session=True
+        )  # fmt: skip
+        try:
+            code = _wait(process, stop)
+        except BaseException:
+            _kill_tree(process)
+            raise
+    if code and stop.is_set:
+        raise TrainingStopped(f"stopped by a signal: {kept()}. Run the same command again to resume.")
     if code:
         raise TrainingFailed(
-            f"the training processes ended with status {code}, after at most {_RESTARTS} restarts: expected status 0. "
-            "See the reason above; run the same command again to resume from the last checkpoint."
+            f"the training processes ended with status {code}, after at most {_RESTARTS} restarts: expected status 0; "
+            f"{kept()}. See the reason above; run the same command again to resume."
         )
+
+
+def _wait(process: subprocess.Popen[bytes], stop: StopRequest) -> int:
+    """Wait for torchrun to end, pass on a request to stop, and return its exit status."""
+    is_asked = False
+    while True:
+        if stop.is_set and not is_asked:
+            process.send_signal(signal.SIGTERM)
+            is_asked = True
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(_POLL_S)
+
+
+def _kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill torchrun and its workers, which have sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait()

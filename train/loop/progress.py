@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -16,7 +17,10 @@ from adapterhub.units import format_bytes
 
 
 class Progress(Protocol):
-    """Receiver of a run's messages and steps."""
+    """Receiver of a run's messages and steps.
+
+    What cannot be shown is dropped: a run outlives the terminal that it was started in, and the reader of its pipe.
+    """
 
     def say(self, line: str) -> None: ...
 
@@ -45,7 +49,8 @@ class Lines:
         self._stream = stream
 
     def say(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        with suppress(OSError):
+            print(line, file=self._stream, flush=True)
 
     def step(self, done: RunStep, *, of: int) -> None:
         if done.step in (1, of) or done.step * 10 // of > (done.step - 1) * 10 // of:
@@ -53,6 +58,12 @@ class Lines:
 
     def close(self) -> None:
         pass
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Show nothing more; rich would end the process."""
+        self.quiet = True
 
 
 class TerminalBar:
@@ -65,19 +76,22 @@ class TerminalBar:
             BarColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[now]}"),
-            console=Console(file=stream),
+            console=_Console(file=stream),
         )
         self._task = self._bar.add_task("train", total=None, visible=False, now="")
 
     def say(self, line: str) -> None:
-        self._bar.console.print(line, markup=False, highlight=False)
+        with suppress(OSError):
+            self._bar.console.print(line, markup=False, highlight=False)
 
     def step(self, done: RunStep, *, of: int) -> None:
-        self._bar.start()
-        self._bar.update(self._task, completed=done.step, total=of, visible=True, now=describe(done))
+        with suppress(OSError):
+            self._bar.start()
+            self._bar.update(self._task, completed=done.step, total=of, visible=True, now=describe(done))
 
     def close(self) -> None:
-        self._bar.stop()
+        with suppress(OSError):
+            self._bar.stop()
 
 
 def progress_on(stream: TextIO) -> Progress:

@@ -239,6 +239,14 @@ def _remove_unstarted(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def kept_on_disk(output: Path) -> str:
+    """Return what a run of `output` that has ended left there, as a clause of a message."""
+    if (output / LOG_NAME).is_file():
+        return f"the adapter is complete in {output}"
+    newest = _newest(run_path(output))
+    return "no checkpoint was written" if newest is None else f"a checkpoint of step {newest.state.step} is kept"
+
+
 def check_fresh(output: Path) -> None:
     """Check that `output` is new or an empty folder, and that no other file is where its run works.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,7 +126,7 @@ def train(
         from train import trainer
         from train.reporting.trackers import tracking
 
-        with tracking(trackers, begun) as listen:
+        with interrupt_explained(resume), tracking(trackers, begun) as listen:
             end = trainer.resume(resume, base, listen=listen)
         folder = resume
     else:
@@ -139,6 +141,7 @@ def train(
         workers = None if launch is None else Launch(launch, nodes=nodes, rendezvous=rendezvous)
         if shard and workers is None:
             _check_is_worker()
+        shards: Shards | None = ("host" if offload else "device") if shard else None
         path = find_recipe(str(recipe))
         given = read_recipe(path)
         folder = output or Path(given.name)
@@ -159,16 +162,30 @@ def train(
                 where = ["--shard"] * shard + ["--offload"] * offload + (["--hub", hub] if hub else [])
                 where += [word for name in trackers for word in ("--report-to", name)]
                 arguments = ["train", str(path), "--output", str(folder), *where]
-                launch_training(parsed, folder, start=start, arguments=arguments, launch=workers)
+                launch_training(parsed, folder, start=start, arguments=arguments, launch=workers, shards=shards)
                 return
-            shards: Shards | None = ("host" if offload else "device") if shard else None
-            ended = _train_here(parsed, base, folder, start, shards=shards, report_to=trackers)
+            with interrupt_explained(folder):
+                ended = _train_here(parsed, base, folder, start, shards=shards, report_to=trackers)
         if ended is None:
             return
         end = ended
     _say_end(end)
     say(_next(folder))
     show(folder)
+
+
+@contextmanager
+def interrupt_explained(output: Path) -> Iterator[None]:
+    """Convert KeyboardInterrupt into TrainingStopped, which reads from the disk what the run into `output` has left."""
+    from adapterhub.errors import TrainingStopped
+    from train.loop.run_folder import kept_on_disk, run_path
+
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        can_resume = any(run_path(output).glob("step-*"))
+        advice = f"Resume with `adapterhub train --resume {output}`." if can_resume else "Start the run again."
+        raise TrainingStopped(f"interrupted: {kept_on_disk(output)}. {advice}") from error
 
 
 def _next(folder: Path) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from adapterhub.adapter import Adapter
     from train.distributed.launch import Launch
+    from train.distributed.world import Shards
     from train.recipe import Recipe
 
 
@@ -19,18 +20,18 @@ def launch_training(
     start: Adapter | None,
     arguments: Sequence[str],
     launch: Launch,
+    shards: Shards | None,
 ) -> None:
-    """Start the workers of `launch` with `arguments`.
+    """Start the workers of `launch` with `arguments`, which shard the base as `shards` says.
 
     Raises UsageError, OutputNotFresh, TrainingFailed, TrainingStopped.
     """
-    from adapterhub.errors import UsageError
     from train.distributed.launch import run
-    from train.loop.run_folder import check_fresh
+    from train.loop.run_folder import check_fresh, kept_on_disk
+    from train.planning.unsupported import check_distributed
     from train.worker import check_same_run
 
-    if recipe.preference is not None:
-        raise UsageError("preference tuning runs in a single process: leave out --launch.")
+    check_distributed(recipe, shards=shards)
     check_fresh(output)
     check_same_run(recipe, output, start)
-    run(launch, arguments)
+    run(launch, arguments, kept=lambda: kept_on_disk(output))
