@@ -67,6 +67,7 @@ ACCESS: dict[str, Access] = {
     "/v1/training/runs": _MANAGE,
     "/v1/training/runs/{name}": _MANAGE,
     "/v1/training/runs/{name}/stop": _MANAGE,
+    "/v1/training/runs/{name}/kill": _MANAGE,
     "/v1/training/runs/{name}/resume": _MANAGE,
     "/v1/training/runs/{name}/publish": _MANAGE,
     "/v1/training/runs/{name}/promote": _MANAGE,

@@ -68,8 +68,13 @@ def training_routes(runs: TrainingRuns, candidates: CandidatePipeline | None = N
 
     @router.post("/runs/{name}/stop")
     async def stop(name: str) -> Response:
-        """Stop a training run after its step, with a checkpoint."""
+        """Ask a training run once to stop after its step, with a checkpoint; asking again changes nothing."""
         return JSONResponse(_summary(await runs.stop(name)))
+
+    @router.post("/runs/{name}/kill")
+    async def kill(name: str) -> Response:
+        """Kill a training run; the steps since its last checkpoint are lost."""
+        return JSONResponse(_summary(await runs.kill(name)))
 
     @router.post("/runs/{name}/resume")
     async def resume(name: str) -> Response:
@@ -104,6 +109,7 @@ def _summary(run: TrainingRun) -> dict[str, Any]:
     return {
         "id": run.id,
         "status": run.status,
+        "is_stopping": run.is_stopping,
         "created": run.created,
         "num_steps": len(run.steps),
         "loss": run.steps[-1].loss if run.steps else None,

@@ -37,6 +37,8 @@ Status = Literal["running", "stopped", "failed", "done"]
 _PLAN_TIMEOUT_S = 300
 _START_TOLERANCE_S = 1.5
 _MAX_MESSAGE = 500
+_KILL_TIMEOUT_S = 10
+"""Maximum wait for a killed process to end."""
 
 
 class _RunRecord(Strict):
@@ -70,6 +72,8 @@ class TrainingRun:
     """Folder of the adapter, once it is complete."""
     message: str
     """Last line of the command's output."""
+    is_stopping: bool = False
+    """Whether the run was asked to stop and has not ended yet."""
 
 
 class TrainingRuns:
@@ -136,14 +140,42 @@ class TrainingRuns:
             return self.get(name)
 
     async def stop(self, name: str) -> TrainingRun:
-        """Stop a run after its step, with a checkpoint. Raises TrainingRunNotFound."""
+        """Ask a run once to stop after its step, with a checkpoint; asking again changes nothing.
+
+        Raises TrainingRunNotFound.
+        """
         # No await before the signal, so that nothing is launched between reading the record and writing it.
         record = self._read(name)
-        if self._is_alive(record):
-            self._write(record.model_copy(update={"is_stop_wanted": True}))
-            with suppress(ProcessLookupError):  # ended meanwhile
-                os.killpg(record.pid, signal.SIGTERM)
+        if self._is_alive(record) and not record.is_stop_wanted:
+            self._signal(record, signal.SIGTERM)
         return await asyncio.to_thread(self.get, name)
+
+    async def kill(self, name: str) -> TrainingRun:
+        """Kill a run that does not end at a stop; the steps since its last checkpoint are lost.
+
+        Raises TrainingRunNotFound.
+        """
+        record = self._read(name)
+        if self._is_alive(record):
+            self._signal(record, signal.SIGKILL)
+            until = time.monotonic() + _KILL_TIMEOUT_S
+            while self._is_alive(record) and time.monotonic() < until:
+                await asyncio.sleep(0.01)
+            with (self.folder / f"{name}.log").open("a", encoding="utf-8") as log:
+                log.write(f"killed: {self._kept(name)}. Resume the run, or start another one.\n")
+        return await asyncio.to_thread(self.get, name)
+
+    def _signal(self, record: _RunRecord, number: signal.Signals) -> None:
+        self._write(record.model_copy(update={"is_stop_wanted": True}))
+        with suppress(ProcessLookupError):  # ended meanwhile
+            os.killpg(record.pid, number)
+
+    def _kept(self, name: str) -> str:
+        """Return which checkpoint of a run is on disk."""
+        checkpoints = sorted(self._run_folder(name).glob("step-*"))
+        if not checkpoints:
+            return "no checkpoint was written"
+        return f"a checkpoint of step {int(checkpoints[-1].name.removeprefix('step-'))} is kept"
 
     def all(self) -> list[TrainingRun]:
         """List all runs, newest first."""
@@ -169,6 +201,7 @@ class TrainingRuns:
             improves=record.improves,
             output=output if is_complete else None,
             message=self._last_line(name),
+            is_stopping=is_alive and record.is_stop_wanted,
         )
 
     def _check_idle(self) -> None:

@@ -172,7 +172,8 @@ class TrainTab:
         except AdapterHubError as error:
             return note_html(str(error)), *off, gr.Timer(active=False)
         status = run["status"]
-        may = (gr.update(interactive=status in states) for states in (("running",), ("stopped", "failed"), ("done",)))
+        state = "stopping" if run.get("is_stopping") else status
+        may = (gr.update(interactive=state in states) for states in (("running",), ("stopped", "failed"), ("done",)))
         promote = gr.update(interactive=status == "done" and bool(run.get("improves")))
         return run_html(run), *may, promote, gr.Timer(active=status == "running")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,10 +20,12 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from stopped_runs import assert_nothing_lost
 
 from adapterhub.adapter import StoredBase
 from adapterhub.bases.store import _RECORD_NAME
 from adapterhub.errors import AdapterHubError, UsageError
+from adapterhub.files import sha256_of
 from adapterhub.package.run_record import LOG_NAME
 from serve.api.auth import ApiKeys
 from serve.api.body import BodyReader
@@ -85,10 +88,15 @@ async def server(folder: Path, keys: ApiKeys | None = None) -> AsyncIterator[htt
         yield client
 
 
-def run(folder: Path, test: Callable[[httpx.AsyncClient], Awaitable[None]], keys: ApiKeys | None = None) -> None:
+def run(
+    folder: Path,
+    test: Callable[[httpx.AsyncClient], Awaitable[None]],
+    keys: ApiKeys | None = None,
+    limit_s: float = 120,
+) -> None:
     async def whole() -> None:
         async with server(folder, keys) as client:
-            await asyncio.wait_for(test(client), 120)
+            await asyncio.wait_for(test(client), limit_s)
 
     asyncio.run(whole())
 
@@ -132,9 +140,12 @@ def test_a_run_is_stopped_found_by_the_next_server_resumed_killed_resumed_and_do
         name = names[0]
         listed = (await client.get("/runs")).json()["data"]
         assert [(entry["id"], entry["status"]) for entry in listed] == [(name, "running")]
-        await client.post(f"/runs/{name}/stop")
+        for _ in range(3):  # a second click, a client that tries again
+            assert (await client.post(f"/runs/{name}/stop")).json()["status"] in ("running", "stopped")
         found = await until(client, name, lambda found: found["status"] == "stopped")
         assert "--resume" in found["message"]
+        assert not found["is_stopping"]
+        assert_nothing_lost(folder / name)
         assert found["output"] is None
         taken = len(found["steps"])
         assert 6 <= taken < 120
@@ -152,6 +163,64 @@ def test_a_run_is_stopped_found_by_the_next_server_resumed_killed_resumed_and_do
 
     run(folder, first)
     run(folder, second)
+
+
+def test_a_run_is_asked_once_to_stop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once more would be a second Ctrl-C to programs that count."""
+    sent: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda pid, number: sent.append(number))
+    monkeypatch.setattr(TrainingRuns, "_is_alive", lambda self, record: True)
+
+    async def test(client: httpx.AsyncClient) -> None:
+        name = recorded(folder, 1)
+        for _ in range(3):
+            assert (await client.post(f"/runs/{name}/stop")).json()["is_stopping"]
+        assert sent == [signal.SIGTERM]
+
+    run(folder, test)
+
+
+def test_a_run_is_killed_and_its_checkpoint_stays(folder: Path) -> None:
+    async def test(client: httpx.AsyncClient) -> None:
+        name = await started(client)
+        found = (await client.post(f"/runs/{name}/kill")).json()
+        assert found["status"] == "stopped"
+        (kept,) = (folder / f"{name}.run").glob("step-*")
+        assert found["message"].startswith(f"killed: a checkpoint of step {int(kept.name[5:])} is kept.")
+        assert (await client.post(f"/runs/{name}/kill")).json()["message"] == found["message"]  # it has ended: nothing
+        assert (await client.post("/runs/run-none/kill")).status_code == 404
+
+    run(folder, test)
+
+
+@pytest.mark.skipif("ADAPTERHUB_SOAK_S" not in os.environ, reason="minutes: run make soak")
+def test_stopped_at_random_moments_over_http_no_step_is_lost(folder: Path) -> None:
+    """Each run is stopped and resumed four times, by one to three requests, and ends in the same bytes."""
+    draw = random.Random(int(os.environ.get("ADAPTERHUB_SEED", "3")))
+    digests: set[str] = set()
+
+    async def stopped(client: httpx.AsyncClient, name: str) -> None:
+        await asyncio.sleep(draw.uniform(0, 5))
+        for _ in range(draw.randint(1, 3)):
+            await client.post(f"/runs/{name}/stop")
+            await asyncio.sleep(draw.choice((0.0, draw.uniform(0, 0.2))))
+        found = await until(client, name, lambda found: found["status"] != "running")
+        assert found["status"] in ("stopped", "done"), found
+        assert_nothing_lost(folder / name)
+
+    async def test(client: httpx.AsyncClient) -> None:
+        for _ in range(10):
+            name = str((await client.post("/runs", json={"recipe": RECIPE})).json()["id"])
+            for _ in range(4):
+                await stopped(client, name)
+                if (await client.get(f"/runs/{name}")).json()["status"] == "done":
+                    break
+                await client.post(f"/runs/{name}/resume")
+            await until(client, name, lambda found: found["status"] == "done")
+            digests.add(sha256_of(folder / name / WEIGHTS))
+        assert len(digests) == 1
+
+    run(folder, test, limit_s=1800)
 
 
 def test_a_plan_is_the_commands_own(folder: Path) -> None:
