@@ -84,7 +84,7 @@ def _objective(recipe: Recipe, tokenizer: Any, stop: Sequence[str]) -> Objective
             seed=recipe.seed,
             on_fault=data.on_fault,
         )
-        return preference_objective(preferences, recipe.preference)
+        return preference_objective(preferences, recipe.preference, max_length=data.max_length)
     prepared = prepare(
         read_source(recipe),
         tokenizer,
@@ -114,5 +114,7 @@ def with_lora_of(recipe: Recipe, start: Adapter | None) -> Recipe:
             "out."
         )
     changed = recipe.model_copy(update={"lora": lora})
+    if faults := list(changed.method_conflicts()):
+        raise RecipeError(f"the recipe does not go with its start adapter: {'; '.join(faults)}.")
     changed._folder = recipe.folder
     return changed

@@ -290,7 +290,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Recipe:
-        if faults := [*self._data_conflicts(), *self._method_conflicts()]:
+        if faults := [*self._data_conflicts(), *self.method_conflicts()]:
             raise ValueError("; ".join(faults))
         return self
 
@@ -314,7 +314,7 @@ class Recipe(_Section):
         elif not data.held_out and train.evaluate_every:
             yield "evaluate_every needs held-out questions: set held_out above 0 in [data]"
 
-    def _method_conflicts(self) -> Iterator[str]:
+    def method_conflicts(self) -> Iterator[str]:
         """Yield the conflicts between the method, [lora] and other sections."""
         is_lora = self.method == "lora"
         if not is_lora and "lora" in self.model_fields_set:
@@ -329,6 +329,8 @@ class Recipe(_Section):
             yield "activation_checkpointing drops the keys and values of a prefix: leave it out, or use method = prompt"
         if self.lora.init == "pissa" and self.train.weight_decay:
             yield "init = pissa stores the initial A and B, which weight_decay would shrink: set weight_decay to 0"
+        if self.lora.method == "dora" and self.quantization.kind == "int8":
+            yield "method = dora reads the weights of the base, as PEFT cannot in int8: set kind to nf4, fp4 or none"
         if self.lora.init == "loftq" and self.quantization.kind not in ("nf4", "fp4"):
             yield f"init = loftq needs kind = nf4 or fp4, not {self.quantization.kind}: leave init out"
 

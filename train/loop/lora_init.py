@@ -31,7 +31,11 @@ _ROW_SAMPLES = 8
 
 
 def init_lora(model: Any, lora: LoraSection, *, base: Path, objective: Objective) -> None:
-    """Initialize A and B as `lora.init` asks. Raises RecipeError for a rank that is too large for a layer."""
+    """Initialize A and B as `lora.init` asks.
+
+    Raises RecipeError for a rank that is too large for a layer, and for DoRA on a layer with a row of zeros.
+    """
+    _check_row_lengths(model)
     if lora.init == "pissa":
         _init_pissa(model, lora.rank)
     elif lora.init == "loftq":
@@ -39,6 +43,18 @@ def init_lora(model: Any, lora: LoraSection, *, base: Path, objective: Objective
     elif lora.init == "eva":
         places = range(min(_EVA_SAMPLES, objective.num_samples))
         _init_eva(model, lora.rank, [s for place in places for s in objective.samples_at(place)])
+
+
+def _check_row_lengths(model: Any) -> None:
+    """Check that DoRA (arXiv 2402.09353, equation 5) divides by no length 0, which a padding token's row has."""
+    for name, layer in _layers(model):
+        for magnitude in layer.lora_magnitude_vector.values():
+            lengths = magnitude.weight
+            if num_zero := int((lengths == 0).sum()):
+                raise RecipeError(
+                    f"method = dora divides by the length of each row, and {num_zero} of {lengths.numel()} rows of "
+                    f"{name} are 0. Leave embeddings and head out of targets, or set method = lora in [lora]."
+                )
 
 
 @torch.no_grad()

@@ -125,15 +125,20 @@ class PairObjective(_PreferenceObjective):
 
 
 class KtoObjective(_PreferenceObjective):
-    """KTO on labeled replies."""
+    """KTO on labeled replies; a mismatched reply is cut at `max_length` tokens, prompt included, like every other."""
 
-    def __init__(self, data: PreferenceData, section: PreferenceSection) -> None:
+    def __init__(self, data: PreferenceData, section: PreferenceSection, *, max_length: int) -> None:
         self._train = [item for item in data.train if isinstance(item, LabeledReply)]
         self._held_out = [item for item in data.held_out if isinstance(item, LabeledReply)]
-        self._mismatched = _mismatched(self._train)
-        self._mismatched_held_out = _mismatched(self._held_out)
+        self._mismatched = [sample.cut(max_length) for sample in _mismatched(self._train)]
+        self._mismatched_held_out = [sample.cut(max_length) for sample in _mismatched(self._held_out)]
         self._groups = _groups_of(self._held_out)
         super().__init__(data, section, num_held_out_pairs=_num_pairs(self._groups))
+
+    @property
+    def longest(self) -> int:
+        mismatched = (*self._mismatched, *self._mismatched_held_out)
+        return max(super().longest, *(len(sample.tokens) for sample in mismatched))
 
     def set_reference(self, model: Any) -> None:
         own = [item.sample for item in (*self._train, *self._held_out)]
@@ -180,9 +185,13 @@ class KtoObjective(_PreferenceObjective):
         return kto_loss(found - reference, desirable, beta=section.beta, drift=drift, weights=weights)
 
 
-def preference_objective(data: PreferenceData, section: PreferenceSection) -> PairObjective | KtoObjective:
-    """Return the objective of the section's method."""
-    return KtoObjective(data, section) if section.method == "kto" else PairObjective(data, section)
+def preference_objective(
+    data: PreferenceData, section: PreferenceSection, *, max_length: int
+) -> PairObjective | KtoObjective:
+    """Return the objective of the section's method, for samples of at most `max_length` tokens."""
+    if section.method == "kto":
+        return KtoObjective(data, section, max_length=max_length)
+    return PairObjective(data, section)
 
 
 def _side_by_side(pairs: Sequence[PreferencePair]) -> list[Sample]:

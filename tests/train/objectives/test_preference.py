@@ -78,7 +78,8 @@ def test_replies_in_one_row_have_the_likelihoods_they_have_alone(models: tuple[A
 @pytest.mark.parametrize("batches", [[[0, 1]], [[0], [1]]])
 def test_a_step_of_dpo_is_that_of_pairs_one_by_one(models: tuple[Any, Any], batches: list[list[int]]) -> None:
     policy, reference = models
-    objective = preference_objective(PreferenceData("x", PAIRS, (), ()), PreferenceSection(method="dpo", beta=0.3))
+    section = PreferenceSection(method="dpo", beta=0.3)
+    objective = preference_objective(PreferenceData("x", PAIRS, (), ()), section, max_length=64)
     objective.set_reference(reference)
     loss = objective.backward(policy, batches)
     found = gradients(policy)
@@ -93,7 +94,8 @@ def test_a_step_of_dpo_is_that_of_pairs_one_by_one(models: tuple[Any, Any], batc
 @pytest.mark.parametrize("batches", [[[0, 1]], [[0], [1]]])
 def test_a_step_of_orpo_is_that_of_pairs_one_by_one(models: tuple[Any, Any], batches: list[list[int]]) -> None:
     policy, _ = models
-    objective = preference_objective(PreferenceData("x", PAIRS, (), ()), PreferenceSection(method="orpo", beta=0.3))
+    section = PreferenceSection(method="orpo", beta=0.3)
+    objective = preference_objective(PreferenceData("x", PAIRS, (), ()), section, max_length=64)
     objective.set_reference(policy)
     loss = objective.backward(policy, batches)
     found = gradients(policy)
@@ -116,7 +118,7 @@ def test_a_step_of_kto_is_that_of_replies_one_by_one(models: tuple[Any, Any], ba
     # Each prompt with the next reply that was given to another one.
     mismatched = [sample(1, 2, 3, 8, 9, trained=2), sample(1, 7, 11, trained=1), sample(1, 2, 3, 8, 9, trained=2)]
     section = PreferenceSection(method="kto", beta=0.3, desirable_weight=2.0)
-    objective = preference_objective(PreferenceData("x", replies, (), ()), section)
+    objective = preference_objective(PreferenceData("x", replies, (), ()), section, max_length=64)
     objective.set_reference(reference)
     loss = objective.backward(policy, batches)
     found = gradients(policy)
@@ -129,6 +131,18 @@ def test_a_step_of_kto_is_that_of_replies_one_by_one(models: tuple[Any, Any], ba
     expected.backward()  # type: ignore[no-untyped-call]
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(found, gradients(policy), rtol=1e-3, atol=1e-5)
+
+
+def test_mismatched_replies_obey_the_maximum_length() -> None:
+    """A long prompt with another prompt's long reply: nothing is longer than what the plan and the window count."""
+    long_prompt = sample(*range(1, 61), trained=2)
+    long_reply = sample(*range(60, 124), trained=62)
+    items = tuple(LabeledReply(one, is_desirable) for one, is_desirable in ((long_prompt, True), (long_reply, False)))
+    section = PreferenceSection(method="kto")
+    for max_length, longest in ((64, 64), (200, 58 + 62)):
+        objective = preference_objective(PreferenceData("x", items, items, ()), section, max_length=max_length)
+        assert objective.longest == longest
+        assert all(mismatched.num_trained for mismatched in objective._mismatched)  # type: ignore[union-attr]
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=12))
@@ -159,7 +173,7 @@ def test_many_labels_are_matched_without_comparing_all_with_all(monkeypatch: pyt
     asked, sound = [], LabeledReply.prompt.fget
     monkeypatch.setattr(LabeledReply, "prompt", property(lambda item: asked.append(item) or sound(item)))  # type: ignore[misc, func-returns-value]
     items = tuple(LabeledReply(sample(n // 500, n, trained=1), n % 2 == 0) for n in range(2000))
-    preference_objective(PreferenceData("x", items, items[:600], ()), PreferenceSection(method="kto"))
+    preference_objective(PreferenceData("x", items, items[:600], ()), PreferenceSection(method="kto"), max_length=64)
     assert len(asked) <= 2 * len(items) + 2 * 600
 
 
