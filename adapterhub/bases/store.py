@@ -169,6 +169,11 @@ def list_bases() -> list[tuple[str, StoredBase]]:
     return [(text, stored) for text, stored in places if stored is not None]
 
 
+def name_in_store(ref: BaseRef) -> str | None:
+    """Return the name under which the store has the base with this fingerprint; None: it has not."""
+    return next((name for name, base in list_bases() if base.ref.fingerprint == ref.fingerprint), None)
+
+
 def fingerprint(folder: Path) -> str:
     """Return `fp1:` + sha256 over sorted (tensor name, dtype, shape, sha256 of sampled bytes).
 
@@ -327,6 +332,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", weights)  # safetensors makes files that only their owner can read
 
 
 def _record(folder: Path, ref: BaseRef, license: str | None) -> None:

@@ -7,7 +7,7 @@ import tomllib
 from contextlib import ExitStack
 
 from adapterhub.adapter import Adapter, AdapterRef
-from adapterhub.bases.store import list_bases
+from adapterhub.bases.store import name_in_store
 from adapterhub.errors import AdapterNotFound, UsageError
 from adapterhub.feedback.export import training_export
 from adapterhub.feedback.improvement import Improvement
@@ -120,7 +120,7 @@ class CandidatePipeline:
 
 def _name_of_base(adapter: Adapter) -> str:
     """Return the name of the adapter's base in the store: a client's recipe may have no path."""
-    named = next((name for name, base in list_bases() if base.ref.fingerprint == adapter.base.fingerprint), None)
+    named = name_in_store(adapter.base)
     if named is None:
         raise UsageError(f"base {adapter.base} is not on this machine: training needs it. Run 'adapterhub base pull'.")
     return named

@@ -47,7 +47,9 @@ def improve(
     Only feedback about the adapter counts, by its name or digest. The candidate is compared with it on held-out pairs.
     """
     from adapterhub.adapter import AdapterRef
+    from adapterhub.bases.store import name_in_store
     from adapterhub.cli.training.feedback_export import feedback_exported
+    from adapterhub.cli.training.train import interrupt_explained
     from adapterhub.errors import AdapterHubError
     from adapterhub.feedback.promotion import Promotion, name_of, names_of, pack_candidate
     from train import trainer
@@ -63,9 +65,9 @@ def improve(
     improvement = Improvement(method, steps, batch_size, learning_rate, held_out, all_adapters)
     base = base_with(adapter.base, None)
     names = [called, *names_of(registry(), adapter)]
-    text = improvement.recipe(adapter, base=base.ref.id, names=names, store=store)
+    text = improvement.recipe(adapter, base=name_in_store(base.ref) or base.ref.id, names=names, store=store)
     wanted = Recipe.model_validate(tomllib.loads(text))
-    with feedback_exported(with_lora_of(wanted, adapter), folder, folder) as (recipe, _):
+    with feedback_exported(with_lora_of(wanted, adapter), folder, folder) as (recipe, _), interrupt_explained(folder):
         end = trainer.train(recipe, base, folder, start=adapter)
     candidate = pack_candidate(folder, base=base, start=adapter, report=say)
     is_better = _report_result(end)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from feedback_rows import fifty_rows, store_all
+from stopped_runs import StopAfter
 from typer.testing import CliRunner
 
 from adapterhub.adapter import Adapter, AdapterRef, StoredBase
 from adapterhub.bases.loading import load_tokenizer
 from adapterhub.cli.main import app
-from adapterhub.errors import SignatureInvalid
+from adapterhub.errors import SignatureInvalid, TrainingStopped
 from adapterhub.feedback.promotion import Promotion
 from adapterhub.feedback.store import STORE_NAME, Correction, FeedbackAnswer, FeedbackStore, PromptMessage
 from adapterhub.package.run_record import LOG_NAME, RunStart, read_run_events
@@ -120,3 +123,20 @@ def test_name_that_comes_to_need_a_signature_stays(
     _, _, error = _improve("--promote", output=tmp_path / "again")
     assert isinstance(error, SignatureInvalid)
     assert [move.after for move in Registry(home).history("captain")] == [captain.digest]
+
+
+def test_a_stopped_improvement_resumes_as_its_message_says(
+    captain: Adapter, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network, on a base whose name in the store is not its name on the Hub."""
+    record = home / "bases" / "tiny" / "base.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"id": "owner/tiny-on-the-hub"}))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("train.trainer.progress_on", lambda stream: StopAfter(1))
+    _, _, error = _improve("--steps", "3", output=tmp_path / "made")
+    assert isinstance(error, TrainingStopped)
+    found = re.search("resume with `adapterhub (.*)`", str(error))
+    assert found
+    done = CliRunner().invoke(app, shlex.split(found[1]))
+    assert done.exit_code == 0, done.exception
+    assert (tmp_path / "made" / "adapter_model.safetensors").is_file()
