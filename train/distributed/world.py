@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from train.objectives.forward import bare_model
+
 _TIMEOUT = timedelta(minutes=30)
 """Maximum wait for the slowest process at a collective: it may load and quantize a large base."""
 
@@ -92,6 +94,15 @@ class World:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def from_first(self, values: Sequence[float]) -> list[float]:
+        """Return the first process's `values`, so that all take the same branch where hardware rounds differently."""
+        if self.size == 1:
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.float64, device=self.device or "cpu")
+        dist.broadcast(shared, src=0)
+        found: list[float] = shared.tolist()
+        return found
+
     def barrier(self) -> None:
         """Wait until every process has come here."""
         if self.size > 1:
@@ -142,6 +153,8 @@ def shard_base(model: Any, world: World) -> None:
     # A GPU reads pinned memory directly. Without one, the shards are in host memory anyway.
     offload = CPUOffloadPolicy(pin_memory=world.device is not None) if world.shards == "host" else OffloadPolicy()
     mesh = init_device_mesh("cuda" if world.device else "cpu", (world.size,))
+    # `generate` of transformers then runs until every process has its answer: each token gathers the shards.
+    bare_model(model)._is_fsdp_managed_module = True
     for layer in _decoder_layers(model):
         adapters = {parameter for parameter in layer.parameters() if parameter.requires_grad}
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, offload_policy=offload, ignored_params=adapters)

@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ class TrainingLoop:
             if self._train.patience and state.num_worse >= self._train.patience:
                 self._progress.say(f"early stopping: no held-out loss below that of step {state.best_step}")
                 break
-            if self._world.any(stop.is_set):
-                self._stop(state)
+            self._stop_if_asked(stop, state)
             done = self._step(number, places, state)
             self._run.log(done)
             self._progress.step(done, of=self._total)
@@ -81,6 +81,7 @@ class TrainingLoop:
             self._recover_best(state)
         # A checkpoint first: if writing the adapter fails, no step is lost.
         self._save(state)
+        self._stop_if_asked(stop, state)
         return state
 
     def _step(self, number: int, places: Sequence[Sequence[int]], state: State) -> RunStep:
@@ -119,7 +120,7 @@ class TrainingLoop:
         every = self._train.evaluate_every
         if not every or state.step % every:
             return state
-        result = self._objective.evaluate(self._model)
+        result = evaluate_together(self._objective, self._model)
         if not result.tokens:
             return state
         if not result.is_finite:
@@ -135,15 +136,16 @@ class TrainingLoop:
 
     def final_result(self, state: State) -> EvalResult:
         """Evaluate the weights to keep: the last, or the best when the recipe keeps those (loads them)."""
-        after = self._objective.evaluate(self._model)
+        after = evaluate_together(self._objective, self._model)
         is_best = after.is_finite and (state.best_loss is None or after.loss <= state.best_loss)
         if is_best or self._train.keep == "last" or state.best_loss is None:
             return after
         self._load_best(state)
-        return self._objective.evaluate(self._model)
+        return evaluate_together(self._objective, self._model)
 
     def _has_finite_weights(self) -> bool:
-        return all(bool(parameter.isfinite().all()) for parameter in trainable(self._model))
+        is_finite = all(bool(parameter.isfinite().all()) for parameter in trainable(self._model))
+        return bool(self._world.from_first([is_finite])[0])
 
     def _recover_best(self, state: State) -> None:
         if self._train.keep == "last" or state.best_loss is None:
@@ -168,7 +170,9 @@ class TrainingLoop:
 
         self._run.save(state, write)
 
-    def _stop(self, state: State) -> None:
+    def _stop_if_asked(self, stop: StopRequest, state: State) -> None:
+        if not self._world.any(stop.is_set):
+            return
         if state.step:
             self._save(state)
         newest = self._run.newest
@@ -189,6 +193,13 @@ class TrainingLoop:
             f"loss {loss} and gradient norm {norm} at step {number} of {self._total}: expected finite numbers. "
             f"{_advice(self._run)}"
         )
+
+
+def evaluate_together(objective: Objective, model: Any) -> EvalResult:
+    """Evaluate the model in every process, and return the first one's losses in all of them."""
+    own = objective.evaluate(model)
+    loss, nats_per_token = current_world().from_first([own.loss, own.nats_per_token])
+    return replace(own, loss=loss, nats_per_token=nats_per_token)
 
 
 def log_answers(run: RunFolder, step: int, answers: list[SampleAnswer]) -> None:
