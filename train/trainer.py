@@ -25,10 +25,10 @@ from adapterhub.units import format_bytes
 from train.distributed.world import World, current_world, frozen_bytes, shard_base
 from train.inputs import Inputs, load_inputs, with_lora_of
 from train.loop.lora_init import init_lora
-from train.loop.optimizer import make_optimizer
+from train.loop.optimizer import make_optimizer, undecayed_parameters
 from train.loop.progress import Progress, peak_memory_bytes, progress_on
 from train.loop.run_folder import Listener, RunFolder, check_fresh
-from train.loop.steps import TrainingLoop, check_base_loss, check_finite_loss, log_answers
+from train.loop.steps import TrainingLoop, check_base_loss, check_finite_loss, evaluate_together, log_answers
 from train.loop.stopping import stop_requests
 from train.model.fused_lora import fuse_lora
 from train.model.lora import continue_lora, lora_b_parameters, trainable
@@ -126,7 +126,8 @@ def _train_in(
     else:
         model = configure_forward(continue_lora(loaded.model, start, dropout=recipe.lora.dropout), recipe)
     fuse_lora(model)
-    optimizer, chosen = make_optimizer(trainable(model), recipe.train, lora_b_parameters=lora_b_parameters(model))
+    faster, undecayed = lora_b_parameters(model), undecayed_parameters(model)
+    optimizer, chosen = make_optimizer(trainable(model), recipe.train, lora_b_parameters=faster, undecayed=undecayed)
     check_room(run.output, trainable(model), recipe)
     _report_model(model, (*loaded.choices, chosen), progress)
     _shard(model, world, progress)
@@ -139,12 +140,12 @@ def _train_in(
     # 4. Held-out loss of the base, and of what training starts from.
     objective.set_reference(model)
     with adapter_disabled(model):
-        base_result = objective.evaluate(model)
+        base_result = evaluate_together(objective, model)
         if run.newest is None:
             log_answers(run, 0, prompts.answer(model))
     # Only preference tuning reports the start apart from the base.
     starts_elsewhere = start or recipe.lora.init == "loftq" or recipe.method in ("prompt", "prefix")
-    before = objective.evaluate(model) if recipe.preference and starts_elsewhere else base_result
+    before = evaluate_together(objective, model) if recipe.preference and starts_elsewhere else base_result
     _check_has_held_out(recipe, base_result)
     check_base_loss(base_result)
     check_finite_loss(run, "the start adapter", before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from adapterhub.choice import Choice
 from adapterhub.files import write_atomic
 from train.recipe import TrainSection
 
+_NOT_DECAYED = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+"""Names of parameters without weight decay, as in transformers' `Trainer.get_decay_parameter_names`."""
 _TENSORS, _NUMBERS = "optimizer.safetensors", "optimizer.json"
 
 
@@ -24,15 +27,17 @@ def make_optimizer(
     train: TrainSection,
     *,
     lora_b_parameters: Sequence[torch.nn.Parameter] = (),
+    undecayed: Sequence[torch.nn.Parameter] = (),
 ) -> tuple[torch.optim.Optimizer, Choice]:
     """Return the optimizer, and the choice with its reason. Paged optimizers exist on CUDA only: else unpaged.
 
-    `lora_b_parameters` are those of `parameters` that LoRA+ trains at a higher rate (`set_learning_rate`).
+    `lora_b_parameters` are those of `parameters` that LoRA+ trains at a higher rate (`set_learning_rate`), `undecayed`
+    those without weight decay.
     """
     bits: Any = 8 if train.optimizer.endswith("8bit") else 32
     is_paged = train.optimizer.startswith("paged")
     on_cuda = parameters[0].device.type == "cuda"
-    groups = _groups(parameters, train, lora_b_parameters)
+    groups = _groups(parameters, train, lora_b_parameters, undecayed)
     reason = "as asked" if on_cuda or not is_paged else "as asked, but unpaged: paging needs CUDA"
     if bits == 32 and not (is_paged and on_cuda):
         chosen: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -43,25 +48,38 @@ def make_optimizer(
         chosen = adamw(groups, bits=bits, is_paged=is_paged and on_cuda)
         value = f"{'paged ' if is_paged and on_cuda else ''}AdamW, {bits} bit"
     for group in chosen.param_groups:
-        group["weight_decay"] = train.weight_decay
+        group["weight_decay"] = train.weight_decay if group["is_decayed"] else 0.0
     return chosen, Choice("optimizer", value, reason)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of A, and of B times the LoRA+ ratio."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("rate_ratio", 1.0)
+        group["lr"] = rate * group["rate_ratio"]
+
+
+def undecayed_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the parameters that transformers' Trainer excludes from weight decay: norms and biases."""
+    names = re.compile("|".join(_NOT_DECAYED))
+    norms = {id(p) for m in model.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()}
+    return [p for name, p in model.named_parameters() if names.search(name.lower()) or id(p) in norms]
 
 
 def _groups(
-    parameters: Sequence[torch.nn.Parameter], train: TrainSection, lora_b_parameters: Sequence[torch.nn.Parameter]
+    parameters: Sequence[torch.nn.Parameter],
+    train: TrainSection,
+    lora_b_parameters: Sequence[torch.nn.Parameter],
+    undecayed: Sequence[torch.nn.Parameter],
 ) -> list[dict[str, Any]]:
-    if train.lora_plus_ratio == 1 or not lora_b_parameters:
-        return [{"params": list(parameters)}]
-    faster = {id(parameter) for parameter in lora_b_parameters}
+    """Return a group for each pair of rate and decay, in the order in which the parameters first need it."""
+    faster, spared = set(map(id, lora_b_parameters)), set(map(id, undecayed))
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        ratio = train.lora_plus_ratio if id(parameter) in faster else 1.0
+        groups.setdefault((ratio, id(parameter) not in spared), []).append(parameter)
     return [
-        {"params": [parameter for parameter in parameters if id(parameter) not in faster]},
-        {"params": list(lora_b_parameters), "rate_ratio": train.lora_plus_ratio},
+        {"params": found, "rate_ratio": ratio, "is_decayed": is_decayed}
+        for (ratio, is_decayed), found in groups.items()
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,13 @@ def save_trained(model: Any, folder: Path, *, base: BaseRef, tokenizer: Any = No
     """Write an adapter as PEFT does, or a whole model (and its tokenizer) as transformers does."""
     if isinstance(model, PeftModel):
         save_lora(model, folder, base=base)
-        return
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        # safetensors makes files that only their owner can read.
+        shutil.copymode(next(folder.glob("*config.json")), weights)
 
 
 def load_trained(model: Any, folder: Path) -> None:

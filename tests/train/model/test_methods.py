@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from stopped_runs import StopAfter
 from training import WEIGHTS, run, tensors_of
+from transformers import Trainer
 
 from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.bases.loading import LoadedBase, load_base
@@ -27,7 +29,7 @@ from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from train import trainer
 from train.data.packing import pack
 from train.data.tokenization import Sample
-from train.loop.optimizer import make_optimizer, set_learning_rate
+from train.loop.optimizer import make_optimizer, set_learning_rate, undecayed_parameters
 from train.loop.progress import Silent
 from train.loop.run_folder import run_path
 from train.model.lora import add_lora, lora_b_parameters, trainable
@@ -241,6 +243,38 @@ def test_lora_plus_gives_the_rates_peft_gives(tiny_base: StoredBase) -> None:
         return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
     assert rates(ours) == pytest.approx(rates(theirs))
+
+
+@pytest.mark.parametrize("method", ["lora", "head", "full"])
+def test_weight_decay_spares_what_transformers_trainer_spares(
+    method: str, tmp_path: Path, tiny_base: StoredBase
+) -> None:
+    model = attach(
+        load_base(tiny_base, purpose="train", dtype="float32", kind="none").model, recipe_of(tmp_path, method=method)
+    )
+    ours, _ = make_optimizer(
+        trainable(model), TrainSection(steps=1, weight_decay=0.1), undecayed=undecayed_parameters(model)
+    )
+    decayed = {id(p) for group in ours.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    theirs = Trainer.get_decay_parameter_names(None, model)
+    assert names == {name for name, p in model.named_parameters() if p.requires_grad and name in theirs}
+    assert ("model.norm.weight" in names, len(ours.param_groups)) == (False, 2 if method == "full" else 1)
+
+
+@pytest.mark.parametrize("method", ["lora", "head", "prompt", "full"])
+def test_others_may_read_what_the_run_writes(method: str, tmp_path: Path, tiny_base: StoredBase) -> None:
+    """As far as the umask lets them: a server may run as another user."""
+    before = os.umask(0o022)
+    try:
+        run(recipe_of(tmp_path, method=method, train={"steps": 1}), tiny_base, tmp_path / "out")
+        if method == "lora":
+            pack_folder(tmp_path / "out", base=tiny_base)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {
+        path.name: 0o644 for path in (tmp_path / "out").iterdir()
+    }
 
 
 @pytest.mark.parametrize(
