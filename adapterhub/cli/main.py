@@ -17,7 +17,7 @@ import typer.main
 
 from adapterhub.cli.app import app
 from adapterhub.cli.options import say
-from adapterhub.errors import AdapterHubError, UsageError
+from adapterhub.errors import AdapterHubError, TrainingStopped, UsageError
 from adapterhub.extras import extra_for
 
 _INTERRUPTED = 130
@@ -40,6 +40,10 @@ def main() -> None:
     try:
         app(prog_name="adapterhub")
     except AdapterHubError as error:
+        if isinstance(error, TrainingStopped):
+            # It has stopped: a late signal must not break off the interpreter's cleaning up.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:
         command = _command(sys.argv[1:])

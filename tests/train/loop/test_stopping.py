@@ -7,6 +7,7 @@ import os
 import pty
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -93,7 +94,7 @@ with stop_requests() as stop:
         while True:
             time.sleep(0.01)
     except KeyboardInterrupt:
-        print("at once" if stop.is_set else "too early", flush=True)
+        print("interrupted" if stop.is_set else "too early", flush=True)
 """
 
 
@@ -111,10 +112,11 @@ def test_a_second_ctrl_c_at_a_terminal_stops_at_once() -> None:
     until("ready")
     os.kill(pid, signal.SIGTERM)
     until("stopping after this step")
-    os.write(terminal, b"\x03")  # the first one: what it asks for is asked for already
     os.kill(pid, signal.SIGTERM)
-    os.write(terminal, b"\x03")
-    until("at once")
+    while "interrupted" not in said:
+        os.write(terminal, b"\x03")  # two that come before the process looks count as one
+        if select.select([terminal], [], [], 0.1)[0]:
+            said += os.read(terminal, 1 << 16).decode(errors="replace")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     os.close(terminal)
 
@@ -182,8 +184,10 @@ def test_stopped_at_random_moments_no_step_is_lost_and_the_bytes_are_the_same(
             code = child.wait()
             if has_begun := "trainable parameters" in said:
                 assert "Traceback" not in said or launch, said
-            # While Python still imports the command, a signal has its default disposition.
-            assert code in (0, 130) if is_stopped and has_begun else is_stopped or code == 0, said
+            # While Python starts and ends, a signal has its default disposition.
+            if has_begun and is_stopped and not output.exists():
+                assert "adapterhub: stopped" in said or "adapterhub: interrupted" in said
+            assert is_stopped or code == 0, said
             assert_nothing_lost(output)
             if not IS_LONG:
                 return
