@@ -60,7 +60,7 @@ def run_html(run: dict[str, Any]) -> Markup:
     lines = results or [line for line in (run.get("message"),) if line]
     return render(
         "run",
-        status=run["status"],
+        status="stopping" if run.get("is_stopping") else run["status"],
         figures=figures,
         lines=lines,
         plot=_loss_plot(steps, held_out),

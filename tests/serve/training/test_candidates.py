@@ -18,7 +18,6 @@ from adapterhub.errors import AdapterNotFound, Conflict, ServerBusy, SignatureIn
 from adapterhub.feedback.improvement import Improvement, Method
 from adapterhub.feedback.store import Correction
 from adapterhub.package.layout import open_adapter
-from serve.training import candidates
 from serve.training.candidates import CandidatePipeline
 from serve.training.runs import TrainingRun, TrainingRuns
 
@@ -63,7 +62,7 @@ def run(
             def bases() -> list[tuple[str, StoredBase]]:
                 return [("tiny", catalog.base)]
 
-            monkeypatch.setattr(candidates, "list_bases", bases)
+            monkeypatch.setattr("adapterhub.bases.store.list_bases", bases)
             runs = cast("TrainingRuns", FinishedRuns(tmp_path / "training"))
             await test(b, CandidatePipeline(runs, feedback, b.registry, catalog))
 

@@ -244,6 +244,42 @@ def test_the_first_process_decides_early_stopping_the_best_weights_and_the_lengt
     assert len(losses(tmp_path / "out")) == 6
 
 
+SLOW = """
+import time
+from adapterhub.cli.main import main
+from train.loop.steps import TrainingLoop
+own_step = TrainingLoop._step
+def slow_step(self, number, places, state):
+    done = own_step(self, number, places, state)
+    if number == 2:
+        print("slow", flush=True)
+        time.sleep(40)
+    return done
+TrainingLoop._step = slow_step
+main()
+"""
+
+
+@needs_soak
+def test_a_stop_waits_for_a_step_that_is_longer_than_torchrun_waits_by_itself(tmp_path: Path, base: StoredBase) -> None:
+    recipe_on(tmp_path, base, checkpoint_every=0)
+    (tmp_path / "script.py").write_text(SLOW)
+    arguments = command(Launch(2), ["train", "mine.toml", "--output", "out"])
+    program = arguments.index("--no-python") + 1
+    arguments[program + 2 : program + 4] = [str(tmp_path / "script.py")]
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, env=os.environ | environment(Launch(2), {"OMP_NUM_THREADS": "1"}),
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == "slow\n"
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+    process.wait()
+    assert [path.name for path in run_path(tmp_path / "out").glob("step-*")] == ["step-000002"]
+
+
 def _worker_of(parent: int, *, rank: int) -> int:
     """Return the process below `parent` whose environment has this RANK."""
     for entry in Path("/proc").glob("[0-9]*"):
@@ -288,6 +324,7 @@ def test_torchrun_listens_on_loopback_unless_given_a_rendezvous() -> None:
     assert "GLOO_SOCKET_IFNAME" not in environment(Launch(8, nodes="2", rendezvous="192.0.2.1:29500"), {})
     assert environment(Launch(2), {"OMP_NUM_THREADS": "5"})["OMP_NUM_THREADS"] == "5"
     assert environment(Launch(2), {})["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert int(environment(Launch(2), {})["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 3600  # seconds for a checkpoint
 
 
 @pytest.mark.parametrize(
