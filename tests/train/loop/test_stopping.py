@@ -109,16 +109,22 @@ def test_a_second_ctrl_c_at_a_terminal_stops_at_once() -> None:
         while words not in said:
             said += os.read(terminal, 1 << 16).decode(errors="replace")
 
-    until("ready")
-    os.kill(pid, signal.SIGTERM)
-    until("stopping after this step")
-    os.kill(pid, signal.SIGTERM)
-    while "interrupted" not in said:
-        os.write(terminal, b"\x03")  # two that come before the process looks count as one
-        if select.select([terminal], [], [], 0.1)[0]:
-            said += os.read(terminal, 1 << 16).decode(errors="replace")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    os.close(terminal)
+    try:
+        until("ready")
+        os.kill(pid, signal.SIGTERM)
+        until("stopping after this step")
+        os.kill(pid, signal.SIGTERM)
+        while "interrupted" not in said:
+            os.write(terminal, b"\x03")  # two that come before the process looks count as one
+            if select.select([terminal], [], [], 0.1)[0]:
+                said += os.read(terminal, 1 << 16).decode(errors="replace")
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        status = os.waitpid(pid, 0)[1]
+        os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 @pytest.mark.parametrize(
