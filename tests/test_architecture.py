@@ -21,7 +21,7 @@ MAX_MODULES = 20
 # From the ground up: a module imports its own line and those above it. A name stands for a module or a whole room.
 FLOORS = {
     "adapterhub": (
-        "errors version extras choice tensor_address strict units svg_plot",
+        "errors version extras choice tensor_address strict units svg_plot chat_template",
         "files",
         "net paths package.manifest package.safetensors_header browser_guard",
         "adapter",

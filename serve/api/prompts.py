@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from adapterhub.adapter import Adapter
+from adapterhub.chat_template import render_chat
 from adapterhub.end_of_turn import end_of_turn, special_ids
 from adapterhub.errors import RequestTooLong, UsageError
 from adapterhub.package.layout import TEMPLATE_NAME
@@ -79,11 +80,7 @@ class PromptRenderer:
 
     def _render(self, messages: Sequence[dict[str, str]], adapter: Adapter | None) -> str:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(messages), chat_template=self._template(adapter), add_generation_prompt=True, tokenize=False
-                )
-            )
+            return render_chat(self._tokenizer, messages, template=self._template(adapter), add_generation_prompt=True)
         except Exception as error:  # a template is a program, and may fail in any way
             raise UsageError(
                 f"the chat template refuses these messages: {str(error).rstrip('.')}. Send messages that it takes."

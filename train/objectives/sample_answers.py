@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from adapterhub.chat_template import encode_chat
 from adapterhub.package.run_record import SampleAnswer
 from adapterhub.probe import generate_greedily
 from train.objectives.evaluation import eval_mode
@@ -28,9 +29,7 @@ class FixedPrompts:
         self._stop = tuple(stop)
         self._tokenizer = tokenizer
         self._rows: list[list[int]] = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
             for prompt in self._prompts
         ]
 
