@@ -86,9 +86,11 @@ def check_compatible(name: str, config: LoraConfig, tensors: Iterable[LoraTensor
                 f"adapter {name} expects {module} to be {' -> '.join(map(str, adapted))}, this base has "
                 f"{expected[0]} -> {expected[1]}."
             )
-    bare = [module for module in sorted(shapes) if module not in parts and _is_aimed_at(module, config)]
-    bare = bare or _deeper_ones(set(parts), shapes)
-    if bare and config.is_everywhere:
+    aimed = () if config.is_all_linear else sorted(filter(config.aims_at, shapes))
+    bare = [module for module in aimed if module not in parts]
+    if not bare and config.is_everywhere:
+        bare = _deeper_ones(set(parts), shapes)
+    if bare:
         raise IncompatibleBase(
             f"adapter {name} leaves out {len(bare)} layers of this base of the kind it adapts (first: {bare[0]}): "
             "it was made for a shallower model."
@@ -128,10 +130,3 @@ def _deeper_ones(adapted: set[str], shapes: Shapes) -> list[str]:
     last = max(blocks, default=0)
     before = {module for module in alike if int(_NUMBER.findall(module)[0]) <= last}
     return sorted(alike - adapted) if last and before == adapted & alike else []
-
-
-def _is_aimed_at(module: str, config: LoraConfig) -> bool:
-    """Apply PEFT's rule: a list has ends of module names, a string is a regular expression for the whole name."""
-    if config.is_pattern:
-        return re.fullmatch(config.targets[0], module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in config.targets)

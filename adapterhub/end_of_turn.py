@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from adapterhub.chat_template import encode_chat
 
 _EXCHANGE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
@@ -25,9 +26,7 @@ def end_of_turn(tokenizer: Any, template: str | None) -> int | None:
     if not template:
         return None
     try:
-        tokens: Sequence[int] = tokenizer.apply_chat_template(
-            list(_EXCHANGE), chat_template=template, tokenize=True, return_dict=False
-        )
+        tokens = encode_chat(tokenizer, _EXCHANGE, template=template)
     except Exception:  # a template is a program, and may fail in any way
         return None
     special, found = special_ids(tokenizer), None

@@ -6,13 +6,15 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.base_copies import drop_base_copies
 from adapterhub.bases.store import stored_base
 from adapterhub.compatibility import check_compatible, check_vocabulary, module_shapes
 from adapterhub.end_of_turn import end_of_turn
 from adapterhub.errors import (
+    AdapterHubError,
     AdapterUnsupported,
     IncompatibleBase,
     InvalidManifest,
@@ -35,10 +37,10 @@ from adapterhub.package.layout import (
     check_values,
     open_adapter,
     read_lora,
-    sha256_of_weights,
+    scan_weights,
     walk_files,
 )
-from adapterhub.package.lora_config import CONFIG_NAME, WEIGHTS_NAME
+from adapterhub.package.lora_config import CONFIG_NAME, WEIGHTS_NAME, read_lora_config
 from adapterhub.package.manifest import (
     MANIFEST_NAME,
     PROBE_NAME,
@@ -46,6 +48,7 @@ from adapterhub.package.manifest import (
     Chat,
     FileEntry,
     Manifest,
+    Probe,
     Quantization,
     write_probe,
 )
@@ -53,11 +56,15 @@ from adapterhub.package.run_record import RunRecord, read_run_record
 from adapterhub.package.signing import check_signed_files
 from adapterhub.strict import parse_json
 
+if TYPE_CHECKING:
+    from adapterhub.bases.loading import LoadedBase
+
 
 def pack(
     folder: Path | str,
     *,
     base: StoredBase | str | Path,
+    output: Path | None = None,
     name: str | None = None,
     license: str | None = None,
     stop: Sequence[str] = (),
@@ -65,10 +72,24 @@ def pack(
 ) -> Adapter:
     """Make a trained or adopted PEFT folder a package: template, probe, card, digests; the manifest is written last.
 
-    `stop` are strings besides the end token that end an answer. Packing again replaces what packing wrote. Raises
-    PackageError kinds for unsound folders, IncompatibleBase when the run record names another base or a layer does
-    not fit this one.
+    With `output`, a new folder, the files that belong in a package are copied there and `folder` stays unchanged;
+    the others are left out and reported. `stop` are strings besides the end token that end an answer. Packing again
+    replaces what packing wrote. Raises PackageError kinds for unsound folders, IncompatibleBase when the run record
+    names another base or a layer does not fit this one, UsageError when `output` exists.
     """
+    if output is not None:
+        output = expanded(output)
+        if output.exists():
+            raise UsageError(f"{output} exists already: expected a new folder. Choose another --output.")
+        folder = expanded(folder)
+        name = name or folder.resolve().name
+        with new_folder(output) as copied:
+            _copy_package_files(folder, copied, report=report)
+            try:
+                pack(copied, base=base, name=name, license=license, stop=stop, report=report)
+            except AdapterHubError as error:  # about a folder that will be gone
+                raise type(error)(str(error.args[0]).replace(str(copied), str(folder))) from error
+        return open_adapter(output)
     from adapterhub import probe
     from adapterhub.bases.loading import load_base, load_tokenizer
 
@@ -85,8 +106,10 @@ def pack(
             path.unlink()
     check_names(path.relative_to(folder).as_posix() for path in walk_files(folder))
     check_report(folder)
+    for key in drop_base_copies(folder, read_lora_config(folder), base):
+        report(f"{WEIGHTS_NAME}: {key} left out, it is the base's own weight")
     config, tensors = read_lora(folder)
-    check_values(folder / WEIGHTS_NAME, sha256_of_weights(folder / WEIGHTS_NAME)[1])
+    check_values(folder / WEIGHTS_NAME, scan_weights(folder / WEIGHTS_NAME))
     record = read_run_record(folder)
     _check_same_base(folder, record, base)
     shapes = module_shapes(base)
@@ -107,7 +130,7 @@ def pack(
             report(f"{TEMPLATE_NAME} filled in from the base")
         for line in _fill_base(folder, base):
             report(line)
-        answers = probe.record(loaded, folder)
+        answers = _recorded(loaded, folder)
         report(f"probe: {len(answers.answers)} prompts answered and recorded ({answers.dtype})")
         manifest = Manifest(
             name=name or folder.resolve().name,
@@ -142,14 +165,11 @@ def load_kwargs(quantization: Quantization | None) -> dict[str, Any]:
     return {"dtype": kwargs.pop("compute_dtype"), **kwargs}
 
 
-def adopt(folder: Path, output: Path, *, report: Report = lambda line: None) -> Path:
-    """Copy the files that belong in a package from another tool's folder (PEFT, TRL, unsloth, axolotl) to `output`.
+def _copy_package_files(folder: Path, target: Path, *, report: Report) -> None:
+    """Copy the files that belong in a package from another tool's folder (PEFT, TRL, unsloth, axolotl) to `target`.
 
-    The others are left out and reported. Raises UsageError when `output` exists, UnsafeFile for links and for weights
-    that are only there as a pickle, MissingFile when there is no adapter.
+    Raises UnsafeFile for links and for weights that are only there as a pickle, MissingFile when there is no adapter.
     """
-    if output.exists():
-        raise UsageError(f"{output} exists already: expected a new folder. Choose another --output.")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     for needed in (CONFIG_NAME, WEIGHTS_NAME):
         if needed not in names:
@@ -161,15 +181,28 @@ def adopt(folder: Path, output: Path, *, report: Report = lambda line: None) -> 
             raise kind(f"{folder} has no {needed} ({told}).")
     made_here = (MANIFEST_NAME, PROBE_NAME, SIGNATURE_NAME, CARD_NAME)
     taken = [name for name in names if name in ALLOWED and name not in made_here]
-    with new_folder(output) as temporary:
-        for name in taken:
-            if (folder / name).is_symlink():
-                raise UnsafeFile(f"{folder / name} is a symbolic link: copy the file there.")
-            shutil.copyfile(folder / name, temporary / name)
+    for name in taken:
+        if (folder / name).is_symlink():
+            raise UnsafeFile(f"{folder / name} is a symbolic link: copy the file there.")
+        shutil.copyfile(folder / name, target / name)
     left = [name for name in names if name not in taken]
     if left:
         report(f"left out: {', '.join(left[:8])}{f' and {len(left) - 8} more' if len(left) > 8 else ''}")
-    return output
+
+
+def _recorded(loaded: LoadedBase, folder: Path) -> Probe:
+    """Record the probe. Raises AdapterUnsupported with the words of PEFT where it cannot load the adapter."""
+    from adapterhub import probe
+
+    try:
+        return probe.record(loaded, folder)
+    except (AdapterHubError, MemoryError):
+        raise
+    except Exception as error:  # PEFT raises what its many methods raise
+        raise AdapterUnsupported(
+            f"PEFT cannot load {folder} on this base ({type(error).__name__}: {str(error)[:300]}): expected an adapter "
+            "that PEFT loads. Save it again with the PEFT and transformers that are installed here."
+        ) from error
 
 
 def _check_same_base(folder: Path, record: RunRecord | None, base: StoredBase) -> None:
@@ -182,11 +215,15 @@ def _check_same_base(folder: Path, record: RunRecord | None, base: StoredBase) -
 def _fill_base(folder: Path, base: StoredBase) -> list[str]:
     """Write the base's id and revision into adapter_config.json; PEFT may leave a local path and no revision there.
 
+    A start of training that changed no base is replaced by PEFT's default: it is of no use after training, and PEFT
+    cannot load some of them on a quantized base.
     Return one line per field that was changed.
     """
     path = folder / CONFIG_NAME
     raw = parse_json(path.read_bytes())
-    filled = {"base_model_name_or_path": base.ref.id, "revision": base.ref.hub_revision}
+    filled: dict[str, Any] = {"base_model_name_or_path": base.ref.id, "revision": base.ref.hub_revision}
+    if isinstance(raw.get("init_lora_weights"), str):
+        filled["init_lora_weights"] = True
     changed = {key: value for key, value in filled.items() if raw.get(key) != value}
     if changed:
         # Packed before, and for another base: from here until the new manifest it is no package.

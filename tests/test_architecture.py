@@ -21,14 +21,14 @@ MAX_MODULES = 20
 # From the ground up: a module imports its own line and those above it. A name stands for a module or a whole room.
 FLOORS = {
     "adapterhub": (
-        "errors version extras choice tensor_address strict units svg_plot chat_template",
+        "errors version extras choice tensor_address strict units svg_plot chat_template end_of_turn",
         "files",
         "net paths package.manifest package.safetensors_header browser_guard",
         "adapter",
         "package",
         "memory feedback.ratings",
         "hub",
-        "compatibility",
+        "compatibility base_copies",
         "bases",
         "probe",
         "packer",

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapterhub.adapter import Adapter
 from adapterhub.errors import (
+    AdapterNoEffect,
     DigestMismatch,
     InvalidManifest,
     InvalidTensors,
@@ -32,6 +34,9 @@ from adapterhub.package.lora_config import (
 from adapterhub.package.manifest import MANIFEST_NAME, PROBE_NAME, Lora, Manifest, read_manifest, read_probe
 from adapterhub.package.run_record import LOG_NAME, RECIPE_NAME, REPORT_HEAD, REPORT_NAME
 from adapterhub.package.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    from adapterhub.package.tensor_scan import Scan
 
 TEMPLATE_NAME = "chat_template.jinja"
 CARD_NAME = "README.md"
@@ -194,25 +199,35 @@ def _check_digests(folder: Path, manifest: Manifest) -> None:
             )
     for name, entry in manifest.files.items():
         path = folder / name
-        found, nonfinite = sha256_of_weights(path) if name == WEIGHTS_NAME else (sha256_of(path), [])
+        scan = scan_weights(path) if name == WEIGHTS_NAME else None
+        found = scan.sha256 if scan else sha256_of(path)
         if found != entry.sha256:
             raise DigestMismatch(f"{path} has sha256 {found}, the manifest lists {entry.sha256}: fetch it again.")
-        check_values(path, nonfinite)
+        if scan:
+            check_values(path, scan)
 
 
-def sha256_of_weights(path: Path) -> tuple[str, list[str]]:
-    """Return the weights' sha256 and the names of tensors that contain NaN or Inf, from one read of the file."""
+def scan_weights(path: Path) -> Scan:
+    """Return the weights' sha256 and what its values are, from one read of the file."""
     with _named(path):
-        from adapterhub.package.tensor_scan import sha256_and_nonfinite  # numpy, which lists need not wait for
+        from adapterhub.package.tensor_scan import scan  # numpy, which lists need not wait for
 
-        return sha256_and_nonfinite(path, read_header(path))
+        return scan(path, read_header(path))
 
 
-def check_values(path: Path, nonfinite: list[str]) -> None:
-    if nonfinite:
-        more = f" and {len(nonfinite) - 1} more" if len(nonfinite) > 1 else ""
+def check_values(path: Path, scan: Scan) -> None:
+    """Check the values of an adapter's weights. Raises InvalidTensors for NaN and Inf, AdapterNoEffect."""
+    if scan.nonfinite:
+        more = f" and {len(scan.nonfinite) - 1} more" if len(scan.nonfinite) > 1 else ""
         raise InvalidTensors(
-            f"{path}: {nonfinite[0]}{more} contains NaN or Inf: the training run diverged. Train again."
+            f"{path}: {scan.nonfinite[0]}{more} contains NaN or Inf: the training run diverged. Train again."
+        )
+    # With DoRA, the magnitudes may change something too.
+    changing = [key for key in read_header(path) if ".lora_A" not in key and not key.endswith(".lora_embedding_A")]
+    if changing and set(changing) <= set(scan.zero):
+        raise AdapterNoEffect(
+            f"{path} changes nothing: B is zero in all of its {len(changing)} layers, as before training. Train the "
+            "adapter, or save the weights that were trained."
         )
 
 

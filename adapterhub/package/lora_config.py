@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from adapterhub.errors import AdapterUnsupported, InvalidTensors, MissingFile
 from adapterhub.package.manifest import Lora
+from adapterhub.package.module_patterns import check_pattern, ends_with, matches
 from adapterhub.package.safetensors_header import TensorInfo
 from adapterhub.strict import parse_json
 
@@ -19,10 +20,12 @@ NO_LAYERS = "dummy-target-modules"
 """PEFT's target of a LoRA on no layer, which has full weights of modules only."""
 
 _MAX_CONFIG_BYTES = 10_000_000
-_MAX_PATTERN = 1000
 _MAX_RANK = 1 << 31
 _MAX_MODULE = 200
-"""Maximum length of a module's dotted name, in characters: the time to match a pattern grows with it."""
+"""Maximum length of a module's dotted name, in characters."""
+_ALL_LINEAR = "all-linear"
+"""PEFT's target of every linear layer but the output head."""
+_DTYPES = ("F16", "BF16", "F32", "F64")
 
 _T = TypeVar("_T")
 TensorKind = Literal["lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B", "weight"]
@@ -46,7 +49,16 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "megatron_config": (None,),
     "arrow_config": (None,),
+    # Starts of training. Those that are not here change the base's weights, which a package does not hold.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
 }
+_CHANGED_BASES = (
+    " (training began with changed weights of the base: convert the adapter to plain LoRA, with "
+    "PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+)
 
 
 _SOFT_PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
@@ -78,8 +90,32 @@ class LoraConfig:
     """Names of modules whose full weights the adapter has (PEFT's modules_to_save)."""
     is_pattern: bool = False
     """Whether the one target is a regular expression."""
-    is_everywhere: bool = True
-    """Whether targets are adapted in every layer (no layers_to_transform, no exclude_modules)."""
+    excluded: tuple[str, ...] = ()
+    """Modules that are not adapted (exclude_modules)."""
+    is_excluded_by_pattern: bool = False
+    """Whether the one entry of `excluded` is a regular expression."""
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers that are adapted (layers_to_transform); empty: all."""
+    layer_lists: tuple[str, ...] = ()
+    """Names of the lists that the numbers count in (layers_pattern); empty: any."""
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether targets are adapted in every layer."""
+        return not self.excluded and not self.layers
+
+    @property
+    def is_all_linear(self) -> bool:
+        """Whether the target is PEFT's word for all linear layers but the output head."""
+        return self.targets == (_ALL_LINEAR,)
+
+    def aims_at(self, module: str) -> bool:
+        """Apply PEFT's rule: a list has ends of module names, a string is a regular expression for the whole name."""
+        if self.excluded and _is_named(module, self.excluded, is_pattern=self.is_excluded_by_pattern):
+            return False
+        if not self.is_all_linear and not _is_named(module, self.targets, is_pattern=self.is_pattern):
+            return False
+        return not self.layers or _layer_number(module, self.layer_lists) in self.layers
 
     def rank_of(self, module: str) -> int:
         return _matched(self.rank_pattern, module, self.rank)
@@ -113,9 +149,24 @@ class LoraConfig:
 def _matched(pattern: dict[str, _T], module: str, default: _T) -> _T:
     """Apply PEFT's rule: a key is a regular expression for the end of the module's dotted name."""
     for key, value in pattern.items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{key})", module):
+        if ends_with(key, module):
             return value
     return default
+
+
+def _is_named(module: str, names: tuple[str, ...], *, is_pattern: bool) -> bool:
+    if is_pattern:
+        return matches(names[0], module)
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _layer_number(module: str, lists: tuple[str, ...]) -> int | None:
+    """Return the last number in the module's name that follows a name of `lists`, or any name: PEFT's rule."""
+    parts = module.split(".")
+    for place in range(len(parts) - 2, 1, -1):
+        if parts[place].isdecimal() and (not lists or parts[place - 1] in lists):
+            return int(parts[place])
+    return None
 
 
 def read_lora_config(folder: Path) -> LoraConfig:
@@ -131,25 +182,31 @@ def read_lora_config(folder: Path) -> LoraConfig:
         if faults:
             raise AdapterUnsupported(
                 f"{path} asks for {', '.join(faults)}, which is not supported: train with plain LoRA, rsLoRA or DoRA"
-                f"{_SOFT_PROMPT if raw.get('peft_type') in _SOFT_PROMPTS else ''}."
+                f"{_SOFT_PROMPT if raw.get('peft_type') in _SOFT_PROMPTS else ''}"
+                f"{_CHANGED_BASES if any(fault.startswith('init_lora_weights') for fault in faults) else ''}."
             )
-        targets = raw["target_modules"]
+        targets, excluded = raw["target_modules"], raw.get("exclude_modules") or ()
+        layers, lists = raw.get("layers_to_transform"), raw.get("layers_pattern") or ()
+        is_pattern = isinstance(targets, str) and targets != _ALL_LINEAR
         return LoraConfig(
             rank=_positive(raw["r"]),
             alpha=_number(raw["lora_alpha"]),
             use_rslora=bool(raw.get("use_rslora")),
             use_dora=bool(raw.get("use_dora")),
-            targets=(_pattern(targets, repeated=3),) if isinstance(targets, str) else _names(targets),
-            rank_pattern={_pattern(key): _positive(r) for key, r in (raw.get("rank_pattern") or {}).items()},
-            alpha_pattern={_pattern(key): _number(a) for key, a in (raw.get("alpha_pattern") or {}).items()},
-            saved_modules=_names(raw.get("modules_to_save") or ()),
-            is_pattern=isinstance(targets, str),
-            is_everywhere=not raw.get("layers_to_transform") and not raw.get("exclude_modules"),
+            targets=_names(targets),
+            rank_pattern={check_pattern(key): _positive(r) for key, r in (raw.get("rank_pattern") or {}).items()},
+            alpha_pattern={check_pattern(key): _number(a) for key, a in (raw.get("alpha_pattern") or {}).items()},
+            saved_modules=_names(list(raw.get("modules_to_save") or ())),
+            is_pattern=is_pattern,
+            excluded=_names(excluded),
+            is_excluded_by_pattern=isinstance(excluded, str),
+            layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
+            layer_lists=(lists,) if isinstance(lists, str) else tuple(lists),
         )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise AdapterUnsupported(
-            f"{path} cannot be read as a LoRA config ({error!r}): it needs peft_type, r, lora_alpha and "
-            "target_modules as PEFT writes them."
+            f"{path} cannot be read as a LoRA config ({error!r}): expected peft_type, r, lora_alpha and "
+            "target_modules as PEFT writes them. Save the adapter with a current PEFT."
         ) from error
 
 
@@ -159,28 +216,19 @@ def _positive(value: Any) -> int:
     return value
 
 
-def _names(values: Any) -> tuple[str, ...]:
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"the modules {list(values)!r} are not names")
-    return tuple(sorted(values))
+def _names(given: Any) -> tuple[str, ...]:
+    """Return names of modules: a list, a regular expression, or PEFT's word for all linear layers."""
+    if isinstance(given, str):
+        return (given if given == _ALL_LINEAR else check_pattern(given),)
+    if not all(isinstance(name, str) for name in given):
+        raise ValueError(f"the modules {list(given)!r} are not names")
+    return tuple(sorted(given))
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float):
         raise ValueError(f"alpha {value!r} is not a number")
     return float(value)
-
-
-def _pattern(text: str, *, repeated: int = 1) -> str:
-    """Return whether a pattern is safe to match: short, without repeated groups, with few repetitions."""
-    num_repeated = len(re.findall(r"(?<!\\)[*+{]", text))
-    if len(text) > _MAX_PATTERN or num_repeated > repeated or re.search(r"\)[*+{]", text):
-        raise ValueError(f"the pattern {text[:60]!r} could take forever to match")
-    try:
-        re.compile(text)
-    except (re.error, OverflowError) as error:
-        raise ValueError(f"the pattern {text[:60]!r} is not a regular expression ({error})") from error
-    return text
 
 
 def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[LoraTensor]:
@@ -194,13 +242,18 @@ def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[Lora
     parts: dict[str, dict[TensorKind, TensorInfo]] = {}
     for key, info in header.items():
         match = (_KEY.fullmatch(key) or _WHOLE_KEY.fullmatch(key)) if len(key) <= _MAX_MODULE else None
-        if match is None or (match["kind"] == "weight" and not _is_saved(match["module"], config)):
-            raise AdapterUnsupported(
-                f"tensor {key[:_MAX_MODULE]!r} is neither LoRA's (base_model.model.<module>.lora_A/B) nor of "
-                "modules_to_save: whole weights and optimizer states do not belong in an adapter; save with "
-                "save_embedding_layers=False."
-            )
+        if match is None or _wrapper_of(key) or (match["kind"] == "weight" and not _is_saved(match["module"], config)):
+            raise AdapterUnsupported(_foreign(key))
         kind: TensorKind = match["kind"]  # type: ignore[assignment]
+        if kind != "weight" and not config.aims_at(match["module"]):
+            raise AdapterUnsupported(
+                f"the file has {kind} of {match['module']}, which {CONFIG_NAME} does not target: expected "
+                "tensors of its target_modules alone, since PEFT would leave this one out. Save the adapter again."
+            )
+        if info.dtype not in _DTYPES:
+            raise InvalidTensors(
+                f"{key} has dtype {info.dtype}: expected one of {', '.join(_DTYPES)}. Convert it and save it again."
+            )
         tensors.append(LoraTensor(key, match["module"], kind, info))
         parts.setdefault(match["module"], {})[kind] = info
     if not tensors:
@@ -208,6 +261,39 @@ def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[Lora
     for module, found in parts.items():
         _check_module(module, found, config)
     return tensors
+
+
+_WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+
+
+def _wrapper_of(key: str) -> str | None:
+    """Return what put its own name into the name of a tensor."""
+    if key.startswith("module."):
+        return "DataParallel"
+    return next((name for part, name in _WRAPPERS.items() if part in key.split(".")), None)
+
+
+def _foreign(key: str) -> str:
+    """Return why a tensor of this name does not belong in an adapter file, and what to do."""
+    told = f"tensor {key[:_MAX_MODULE]!r} is not one of LoRA"
+    advice = "save the adapter again with PEFT's save_pretrained"
+    wrapper = _wrapper_of(key)
+    if wrapper is not None:
+        return f"{told}: its name comes from {wrapper}. Unwrap the model, and {advice}."
+    if not key.startswith("base_model.model."):
+        return f"{told}: expected base_model.model.MODULE.lora_A.weight and the like. PEFT would ignore it: {advice}."
+    if ".default." in key:
+        return f"{told}: it has the adapter's name (`default`) in it, as a plain state_dict has. Instead, {advice}."
+    if re.search(r"norm", key.rpartition(".weight")[0].rpartition(".")[2]):
+        return f"{told}: it is the weight of a norm. Only the embedding's and the head's whole weights are supported."
+    return (
+        f"{told} (base_model.model.MODULE.lora_A or lora_B), and modules_to_save does not name it: whole weights and "
+        "optimizer states do not belong in an adapter. Save it with save_embedding_layers=False."
+    )
 
 
 def _is_saved(module: str, config: LoraConfig) -> bool:

@@ -1,8 +1,9 @@
-"""Reading a safetensors file once: its sha256, and whether every value is a number. Loads numpy, no torch."""
+"""Reading a safetensors file once: its sha256, and what its values are. Loads numpy, no torch."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,25 @@ _INFINITY = {
 """Dtype -> (signed, unsigned integer, bits of infinity). As integers, Inf and NaN are the largest of either sign."""
 
 
-def sha256_and_nonfinite(path: Path, header: dict[str, TensorInfo]) -> tuple[str, list[str]]:
-    """Return the file's sha256 and the names of the tensors that contain NaN or Inf.
+@dataclass(frozen=True)
+class Scan:
+    """What one reading of a safetensors file found."""
+
+    sha256: str
+    nonfinite: list[str]
+    """Names of the tensors that contain NaN or Inf."""
+    zero: list[str]
+    """Names of the tensors that are zero, or minus zero, everywhere."""
+
+
+def scan(path: Path, header: dict[str, TensorInfo]) -> Scan:
+    """Return the file's sha256 and the names of tensors with NaN or Inf, and of those that are zero.
 
     `header` is the file's own, checked (`read_header`), so tensors follow each other without a gap. Each chunk of
     1 MiB is hashed and checked while it is in the cache.
     """
     digest = hashlib.sha256()
-    nonfinite = []
+    nonfinite, zero = [], []
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
 
@@ -40,13 +52,16 @@ def sha256_and_nonfinite(path: Path, header: dict[str, TensorInfo]) -> tuple[str
         while left and (chunk := read(left)):
             left -= len(chunk)
         for name, info in tensors:
-            left, is_finite = info.size_bytes, True
+            left, is_finite, is_zero = info.size_bytes, True, True
             while left and (chunk := read(left)):
                 left -= len(chunk)
                 is_finite = is_finite and _is_finite(chunk, info.dtype)
+                is_zero = is_zero and _is_zero(chunk, info.dtype)
             if not is_finite:
                 nonfinite.append(name)
-    return digest.hexdigest(), nonfinite
+            if is_zero:
+                zero.append(name)
+    return Scan(digest.hexdigest(), nonfinite, zero)
 
 
 def _is_finite(chunk: memoryview, dtype: str) -> bool:
@@ -61,3 +76,10 @@ def _is_finite(chunk: memoryview, dtype: str) -> bool:
     return bool(
         np.frombuffer(whole, signed).max() < infinity and np.frombuffer(whole, unsigned).max() < (infinity | sign)
     )
+
+
+def _is_zero(chunk: memoryview, dtype: str) -> bool:
+    if dtype not in _INFINITY:
+        return False
+    values = np.frombuffer(chunk, _INFINITY[dtype][1])
+    return not (values << 1).any()  # without the sign

@@ -27,7 +27,7 @@ from adapterhub.package.layout import read_lora
 from adapterhub.package.lora_config import LoraConfig, LoraTensor, lora_tensors
 from adapterhub.package.manifest import Quantization
 from adapterhub.package.safetensors_header import TensorInfo
-from adapterhub.packer import adopt, pack
+from adapterhub.packer import pack
 from adapterhub.probe import likely_cause, record, replay
 
 
@@ -79,8 +79,12 @@ def test_an_adapter_for_some_layers_only_is_compatible(tiny_base: StoredBase, tm
 
 def test_tensors_of_no_layer_have_no_effect(tiny_base: StoredBase, peft_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(peft_folder, tmp_path / "a")
-    path = folder / "adapter_model.safetensors"
-    save_file({key.replace("model.layers", "transformer.h"): t for key, t in load_file(path).items()}, path)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        path = folder / name
+        if name.endswith(".json"):
+            path.write_text(path.read_text().replace("model.layers", "transformer.h"))
+        else:
+            save_file({key.replace("model.layers", "transformer.h"): t for key, t in load_file(path).items()}, path)
     with pytest.raises(AdapterNoEffect, match="no tensor"):
         pack(folder, base=tiny_base)
 
@@ -150,7 +154,7 @@ def test_a_folder_of_another_tool_is_adopted_and_what_was_filled_in_is_reported(
     _litter(theirs, litter)
     before = {path: path.read_bytes() for path in theirs.rglob("*") if path.is_file()}
     said: list[str] = []
-    adapter = pack(adopt(theirs, tmp_path / "ours", report=said.append), base=tiny_base, report=said.append)
+    adapter = pack(theirs, output=tmp_path / "ours", base=tiny_base, report=said.append)
     assert adapter.manifest.base.quantization is None
     assert any("base_model_name_or_path was" in line and "tests/tiny-llama" in line for line in said)
     assert any("chat_template.jinja filled in" in line for line in said)
@@ -162,17 +166,17 @@ def test_a_folder_of_another_tool_is_adopted_and_what_was_filled_in_is_reported(
 ALLOWED_TEXT = {"special_tokens_map.json"}
 
 
-def test_only_a_pickle_cannot_be_adopted(peft_folder: Path, tmp_path: Path) -> None:
+def test_only_a_pickle_cannot_be_adopted(tiny_base: StoredBase, peft_folder: Path, tmp_path: Path) -> None:
     theirs = shutil.copytree(peft_folder, tmp_path / "theirs")
     (theirs / "adapter_model.safetensors").rename(theirs / "adapter_model.bin")
     with pytest.raises(UnsafeFile, match="a pickle"):
-        adopt(theirs, tmp_path / "ours")
+        pack(theirs, output=tmp_path / "ours", base=tiny_base)
     (theirs / "adapter_model.bin").unlink()
     with pytest.raises(MissingFile, match=r"adapter_model\.safetensors"):
-        adopt(theirs, tmp_path / "ours")
+        pack(theirs, output=tmp_path / "ours", base=tiny_base)
     assert not (tmp_path / "ours").exists()
     with pytest.raises(UsageError, match="already"):
-        adopt(peft_folder, theirs)
+        pack(peft_folder, output=theirs, base=tiny_base)
 
 
 def test_the_end_token_of_its_own_tokenizer_travels(peft_folder: Path, tiny_base: StoredBase, tmp_path: Path) -> None:

@@ -58,7 +58,6 @@ def pack(
     from adapterhub.adapter import BaseRef
     from adapterhub.errors import UsageError
     from adapterhub.package.run_record import read_run_record
-    from adapterhub.packer import adopt
     from adapterhub.packer import pack as pack_folder
 
     if None not in (license, licence):
@@ -69,9 +68,9 @@ def pack(
             f"no base model is recorded in {folder}: expected the output of `train`. Add --base ID or --base FOLDER."
         )
     stored = base_with(record.base if record else BaseRef("unknown"), base)
-    if output is not None:
-        name, folder = name or folder.resolve().name, adopt(folder, output, report=say)
-    adapter = pack_folder(folder, base=stored, name=name, license=license or licence, stop=stop or (), report=say)
+    adapter = pack_folder(
+        folder, base=stored, output=output, name=name, license=license or licence, stop=stop or (), report=say
+    )
     say(f"packed {adapter.manifest.name}: {len(adapter.manifest.files)} files")
     show(adapter.digest)
 

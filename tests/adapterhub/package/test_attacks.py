@@ -85,12 +85,12 @@ def _save(folder: Path, a: object) -> None:
     from safetensors.torch import save_file as save
 
     key = "base_model.model.model.layers.0.self_attn.q_proj"
-    save({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": torch.zeros(32, 4)}, folder / "adapter_model.safetensors")
+    save({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": torch.ones(32, 4)}, folder / "adapter_model.safetensors")
     write_manifest(folder)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*", "(x{1,9}){1,9}", "a*a*a*a*b", "[", "x" * 2000])
-def test_a_pattern_that_could_hang_or_is_none_is_refused(tmp_path: Path, pattern: str) -> None:
+@pytest.mark.parametrize("pattern", ["[", "x" * 20_000, "(?=a)b", "(?<=a)b", r"(a)\1", "(a{1000}){1000}"])
+def test_a_pattern_that_cannot_be_matched_in_linear_time_is_refused(tmp_path: Path, pattern: str) -> None:
     folder = write_package(tmp_path / "p")
     path = folder / "adapter_config.json"
     for field in ("rank_pattern", "alpha_pattern"):

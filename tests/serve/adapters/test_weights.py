@@ -110,6 +110,6 @@ def test_whole_numbers_are_no_update(tmp_path: Path) -> None:
     tensors = _halves(torch.float32, torch.float32)
     tensors[f"{KEY}.lora_A.weight"] = torch.ones(4, 32, dtype=torch.int8)
     with pytest.raises(
-        InvalidTensors, match=r"q_proj\.lora_A\.weight has dtype I8, expected one of F16, BF16, F32, F64"
+        InvalidTensors, match=r"q_proj\.lora_A\.weight has dtype I8: expected one of F16, BF16, F32, F64"
     ):
         _read(tmp_path / "p", tensors)

@@ -1,0 +1,44 @@
+"""Regular expressions over module names, as PEFT's configs have them, matched in linear time.
+
+An adapter's author wrote them: Python's own engine may take forever on one. RE2 takes linear time and limited memory.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import re2
+
+MAX_PATTERN = 10_000
+"""Maximum length of a pattern, in characters."""
+
+
+def check_pattern(text: str) -> str:
+    """Return the pattern. Raises ValueError for one that is too long, or that RE2 does not know (look-around)."""
+    compiled(text)
+    return text
+
+
+@lru_cache(maxsize=1024)
+def compiled(text: str) -> Any:
+    """Return the compiled pattern. Raises ValueError."""
+    if len(text) > MAX_PATTERN:
+        raise ValueError(f"the pattern {text[:60]!r}... has {len(text):,} characters: expected at most {MAX_PATTERN:,}")
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(text, options)
+    except (re2.error, UnicodeError) as error:
+        reason = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
+        raise ValueError(f"the pattern {text[:60]!r} is not a regular expression of RE2 ({reason[:100]})") from error
+
+
+def matches(text: str, module: str) -> bool:
+    """Return whether the pattern matches the whole name of a module: PEFT's rule for a target that is a string."""
+    return compiled(text).fullmatch(module) is not None
+
+
+def ends_with(text: str, module: str) -> bool:
+    """Return whether the pattern matches an end of the dotted name: PEFT's rule for rank and alpha patterns."""
+    return compiled(rf"(?:.*\.)?(?:{text})").fullmatch(module) is not None
