@@ -8,8 +8,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import re2
-
 MAX_PATTERN = 10_000
 """Maximum length of a pattern, in characters."""
 
@@ -23,6 +21,8 @@ def check_pattern(text: str) -> str:
 @lru_cache(maxsize=1024)
 def compiled(text: str) -> Any:
     """Return the compiled pattern. Raises ValueError."""
+    import re2  # lists of adapters need no pattern
+
     if len(text) > MAX_PATTERN:
         raise ValueError(f"the pattern {text[:60]!r}... has {len(text):,} characters: expected at most {MAX_PATTERN:,}")
     options = re2.Options()
