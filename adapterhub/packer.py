@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub.adapter import Adapter, StoredBase
-from adapterhub.base_copies import drop_base_copies
+from adapterhub.bases.base_copies import drop_base_copies
 from adapterhub.bases.store import stored_base
 from adapterhub.compatibility import check_compatible, check_vocabulary, module_shapes
 from adapterhub.end_of_turn import end_of_turn

@@ -28,7 +28,7 @@ FLOORS = {
         "package",
         "memory feedback.ratings",
         "hub",
-        "compatibility base_copies",
+        "compatibility",
         "bases",
         "probe",
         "packer",

@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[Edit, type[AdapterHubError], str]] = {
     },
     "a pattern with look-ahead": (_config(target_modules="(?=.*q_proj).*"), AdapterUnsupported, "RE2"),
     "another method": (_config(peft_type="IA3"), AdapterUnsupported, "peft_type"),
-    "no rank": (_config(r=None), AdapterUnsupported, "not a positive whole number"),
+    "no rank": (_config(r=None), AdapterUnsupported, "not a whole number from 1"),
     "no alpha": (_config(lora_alpha=None), AdapterUnsupported, "cannot be read as a LoRA config"),
 }  # fmt: skip
 

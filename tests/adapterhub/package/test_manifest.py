@@ -45,6 +45,7 @@ INSIDE: dict[str, Any] = {
     "chat.eos": "<end>",
     "chat.pad": None,
     "chat.stop": ["###"],
+    "chat.stop_token_ids": [2],
     "probe": PROBE,
     "files.chat_template.jinja": {"sha256": "0" * 64, "size": 1},
 }
