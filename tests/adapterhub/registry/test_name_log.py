@@ -325,3 +325,20 @@ def test_a_move_without_room_on_disk_leaves_the_log_as_it_was(tmp_path: Path) ->
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert file.read_bytes() == before
+
+
+def test_a_last_line_that_the_disk_never_wrote_is_no_move(tmp_path: Path) -> None:
+    """After a power cut a file may have its new length, and NUL bytes where a block was not written."""
+    log = NameLog(tmp_path)
+    move = Move(at="2026-01-01T00:00:00+00:00", by="x", act="add", revision="main", before=None, after="sha256:0")
+    with log.locked():
+        log.append("owner/name", [move])
+        (file,) = tmp_path.glob("*.jsonl")
+        whole = file.read_bytes()
+        file.write_bytes(whole + bytes(100) + whole[100:])
+        assert log.read("owner/name").moves == (move,)
+        log.append("owner/name", [move])
+        assert file.read_bytes() == whole * 2
+    file.write_bytes(bytes(10) + whole * 2)
+    with pytest.raises(InvalidManifest, match="jsonl:1 is damaged"):
+        log.read("owner/name")
