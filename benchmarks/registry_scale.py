@@ -43,12 +43,11 @@ acts = {
     "gc": lambda: registry.gc(grace_s=0),
     "verify --all": lambda: list(registry.verify_all()),
 }
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
 acts[sys.argv[2]]()
 taken = time.perf_counter() - start
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(f"{taken / max(len(packages), 1) * 1000:.1f} {after / 1024:.0f} {(after - before) / 1024:.0f}")
+peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(f"{taken / max(len(packages), 1) * 1000:.1f} {peak_kib / 1024:.0f}")
 """
 
 
@@ -93,7 +92,7 @@ def main() -> None:
         packages = variants(work / "packages", options.adapters + NUM_UNUSED + NUM_ADDED)
         registry = Registry(work / "store")
         fill(registry, packages[:-NUM_ADDED])
-        print("| | ms | peak memory of the process, MB | of it by the act |\n|---|---|---|---|")
+        print("| | ms | peak memory, MB |\n|---|---|---|")
         for act in ("list", "resolve", "add", "gc", "verify --all"):
             added = map(str, packages[-NUM_ADDED:] if act == "add" else [])
             command = [sys.executable, "-c", MEASURE, str(registry.root), act, *added]

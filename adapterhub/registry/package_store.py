@@ -83,9 +83,12 @@ class PackageStore:
 
     def damaged_objects(self) -> list[Path]:
         """Return the files that no package links to and whose bytes are not those that their name states."""
-        linked = {entry.inode() for digest in self.digests() for entry in os.scandir(self.folder(digest))}
-        alone = [path for path in sorted(self._objects.glob("[0-9a-f]*")) if path.stat().st_ino not in linked]
-        return [path for path in alone if sha256_of(path) != path.name]
+        damaged = []
+        for path in sorted(self._objects.glob("[0-9a-f]*")):
+            with suppress(FileNotFoundError):  # another process collects meanwhile
+                if path.stat().st_nlink == 1 and sha256_of(path) != path.name:
+                    damaged.append(path)
+        return damaged
 
     @contextmanager
     def keep(self, adapter: Adapter, *, is_scratch: bool = False) -> Iterator[Adapter]:

@@ -276,14 +276,12 @@ class Registry:
                 names.setdefault(str(move.after), []).append(f"{called}@{revision}")
                 if (earlier := known.before(revision)) is not None:
                     names.setdefault(earlier, []).append(f"{called}@{revision} (rollback)")
-        there = self.store.digests()
-        for digest in there:
+        for digest in sorted({*self.store.digests(), *names}):
             try:
                 self.store.open(digest)
             except (AdapterHubError, OSError) as error:
-                yield Damage(digest, str(error), tuple(names.get(digest, ())))
-        for digest in sorted(names.keys() - set(there)):
-            yield Damage(digest, "it is not in the store: pull or add it again", tuple(names[digest]))
+                if digest in names or self.store.has(digest):  # else another process collected it meanwhile
+                    yield Damage(digest, str(error), tuple(names.get(digest, ())))
         for path in self.store.damaged_objects():
             yield Damage(path.name, f"{path} has other bytes than its name states: 'adapterhub gc' deletes it", ())
 

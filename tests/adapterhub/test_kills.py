@@ -37,6 +37,7 @@ def kills(at_least: int = KILLS) -> Iterator[int]:
     while number < at_least or time.monotonic() < until:
         yield number
         number += 1
+    print(f"{number} kills")
 
 
 _START = """
