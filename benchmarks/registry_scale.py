@@ -72,7 +72,7 @@ def variants(folder: Path, count: int) -> list[Path]:
 
 def fill(registry: Registry, packages: list[Path]) -> None:
     """Add all, without flushing; the last NUM_UNUSED lose their names again."""
-    flush, os.fsync = os.fsync, lambda descriptor: None
+    flush, os.fsync = os.fsync, lambda fd: None
     try:
         for number, package in enumerate(packages):
             registry.add(open_adapter(package), name=f"owner/name-{number:05d}")

@@ -15,8 +15,10 @@ from road import run, run_any
 
 from adapterhub.adapter import Adapter, AdapterRef
 from adapterhub.errors import AdapterHubError, Conflict, DigestMismatch, InvalidRef
+from adapterhub.files import is_held
 from adapterhub.package.bundle import write_bundle
 from adapterhub.package.layout import open_adapter
+from adapterhub.registry import package_store
 from adapterhub.registry.registry import Registry
 
 STORE_OF_FORMAT_1 = Path(__file__).parents[2] / "fixtures" / "store_of_format_1"
@@ -169,6 +171,24 @@ def test_two_that_collect_at_once_both_finish(registry: Registry, tmp_path: Path
     assert [process.returncode for process in both] == [0, 0]
     assert told[0] | told[1] == wanted
     assert not told[0] & told[1]
+
+
+def test_a_package_that_another_process_collects_meanwhile(
+    registry: Registry, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("name0", "name1"):
+        registry.remove(name)
+    others: list[tuple[str, ...]] = []
+
+    def collected(path: Path) -> bool:
+        if not others:
+            others.append(())
+            others[0] = Registry(registry.root).gc(grace_s=0).packages
+        return is_held(path)
+
+    monkeypatch.setattr(package_store, "is_held", collected)
+    assert registry.gc(grace_s=0).packages == ()
+    assert set(others[0]) == {adapter.digest for adapter in adapters}
 
 
 def test_a_probe_of_whoever_adopts_it_joins_a_package_that_has_none(registry: Registry, tmp_path: Path) -> None:
