@@ -24,11 +24,14 @@ class ApiKeys:
     def read(cls, path: Path | None) -> ApiKeys:
         """Read the keys of a file, one a line (`KEY` or `KEY admin`, `#` comments), else of the environment variable.
 
-        Raises UsageError with the invalid line's number, never with the key.
+        Raises UsageError with the invalid line's number, never with the key, and for a variable that is set but empty.
         """
         if path is None:
-            key = os.environ.get(KEYS_VARIABLE, "").strip()
-            return cls(admin=(key,)) if key else cls()
+            if (key := os.environ.get(KEYS_VARIABLE)) is None:
+                return cls()
+            if not key.strip():
+                raise UsageError(f"{KEYS_VARIABLE} is set but empty: expected a key. Give it one, or unset it.")
+            return cls(admin=(key.strip(),))
         try:
             lines = path.read_text().splitlines()
         except OSError as error:

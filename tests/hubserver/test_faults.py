@@ -41,21 +41,30 @@ def upload(url: str, data: bytes) -> httpx.Response:
     return httpx.put(answer["actions"]["upload"]["href"], content=data, timeout=20)
 
 
-def commit(url: str, number: int, sha256: str) -> httpx.Response:
+def commit(url: str, number: int, sha256: str, query: str = "") -> httpx.Response:
     lines = [
         {"key": "header", "value": {"summary": str(number)}},
         {"key": "file", "value": {"path": "number.txt", "content": str(number)}},
         {"key": "lfsFile", "value": {"path": "w", "oid": sha256}},
     ]
-    return ask(url, "POST", f"/api/models/{REPO}/commit/main", content="\n".join(map(json.dumps, lines)))
+    return ask(url, "POST", f"/api/models/{REPO}/commit/main{query}", content="\n".join(map(json.dumps, lines)))
+
+
+def merged(url: str, number: int, sha256: str) -> Iterator[httpx.Response]:
+    """The same as `commit` by a pull request; the last answer names the commit."""
+    yield (opened := commit(url, number, sha256, "?create_pr=1"))
+    pull = str(opened.json()["pullRequestUrl"]).rpartition("/")[2]
+    yield ask(url, "POST", f"/api/models/{REPO}/discussions/{pull}/merge")
+    yield ask(url, "GET", f"/api/models/{REPO}/discussions/{pull}")
 
 
 class Pusher(threading.Thread):
     """Pushes one version after the other until the hub is gone; remembers what the hub has promised."""
 
-    def __init__(self, url: str, promised: dict[int, tuple[str, str]]) -> None:
+    def __init__(self, url: str, promised: dict[int, tuple[str, str]], copies: list[str] | None = None) -> None:
         super().__init__()
         self._url, self._promised = url, promised
+        self._copies = copies
         self.faults: list[str] = []
         self.has_promised = threading.Event()
 
@@ -64,35 +73,51 @@ class Pusher(threading.Thread):
             while True:
                 number = max(self._promised, default=-1) + 1
                 weights = os.urandom(random.randint(1, 300_000))
-                for reply in (upload(self._url, weights), done := commit(self._url, number, sha_of(weights))):
+                for reply in self._push(number, weights):
                     if reply.status_code != 200:
                         self.faults.append(reply.text)
                         return
-                self._promised[number] = (done.json()["commitOid"], sha_of(weights))
+                    last = reply.json()
+                sha = last["commitOid"] if "commitOid" in last else last["changes"]["mergeCommitId"]
+                self._promised[number] = (sha, sha_of(weights))
                 self.has_promised.set()
+                if self._copies is not None and number % 3 == 0:
+                    name = f"alice/copy-{number}-{os.urandom(4).hex()}"
+                    if ask(self._url, "POST", f"/api/models/{REPO}/duplicate", json={"repository": name}).is_success:
+                        self._copies.append(name)
         except httpx.TransportError:
             return
+
+    def _push(self, number: int, weights: bytes) -> Iterator[httpx.Response]:
+        """Yield the answers to a push: by one commit, or every other time by a pull request."""
+        yield upload(self._url, weights)
+        if number % 2 or self._copies is None:
+            yield commit(self._url, number, sha_of(weights))
+        else:
+            yield from merged(self._url, number, sha_of(weights))
 
 
 def sha_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def check_folder(root: Path, promised: dict[int, tuple[str, str]]) -> None:
-    """Every promised version is there, in order, and every version that is visible is whole."""
+def check_folder(root: Path, promised: dict[int, tuple[str, str]], copies: list[str] | None = None) -> None:
+    """Every promised version and copy is there, and every version of every repository that is visible is whole."""
     store = HubStore(root)
-    repo = store.repo(RepoId.parse(REPO))
-    history = {commit.sha: commit for commit in store.history(repo, "main")}
+    for repo in store.repos("model"):
+        for found in store.history(repo, "main"):
+            for entry in found.files.values():
+                data = store.path_of(entry).read_bytes()
+                assert (len(data), entry.sha256 in (None, sha_of(data))) == (entry.size, True)
+            if found.files:
+                assert store.path_of(found.files["number.txt"]).read_text() == found.title.partition(" ")[0]
+                assert store.can_read(repo.repo_id, found.files["w"])
+    history = {commit.sha: commit for commit in store.history(store.repo(RepoId.parse(REPO)), "main")}
     assert {sha for sha, _ in promised.values()} <= set(history)
-    for found in history.values():
-        for entry in found.files.values():
-            data = store.path_of(entry).read_bytes()
-            assert (len(data), entry.sha256 in (None, sha_of(data))) == (entry.size, True)
-        if found.files:
-            assert store.path_of(found.files["number.txt"]).read_text() == found.title
-            assert store.can_read(repo.repo_id, found.files["w"])
     for sha, sha256 in promised.values():
         assert history[sha].files["w"].sha256 == sha256
+    for name in copies or ():
+        assert {one.sha for one in store.history(store.repo(RepoId.parse(name)), "main")} <= set(history)
 
 
 def test_killed_hub_loses_nothing_it_promised(tmp_path: Path) -> None:
@@ -100,6 +125,7 @@ def test_killed_hub_loses_nothing_it_promised(tmp_path: Path) -> None:
     print("seed", seed)
     chance = random.Random(seed)
     promised: dict[int, tuple[str, str]] = {}
+    copies: list[str] = []
     end = time.monotonic() + SOAK_S
     rounds = 0
     while rounds < ROUNDS or time.monotonic() < end:
@@ -107,7 +133,7 @@ def test_killed_hub_loses_nothing_it_promised(tmp_path: Path) -> None:
             url = wait_until_ready(hub)
             if rounds == 0:
                 ask(url, "POST", "/api/repos/create", json={"name": "poems", "organization": "alice"})
-            pusher = Pusher(url, promised)
+            pusher = Pusher(url, promised, copies)
             pusher.start()
             # At least one version a round, or nothing is put at risk.
             assert pusher.has_promised.wait(30)
@@ -116,14 +142,20 @@ def test_killed_hub_loses_nothing_it_promised(tmp_path: Path) -> None:
             hub.wait()
             pusher.join()
         assert pusher.faults == []
-        check_folder(tmp_path, promised)
+        check_folder(tmp_path, promised, copies)
         rounds += 1
         # A version may be there that was never promised: the answer was lost. The next continues from what is there.
         store = HubStore(tmp_path)
         head = store.commit_at(store.repo(RepoId.parse(REPO)), "main")
-        if head.title.isdecimal() and int(head.title) not in promised:
-            promised[int(head.title)] = (head.sha, str(head.files["w"].sha256))
+        number = head.title.partition(" ")[0]
+        if number.isdecimal() and int(number) not in promised:
+            promised[int(number)] = (head.sha, str(head.files["w"].sha256))
+        # The check reads every copy: those of earlier rounds were checked.
+        for name in copies[:-2]:
+            store.delete_repo(RepoId.parse(name))
+        del copies[:-2]
     assert promised
+    print(f"{rounds} kills, {len(promised)} versions")
 
 
 def test_gc_beside_pushes_takes_nothing_that_is_needed(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ class ObjectStore:
         self.lfs_folder = root / "objects" / "lfs"
         self._parts = root / "uploads"
         for folder in (self.git_folder, self.lfs_folder, self._parts):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
 
     def put_blob(self, data: bytes) -> str:
         """Store a small file and return its git blob id; `sync` flushes its name, once for many."""

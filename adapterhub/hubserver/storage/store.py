@@ -119,7 +119,7 @@ class HubStore:
         self._locks = root / "locks"
         self._trash = root / "trash"
         for folder in (*self._repos.values(), self._locks, self._trash):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         # The lock of garbage collections in adapterhub 0.1, in whose place an owner may be.
         if (self._locks / "gc.lock").is_file():
             (self._locks / "gc.lock").unlink(missing_ok=True)

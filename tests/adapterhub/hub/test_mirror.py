@@ -139,7 +139,7 @@ def test_a_copy_is_as_private_and_gated_as_the_original(
             api(source).update_repo_settings(repo, private=False, gated=False)
             mirror(repo, source, target, name=name)
             assert target.access(name) == RepoAccess(private=False, gated=None)
-        api(source).update_repo_settings(repo, **settings)  # type: ignore[arg-type]
+        api(source).update_repo_settings(repo, **settings)
         mirror(repo, source, target, name=name)
         assert target.access(name) == access
         with pytest.raises((RepositoryNotFoundError, GatedRepoError)):

@@ -30,6 +30,13 @@ def test_a_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     ApiKeys.read(None).check(None)
 
 
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_key_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("ADAPTERHUB_API_KEY", value)
+    with pytest.raises(UsageError, match="set but empty"):
+        ApiKeys.read(None)
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "secret boss\n", "a b c\n"])
 def test_a_malformed_key_file_is_refused_without_its_keys(tmp_path: Path, text: str) -> None:
     path = tmp_path / "keys"
