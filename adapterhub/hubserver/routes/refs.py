@@ -22,6 +22,7 @@ from adapterhub.hubserver.routes.dependencies import (
 from adapterhub.hubserver.schemas import hub as schemas
 from adapterhub.hubserver.storage.commit import RepoCommit
 from adapterhub.hubserver.storage.history import remove_objects, squash
+from adapterhub.hubserver.storage.pages import pages_of
 from adapterhub.hubserver.storage.store import DEFAULT_BRANCH, Repo
 
 router = APIRouter()
@@ -109,9 +110,10 @@ def super_squash(
 def list_lfs_files(repo: WritableRepo, hub: HubDep) -> list[schemas.LfsFile]:
     """Return all large objects of the repository, including older commits, each with its most recent file name."""
     names: dict[str, tuple[str, str, str]] = {}
+    pages: set[str] = set()
     for kind, refs in (("heads", repo.branches), ("tags", repo.tags)):
         for ref, sha in refs.items():
-            _note_names(hub, repo, sha, f"refs/{kind}/{ref}", names)
+            _note_names(hub, repo, sha, f"refs/{kind}/{ref}", names, pages)
     files = []
     for sha256, (size, time_s) in hub.store.lfs_marks(repo.repo_id).items():
         path, blob, ref = names.get(sha256, ("", "", ""))
@@ -122,11 +124,18 @@ def list_lfs_files(repo: WritableRepo, hub: HubDep) -> list[schemas.LfsFile]:
     return files
 
 
-def _note_names(hub: HubServices, repo: Repo, sha: str, ref: str, names: dict[str, tuple[str, str, str]]) -> None:
+def _note_names(
+    hub: HubServices, repo: Repo, sha: str, ref: str, names: dict[str, tuple[str, str, str]], pages: set[str]
+) -> None:
+    """Add the newest name of each object to `names`, from the pages that are not in `pages` yet."""
     for commit in hub.store.history(repo, sha):
-        for path, entry in commit.files.items():
-            if entry.sha256 is not None:
-                names.setdefault(entry.sha256, (path, entry.blob, ref))
+        for page_id, entries in pages_of(commit):
+            if page_id in pages:
+                continue
+            pages.add(page_id)
+            for path, entry in entries.items():
+                if entry.sha256 is not None:
+                    names.setdefault(entry.sha256, (path, entry.blob, ref))
 
 
 @router.post(REPO + "/lfs-files/batch")
