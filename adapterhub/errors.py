@@ -163,6 +163,10 @@ class RecipeError(AdapterHubError):
 class DatasetError(AdapterHubError):
     exit_code, http_status, code = 2, 400, "dataset_invalid"
 
+    def __str__(self) -> str:
+        """Return the message, whose faults are a line each, printable like that of other errors."""
+        return "\n".join(map(printable, Exception.__str__(self).split("\n")))
+
 
 class UsageError(AdapterHubError):
     exit_code, http_status, code = 2, 400, "invalid_request"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from typing import Any
 
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.bases.loading import load_tokenizer
+from adapterhub.chat_template import chat_date, reads_clock
 from adapterhub.compatibility import check_adapter
 from adapterhub.errors import BaseNotFound, IncompatibleBase, RecipeError
-from train.data.chat_template import chat_template_of
+from train.data.chat_template import chat_template_of, template_notes
+from train.data.formats import OnFault
 from train.data.preferences import read_preferences
 from train.data.sources import read_source, rows_of
 from train.data.tokenization import prepare
@@ -19,7 +22,7 @@ from train.model.lora import lora_of
 from train.objectives.base import Objective
 from train.objectives.preference import preference_objective
 from train.objectives.sft import SftObjective
-from train.recipe import Recipe, RowData
+from train.recipe import MixData, Recipe, RowSource
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,22 @@ class Inputs:
     """Tokenizer of the base, with the chat template of the run."""
     stop: tuple[str, ...]
     """Strings that end an answer under that template."""
+    date: datetime.date | None = None
+    """Date that the template rendered; None: it does not read the clock."""
+    template_notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of the data, and what is special about the chat template."""
+        return [*self.objective.notes, *self.template_notes]
 
 
-def load_inputs(recipe: Recipe, base: StoredBase, *, start: Adapter | None) -> Inputs:
+def load_inputs(
+    recipe: Recipe, base: StoredBase, *, start: Adapter | None, date: datetime.date | None = None
+) -> Inputs:
     """Load tokenizer and data, without weights, within seconds.
+
+    `date` is that of a stopped run; by default the recipe's, or today. Chat templates that read the clock render it.
 
     Raises BaseNotFound, RecipeError, DatasetError, IncompatibleBase.
     """
@@ -44,9 +59,18 @@ def load_inputs(recipe: Recipe, base: StoredBase, *, start: Adapter | None) -> I
     tokenizer = load_tokenizer(base)
     if chat.text is not None:
         tokenizer.chat_template = chat.text
-    objective = _objective(recipe, tokenizer, chat.stop)
+    date = date or recipe.data.date or datetime.date.today()
+    with chat_date(date):
+        objective = _objective(recipe, tokenizer, chat.stop)
+        notes = template_notes(tokenizer)
     _check_vocabulary(base, objective)
-    return Inputs(objective, tokenizer, chat.stop)
+    is_dated = bool(tokenizer.chat_template) and reads_clock(tokenizer.get_chat_template())
+    if is_dated and recipe.data.date is None:
+        notes.append(
+            f"the chat template reads the clock: this run renders {date}, which its record keeps. Set date = {date} in "
+            "[data] to repeat the run on another day"
+        )
+    return Inputs(objective, tokenizer, chat.stop, date if is_dated else None, tuple(notes))
 
 
 def _check_vocabulary(base: StoredBase, objective: Objective) -> None:
@@ -72,8 +96,8 @@ def _check_vocabulary(base: StoredBase, objective: Objective) -> None:
 def _objective(recipe: Recipe, tokenizer: Any, stop: Sequence[str]) -> Objective:
     """Tokenize the recipe's data and return it with its loss. Raises DatasetError."""
     data = recipe.data
-    if recipe.preference and isinstance(data, RowData):
-        name, rows, _ = rows_of(recipe)
+    if recipe.preference and isinstance(data, RowSource):
+        name, rows, _ = rows_of(data, recipe.folder)
         preferences = read_preferences(
             rows,
             tokenizer,
@@ -83,6 +107,7 @@ def _objective(recipe: Recipe, tokenizer: Any, stop: Sequence[str]) -> Objective
             max_length=data.max_length,
             seed=recipe.seed,
             on_fault=data.on_fault,
+            duplicates=data.duplicates,
         )
         return preference_objective(preferences, recipe.preference, max_length=data.max_length)
     prepared = prepare(
@@ -93,9 +118,16 @@ def _objective(recipe: Recipe, tokenizer: Any, stop: Sequence[str]) -> Objective
         loss_on=recipe.train.loss_on,
         seed=recipe.seed,
         stop=stop,
-        on_fault=data.on_fault if isinstance(data, RowData) else "stop",
+        duplicates=data.duplicates,
+        on_fault=_on_fault(data),
     )
     return SftObjective(prepared)
+
+
+def _on_fault(data: object) -> OnFault:
+    """Return what to do about rows that the chat template refuses; a mix skips them when all its sources do."""
+    entries = data.sources if isinstance(data, MixData) else (data,)
+    return "skip" if all(isinstance(entry, RowSource) and entry.on_fault == "skip" for entry in entries) else "stop"
 
 
 def with_lora_of(recipe: Recipe, start: Adapter | None) -> Recipe:

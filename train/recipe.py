@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import math
 import tomllib
@@ -31,6 +32,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class _Source(_Section):
+    weight: float = Field(default=1.0, gt=0)
+    """Passes over the source in an epoch, in a mix: 2 trains every sample twice, 0.5 a half of them once."""
+
+
 class _Data(_Section):
     held_out: float = Field(default=0.1, ge=0)
     """Held-out questions: a fraction when below 1, else their number; 0: none."""
@@ -40,6 +46,10 @@ class _Data(_Section):
     """Chat template: one of SHIPPED_TEMPLATES, or a .jinja file relative to the recipe; None: the base's."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] | None = None
     """Strings that end an answer, besides EOS; None: those of the template."""
+    date: Annotated[datetime.date, Field(strict=False)] | None = None
+    """Date that templates render which read the clock; None: the day on which the run starts."""
+    duplicates: Literal["remove", "keep"] = "remove"
+    """What to do about conversations that equal an earlier one: leave them out and report them, or train them."""
 
     @field_validator("template")
     @classmethod
@@ -58,30 +68,41 @@ class _Data(_Section):
         return value
 
 
-class ChatterbotData(_Data):
+class ChatterbotSource(_Source):
     """A topic of the English chatterbot corpus."""
 
     source: Literal["chatterbot"]
     topic: str = Field(min_length=1)
 
 
-class RowData(_Data):
+class RowSource(_Source):
     """Data whose rows are in one of the formats of train/data/formats.py."""
 
     path: str = Field(min_length=1)
     format: Literal["auto"] | FormatName = "auto"
     """Format of the rows; auto: detected from the first row."""
+    columns: dict[str, str] | None = None
+    """Columns that hold the keys of the format, where they have other names: {prompt = "question"}."""
+    ignore: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Keys of rows and messages to leave out."""
     on_fault: OnFault = "stop"
     """What to do about faulty rows: stop with a message, or leave them out and count them."""
 
+    @field_validator("columns")
+    @classmethod
+    def _each_column_once(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
+        if columns and len(set(columns.values())) < len(columns):
+            raise ValueError("expected another column for each key")
+        return columns
 
-class FileData(RowData):
-    """A file. `path`: JSONL, JSON, CSV, TSV or text, relative to the recipe's folder."""
+
+class FileSource(RowSource):
+    """A file. `path`: JSONL, JSON, CSV, TSV, text or parquet, relative to the recipe's folder."""
 
     source: Literal["file"]
 
 
-class DatasetsData(RowData):
+class DatasetsSource(RowSource):
     """A data set. `path`: its name on the Hub, a short name of train/known_datasets.toml, or a folder (`./name`)."""
 
     source: Literal["datasets"]
@@ -91,10 +112,33 @@ class DatasetsData(RowData):
     """Branch, tag or commit of the Hub repository."""
 
     @model_validator(mode="after")
-    def _folders_have_no_revision(self) -> DatasetsData:
+    def _folders_have_no_revision(self) -> DatasetsSource:
         if self.revision and self.path.startswith((".", "/", "~")):
             raise ValueError(f"path = {self.path!r} is a local folder, which has no revision: leave revision out")
         return self
+
+
+class ShippedSource(_Source):
+    """A data set that comes with adapterhub."""
+
+    source: Literal["shipped"]
+    name: str = Field(min_length=1)
+
+
+class ChatterbotData(_Data, ChatterbotSource):
+    """[data] with a topic of the chatterbot corpus."""
+
+
+class FileData(_Data, FileSource):
+    """[data] with a file."""
+
+
+class DatasetsData(_Data, DatasetsSource):
+    """[data] with a data set of the `datasets` library."""
+
+
+class ShippedData(_Data, ShippedSource):
+    """[data] with a shipped data set."""
 
 
 class FeedbackData(_Data):
@@ -106,11 +150,17 @@ class FeedbackData(_Data):
     """Names and digests of the adapters whose feedback counts; None: those of `start`, or all without `start`."""
 
 
-class ShippedData(_Data):
-    """A data set that comes with adapterhub."""
+class MixData(_Data):
+    """Several sources; each is an entry [[data.sources]] with its `weight`."""
 
-    source: Literal["shipped"]
-    name: str = Field(min_length=1)
+    source: Literal["mix"]
+    sources: Annotated[
+        tuple[
+            Annotated[ChatterbotSource | FileSource | DatasetsSource | ShippedSource, Field(discriminator="source")],
+            ...,
+        ],
+        Field(strict=False, min_length=1),
+    ]
 
 
 class LoraSection(_Section):
@@ -253,7 +303,7 @@ class Recipe(_Section):
     virtual_tokens: int = Field(default=16, ge=1)
     """Number of virtual tokens of a soft prompt or prefix."""
     data: Annotated[
-        ChatterbotData | FileData | DatasetsData | FeedbackData | ShippedData, Field(discriminator="source")
+        ChatterbotData | FileData | DatasetsData | FeedbackData | ShippedData | MixData, Field(discriminator="source")
     ]
     lora: LoraSection = LoraSection()
     train: TrainSection
@@ -264,7 +314,7 @@ class Recipe(_Section):
     _folder: Path = PrivateAttr(default=Path())
 
     SECTIONS: ClassVar[dict[str, tuple[type[_Section], ...]]] = {
-        "data": (ChatterbotData, FileData, DatasetsData, FeedbackData, ShippedData),
+        "data": (ChatterbotData, FileData, DatasetsData, FeedbackData, ShippedData, MixData),
         "lora": (LoraSection,),
         "train": (TrainSection,),
         "preference": (PreferenceSection,),
@@ -297,11 +347,15 @@ class Recipe(_Section):
     def _data_conflicts(self) -> Iterator[str]:
         """Yield the conflicts between [data] and other sections."""
         data, train = self.data, self.train
-        format = data.format if isinstance(data, RowData) else "auto"
-        if format == "text" and train.loss_on != "all":
+        format = data.format if isinstance(data, RowSource) else "auto"
+        entries = data.sources if isinstance(data, MixData) else (data,)
+        has_texts = any(isinstance(entry, RowSource) and entry.format == "text" for entry in entries)
+        if isinstance(data, _Source) and data.weight != 1:
+            yield "weight divides an epoch between sources: leave it out, or list several in [[data.sources]]"
+        if has_texts and train.loss_on != "all":
             yield 'format = "text" has no answers: set loss_on = "all" in [train]'
         if self.preference:
-            if not isinstance(data, RowData | FeedbackData):
+            if not isinstance(data, RowSource | FeedbackData):
                 yield "[preference] needs preference data: set source to file, datasets or feedback in [data]"
             if format not in ("auto", "hh-rlhf"):
                 yield f"[preference] reads preference pairs and labeled replies, not {format}: leave format out"
@@ -413,7 +467,7 @@ def _fault(kind: str, loc: tuple[int | str, ...], message: str, found: Any) -> s
     if kind == "missing":
         return f"{where}: {loc[-1]} is missing"
     if kind.startswith("union_tag"):
-        return f"{where}: source: expected one of chatterbot, datasets, feedback, file, shipped"
+        return f"{where}: source: expected one of chatterbot, datasets, feedback, file, mix, shipped"
     shown = f" = {found!r}" if keys and isinstance(found, str | int | float | bool) else ""
     name = f" {keys[-1]}{shown}:" if keys else ""
     return f"{where}:{name} {message.removeprefix('Value error, ')}"

@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.bases.loading import LoadedBase, load_base
+from adapterhub.chat_template import chat_date
 from adapterhub.choice import Choice
 from adapterhub.errors import DatasetError, OutputNotFresh, RunNotResumable, UsageError
 from adapterhub.files import new_folder
@@ -88,7 +90,7 @@ def resume(
                 run.remove()
                 return end
             start = open_adapter(run.start) if run.start else None
-            inputs = _load(run.recipe, base, start, progress)
+            inputs = _load(run.recipe, base, start, progress, date=_begun_on(run))
             run.listen = listen
             memory = planned_memory(run.recipe, base, inputs.objective)
             with memory_errors_named(memory.device):
@@ -97,14 +99,22 @@ def resume(
         progress.close()
 
 
-def _load(recipe: Recipe, base: StoredBase, start: Adapter | None, progress: Progress) -> Inputs:
-    inputs = load_inputs(recipe, base, start=start)
+def _begun_on(run: RunFolder) -> date | None:
+    """Return the date that the chat template of a stopped run rendered."""
+    began = next(iter(run.events()), None)
+    return date.fromisoformat(began.date) if isinstance(began, RunStart) and began.date else None
+
+
+def _load(
+    recipe: Recipe, base: StoredBase, start: Adapter | None, progress: Progress, *, date: date | None = None
+) -> Inputs:
+    inputs = load_inputs(recipe, base, start=start, date=date)
     objective = inputs.objective
     progress.say(f"{objective.describe()}; {recipe.train.num_steps(objective.num_samples)} steps")
     report = mask_report(objective, inputs.tokenizer)
     progress.say(f"masks: {report.summary}")
     report.check()
-    for note in (*objective.notes, *report.notes):
+    for note in (*inputs.notes, *report.notes):
         progress.say(f"note: {note}")
     return inputs
 
@@ -135,7 +145,8 @@ def _train_in(
     # 3. The run record: a new one, or that of the last checkpoint.
     _open_record(run, _start_event(recipe, loaded, inputs, start))
     texts = recipe.train.prompts if recipe.train.sample_every else ()
-    prompts = FixedPrompts(texts, loaded.tokenizer, stop=inputs.stop)
+    with chat_date(inputs.date):
+        prompts = FixedPrompts(texts, loaded.tokenizer, stop=inputs.stop)
 
     # 4. Held-out loss of the base, and of what training starts from.
     objective.set_reference(model)
@@ -243,6 +254,7 @@ def _start_event(recipe: Recipe, loaded: LoadedBase, inputs: Inputs, start: Adap
         samples=inputs.objective.num_samples,
         seed=recipe.seed,
         stop=list(inputs.stop),
+        date=inputs.date.isoformat() if inputs.date else None,
         start_digest=start.digest if start else None,
         versions={"python": platform.python_version(), **{name: _version(name) for name in _VERSIONS_OF}},
     )

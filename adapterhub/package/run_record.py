@@ -46,6 +46,8 @@ class RunStart(Strict):
     """Digest of the adapter that the run started from; None: a new one."""
     stop: list[str] = Field(default_factory=list)
     """Strings that end an answer under the run's chat template, besides EOS."""
+    date: str | None = None
+    """Date (YYYY-MM-DD) that the chat template rendered; None: it does not read the clock."""
     versions: dict[str, str]
 
 

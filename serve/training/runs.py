@@ -20,6 +20,7 @@ import time
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -308,8 +309,10 @@ def check_paths(recipe: str) -> None:
     except (ValueError, RecursionError) as error:  # tomllib's own, a number too long, brackets too deep
         raise UsageError(f"the recipe is not valid TOML: {error}. Correct it.") from error
     data = raw.get("data")
-    for key in ("path", "template"):
-        path = data.get(key) if isinstance(data, dict) else None
+    sources = data.get("sources") if isinstance(data, dict) else None
+    tables = [table for table in (data, *(sources if isinstance(sources, list) else ())) if isinstance(table, dict)]
+    for table, key in product(tables, ("path", "template")):
+        path = table.get(key)
         if isinstance(path, str) and (Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts):
             raise UsageError(
                 f"{key} = {path!r} is outside the server's training folder: expected data/NAME. Put the file "
@@ -323,8 +326,13 @@ def check_paths(recipe: str) -> None:
 
 
 def _last_line(output: str) -> str:
+    """Return the last line of an output, or its last error with the indented lines of its faults."""
     lines = output.strip().splitlines()
-    return lines[-1].removeprefix("adapterhub: ")[:_MAX_MESSAGE] if lines else ""
+    start = len(lines) - 1
+    while start > 1 and lines[start - 1].startswith("  "):
+        start -= 1
+    start -= start < len(lines) - 1
+    return "\n".join(lines[start:]).removeprefix("adapterhub: ")[:_MAX_MESSAGE] if lines else ""
 
 
 def _start_of_process(pid: int) -> float | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import pytest
 
 from adapterhub.errors import RecipeError
-from train.recipe import FileData, Recipe, read_recipe
+from train.recipe import FileData, MixData, Recipe, read_recipe
 
 SOUND = """
 name = "mine"
@@ -88,7 +89,7 @@ def test_missing_key_is_named(tmp_path: Path) -> None:
 
 def test_unknown_source_lists_the_known(tmp_path: Path) -> None:
     text = fault(tmp_path, SOUND.replace('source = "file"', 'source = "web"'))
-    assert "source: expected one of chatterbot, datasets, feedback, file, shipped" in text
+    assert "source: expected one of chatterbot, datasets, feedback, file, mix, shipped" in text
 
 
 def test_key_of_another_source_is_refused(tmp_path: Path) -> None:
@@ -210,3 +211,66 @@ def test_several_conflicts_are_reported_at_once(tmp_path: Path) -> None:
 def test_a_folder_of_data_with_a_revision(tmp_path: Path) -> None:
     text = SOUND.replace('source = "file"\npath = "lines.jsonl"', 'source = "datasets"\npath = "./x"\nrevision = "v1"')
     assert "path = './x' is a local folder, which has no revision" in fault(tmp_path, text)
+
+
+MIX = """
+name = "mine"
+base = "smollm2-135m-instruct"
+
+[data]
+source = "mix"
+date = 2026-12-01
+duplicates = "keep"
+
+[[data.sources]]
+source = "file"
+path = "a.jsonl"
+columns = {prompt = "question"}
+ignore = ["notes"]
+weight = 2
+
+[[data.sources]]
+source = "shipped"
+name = "captain"
+weight = 0.5
+
+[train]
+epochs = 2
+"""
+
+
+def test_a_mix_of_sources_reads_back_equal(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, MIX))
+    assert isinstance(recipe.data, MixData)
+    assert [source.weight for source in recipe.data.sources] == [2, 0.5]
+    assert recipe.data.date == datetime.date(2026, 12, 1)
+    assert read_recipe(write(tmp_path, recipe.to_toml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("weight = 2", "weight = 0", "[data]: weight = 0: Input should be greater than 0"),
+        ("weight = 2", "held_out = 3", "[data]: unknown key 'held_out'"),
+        ('path = "a.jsonl"', "", "[data]: path is missing"),
+        ('source = "shipped"', 'source = "feedback"', "[data]: source: expected one of"),
+        ("[train]", '[preference]\nmethod = "dpo"\n[train]', "needs preference data"),
+        ('ignore = ["notes"]', 'format = "text"', 'format = "text" has no answers'),
+        ('prompt = "question"', 'prompt = "question", response = "question"', "expected another column for each key"),
+        ("date = 2026-12-01", 'date = "today"', "[data]: date = 'today'"),
+        ('duplicates = "keep"', 'duplicates = "maybe"', "[data]: duplicates = 'maybe'"),
+    ],
+)
+def test_a_mix_that_is_none(tmp_path: Path, old: str, new: str, words: str) -> None:
+    assert words in fault(tmp_path, MIX.replace(old, new))
+
+
+def test_a_weight_without_other_sources(tmp_path: Path) -> None:
+    text = fault(tmp_path, SOUND.replace("path =", "weight = 2\npath ="))
+    assert "weight divides an epoch between sources: leave it out" in text
+
+
+def test_the_documents_name_every_key() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    keys = {key for models in Recipe.SECTIONS.values() for model in models for key in model.model_fields}
+    assert {key for key in keys if f"`{key}`" not in page} == set()

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from adapterhub.adapter import Adapter
+from adapterhub.chat_template import check_template, render_chat
 from adapterhub.errors import RecipeError
 from adapterhub.files import expanded
 from adapterhub.package.layout import TEMPLATE_NAME
+from train.data.tokenization import THINK
 from train.recipe import SHIPPED_TEMPLATES, Recipe
 
 _STOPS: dict[str, tuple[str, ...]] = {"guanaco": ("### Human:",)}
@@ -51,6 +53,28 @@ def chat_template_of(recipe: Recipe, start: Adapter | None) -> ChatTemplate:
     return chosen
 
 
+def template_notes(tokenizer: Any) -> list[str]:
+    """Return what a reader should know about the tokenizer's chat template: how it opens answers and thoughts."""
+    question, answer = {"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}
+    try:
+        plain = render_chat(tokenizer, [question])
+        prompt = render_chat(tokenizer, [question], add_generation_prompt=True)
+        whole = render_chat(tokenizer, [question, answer])
+    except Exception:  # the data may have what the template wants; if not, its rows are reported
+        return []
+    if prompt.rstrip().endswith(THINK):
+        return [f"the chat template opens {THINK} in every prompt: the thoughts of each trained answer follow it"]
+    opening = whole[len(prompt) :].partition(str(answer["content"]))[0].strip()
+    if not whole.startswith(prompt) or not opening:
+        return []
+    if prompt == plain:
+        return [
+            f"the chat template has no generation prompt: {opening!r} is trained as a part of each answer, and a "
+            "server's answers begin with it"
+        ]
+    return [f"the chat template writes {opening!r} between prompt and answer: it is trained as a part of the answer"]
+
+
 def _named(name: str, folder: Path) -> ChatTemplate:
     if name in SHIPPED_TEMPLATES:
         shipped = package_files("train") / "chat_templates" / f"{name}.jinja"
@@ -58,7 +82,7 @@ def _named(name: str, folder: Path) -> ChatTemplate:
     path = folder / expanded(name)
     try:
         text = path.read_text(encoding="utf-8")
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+        check_template(text)
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(
             f"cannot read template {path} ({error}): expected a Jinja file. Correct template in [data]."

@@ -18,8 +18,8 @@ from adapterhub.errors import DatasetError
 from adapterhub.files import expanded
 from adapterhub.strict import Strict
 from train.data.formats import FormatName
-from train.data.readers import Row, Rows
-from train.recipe import DatasetsData
+from train.data.readers import Row, Rows, without_nulls
+from train.recipe import DatasetsSource
 
 
 class KnownDataset(Strict):
@@ -37,7 +37,7 @@ def known_dataset(name: str) -> KnownDataset | None:
     return _known().get(name)
 
 
-def read_dataset(data: DatasetsData, *, folder: Path) -> Rows:
+def read_dataset(data: DatasetsSource, *, folder: Path) -> Rows:
     """Read all rows of one split.
 
     A path that starts with `.`, `/` or `~` is a local folder, relative to `folder`. Raises DatasetError when the
@@ -66,7 +66,7 @@ def read_dataset(data: DatasetsData, *, folder: Path) -> Rows:
         ) from error
 
 
-def _load(datasets: Any, data: DatasetsData, folder: Path) -> Any:
+def _load(datasets: Any, data: DatasetsSource, folder: Path) -> Any:
     if data.path.startswith((".", "/", "~")):
         place = folder / expanded(data.path)
         if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
@@ -93,7 +93,7 @@ def _split_of(saved: Any, split: str) -> Any:
 
 def _rows(found: Any, name: str) -> Iterator[Row]:
     for number, value in enumerate(found, start=1):
-        yield Row(f"{name} row {number}", value)
+        yield Row(f"{name} row {number}", without_nulls(value))
 
 
 def _first_line(error: Exception) -> str:

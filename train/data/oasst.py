@@ -8,10 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from train.data.conversation import Message, messages_of
+from train.data.conversation import Message, check_keys, messages_of
 from train.data.readers import Row
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
+KEYS = (
+    "message_id", "parent_id", "user_id", "message_tree_id", "tree_state", "created_date", "text", "role", "lang",
+    "rank", "review_count", "review_result", "deleted", "synthetic", "model_name", "detoxify", "emojis", "labels",
+    "replies", "prompt", "events", "safe_labels", "safety",
+)  # fmt: skip
+"""Keys of messages and trees as OpenAssistant published them. Only text, role, rank and state are used."""
 
 
 def trees_of(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
@@ -72,6 +78,7 @@ def top_ranked(tree: dict[str, Any]) -> tuple[Message, ...]:
     while node is not None:
         if not isinstance(node, dict):
             raise ValueError("a reply is not an object")
+        check_keys(node, KEYS, what="a message has the")
         role = node.get("role")
         if not isinstance(role, str) or role not in _ROLES:
             raise ValueError(f"role {role!r} is neither prompter nor assistant")

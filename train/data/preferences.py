@@ -7,15 +7,16 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from adapterhub.errors import DatasetError
-from train.data.conversation import Conversation, counted, listed, messages_of
-from train.data.formats import OnFault, hh_rlhf_turns
+from train.data.conversation import Conversation, check_keys, counted, listed, messages_of, tools_of, with_advice
+from train.data.formats import OnFault, hh_rlhf_turns, unused_keys, unused_note
 from train.data.readers import Rows
 from train.data.tokenization import ChatTokenizer, Sample, check_has_template, check_rendered, split, tokenize
 from train.recipe import PreferenceMethod
 
+_KEYS = ("prompt", "chosen", "rejected", "completion", "label", "tools")
 _CUT, _UNTRAINED = "cut", "untrained"
 
 
@@ -87,17 +88,18 @@ class _Line:
 
 def read_preferences(
     rows: Rows, tokenizer: ChatTokenizer, *, name: str, method: PreferenceMethod, held_out: float, max_length: int,
-    seed: int, on_fault: OnFault = "stop",
+    seed: int, on_fault: OnFault = "stop", duplicates: Literal["remove", "keep"] = "remove",
 ) -> PreferenceData:  # fmt: skip
     """Parse, split by question, and tokenize rows in TRL's formats.
 
     A row has `prompt`, `chosen` and `rejected` (lists of messages, or texts), or for KTO `prompt`, `completion` and
-    `label`. Without `prompt`, the prompt is what both replies begin with, as in hh-rlhf's dialogues. KTO reads a pair
-    as two labeled replies. Raises DatasetError with file and line of each fault.
+    `label`, and may have `tools`. Without `prompt`, the prompt is what both replies begin with, as in hh-rlhf's
+    dialogues. KTO reads a pair as two labeled replies. Raises DatasetError with file and line of each fault.
     """
     check_has_template(tokenizer)
     lines, notes = _read_lines(rows, name, method, on_fault)
-    distinct = list({(line.reply.messages, _messages(line.rejected), line.label): line for line in lines}.values())
+    keyed = {(line.reply.messages, _messages(line.rejected), line.label, line.reply.tools): line for line in lines}
+    distinct = list(keyed.values()) if duplicates == "remove" else lines
     if dropped := len(lines) - len(distinct):
         notes.append(f"left out {counted(dropped, 'duplicate row')}")
     counts = Counter[str]()
@@ -133,38 +135,41 @@ def _read_lines(
 ) -> tuple[list[_Line], list[str]]:  # fmt: skip
     lines: list[_Line] = []
     faults = list(rows.faults)
+    unused: dict[str, None] = {}
     for row in rows.rows:
         try:
+            check_keys(row.value, _KEYS, what="the row has the")
             lines += _parse(row.value, row.where, method)
+            unused |= dict.fromkeys(unused_keys(row.value, _KEYS))
         except ValueError as error:
             faults.append(f"{row.where}: {error}")
     if faults and on_fault == "stop":
-        raise DatasetError(
-            f'{name} has {listed(faults)}. Correct these rows, or set on_fault = "skip" in [data] to leave them out.'
-        )
+        advice = 'Correct these rows, or set on_fault = "skip" in [data] to leave them out.'
+        raise DatasetError(with_advice(f"{name} has {listed(faults)}", advice))
     if not lines:
         expected = '"completion" and "label"' if method == "kto" else '"chosen" and "rejected"'
         what = "labeled replies" if method == "kto" else "preference pairs"
         raise DatasetError(
             f'{name} has no {what}: expected "prompt", {expected} in each row. Check path and method in the recipe.'
         )
-    return lines, [f"left out {listed(faults)}"] if faults else []
+    return lines, [*([f"left out {listed(faults)}"] if faults else []), *unused_note(unused)]
 
 
 def _parse(raw: dict[str, Any], where: str, method: PreferenceMethod) -> Iterable[_Line]:
+    tools = tools_of(raw.get("tools"))
     if "completion" in raw and method == "kto":
         if not isinstance(raw.get("label"), bool):
             raise ValueError(f'"label" is {raw.get("label")!r}, expected true or false')
         turns = [*_prompt(raw), *_reply(raw, "completion")]
-        return [_Line(Conversation(messages_of(turns), where), label=raw["label"])]
+        return [_Line(Conversation(messages_of(turns), where, tools), label=raw["label"])]
     chosen, rejected = (messages_of(turns) for turns in _dialogues(raw))
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same")
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected reply to different prompts")
     if method == "kto":
-        return [_Line(Conversation(chosen, where)), _Line(Conversation(rejected, where), label=False)]
-    return [_Line(Conversation(chosen, where), rejected=Conversation(rejected, where))]
+        return [_Line(Conversation(chosen, where, tools)), _Line(Conversation(rejected, where, tools), label=False)]
+    return [_Line(Conversation(chosen, where, tools), rejected=Conversation(rejected, where, tools))]
 
 
 def _dialogues(raw: dict[str, Any]) -> list[list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from importlib.resources import files as package_files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -12,39 +13,52 @@ import yaml
 from adapterhub.errors import DatasetError, RecipeError
 from adapterhub.files import expanded
 from train.data.conversation import Conversation, Message, Source
-from train.data.formats import FormatName, OnFault, examples_of
+from train.data.formats import FormatName, OnFault, arranged, examples_of
 from train.data.hf_datasets import known_dataset, read_dataset
 from train.data.readers import Rows, read_rows
-from train.recipe import ChatterbotData, DatasetsData, FeedbackData, Recipe, RowData, ShippedData
+from train.recipe import ChatterbotSource, DatasetsSource, FeedbackData, MixData, Recipe, RowSource, ShippedSource
 
 
 def read_source(recipe: Recipe) -> Source:
     """Read the examples that [data] of the recipe names. Raises DatasetError."""
     data = recipe.data
-    if isinstance(data, ChatterbotData):
+    if not isinstance(data, MixData):
+        return _read(data, recipe.folder)
+    parts = tuple(replace(_read(entry, recipe.folder), weight=entry.weight) for entry in data.sources)
+    examples = tuple(example for part in parts for example in part.examples)
+    notes = tuple(f"{part.name}: {note}" for part in parts for note in part.notes)
+    return Source(" + ".join(part.name for part in parts), examples, notes, parts=parts)
+
+
+def _read(data: object, folder: Path) -> Source:
+    if isinstance(data, ChatterbotSource):
         return read_chatterbot(data.topic)
-    if isinstance(data, ShippedData):
+    if isinstance(data, ShippedSource):
         return read_shipped(data.name)
-    name, rows, format = rows_of(recipe)
-    assert isinstance(data, RowData), "rows_of accepted it"
-    return examples_of(rows, name=name, format=format, on_fault=data.on_fault)
-
-
-def rows_of(recipe: Recipe) -> tuple[str, Rows, FormatName | None]:
-    """Return (name, rows, format) of a recipe whose data are rows; format None: detect it. Raises DatasetError."""
-    data = recipe.data
     if isinstance(data, FeedbackData):
         raise RecipeError(
             'the recipe has source = "feedback": expected a file of it. Run it with `adapterhub train`, which exports '
             'the feedback first, or use `adapterhub feedback export` and source = "file".'
         )
-    assert isinstance(data, RowData), "the other sources have no rows"
+    assert isinstance(data, RowSource), "the others are above"
+    name, rows, format = rows_of(data, folder)
+    return examples_of(rows, name=name, format=format, on_fault=data.on_fault)
+
+
+def rows_of(data: RowSource, folder: Path) -> tuple[str, Rows, FormatName | None]:
+    """Return (name, rows, format) of data that are rows; format None: detect it. Raises DatasetError.
+
+    A relative path starts at `folder`.
+    """
     format = None if data.format == "auto" else data.format
-    if isinstance(data, DatasetsData):
+    if isinstance(data, DatasetsSource):
         known = known_dataset(data.path)
-        return data.path, read_dataset(data, folder=recipe.folder), format or (known.format if known else None)
-    path = recipe.folder / expanded(data.path)
-    return path.name, read_rows(path), format
+        name, rows = data.path, read_dataset(data, folder=folder)
+        format = format or (known.format if known else None)
+    else:
+        path = folder / expanded(data.path)
+        name, rows = path.name, read_rows(path)
+    return name, arranged(rows, columns=data.columns or {}, ignore=data.ignore), format
 
 
 def read_file(path: Path | Traversable, *, name: str, format: FormatName | None = None, on_fault: OnFault = "stop") -> Source:  # fmt: skip  # noqa: E501

@@ -127,7 +127,7 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
         tokens=tokens,
         data=objective.describe(),
         data_sha256=objective.digest,
-        notes=[*objective.notes, *masks.notes, *other_ends(base.path, inputs.tokenizer)],
+        notes=[*inputs.notes, *masks.notes, *other_ends(base.path, inputs.tokenizer)],
         masks=masks,
         parameters=model.parameters,
         trainable_parameters=model.trainable,

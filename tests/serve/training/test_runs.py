@@ -32,7 +32,7 @@ from serve.api.body import BodyReader
 from serve.api.lanes import Lanes
 from serve.api.route import RequestGuard
 from serve.api.training import training_routes
-from serve.training.runs import TrainingRuns, _is_start, _start_of_process, check_paths
+from serve.training.runs import TrainingRuns, _is_start, _last_line, _start_of_process, check_paths
 
 RECIPE = """
 name = "mine"
@@ -279,6 +279,8 @@ def test_training_is_for_administrators(folder: Path, route: str) -> None:
 def test_a_recipe_that_reaches_for_the_servers_files(path: str) -> None:
     with pytest.raises(UsageError, match="is outside the server's training folder"):
         check_paths(RECIPE.replace("data/lines.jsonl", path))
+    with pytest.raises(UsageError, match="is outside the server's training folder"):
+        check_paths(f'[data]\nsource = "mix"\n[[data.sources]]\nsource = "file"\npath = "{path}"\n')
 
 
 @pytest.mark.parametrize("line", ['base = "/models/x"', 'base = "tiny"\nstart = "./x"'])
@@ -356,3 +358,17 @@ def test_a_process_that_ended_has_no_start() -> None:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie now
         assert _start_of_process(child.pid) is None
     assert _start_of_process(child.pid) is None
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("", ""),
+        ("masks: ok\nadapterhub: no room. Free some.\n", "no room. Free some."),
+        ("adapterhub: old\nstep 1\n  step 2\nadapterhub: x has 2 faults:\n  x:1: a\n  x:2: b\nCorrect them.",
+         "x has 2 faults:\n  x:1: a\n  x:2: b\nCorrect them."),
+        ("adapterhub: old\nstep 1\nstep 2", "step 2"),
+    ],
+)  # fmt: skip
+def test_the_message_of_a_run_is_its_last_line_or_error(output: str, message: str) -> None:
+    assert _last_line(output) == message

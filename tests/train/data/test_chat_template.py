@@ -171,6 +171,28 @@ def test_a_template_file_stands_beside_the_recipe(tmp_path: Path, tiny_base: Sto
 
 
 @pytest.mark.parametrize(
+    ("template", "data", "words"),
+    [
+        ("dated", {}, "this run renders 20"),
+        ("dated", {"date": "2026-12-01"}, ""),
+        ("noprompt", {}, "the chat template has no generation prompt"),
+        ("generation", {}, ""),
+    ],
+)
+def test_what_a_reader_should_know_about_a_template_is_noted(
+    tmp_path: Path, tiny_base: StoredBase, template: str, data: dict[str, str], words: str
+) -> None:
+    shutil.copy(Path(__file__).parents[2] / f"fixtures/chat_templates/{template}.jinja", tmp_path)
+    recipe = make_recipe(tmp_path, data={"template": f"{template}.jinja", **data})
+    inputs = load_inputs(recipe, tiny_base, start=None)
+    assert len(inputs.notes) == bool(words)
+    assert all(words in note for note in inputs.notes)
+    assert (inputs.date is not None) == (template == "dated")
+    if "date" in data:
+        assert "Today is 01 Dec 2026." in inputs.tokenizer.decode(inputs.objective.samples_at(0)[0].tokens)
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         (None, "cannot read template"),

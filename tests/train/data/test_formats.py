@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, get_args
 
 import pytest
 
 from adapterhub.errors import DatasetError
 from train.data.conversation import Conversation, Source, Text
-from train.data.formats import FORMATS, FormatName, OnFault, detect, examples_of
+from train.data.formats import FORMATS, FormatName, OnFault, arranged, detect, examples_of
 from train.data.readers import Row, Rows
 
 U, A, S = "user", "assistant", "system"
@@ -37,6 +38,25 @@ ROWS: dict[FormatName, tuple[dict[str, Any], list[list[tuple[str, str]]]]] = {
         {"instruction": "Name the odd one.", "input": "cat, dog, car", "output": "car", "text": "Below is ..."},
         [[(U, "Name the odd one.\n\n### Input:\ncat, dog, car"), (A, "car")]],
     ),
+    "dolly": (
+        {"instruction": "Who wrote it?", "context": "Darwin wrote it.", "response": "Darwin.", "category": "closed_qa"},
+        [[(U, "Who wrote it?\n\n### Input:\nDarwin wrote it."), (A, "Darwin.")]],
+    ),
+    "prompt-response": ({"prompt": "Hi?", "response": "Ho."}, [[(U, "Hi?"), (A, "Ho.")]]),
+    "prompt-completion": (
+        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"}],
+         "completion": [{"role": "assistant", "content": "Ho."}]},
+        [[(S, "Be brief."), (U, "Hi?"), (A, "Ho.")]],
+    ),
+    "openorca": (
+        {"id": "niv.1", "system_prompt": "Be brief.", "question": "Hi?", "response": "Ho."},
+        [[(S, "Be brief."), (U, "Hi?"), (A, "Ho.")]],
+    ),
+    "flan": ({"inputs": "Hi?", "targets": "Ho.", "task": "greet"}, [[(U, "Hi?"), (A, "Ho.")]]),
+    "ultrachat": (
+        {"id": "0", "data": ["Hi?", "Ho.", "And?", "So."]},
+        [[(U, "Hi?"), (A, "Ho."), (U, "And?"), (A, "So.")]],
+    ),
     "guanaco": (
         {"text": "### Human: Hi?### Assistant: Ho.### Human: And?### Assistant: So on.### Human: More"},
         [[(U, "Hi?"), (A, "Ho."), (U, "And?"), (A, "So on.")]],
@@ -44,10 +64,6 @@ ROWS: dict[FormatName, tuple[dict[str, Any], list[list[tuple[str, str]]]]] = {
     "chip2": (
         {"text": "<human>: Hi?\n<bot>: Ho.\nHum.", "metadata": {"source": "unified_chip2"}},
         [[(U, "Hi?"), (A, "Ho.\nHum.")]],
-    ),
-    "prompt-completion": (
-        {"prompt": [{"role": "user", "content": "Hi."}], "completion": [{"role": "assistant", "content": "Ho."}]},
-        [[(U, "Hi."), (A, "Ho.")]],
     ),
     "self-instruct": (
         {"prompt": "Name a ship.\n\nOutput:", "completion": " The Beagle.<|endoftext|>"},
@@ -178,3 +194,178 @@ def test_leaving_out_every_row_leaves_nothing() -> None:
 def test_rows_without_an_answer_are_counted() -> None:
     found = read(ROWS["vicuna"][0], {"conversations": [{"from": "gpt", "value": "x"}]}, format="vicuna")
     assert found.notes == ("left out 1 row without an answer",)
+
+
+UNKNOWN = {"notes": "Be rude.", "functions": [{"name": "f"}], "weight": 0, "documents": [{"text": "x"}], "flag": False}
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("text", "oasst1")])
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_a_key_that_no_format_reads_is_refused_in_every_format(name: FormatName, key: str) -> None:
+    text = refusal(ROWS[name][0] | {key: UNKNOWN[key]}, format=name)
+    assert f'the row has the unknown key {key!r} (ignore = ["{key}"] in [data] leaves it out)' in text
+
+
+@pytest.mark.parametrize("key", ["notes", "weight", "train_detail", "function_call", "refusal"])
+@pytest.mark.parametrize("name", ["chat", "sharegpt", "prompt-completion"])
+def test_a_key_of_a_message_that_no_template_gets_is_refused(name: FormatName, key: str) -> None:
+    row = json.loads(json.dumps(ROWS[name][0]))
+    messages = next(value for value in reversed(row.values()) if isinstance(value, list))
+    messages[-1][key] = {"weight": 0.5}.get(key, "x")
+    words = "has weight 0.5, expected 0 or 1" if key == "weight" else f"unknown key {key!r}"
+    assert words in refusal(row, format=name)
+
+
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+def test_an_unknown_key_without_a_value_says_nothing(empty: object) -> None:
+    row = {"messages": [m | {"refusal": empty} for m in ROWS["chat"][0]["messages"]], "functions": empty}
+    assert read(row).notes == ()
+
+
+def test_keys_that_only_describe_a_row_or_message_are_listed_once() -> None:
+    chat = {"messages": [m | {"timestamp": "12:00"} for m in ROWS["chat"][0]["messages"]], "source": "web"}
+    found = read(chat | {"prompt_id": "7"}, chat)
+    assert found.notes == ("left out: source, prompt_id, timestamp (keys that are not part of the text)",)
+
+
+@pytest.mark.parametrize(
+    "name", ["chat", "sharegpt", "alpaca", "dolly", "prompt-response", "openorca", "self-instruct"]
+)
+def test_a_system_column_is_the_first_message(name: FormatName) -> None:
+    row = {key: value for key, value in ROWS[name][0].items() if key != "system_prompt"}
+    expected = [turn for turn in ROWS[name][1][0] if turn[0] != S]
+    if name == "sharegpt":
+        row["conversations"] = row["conversations"][1:]
+    assert said(read(row | {"system": "Be kind."}, format=name)) == [[(S, "Be kind."), *expected]]
+
+
+def test_two_system_messages_of_a_row() -> None:
+    assert "system message and that of its messages differ" in refusal(ROWS["sharegpt"][0] | {"system": "Be kind."})
+    assert said(read(ROWS["sharegpt"][0] | {"system": "Be brief."})) == ROWS["sharegpt"][1]
+    assert "different system messages" in refusal(ROWS["openorca"][0] | {"system": "Be kind."})
+
+
+@pytest.mark.parametrize("name", ["alpaca", "dolly", "prompt-response", "openorca"])
+def test_history_comes_before_the_question(name: FormatName) -> None:
+    row = ROWS[name][0] | {"history": [["One?", "1"], ["Two?", "2"]]}
+    before, expected = [(U, "One?"), (A, "1"), (U, "Two?"), (A, "2")], ROWS[name][1][0]
+    system = [turn for turn in expected if turn[0] == S]
+    assert said(read(row, format=name)) == [[*system, *before, *expected[len(system) :]]]
+
+
+@pytest.mark.parametrize("history", [["One?"], [["One?"]], [["One?", ""]], "One?", [["One?", "1", "2"]]])
+def test_history_that_is_not_pairs(history: object) -> None:
+    assert "'history'" in refusal(ROWS["alpaca"][0] | {"history": history})
+
+
+def test_only_the_completion_of_trls_messages_is_trained() -> None:
+    prompt = [*ROWS["chat"][0]["messages"], {"role": "user", "content": "And?"}]
+    found = read({"prompt": prompt, "completion": [{"role": "assistant", "content": "So."}]}).examples[0]
+    assert isinstance(found, Conversation)
+    assert [message.is_trained for message in found.messages if message.role == "assistant"] == [False, True]
+
+
+def test_the_prompt_of_an_ultrachat_row_is_its_first_question() -> None:
+    assert said(read(ROWS["chat"][0] | {"prompt": "Hi?", "prompt_id": "x"})) == ROWS["chat"][1]
+    assert "'prompt' is none of the questions" in refusal(ROWS["chat"][0] | {"prompt": "Who?"})
+
+
+def test_columns_name_the_keys_of_a_format() -> None:
+    rows = Rows((Row("x:1", {"question": "Hi?", "answer": "Ho.", "why": "So."}),), ())
+    found = arranged(rows, columns={"prompt": "question", "response": "answer"}, ignore=["why"])
+    assert said(examples_of(found, name="x", format=None)) == [[(U, "Hi?"), (A, "Ho.")]]
+
+
+def test_a_column_under_a_key_that_the_row_has_too() -> None:
+    rows = Rows((Row("x:1", {"question": "Hi?", "prompt": "Hm?", "response": "Ho."}),), ())
+    found = arranged(rows, columns={"prompt": "question"}, ignore=[])
+    assert found.faults == (
+        "x:1: columns gives 'question' as 'prompt', which the row has too (ignore = [\"prompt\"] in [data] leaves it "
+        "out)",
+    )
+    swapped = arranged(rows, columns={"prompt": "question", "question": "prompt"}, ignore=[])
+    assert swapped.rows[0].value == {"prompt": "Hi?", "question": "Hm?", "response": "Ho."}
+
+
+def test_ignored_keys_of_messages_are_left_out() -> None:
+    rows = Rows((Row("x:1", {"messages": [m | {"mood": "good"} for m in ROWS["chat"][0]["messages"]]}),), ())
+    assert said(examples_of(arranged(rows, columns={}, ignore=["mood"]), name="x", format=None)) == ROWS["chat"][1]
+
+
+HI = {"content": "Hi?"}
+CALL = {"type": "function", "id": "a1", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"tool_calls": [CALL]},
+        {"tool_calls": json.dumps([CALL])},
+        {"tool_calls": [{"id": "a1", "name": "add", "arguments": {"a": 1}}]},
+    ],
+)
+def test_a_call_reaches_the_template_in_openais_form_with_its_arguments_parsed(call: dict[str, Any]) -> None:
+    messages = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": None, **call},
+        {"role": "tool", "tool_call_id": "a1", "name": "add", "content": "1"},
+        {"role": "assistant", "content": "It is 1."},
+    ]
+    found = read({"messages": messages, "tools": [{"name": "add", "parameters": {}}]}).examples[0]
+    assert isinstance(found, Conversation)
+    assert found.messages[1].for_template() == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "a1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+    }
+    assert found.messages[2].for_template() == {"role": "tool", "content": "1", "tool_call_id": "a1", "name": "add"}
+    assert json.loads(found.tools) == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (
+            [{"role": "user", "content": "x", "tool_calls": [CALL]}],
+            "message 1 (user) has tool_calls, which only an answer",
+        ),
+        (
+            [{"role": "user", "content": "x", "thinking": "Hm."}],
+            "message 1 (user) has thoughts, which only an answer has",
+        ),
+        ([{"role": "user", "content": "x", "weight": 1}], "message 1 (user) has weight 1: only answers are trained"),
+        ([{"role": "user", "content": "x", "train": "no"}], "has train 'no', expected true or false"),
+        ([{"role": "assistant", "content": "x", "weight": 0, "train": True}], "which contradict each other"),
+        ([{"role": "assistant", "content": "x", "reasoning": "a", "thinking": "b"}], "different thoughts under"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "a tool call of message 1 (assistant) names no function"),
+        ([{"role": "assistant", "tool_calls": [{**CALL, "extra": 1}]}], "unknown key 'extra'"),
+        ([{"role": "assistant", "tool_calls": "["}], "'tool_calls' of message 1 (assistant) is not JSON"),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}],
+            "the arguments of f in message 1 (assistant) are not an object",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            "a part of type 'image_url': only text",
+        ),
+        (
+            [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "tool_calls": [CALL]},
+                {"role": "user", "content": "y"},
+            ],
+            "message 3 has role user, expected tool",
+        ),
+        (
+            [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}],
+            "message 2 has role tool, expected assis",
+        ),
+    ],
+)
+def test_a_message_whose_keys_contradict_it(messages: list[dict[str, Any]], words: str) -> None:
+    assert words in refusal({"messages": messages})
+
+
+@pytest.mark.parametrize("tools", ["[", "{}x", [1], {"a": 1}, [{"type": "function", "function": {}}]])
+def test_tools_that_are_none(tools: object) -> None:
+    assert "tool" in refusal(ROWS["chat"][0] | {"tools": tools})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -64,6 +65,24 @@ def test_messages_of_trees_come_through_the_library_as_from_a_file(tmp_path: Pat
     datasets.Dataset.from_list(TREE).save_to_disk(tmp_path / "oasst")
     (talk,) = read_source(recipe(tmp_path, "./oasst")).examples
     assert [message.content for message in talk.messages] == ["text p", "text a0", "text q0", "text a3"]  # type: ignore[union-attr]
+
+
+def test_keys_that_arrow_adds_to_objects_say_nothing(tmp_path: Path) -> None:
+    call = {"function": {"name": "look", "arguments": {"town": "T"}}}
+    other = {"function": {"name": "add", "arguments": {"a": 1}}}
+    rows = [
+        {"messages": [
+            {"role": "user", "content": "Go."},
+            {"role": "assistant", "content": "Yes.", "tool_calls": [made]},
+            {"role": "tool", "content": "done", "tool_call_id": "1"},
+            {"role": "assistant", "content": "Done.", "weight": 1},
+        ]}
+        for made in (call, other)
+    ]  # fmt: skip
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    talks = read_source(recipe(tmp_path, "./saved")).examples
+    made = [json.loads(talk.messages[1].tool_calls)[0]["function"] for talk in talks]  # type: ignore[union-attr]
+    assert made == [call["function"], other["function"]]
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

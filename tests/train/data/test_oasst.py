@@ -95,7 +95,7 @@ def test_a_rank_that_is_not_a_number(rank: Any) -> None:
 
 def test_messages_in_a_circle_belong_to_no_tree() -> None:
     circle = [message("a5", "q5"), message("q5", "a5")]
-    assert "x:11: no prompt above it" in refusal(*TREE, *circle)
+    assert "x:11, x:12: no prompt above it" in refusal(*TREE, *circle)
 
 
 def test_an_answer_to_an_answer() -> None:

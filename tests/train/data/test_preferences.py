@@ -67,6 +67,7 @@ def test_a_repeated_line_counts_once(tmp_path: Path, tokenizer: Any) -> None:
     found = read(tmp_path, [pair(1), pair(1), pair(2)], tokenizer, held_out=0)
     assert len(found.train) == 2
     assert "left out 1 duplicate row" in found.notes
+    assert len(read(tmp_path, [pair(1), pair(1), pair(2)], tokenizer, held_out=0, duplicates="keep").train) == 3
 
 
 def test_labels_and_pairs_both_teach_kto(tmp_path: Path, tokenizer: Any) -> None:
@@ -153,3 +154,23 @@ def test_faulty_pairs_can_be_left_out(tmp_path: Path, tokenizer: Any) -> None:
     found = read(tmp_path, [pair(0), {"chosen": 1}, pair(2)], tokenizer, held_out=0, on_fault="skip")
     assert len(found.train) == 2
     assert found.notes[0].startswith("left out 1 fault: votes.jsonl:2:")
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+@pytest.mark.parametrize("key", ["system", "margin", "history", "weight"])
+def test_a_key_of_a_row_that_nobody_reads_is_refused(
+    tmp_path: Path, tokenizer: Any, method: PreferenceMethod, key: str
+) -> None:
+    rows = [(label(n, bool(n % 2)) if method == "kto" else pair(n)) | {key: "x"} for n in range(12)]
+    text = fault(tmp_path, rows, tokenizer, method)
+    assert f'the row has the unknown key {key!r} (ignore = ["{key}"] in [data] leaves it out)' in text
+
+
+def test_keys_that_describe_a_row_are_listed_once(tmp_path: Path, tokenizer: Any) -> None:
+    found = read(tmp_path, [pair(n) | {"id": str(n), "score_chosen": 9.5} for n in range(12)], tokenizer)
+    assert found.notes == ("left out: id, score_chosen (keys that are not part of the text)",)
+
+
+def test_tools_that_the_template_ignores(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [pair(n) | {"tools": [{"name": "add", "parameters": {}}]} for n in range(12)]
+    assert "the chat template ignores the tools" in fault(tmp_path, rows, tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,9 @@ def places(found: Rows) -> list[tuple[str, str]]:
         ("a.json", '{"a": 1}', [("1", "1")]),
         ("a.csv", 'a,b\n1,x\n"2\nlines",y\n3,z\n', [("2", "1"), ("3", "2\nlines"), ("5", "3")]),
         ("a.tsv", 'a\tb\n1\tx, y\n', [("2", "1")]),
+        ("a.csv", "a;b\n1;x, y\n", [("2", "1")]),
+        ("a.csv", "a\n1\n", [("2", "1")]),
+        ("a.txt", "One.\r\nTwo.\r\n\r\n\r\nThree.\r\n", [("1", "One.\nTwo."), ("5", "Three.")]),
         ("a.txt", "One.\nTwo.\n\n\nThree.\n", [("1", "One.\nTwo."), ("5", "Three.")]),
         ("a.JSONL", '\ufeff{"a": 1}', [("1", "1")]),
     ],
@@ -74,6 +78,9 @@ def test_line_separators_within_a_json_text_end_no_line(tmp_path: Path) -> None:
         ("a.json", '{"a": 1}\n]', "a.json:2: not JSON (unexpected text after the end)"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: 3 columns, expected 2 as in the first line"),
         ("a.csv", 'a,b\n1,"2\n', "a.csv:2: not a table"),
+        ("a.csv", "a,b,a\n1,2,3\n", "a.csv:1: the column 'a' twice"),
+        ("a.jsonl", '{"a": 1, "b": 2, "a": 3}', "a.jsonl:1: not JSON (the key 'a' twice)"),
+        ("a.json", '[{"a": {"b": 1, "b": 2}}]', "a.json:1: not JSON (the key 'b' twice"),
     ],
 )
 def test_what_is_not_a_row_is_reported_with_its_line(tmp_path: Path, name: str, content: str, fault: str) -> None:
@@ -82,9 +89,11 @@ def test_what_is_not_a_row_is_reported_with_its_line(tmp_path: Path, name: str, 
     assert found.faults[0].startswith(fault)
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a", "a.pkl.gz"])
+@pytest.mark.parametrize("name", ["a.arrow", "a", "a.pkl.gz"])
 def test_a_file_of_an_unknown_kind(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DatasetError, match=r"expected .jsonl, .ndjson, .json, .csv, .tsv, .txt, optionally with .gz"):
+    with pytest.raises(
+        DatasetError, match=r"expected .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet, optionally with .gz"
+    ):
         rows(tmp_path, name, "x")
 
 
@@ -112,3 +121,57 @@ def test_a_field_longer_than_the_library_takes_unasked(tmp_path: Path) -> None:
 def test_a_gzip_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="cannot read .*: expected UTF-8 text"):
         rows(tmp_path, "a.jsonl.gz", '{"a": 1}')
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "a.jsonl",
+            '[\n {"a": 1},\n {"a": 2}\n]',
+            "is one JSON list: expected a row on each line. Rename it to .json.",
+        ),
+        ("a.jsonl", '[{"a": 1}]', "is one JSON list"),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', "has more than one JSON object: expected one list. Rename it to .jsonl."),
+    ],
+)
+def test_a_file_under_the_suffix_of_another_kind(tmp_path: Path, name: str, content: str, words: str) -> None:
+    with pytest.raises(DatasetError, match=f"{name} {words}"):
+        rows(tmp_path, name, content)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a,b\ncafé,1".encode("cp1252"), r"\(byte 0xe9 in line 2; .*iconv -f WINDOWS-1252 -t UTF-8 a.csv > utf8-a.csv"),
+        ("a,b\ncafé,1".encode("utf-16"), "begins as UTF-16 does.*iconv -f UTF-16 -t UTF-8"),
+    ],
+)
+def test_another_encoding_is_named_with_the_way_to_convert_it(tmp_path: Path, content: bytes, words: str) -> None:
+    with pytest.raises(DatasetError, match=words):
+        rows(tmp_path, "a.csv", content)
+
+
+def test_a_parquet_file_has_rows_without_the_nulls_of_its_structs(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    values = [{"a": [{"b": 1}, {"c": 2}], "d": None}, {"a": [], "d": "x"}]
+    parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "a.parquet")
+    found = read_rows(tmp_path / "a.parquet")
+    assert [(row.where, row.value) for row in found.rows] == [
+        ("a.parquet row 1", {"a": [{"b": 1}, {"c": 2}], "d": None}),
+        ("a.parquet row 2", {"a": [], "d": "x"}),
+    ]
+
+
+def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    with pytest.raises(DatasetError, match="expected a parquet file"):
+        rows(tmp_path, "a.parquet", "x")
+
+
+def test_a_parquet_file_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DatasetError, match=r'pip install "adapterhub\[datasets\]"'):
+        rows(tmp_path, "a.parquet", "x")

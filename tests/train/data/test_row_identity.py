@@ -107,4 +107,4 @@ def test_each_conversation_is_read_once(tmp_path: Path, tokenizer: Any, way: str
     sides = [[text.strip() for text in _texts(side, tokenizer)] for side in (data.train, data.held_out)]
     assert sorted(sides[0] + sides[1]) == [f"It is {n}." for n in range(8)]
     assert len(sides[1]) == 2
-    assert data.notes == ("left out 1 conversation with the same questions as another one",)
+    assert data.notes[0].startswith("left out 1 duplicate: ")

@@ -9,7 +9,8 @@ import pytest
 
 from adapterhub.errors import DatasetError
 from train.data import sources
-from train.data.sources import read_chatterbot, read_file, read_shipped
+from train.data.sources import read_chatterbot, read_file, read_shipped, read_source
+from train.recipe import Recipe
 
 GOOD = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]}
 
@@ -53,7 +54,10 @@ def test_each_line_becomes_a_conversation(tmp_path: Path) -> None:
         (turns("user", "system", "assistant"), "message 2 has role system, expected assistant"),
         ({"messages": [{"role": "user", "content": " "}, *GOOD["messages"][1:]]}, "message 1 (user) has no text"),
         ({"messages": [{"role": "user", "content": 5}, *GOOD["messages"][1:]]}, "message 1 (user) has no text"),
-        ({"messages": [{"role": "user", "content": "\ud83d"}, *GOOD["messages"][1:]]}, "'utf-8' codec can't encode"),
+        (
+            {"messages": [{"role": "user", "content": "\ud83d"}, *GOOD["messages"][1:]]},
+            "half a character, \\ud83d at place 0",
+        ),
     ],
 )
 def test_a_bad_line_is_named_with_its_fault(tmp_path: Path, line: object, words: str) -> None:
@@ -63,10 +67,18 @@ def test_a_bad_line_is_named_with_its_fault(tmp_path: Path, line: object, words:
 
 def test_ten_faults_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     text = refusal(write(tmp_path, *["{"] * 13))
-    assert "13 faults" in text
-    assert "lines.jsonl:10:" in text
-    assert "lines.jsonl:11:" not in text
-    assert "and 3 more" in text
+    assert "13 faults: lines.jsonl:1, " in text
+    assert "lines.jsonl:10 and 3 more: not JSON" in text
+    assert "lines.jsonl:11" not in text
+
+
+def test_different_faults_stand_on_a_line_each_and_ten_are_shown(tmp_path: Path) -> None:
+    text = refusal(write(tmp_path, *[{"messages": [{"role": f"role {n}", "content": "x"}]} for n in range(13)]))
+    shown = text.split("\n")
+    assert shown[0] == "lines has 13 faults:"
+    assert [line.partition(": ")[0] for line in shown[1:11]] == [f"  lines.jsonl:{n}" for n in range(1, 11)]
+    assert shown[11] == "  and 3 more"
+    assert shown[12].startswith("Correct these rows")
 
 
 def test_an_empty_file(tmp_path: Path) -> None:
@@ -134,3 +146,24 @@ def test_the_corpus_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "package_files", missing)
     with pytest.raises(DatasetError, match="pip install chatterbot-corpus"):
         read_chatterbot("trivia")
+
+
+def test_a_mix_has_the_examples_of_its_sources_with_their_weights(tmp_path: Path) -> None:
+    write(tmp_path, GOOD | {"source": "web"}, GOOD)
+    (tmp_path / "faq.csv").write_text("question;answer;author\nHi?;Ho.;Ann\n")
+    named = {"columns": {"prompt": "question", "response": "answer"}, "ignore": ["author"]}
+    sources = [
+        {"source": "file", "path": "lines.jsonl", "weight": 2.0},
+        {"source": "file", "path": "faq.csv", "weight": 0.5, **named},
+        {"source": "shipped", "name": "captain"},
+    ]
+    raw = {"name": "x", "base": "x", "data": {"source": "mix", "sources": sources}, "train": {"steps": 1}}
+    recipe = Recipe.model_validate(raw)
+    recipe._folder = tmp_path
+    found = read_source(recipe)
+    assert (found.name, [(part.weight, len(part.examples)) for part in found.parts]) == (
+        "lines.jsonl + faq.csv + captain",
+        [(2, 2), (0.5, 1), (1, 320)],
+    )
+    assert found.examples == tuple(example for part in found.parts for example in part.examples)
+    assert found.notes == ("lines.jsonl: left out: source (keys that are not part of the text)",)

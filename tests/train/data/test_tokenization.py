@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from adapterhub.adapter import StoredBase
 from adapterhub.errors import DatasetError
 from train.data.conversation import Conversation, Message, Source
-from train.data.tokenization import Sample, TokenData, drop_duplicates, prepare, split, tokenize
+from train.data.tokenization import Sample, TokenData, drop_duplicates, prepare, split, tokenize, weighted
 
 NO_PREFIX = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}<|im_end|>{% endfor %}"
 NO_STOP = "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}### assistant:{% endif %}"  # noqa: E501
@@ -101,7 +102,7 @@ def test_a_template_that_drops_earlier_answers(tokenizer: Any) -> None:
     tokenizer.chat_template = FORGETS
     with pytest.raises(DatasetError) as caught:
         prepared([talk("One?", "1", "Two?", "2")], tokenizer, held_out=0)
-    assert "the text up to message 2 is not the start of what follows it" in str(caught.value)
+    assert "the chat template leaves out the text of message 2 (assistant)" in str(caught.value)
 
 
 def test_a_base_without_a_template(tokenizer: Any) -> None:
@@ -128,18 +129,77 @@ def test_no_sample_left(tokenizer: Any) -> None:
     assert "no sample of test has a trained token at max_length = 8" in str(caught.value)
 
 
-def test_duplicates_go_before_the_split() -> None:
-    same = [talk("Who are you?", "Me."), talk("  who are YOU", "I."), talk("Who is it?", "Me.")]
-    assert drop_duplicates(same) == [same[0], same[2]]
+@pytest.mark.parametrize(
+    ("first", "second", "is_duplicate"),
+    [
+        (("Who are you?", "Me."), ("Who are you?", "Me."), True),
+        (("Caf\u00e9?", "Yes."), ("Cafe\u0301?", "Yes."), True),  # one text in two forms of Unicode
+        (("Who are you?", "Me."), ("Who are YOU?", "Me."), False),
+        (("8 + 2", "Sum."), ("8 - 2", "Sum."), False),
+        (("-8 - 2", "Sum."), ("8 - 2", "Sum."), False),
+        (("\u0915\u093f", "Yes."), ("\u0915\u0940", "Yes."), False),  # vowel signs are combining marks
+        (("Write a limerick.", "One."), ("Write a limerick.", "Two."), False),
+        (("Hi?", "Ho.", "And?", "So."), ("Hi?", "Ho."), False),
+    ],
+)
+def test_duplicates_are_equal_texts(first: tuple[str, ...], second: tuple[str, ...], is_duplicate: bool) -> None:
+    examples = [talk(*first, where="x:1"), talk(*second, where="x:2")]
+    kept, copies = drop_duplicates(examples)
+    assert kept == examples[: 1 if is_duplicate else 2]
+    assert copies == ([(examples[1], examples[0])] if is_duplicate else [])
 
 
-def test_questions_of_symbols_alone_are_not_all_the_same() -> None:
-    assert len(drop_duplicates([talk("+", "plus"), talk("-", "minus")])) == 2
+def test_the_same_text_with_another_weight_is_no_duplicate() -> None:
+    context = replace(
+        talk("Hi?", "Ho."), messages=(Message("user", "Hi?"), Message("assistant", "Ho.", is_trained=False))
+    )
+    assert len(drop_duplicates([talk("Hi?", "Ho."), context])[0]) == 2
 
 
-def test_dropped_duplicates_are_reported(tokenizer: Any) -> None:
-    data = prepared([*questions(4), talk("question 1", "Another.", where="x:9")], tokenizer)
-    assert data.notes == ("left out 1 conversation with the same questions as another one",)
+def test_dropped_duplicates_are_shown_and_can_be_kept(tokenizer: Any) -> None:
+    copies = [talk("Question 1?", "Answer 1.", where=f"x:{n}") for n in (7, 8, 9, 10)]
+    data = prepared([*questions(4), *copies], tokenizer)
+    assert data.notes == (
+        'left out 4 duplicates: x:7 (as x:1), x:8 (as x:1), x:9 (as x:1), ...; duplicates = "keep" in [data] trains '
+        "them too",
+    )
+    kept = prepared([*questions(4), *copies], tokenizer, duplicates="keep")
+    assert (kept.notes, len(kept.train) + len(kept.held_out)) == ((), 8)
+
+
+def mix(*weights: float) -> Source:
+    parts = tuple(
+        Source(f"part {place}", tuple(replace(talk(f"{place} {n}?", "Yes."), where=f"{place}:{n}") for n in range(20)))
+        for place in range(len(weights))
+    )
+    parts = tuple(replace(part, weight=weight) for part, weight in zip(parts, weights, strict=True))
+    return Source("mix", tuple(example for part in parts for example in part.examples), parts=parts)
+
+
+def test_a_weight_is_the_number_of_passes_over_a_source_in_an_epoch() -> None:
+    source = mix(2, 0.25, 1.5)
+    found, note = weighted(source.examples, source.parts, seed=0)
+    assert note == "an epoch has 40 of part 0 (20 x 2), 5 of part 1 (20 x 0.25), 30 of part 2 (20 x 1.5)"
+    times = Counter(example.where for example in found)
+    assert {times[f"0:{n}"] for n in range(20)} == {2}
+    assert sorted(times[f"1:{n}"] for n in range(20)) == [0] * 15 + [1] * 5
+    assert sorted(times[f"2:{n}"] for n in range(20)) == [1] * 10 + [2] * 10
+
+
+def test_the_part_of_a_source_depends_on_the_seed_and_not_on_its_order() -> None:
+    source = mix(0.25)
+
+    def taken(seed: int, *, reverse: bool = False) -> set[str]:
+        examples = source.examples[::-1] if reverse else source.examples
+        return {example.where for example in weighted(examples, source.parts, seed=seed)[0]}
+
+    assert taken(0) == taken(0, reverse=True) != taken(1)
+
+
+def test_a_mix_repeats_training_samples_only(tokenizer: Any) -> None:
+    options: dict[str, Any] = {"held_out": 10, "max_length": 64, "loss_on": "assistant", "seed": 0}
+    data = prepare(mix(2, 2), tokenizer, **options)
+    assert (len(data.train), len(set(data.train)), len(data.held_out)) == (60, 30, 10)
 
 
 def test_the_split_depends_on_the_seed_and_not_on_the_order_of_the_file() -> None:
@@ -147,7 +207,7 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order_of_the_file() -> Non
     _, measured = split(items, held_out=5, seed=1)
     _, from_reversed = split(items[::-1], held_out=5, seed=1)
     _, other_seed = split(items, held_out=5, seed=2)
-    assert set(measured) == {19 - place for place in from_reversed}
+    assert {items[place] for place in measured} == {items[::-1][place] for place in from_reversed}
     assert set(measured) != set(other_seed)
 
 

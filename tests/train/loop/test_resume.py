@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
@@ -10,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +24,8 @@ from training import WEIGHTS, Interrupt, make_recipe, run
 from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.errors import OutputNotFresh, RunNotResumable, StorageFull, TrainingStopped
 from adapterhub.files import sha256_of
-from adapterhub.package.run_record import RunStep, read_run_record
-from train import trainer
+from adapterhub.package.run_record import RunStart, RunStep, read_run_events, read_run_record
+from train import inputs, trainer
 from train.loop.optimizer import load_optimizer, make_optimizer, save_optimizer
 from train.loop.progress import Silent
 from train.loop.run_folder import run_path
@@ -316,3 +319,45 @@ def test_an_optimizer_resumes_as_if_never_stopped(tmp_path: Path, name: Any) -> 
     assert has_bytes == name.endswith("8bit")
     assert json.loads((tmp_path / "optimizer.json").read_text()) is not None
     shutil.rmtree(tmp_path)
+
+
+def test_a_run_that_is_resumed_on_another_day_renders_the_day_it_began(
+    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(Path(__file__).parents[2] / "fixtures/chat_templates/dated.jinja", tmp_path)
+    recipe = make_recipe(
+        tmp_path, data={"template": "dated.jinja"}, train={"steps": 6, "checkpoint_every": 2, "sample_every": 3}
+    )
+
+    def today_is(day: int) -> None:
+        class Day(datetime.date):
+            @classmethod
+            def today(cls) -> Day:
+                return cls(2027, 3, day)
+
+        monkeypatch.setattr(inputs, "datetime", SimpleNamespace(date=Day))
+
+    asked: list[str] = []
+
+    class Asked(trainer.FixedPrompts):
+        def __init__(self, prompts: Sequence[str], tokenizer: Any, **options: Any) -> None:
+            super().__init__(prompts, tokenizer, **options)
+            asked.extend(tokenizer.decode(row) for row in self._rows[:1])
+
+    monkeypatch.setattr(trainer, "FixedPrompts", Asked)
+    today_is(1)
+    run(recipe, tiny_base, tmp_path / "whole")
+    train_and_stop(recipe, tiny_base, tmp_path / "parts", after=4)
+    today_is(2)
+    resume_run(tmp_path / "parts", tiny_base)
+    assert sha256_of(tmp_path / "whole" / WEIGHTS) == sha256_of(tmp_path / "parts" / WEIGHTS)
+    run(recipe, tiny_base, tmp_path / "later")
+    named = make_recipe(tmp_path, data={"template": "dated.jinja", "date": "2027-03-01"})
+    run(named, tiny_base, tmp_path / "named")
+    starts = [read_run_events(tmp_path / name / "train_log.jsonl")[0] for name in ("whole", "parts", "later", "named")]
+    assert [start.date for start in starts if isinstance(start, RunStart)] == [
+        "2027-03-01", "2027-03-01", "2027-03-02", "2027-03-01",
+    ]  # fmt: skip
+    assert ["Today is 01 Mar 2027." in prompt for prompt in asked] == [True, True, True, False]
+    data = [start.data_sha256 for start in starts if isinstance(start, RunStart)]
+    assert data[0] == data[1] == data[3] != data[2]
