@@ -32,8 +32,24 @@ class Capability:
     serve: Support
 
 
-_BATCHED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Model types that are served many sequences at a time: attention, as our kernels compute it, is their only state."""
+BATCHED = frozenset(
+    {
+        "afmoe", "apertus", "arcee", "aria_text", "beam", "biogpt", "bitnet", "cohere", "cohere2", "cohere2_moe",
+        "cohere_compass_text", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "dots1", "emu3_text_model", "ernie4_5",
+        "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+        "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe",
+        "granitemoe_swa", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax",
+        "internlm3", "iquestcoder", "jais2", "laguna", "llama", "longcat_flash", "mellum", "minicpm3", "minimax_m2",
+        "ministral", "ministral3", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe",
+        "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+        "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
+    }
+)  # fmt: skip
+"""Model types that are served many sequences at a time.
+
+Attention is their only state, and paged attention computes theirs: causal, with a window, with sinks, with a cap. A
+test compares the answers of each with `generate` and PEFT.
+"""
 
 PACKED = frozenset(
     {
@@ -96,9 +112,16 @@ def _training(text: Any) -> Support:
 
 
 def _serving(text: Any) -> Support:
-    if text.model_type in _BATCHED:
+    if text.model_type in BATCHED:
         return Support("batched")
-    return Support("single", f"{text.model_type} is not known to keep no state but attention's")
+    if states := _states_of(text):
+        return Support("single", f"its {states} layers keep states that cannot be cut into blocks")
+    return Support("single", f"{text.model_type} is not known to keep no state but attention's, computed as ours is")
+
+
+def _states_of(text: Any) -> str:
+    """Return the kinds of layers that are not attention, or an empty string."""
+    return ", ".join(sorted({kind for kind in layer_kinds(text) if kind not in ATTENTION}))
 
 
 def layer_kinds(text: Any) -> list[str]:
