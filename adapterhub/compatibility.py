@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 
 from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.bases.checks import check_causal, read_config
 from adapterhub.errors import AdapterNoEffect, IncompatibleBase, MissingFile
 from adapterhub.package.layout import read_lora
 from adapterhub.package.lora_config import LoraConfig, LoraTensor
@@ -22,10 +23,12 @@ _NUMBER = re.compile(r"\.(\d+)\.")
 def module_shapes(base: StoredBase) -> Shapes:
     """Return the shape of every linear layer and embedding of the base, from its config alone. Loads torch."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = read_config(base.path)
+    check_causal(config, base.path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     shapes = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):

@@ -73,7 +73,7 @@ def _check_vocabulary(base: StoredBase, objective: Objective) -> None:
 def load_tokenizer(base: StoredBase) -> Any:
     """Load the base's tokenizer. Raises BaseNotFound."""
     try:
-        return AutoTokenizer.from_pretrained(base.path)
+        return AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BaseNotFound(
             f"cannot load the tokenizer of {base.path} ({error}): expected a Hugging Face tokenizer. Fetch the base "

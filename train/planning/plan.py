@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.bases.checks import check_causal, read_config
 from adapterhub.bases.loading import choose_precision
 from adapterhub.errors import BaseNotFound, IncompatibleBase
 from adapterhub.memory.estimate import Estimate, Item
@@ -202,9 +203,10 @@ class _MetaModel:
 
 def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
     try:
-        config = AutoConfig.from_pretrained(base.path)
+        config = read_config(base.path)
+        check_causal(config, base.path)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BaseNotFound(f"{base.path} cannot be read as a base model: {error}") from error
     try:
