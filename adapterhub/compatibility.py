@@ -24,6 +24,7 @@ def module_shapes(base: StoredBase) -> Shapes:
     """Return the shape of every linear layer and embedding of the base, from its config alone. Loads torch."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     config = read_config(base.path)
     check_causal(config, base.path)
@@ -33,6 +34,8 @@ def module_shapes(base: StoredBase) -> Shapes:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             shapes[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):  # GPT-2's linear layers, whose weight is [in, out]
+            shapes[name] = (module.nx, module.nf)
         elif isinstance(module, torch.nn.Embedding):
             shapes[name] = (module.num_embeddings, module.embedding_dim)
     return shapes

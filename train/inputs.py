@@ -10,8 +10,10 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.bases.capabilities import Support, capability_of
+from adapterhub.bases.checks import check_causal, read_config
 from adapterhub.compatibility import check_adapter
-from adapterhub.errors import BaseNotFound, IncompatibleBase, RecipeError
+from adapterhub.errors import BaseNotFound, IncompatibleBase, RecipeError, UsageError
 from train.data.chat_template import chat_template_of
 from train.data.preferences import read_preferences
 from train.data.sources import read_source, rows_of
@@ -32,6 +34,8 @@ class Inputs:
     """Tokenizer of the base, with the chat template of the run."""
     stop: tuple[str, ...]
     """Strings that end an answer under that template."""
+    support: Support
+    """How the base is trained: samples packed into rows, or one a row."""
 
 
 def load_inputs(recipe: Recipe, base: StoredBase, *, start: Adapter | None) -> Inputs:
@@ -39,6 +43,7 @@ def load_inputs(recipe: Recipe, base: StoredBase, *, start: Adapter | None) -> I
 
     Raises BaseNotFound, RecipeError, DatasetError, IncompatibleBase.
     """
+    support = training_support(base)
     if start is not None:
         check_adapter(start, base)
     chat = chat_template_of(recipe, start)
@@ -47,7 +52,27 @@ def load_inputs(recipe: Recipe, base: StoredBase, *, start: Adapter | None) -> I
         tokenizer.chat_template = chat.text
     objective = _objective(recipe, tokenizer, chat.stop)
     _check_vocabulary(base, objective)
-    return Inputs(objective, tokenizer, chat.stop)
+    _check_lengths(support, objective)
+    return Inputs(objective, tokenizer, chat.stop, support)
+
+
+def training_support(base: StoredBase) -> Support:
+    """Return how the base is trained, from its config alone. Raises BaseNotFound, IncompatibleBase."""
+    config = read_config(base.path)
+    check_causal(config, base.path)
+    found = capability_of(config).train
+    if found.mode == "refused":
+        raise IncompatibleBase(f"{base.ref} cannot be trained: {found.reason}. Expected another base.")
+    return found
+
+
+def _check_lengths(support: Support, objective: Objective) -> None:
+    """Check that no sample is longer than the base computes alike in every pass. Raises UsageError."""
+    if support.limit is not None and objective.longest > support.limit:
+        raise UsageError(
+            f"the longest sample has {objective.longest} tokens: beyond {support.limit} the base's rotary positions "
+            f"(dynamic NTK) depend on the samples before. Set max_length = {support.limit} or less in [data]."
+        )
 
 
 def _check_vocabulary(base: StoredBase, objective: Objective) -> None:

@@ -22,6 +22,8 @@ class Support:
     reason: str = ""
     longest: int | None = None
     """Length of the longest sample that may share a forward pass with others, in tokens; None: any."""
+    limit: int | None = None
+    """Length of the longest sample that is computed right at all, in tokens; None: any."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,17 @@ def _not_causal(config: Any) -> str:
 
 
 def _training(text: Any) -> Support:
+    longest, limit = _rope_limits(text)
     if states := sorted({kind for kind in layer_kinds(text) if kind not in ATTENTION}):
-        return Support("single", f"its {', '.join(states)} layers would let one sample of a row see another")
+        return Support(
+            "single", f"its {', '.join(states)} layers would let one sample of a row see another", longest, limit
+        )
     if getattr(text, "alibi", False) or _has_alibi(getattr(text, "attn_config", None)):
-        return Support("single", f"{text.model_type} with ALiBi takes distances from the row, not from the sample")
+        reason = f"{text.model_type} with ALiBi takes distances from the row, not from the sample"
+        return Support("single", reason, longest, limit)
     if text.model_type not in PACKED:
-        return Support("single", f"{text.model_type} is not known to keep the samples of a row apart")
-    return Support("batched", longest=_shared_rope_length(text))
+        return Support("single", f"{text.model_type} is not known to keep the samples of a row apart", longest, limit)
+    return Support("batched", "", longest, limit)
 
 
 def _serving(text: Any) -> Support:
@@ -134,19 +140,20 @@ def _has_alibi(attention: Any) -> bool:
     return bool(found)
 
 
-def _shared_rope_length(text: Any) -> int | None:
-    """Return up to which length rotary frequencies do not depend on the longest sequence of a forward pass.
+def _rope_limits(text: Any) -> tuple[int | None, int | None]:
+    """Return `longest` and `limit` of a base whose rotary frequencies depend on the longest sequence of a pass.
 
-    Those of `longrope` and `dynamic` do beyond the length of the original training (transformers,
-    modeling_rope_utils.py).
+    Those of `longrope` do beyond the length of the original training. Those of `dynamic` then depend on the passes
+    before, too (transformers, modeling_rope_utils.py).
     """
     for rope in _rope_parameters(text):
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "longrope" or "dynamic" in str(kind):
+        kind = str(rope.get("rope_type", rope.get("type", "default")))
+        if kind == "longrope" or "dynamic" in kind:
             original = rope.get("original_max_position_embeddings")
             original = original or getattr(text, "original_max_position_embeddings", None)
-            return int(original or text.max_position_embeddings)
-    return None
+            length = int(original or text.max_position_embeddings)
+            return length, length if kind != "longrope" else None
+    return None, None
 
 
 def _rope_parameters(text: Any) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.bases.capabilities import Support, capability_of
 from adapterhub.bases.checks import check_causal, read_config
 from adapterhub.bases.loading import choose_precision
 from adapterhub.errors import BaseNotFound, IncompatibleBase
@@ -22,12 +23,13 @@ from adapterhub.strict import Strict
 from train.data.packing import common_prefix
 from train.data.tokenization import Sample
 from train.distributed.world import current_world
-from train.inputs import load_inputs, with_lora_of
+from train.inputs import load_inputs, training_support, with_lora_of
 from train.loop.schedule import step_batches
 from train.model.lora import trainable
+from train.model.lora_targets import linear_layers
 from train.model.methods import attach
 from train.objectives.base import Objective
-from train.objectives.forward import ends_with_head
+from train.objectives.forward import ends_with_head, rows_of
 from train.objectives.mask_report import MaskReport, mask_report
 from train.planning.load import training_load
 from train.planning.preflight import HubAccess, disk_needed, disk_problems, free_bytes, hub_access, memory_problems
@@ -37,6 +39,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM 0.32 accepts for --max-lora-rank."""
 _DEFAULT_MAX_RANK = 64
 """Default of `adapterhub serve --max-lora-rank`."""
+_SERVED = Support("batched")
 _SHARE_OF_MATMUL_RATE = (0.25, 0.7)
 """Share of the machine's matmul rate that a step reaches: 0.54 measured on SmolLM2-135M, rows of 512 tokens."""
 
@@ -48,6 +51,14 @@ class Layers(Strict):
     count: int
     inputs: int
     outputs: int
+
+
+class LeftOut(Strict):
+    """Layers of one name that no adapter is on."""
+
+    name: str
+    count: int
+    reason: str
 
 
 class Range(Strict):
@@ -84,6 +95,9 @@ class Plan(Strict):
     parameters: int
     trainable_parameters: int
     adapted: list[Layers]
+    left_out: list[LeftOut]
+    rows: str
+    """Why each sample is a row of its own; empty: samples are packed."""
     memory: list[Item]
     memory_bytes: Range
     seconds: Range
@@ -111,7 +125,7 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
     masks.check()
     device, dtype = choose_precision(recipe.base_arguments()["dtype"], None)
     model = _on_meta(recipe, base, dtype.value)
-    rows = list(_rows(recipe, objective))
+    rows = list(_rows(recipe, objective, inputs.support))
     memory = _memory(recipe, model, rows, device=device.value, dtype=dtype.value)
     tokens = sum(map(_row_tokens, rows))
     adapter_bytes = 4 * model.trainable
@@ -132,6 +146,8 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
         parameters=model.parameters,
         trainable_parameters=model.trainable,
         adapted=_layers(model.adapted),
+        left_out=model.left_out if recipe.method == "lora" else [],
+        rows=inputs.support.reason,
         memory=list(memory.device),
         memory_bytes=Range(low=memory.low, high=memory.high),
         seconds=_seconds(_flops(rows, model.linear, model.trainable, model.head), dtype.value, device.value),
@@ -140,7 +156,7 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
         disk_free_bytes=free_bytes(output),
         hub=hub,
         stop=list(inputs.stop),
-        servable=servable(recipe.lora, method=recipe.method),
+        servable=servable(recipe.lora, method=recipe.method, serve=model.serve),
         problems=[
             *disk_problems(output, disk_bytes, base, model.parameters),
             *memory_problems(memory.low, device.value),
@@ -155,16 +171,16 @@ def planned_memory(recipe: Recipe, base: StoredBase, objective: Objective) -> Es
     Raises BaseNotFound, IncompatibleBase.
     """
     device, dtype = choose_precision(recipe.base_arguments()["dtype"], current_world().device)
-    rows = list(_rows(recipe, objective))
+    rows = list(_rows(recipe, objective, training_support(base)))
     return _memory(recipe, _on_meta(recipe, base, dtype.value), rows, device=device.value, dtype=dtype.value)
 
 
-def servable(lora: LoraSection, *, method: Method = "lora") -> list[Servable]:
-    """Return which engines serve the adapter that a recipe makes, and with which option."""
+def servable(lora: LoraSection, *, method: Method = "lora", serve: Support = _SERVED) -> list[Servable]:
+    """Return which engines serve the adapter that a recipe makes, and with which option; `serve` is the base's."""
 
     def answer(ours: str, vllm: str, *, can_ours: bool = True, can_vllm: bool = False) -> list[Servable]:
         return [
-            Servable(engine="adapterhub", can_serve=can_ours, how=ours),
+            Servable(engine="adapterhub", can_serve=can_ours and serve.mode != "refused", how=_how(ours, serve)),
             Servable(engine="vllm", can_serve=can_vllm, how=vllm),
         ]
 
@@ -186,6 +202,12 @@ def servable(lora: LoraSection, *, method: Method = "lora") -> list[Servable]:
     return answer(ours, f"with --max-lora-rank {fitting[0]}", can_vllm=True)
 
 
+def _how(option: str, serve: Support) -> str:
+    if serve.mode == "refused":
+        return serve.reason
+    return f"{option}, one sequence at a time ({serve.reason})" if serve.mode == "single" else option
+
+
 @dataclass(frozen=True)
 class _MetaModel:
     """The base and its adapter, without weights."""
@@ -199,6 +221,8 @@ class _MetaModel:
     head: int
     trainable: int
     logits: LogitsMode
+    left_out: list[LeftOut]
+    serve: Support
 
 
 def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
@@ -224,6 +248,7 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
     logits: LogitsMode = "chunks" if ends_with_head(model) else "capped" if is_capped else "whole"
     layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
     linear = sum(layer.weight.numel() for layer in layers)
+    left_out = [LeftOut(name=n, count=count, reason=why) for n, count, why in linear_layers(model).count_left_out()]
     adapted = attach(model, recipe)
     return _MetaModel(
         adapted=adapted,
@@ -233,6 +258,8 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
         head=head.weight.numel(),
         trainable=sum(parameter.numel() for parameter in trainable(adapted)),
         logits=logits,
+        left_out=left_out,
+        serve=capability_of(config).serve,
     )
 
 
@@ -267,11 +294,12 @@ def _layers(model: Any) -> list[Layers]:
     return [Layers(name=n, count=count, inputs=i, outputs=o) for (n, i, o), count in found.items()]
 
 
-def _rows(recipe: Recipe, objective: Objective) -> Iterator[list[Sample]]:
+def _rows(recipe: Recipe, objective: Objective, support: Support) -> Iterator[list[Sample]]:
     """Yield the samples of each forward pass with gradients."""
     for places in step_batches(objective.lengths(), train=recipe.train, seed=recipe.seed):
         for row in current_world().share(places):
-            yield [sample for place in row for sample in objective.samples_at(place)]
+            samples = [sample for place in row for sample in objective.samples_at(place)]
+            yield from ([samples[place] for place in part] for part in rows_of(support, samples))
 
 
 def _row_tokens(row: Sequence[Sample]) -> int:
