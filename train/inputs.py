@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,12 +79,7 @@ def _check_vocabulary(base: StoredBase, objective: Objective) -> None:
 
     Raises IncompatibleBase.
     """
-    try:
-        size = json.loads((base.path / "config.json").read_bytes()).get("vocab_size")
-    except (OSError, ValueError) as error:
-        raise BaseNotFound(
-            f"cannot read {base.path / 'config.json'} ({error}): expected the config of a model. Fetch the base again."
-        ) from error
+    size = getattr(read_config(base.path).get_text_config(), "vocab_size", None)
     places = range(objective.num_samples)
     highest = max(max(sample.tokens) for place in places for sample in objective.samples_at(place))
     if isinstance(size, int) and highest >= size:

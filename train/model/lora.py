@@ -46,6 +46,7 @@ def add_lora(model: Any, lora: LoraSection) -> Any:
     with warnings.catch_warnings():
         # PEFT warns about merging tied embeddings, which never happens here. The A matrices of EVA are small.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
         return use_fp32_master_weights(get_peft_model(model, config))
 

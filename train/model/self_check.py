@@ -107,9 +107,9 @@ def _fault(model: Any, samples: Sequence[Sample], support: Support, limits: tupl
     try:
         alone = [_own_losses(model, sample) for sample in samples]
         with torch.no_grad():
-            followed = _own_losses(model, samples[0], samples[1].tokens)
+            early = _own_losses(model, samples[0], samples[0].tokens[:-1])
         found = {
-            "a token sees those behind it": (_relative(followed, alone[0]), limits[0]),
+            "a token sees those behind it": (_relative(early, alone[0]), limits[0]),
             "samples change each other's loss": (
                 _relative(_row_losses(model, samples, support), torch.cat(alone)),
                 limits[0],
@@ -120,19 +120,20 @@ def _fault(model: Any, samples: Sequence[Sample], support: Support, limits: tupl
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise
         return f"a training step of it fails ({error})"
-    for what, (error, limit) in found.items():
-        if not error <= limit:
-            return f"{what} (by {error:.2g} of the size that the model gives it alone; rounding makes {limit} at most)"
+    for what, (difference, limit) in found.items():
+        if not difference <= limit:
+            return f"{what} (by {difference:.2g} of what the model gives it alone; {limit} would be rounding)"
     return ""
 
 
-def _own_losses(model: Any, sample: Sample, behind: Sequence[int] = ()) -> torch.Tensor:
-    """Return the losses of a sample's trained tokens as the model itself computes them, `behind` following it."""
-    ids = torch.tensor([[*sample.tokens, *behind]], device=model.device)
+def _own_losses(model: Any, sample: Sample, given: Sequence[int] | None = None) -> torch.Tensor:
+    """Return the losses of a sample's trained tokens as the model itself computes them, given all or some tokens."""
+    ids = torch.tensor([given or sample.tokens], device=model.device)
     # A soft prompt adds logits before those of the sample.
     logits = model(input_ids=ids, use_cache=False).logits[0, -ids.shape[1] :]
     places = torch.tensor([place for place, mark in enumerate(sample.trained) if mark], device=model.device)
-    return cross_entropy(logits[places - 1].float(), ids[0, places], reduction="none")
+    targets = torch.tensor(sample.tokens, device=model.device)[places]
+    return cross_entropy(logits[places - 1].float(), targets, reduction="none")
 
 
 def _row_losses(model: Any, samples: Sequence[Sample], support: Support) -> torch.Tensor:
