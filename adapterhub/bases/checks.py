@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapterhub.bases.capabilities import capability_of
 from adapterhub.errors import BaseNotFound, BaseUnsupported, InvalidTensors
 from adapterhub.package.safetensors_header import read_header
 
@@ -43,20 +44,22 @@ def read_config(folder: Path) -> Any:
 
 def check_causal(config: Any, folder: Path) -> None:
     """Check that the base is a causal language model of transformers. Raises BaseUnsupported."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if reason := why_not_causal(config):
+        raise BaseUnsupported(
+            f"{folder.name} cannot be trained or served: {reason}. Expected a causal language model, such as Llama or "
+            "Qwen."
+        )
 
-    from adapterhub.bases.capabilities import capability_of
+
+def why_not_causal(config: Any) -> str:
+    """Return why a model is no causal language model that is trained or served here; empty where it is one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     found = capability_of(config)
     if found.train.mode == found.serve.mode == "refused":
-        reason = found.serve.reason
-    elif config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        reason = f"transformers has no causal language model for {config.model_type}"
-    else:
-        return
-    raise BaseUnsupported(
-        f"{folder.name} cannot be trained or served: {reason}. Expected a causal language model, such as Llama or Qwen."
-    )
+        return found.serve.reason
+    is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return "" if is_causal else f"transformers has no causal language model for {config.model_type}"
 
 
 def check_files(folder: Path) -> None:

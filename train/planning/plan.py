@@ -15,7 +15,8 @@ from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.bases.capabilities import Support, capability_of
 from adapterhub.bases.checks import check_causal, read_config
 from adapterhub.bases.loading import choose_precision
-from adapterhub.errors import BaseNotFound, IncompatibleBase
+from adapterhub.errors import BaseNotFound
+from adapterhub.memory.counting import shape_of_model
 from adapterhub.memory.estimate import Estimate, Item
 from adapterhub.memory.model_shape import ModelShape
 from adapterhub.memory.training import LogitsMode, WeightCounts, estimate_training
@@ -116,7 +117,7 @@ class Plan(Strict):
 def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None = None) -> Plan:
     """Return what `train` would do with the same arguments.
 
-    Raises RecipeError, DatasetError, BaseNotFound, UsageError, IncompatibleBase.
+    Raises RecipeError, DatasetError, BaseNotFound, UsageError, IncompatibleBase, BaseUnsupported.
     """
     recipe = with_lora_of(recipe, start)
     inputs = load_inputs(recipe, base, start=start)
@@ -168,7 +169,7 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
 def planned_memory(recipe: Recipe, base: StoredBase, objective: Objective) -> Estimate:
     """Return the plan's memory alone, for a run whose data is read already, in each of the processes that train.
 
-    Raises BaseNotFound, IncompatibleBase.
+    Raises BaseNotFound, BaseUnsupported.
     """
     device, dtype = choose_precision(recipe.base_arguments()["dtype"], current_world().device)
     rows = list(_rows(recipe, objective, training_support(base)))
@@ -233,28 +234,19 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BaseNotFound(f"{base.path} cannot be read as a base model: {error}") from error
-    try:
-        # A model of text and pictures keeps the sizes of its decoder one level down.
-        shape = ModelShape.from_config(config.get_text_config().to_dict())
-    except KeyError as error:
-        raise IncompatibleBase(
-            f"{error.args[0]} in the config of {base.ref} is not a number, which the memory plan needs: use a base "
-            "of LLaMA's shape, such as `adapterhub base list` names."
-        ) from error
+    shape = shape_of_model(model)
     model.requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
     is_capped = bool(getattr(config.get_text_config(), "final_logit_softcapping", None))
     logits: LogitsMode = "chunks" if ends_with_head(model) else "capped" if is_capped else "whole"
-    layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
-    linear = sum(layer.weight.numel() for layer in layers)
     left_out = [LeftOut(name=n, count=count, reason=why) for n, count, why in linear_layers(model).count_left_out()]
     adapted = attach(model, recipe)
     return _MetaModel(
         adapted=adapted,
         shape=shape,
         parameters=parameters,
-        linear=linear,
+        linear=shape.linear_weights,
         head=head.weight.numel(),
         trainable=sum(parameter.numel() for parameter in trainable(adapted)),
         logits=logits,
@@ -269,12 +261,12 @@ def _memory(
     world = current_world()
     # Trained whole, the base's weights are the trained ones.
     frozen = 0 if recipe.method == "full" else model.parameters
-    linear = min(model.linear, frozen)
+    linear, experts = min(model.linear, frozen), min(model.shape.expert_weights, frozen)
     load = training_load(
         recipe,
         device=device,
         dtype=dtype,
-        counts=WeightCounts(linear=linear, other=frozen - linear, trainable=model.trainable),
+        counts=WeightCounts(linear=linear, other=frozen - linear - experts, trainable=model.trainable, experts=experts),
         tokens=max(map(_row_tokens, rows)),
         trained_tokens=max(sum(sample.num_trained for sample in row) for row in rows),
         logits=model.logits,
