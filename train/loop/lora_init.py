@@ -89,7 +89,7 @@ def _init_eva(model: Any, rank: int, samples: Sequence[Sample]) -> None:
     initialize_lora_eva_weights(
         model,
         batches,
-        forward_fn=lambda model, inputs: model(**inputs, logits_to_keep=1),
+        forward_fn=lambda model, inputs: model(**inputs, logits_to_keep=1, use_cache=False),
         prepare_model_inputs_fn=lambda inputs, config: None,
         # Rows have no padding: every place counts.
         prepare_layer_inputs_fn=lambda inputs, model_inputs, name: inputs[0].flatten(0, 1),

@@ -84,15 +84,20 @@ def choose_targets(model: Any, lora: LoraSection) -> str | list[str]:
     }
     wanted = [lora.targets] if isinstance(lora.targets, str) else lora.targets
     found = set().union(*(words.get(word, {word}) for word in wanted))
-    # A start adapter may name each of its layers by its whole dotted name.
-    known = names | set(layers.adaptable) | words["embeddings"] | words["head"]
-    unknown = sorted(name for name in wanted if name not in words and name not in known)
+    whole = {name for name in layers.adaptable if any(_is_named(name, target) for target in found)}
+    ends = words["embeddings"] | words["head"]
+    known = whole | ends
+    unknown = sorted(
+        target for target in wanted if target not in words and not any(_is_named(n, target) for n in known)
+    )
     if unknown or not found:
         raise RecipeError(_refusal(layers, unknown or list(wanted), names, words))
-    if not layers.left_out:
-        return sorted(found)
-    whole = {name for name in layers.adaptable if name in found or name.rpartition(".")[2] in found}
-    return sorted(whole | found & (words["embeddings"] | words["head"]))
+    return sorted(whole | found & ends) if layers.left_out else sorted(found)
+
+
+def _is_named(name: str, target: str) -> bool:
+    """Apply PEFT's rule: a target is a module's dotted name, or its end."""
+    return name == target or name.endswith(f".{target}")
 
 
 def leaf_name(model: Any, wanted: torch.nn.Module) -> str:

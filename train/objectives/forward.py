@@ -32,7 +32,7 @@ def token_losses(model: Any, row: PackedRow) -> torch.Tensor:
     after the head (soft caps, scales) computes them itself, in one chunk.
     """
     inner = bare_model(model)
-    inputs = forward_inputs(model, row)
+    inputs = forward_inputs(model, row) | {"use_cache": False}
     given = inputs.get("inputs_embeds", row.input_ids)
     keep = row.keep + (given.shape[1] - row.input_ids.shape[1])
     if not _known_to_end_with_head(inner):
@@ -150,7 +150,7 @@ def forward_inputs(model: Any, row: PackedRow) -> dict[str, Any]:
     # PEFT disables a soft prompt by replacing its own forward by the base's.
     has_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     prompt = model.active_peft_config if has_prompt and model.forward.__self__ is model else None
-    inputs: dict[str, Any] = {"use_cache": False}
+    inputs: dict[str, Any] = {}
     if noise or (prompt and prompt.peft_type != "PREFIX_TUNING"):
         inputs["inputs_embeds"] = embedding(row.input_ids)
     else:

@@ -291,7 +291,9 @@ def _rows(recipe: Recipe, objective: Objective, support: Support) -> Iterator[li
     for places in step_batches(objective.lengths(), train=recipe.train, seed=recipe.seed):
         for row in current_world().share(places):
             samples = [sample for place in row for sample in objective.samples_at(place)]
-            yield from ([samples[place] for place in part] for part in rows_of(support, samples))
+            # The loss of a preference needs all samples of a row before the backward pass: they are in memory together.
+            parts = [range(len(samples))] if recipe.preference else rows_of(support, samples)
+            yield from ([samples[place] for place in part] for part in parts)
 
 
 def _row_tokens(row: Sequence[Sample]) -> int:

@@ -101,3 +101,16 @@ def test_attention_of_a_model_with_experts_is_adapted_by_its_name() -> None:
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}
     assert not model.peft_config["default"].target_parameters
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_moe", "deepseek_v3", "llama"])
+def test_the_targets_that_peft_writes_name_the_same_layers_again(family: str) -> None:
+    """They are ends of dotted names, and what a run that starts from the adapter asks for."""
+
+    def layers(model: Any) -> set[str]:
+        return {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+    first = add_lora(on_meta(family), LORA)
+    written = tuple(sorted(first.peft_config["default"].target_modules))
+    again = add_lora(on_meta(family), LoraSection(rank=2, targets=written))
+    assert layers(again) == layers(first)
