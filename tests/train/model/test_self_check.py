@@ -87,6 +87,12 @@ def test_what_cannot_be_packed_is_computed_one_sample_a_row(family: str) -> None
         token_losses(model, pack(samples, device=model.device))
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "bloom"])
+def test_samples_behind_a_soft_prompt_are_computed_as_peft_does(family: str, tmp_path: Path) -> None:
+    model = attach(random_model(family), recipe_of(tmp_path, method="prompt")).eval()
+    assert training_error(model, mixed_samples(250)) < TOLERANCE
+
+
 @pytest.mark.skipif("ADAPTERHUB_SOAK_S" not in os.environ, reason="make soak")
 @pytest.mark.parametrize("family", sorted(PACKED - {"emu3_text_model", "granitemoehybrid"}))
 def test_every_type_on_the_list_is_computed_as_alone(family: str) -> None:
