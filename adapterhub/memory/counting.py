@@ -49,10 +49,18 @@ def shape_of_model(model: Any) -> ModelShape:
     config = model.config
     text = config.get_text_config()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    counted: set[int] = set()
+
+    def is_counted(module: Any) -> bool:
+        """Return whether the weight was met before: Zamba's layers share some."""
+        known = id(module.weight) in counted
+        counted.add(id(module.weight))
+        return known
+
     linears = Counter(
         (name.rpartition(".")[2], *_sizes(module))
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not is_counted(module)
     )
     layers = _size(text, "num_hidden_layers") or max(
         len(one) for one in model.modules() if isinstance(one, torch.nn.ModuleList)
@@ -119,10 +127,9 @@ def _key_value(text: Any) -> int:
 
 
 def _cached(text: Any, key_value: int) -> int:
-    """Return the numbers that one layer caches for one token: keys and values; whole ones of latent attention."""
-    parts = [_size(text, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
-    heads = _size(text, "num_attention_heads") or 0
-    return heads * sum(part or 0 for part in parts) if all(parts) else 2 * key_value
+    """Return the numbers that one layer caches for one token: keys and values, or latent attention's part of both."""
+    latent, rotary = _size(text, "kv_lora_rank"), _size(text, "qk_rope_head_dim")
+    return latent + rotary if latent and rotary else 2 * key_value
 
 
 def _layers_with_cache(text: Any, layers: int) -> int:
