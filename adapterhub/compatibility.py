@@ -79,6 +79,11 @@ def check_compatible(name: str, config: LoraConfig, tensors: Iterable[LoraTensor
             f"no tensor of adapter {name} belongs to a layer of this base (first: {unexpected[0]}): it was made for "
             "another architecture."
         )
+    if experts := [module for module in unexpected if ".experts." in module]:
+        raise IncompatibleBase(
+            f"adapter {name} adapts {len(experts)} layers of single experts (first: {experts[0]}): this base keeps the "
+            "weights of all experts in one tensor. Train attention and the other linear layers."
+        )
     if unexpected:
         raise IncompatibleBase(
             f"adapter {name} has tensors for {len(unexpected)} layers this base does not have (first: "

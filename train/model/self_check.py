@@ -112,7 +112,10 @@ def _fault(model: Any, samples: Sequence[Sample], support: Support, limits: tupl
         with torch.no_grad():
             early = _own_losses(model, samples[0], samples[0].tokens[:-1])
         found = {
-            "a token sees those behind it": (_relative(early, alone[: len(early)]), limits[0]),
+            "what a token predicts depends on those behind it, or on the passes before": (
+                _relative(early, alone[: len(early)]),
+                limits[0],
+            ),
             "samples change each other's loss": (_relative(together, alone), limits[0]),
             "samples change each other's gradients": (_gradient_error(model, together, alone), limits[1]),
         }
@@ -146,7 +149,7 @@ def _gradient_error(model: Any, together: torch.Tensor, alone: torch.Tensor) -> 
     parameters = trainable(model)
     together.sum().backward()  # type: ignore[no-untyped-call]
     size = _norm(parameters)
-    alone.sum().neg().backward()
+    (-alone.sum()).backward()  # type: ignore[no-untyped-call]
     error = _norm(parameters) / size if size else float("inf")
     for parameter in parameters:
         parameter.grad = None

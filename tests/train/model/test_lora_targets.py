@@ -88,7 +88,7 @@ def test_the_vision_tower_of_gemma_3_is_not_adapted() -> None:
     assert all("language_model" in name for name in names)
 
 
-@pytest.mark.parametrize("targets", [["experts"], ["gate_up_proj"], ["q_proj", "gate"], "mlp"])
+@pytest.mark.parametrize("targets", [("experts",), ("gate_up_proj",), ("q_proj", "gate"), "mlp"])
 def test_experts_that_are_asked_for_are_refused_by_name(targets: Any) -> None:
     with pytest.raises(RecipeError) as caught:
         add_lora(on_meta("qwen3_moe"), LoraSection(rank=2, targets=targets))
@@ -97,7 +97,7 @@ def test_experts_that_are_asked_for_are_refused_by_name(targets: Any) -> None:
 
 
 def test_attention_of_a_model_with_experts_is_adapted_by_its_name() -> None:
-    model = add_lora(on_meta("qwen3_moe"), LoraSection(rank=2, targets=["attention", "head"]))
+    model = add_lora(on_meta("qwen3_moe"), LoraSection(rank=2, targets=("attention", "head")))
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}
     assert not model.peft_config["default"].target_parameters

@@ -21,7 +21,7 @@ from adapterhub.errors import IncompatibleBase, UsageError
 from adapterhub.paths import HOME_VARIABLE
 from train import trainer
 from train.data.packing import pack
-from train.loop.progress import Progress
+from train.loop.progress import Silent
 from train.model import self_check
 from train.model.fused_lora import fuse_lora
 from train.model.methods import attach
@@ -50,7 +50,7 @@ def recipe(tmp_path: Path) -> Recipe:
     return make_recipe(tmp_path)
 
 
-class Notes(Progress):
+class Notes(Silent):
     """Progress that keeps what a run prints."""
 
     def __init__(self) -> None:
@@ -204,15 +204,15 @@ def test_a_leaking_layer_is_trained_one_sample_a_row(tiny_base: StoredBase, reci
 
 
 @pytest.mark.parametrize(
-    ("broken", "reason"),
-    [(Remembering(), "samples change each other's"), (Looking(), "a token sees those behind it")],
+    "broken",
+    [Remembering(), Looking()],
     ids=["state between passes", "not causal"],
 )
 def test_a_layer_that_no_row_is_right_for_is_refused(
-    broken: torch.nn.Module, reason: str, tiny_base: StoredBase, recipe: Recipe
+    broken: torch.nn.Module, tiny_base: StoredBase, recipe: Recipe
 ) -> None:
     model = adapted(tiny_base, recipe, broken)
-    with pytest.raises(IncompatibleBase, match=f"llama cannot be trained right: {reason}"):
+    with pytest.raises(IncompatibleBase, match="right: what a token predicts depends on those behind it, or"):
         check_rows(model, recipe, "fp1:1", TOKENS)
 
 
