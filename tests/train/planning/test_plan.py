@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 from preference_rows import preference_recipe
-from tiny_models import TINY_VOCABULARY
+from tiny_models import TINY_VOCABULARY, make_base_of
 from training import WEIGHTS, make_recipe, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3Config, OPTConfig, PretrainedConfig
 from typer.testing import CliRunner
 
 from adapterhub.adapter import StoredBase
+from adapterhub.bases.capabilities import capability_of
 from adapterhub.cli.main import app
 from adapterhub.errors import DatasetError, IncompatibleBase, RecipeError
 from adapterhub.memory import training as memory
@@ -308,3 +309,27 @@ def test_trained_text_is_green_on_a_terminal(
     shown = capsys.readouterr().out
     assert "\x1b[32m⟦It is" in shown
     assert "\x1b[2m" in shown
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("lfm2", ["one sample each (its conv layers would let one sample of a row see another)"]),
+        ("qwen3_moe", ["left out: 2 x experts (the weights of all experts are one tensor", "left out: 2 x gate"]),
+    ],
+)
+def test_a_plan_says_what_the_base_does_not_allow(
+    family: str, told: list[str], tmp_path: Path, smollm2: StoredBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from adapterhub.cli.training.train_plan_view import print_plan
+
+    base = make_base_of(tmp_path / "base", family, smollm2)
+    plan = make_plan(make_recipe(tmp_path), base, tmp_path / "out")
+    print_plan(plan)
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in told)
+    config = AutoModelForCausalLM.from_pretrained(base.path).config
+    served = capability_of(config).serve
+    (ours,) = [engine for engine in plan.servable if engine.engine == "adapterhub"]
+    assert ours.can_serve == (served.mode != "refused")
+    assert ("one sequence at a time" in ours.how) == (served.mode == "single")
