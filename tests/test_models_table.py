@@ -11,6 +11,7 @@ import pytest
 from architectures import NOT_TINY, VOCABULARY, causal_lm_types, tiny_config, tiny_model
 from served_right import served_right
 from trained_right import TOLERANCE, mixed_samples, training_error
+from transformers.pytorch_utils import Conv1D
 
 from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.bases.capabilities import capability_of
@@ -53,6 +54,7 @@ def test_every_family_that_people_tune_is_trained_packed_and_served(table: Modul
         assert not [cell for cell in table.cells(name) if cell.startswith(("no", "not"))], name
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT's of GPT-2
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_cell_is_measured(table: ModuleType, tmp_path: Path, name: str) -> None:
     trained, packed, served = table.cells(name)
@@ -64,7 +66,9 @@ def test_a_cell_is_measured(table: ModuleType, tmp_path: Path, name: str) -> Non
     if support.serve.mode != "refused":
         model = tiny_model(name)
         targets = sorted(linear_layers(model).adaptable)
-        found = served_right(model, folder=tmp_path / "adapter" if targets else None, targets=targets)
+        # PEFT's adapters on Conv1D are those of an unquantized base; a test of the engine serves them on NF4.
+        is_plain = targets and not any(isinstance(layer, Conv1D) for layer in model.modules())
+        found = served_right(model, folder=tmp_path / "adapter" if is_plain else None, targets=targets)
         assert (found.mode, found.difference) == (support.serve.mode, ""), served
 
 
@@ -72,6 +76,7 @@ def _check_packed(name: str, folder: Path) -> None:
     """Check that the adapter of a run on the base is one that `pack` accepts."""
     model = tiny_model(name)
     model.save_pretrained(folder / "base")
+    tiny_config(name).save_pretrained(folder / "base")  # a model of pictures, too, saves the config of its text alone
     base = StoredBase(folder / "base", BaseRef("tests/tiny"))
     save_lora(add_lora(model, LoraSection(rank=4)), folder, base=base.ref)
     check_compatible(name, *read_lora(folder), module_shapes(base))

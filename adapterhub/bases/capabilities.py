@@ -89,6 +89,12 @@ _ENCODERS = frozenset(
 """Model types whose tokens see those behind them, unless their config says `is_decoder`."""
 
 
+_OTHER_WITH_CACHE = frozenset(
+    {"axk2", "cpmant", "deepseek_v4", "prophetnet", "recurrent_gemma", "reformer", "xlm", "xlnet"}
+)
+"""Model types that compute other answers with their own cache than without, or fail to; docs/models.md measures it."""
+
+
 def capability_of(config: Any) -> Capability:
     """Return how a base with this transformers config is trained and served."""
     if reason := _not_causal(config):
@@ -121,6 +127,8 @@ def _training(text: Any) -> Support:
 
 
 def _serving(text: Any) -> Support:
+    if text.model_type in _OTHER_WITH_CACHE:
+        return Support("refused", f"{text.model_type} computes other answers with its cache than without")
     states = _states_of(text)
     if text.model_type in BATCHED or (text.model_type in _HYBRIDS and layer_kinds(text) and not states):
         return Support("batched")

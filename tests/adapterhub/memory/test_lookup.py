@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from architectures import tiny_config
+from hub_fixtures import ALICE, PEOPLE, start_hub
+from huggingface_hub import HfApi
 from typer.testing import CliRunner
 
 from adapterhub.cli.main import app
@@ -49,6 +51,18 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
 def test_a_hub_id_that_no_hub_answers_for_is_one_line(no_hub: None) -> None:
     with pytest.raises(AdapterHubError, match="acme/model is not a base on this machine, and no Hub gave its config"):
         find_model("acme/model")
+
+
+def test_a_hub_id_is_counted_by_its_config(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_config("gpt2").save_pretrained(tmp_path / "model")
+    with start_hub(tmp_path / "hub", PEOPLE) as url:
+        api = HfApi(endpoint=url, token=ALICE)
+        api.create_repo("alice/tiny")
+        api.upload_folder(repo_id="alice/tiny", folder_path=tmp_path / "model")
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setenv("HF_TOKEN", ALICE)
+        found = find_model("alice/tiny")
+    assert found.shape.weights == find_model(str(tmp_path / "model")).shape.weights
 
 
 @pytest.mark.parametrize("name", ["config.json", "mixtral.json"])
