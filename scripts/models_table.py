@@ -14,10 +14,6 @@ from adapterhub.bases.capabilities import Support, capability_of  # noqa: E402
 from adapterhub.files import write_atomic  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
-NO_ADAPTER = {
-    "reformer": "PEFT finds no layer that it can adapt",
-}
-"""Model types whose adapters no package holds -> the reason."""
 HEAD = """\
 # Base models
 
@@ -56,9 +52,7 @@ def cells(model_type: str) -> tuple[str, str, str]:
     if model_type in NOT_TINY:
         return (f"not tested: {NOT_TINY[model_type]}", "", "")
     found = capability_of(tiny_config(model_type))
-    is_trained = found.train.mode != "refused"
-    packed = f"no: {NO_ADAPTER[model_type]}" if model_type in NO_ADAPTER else "yes"
-    return trained(found.train), packed if is_trained else "", served(found.serve)
+    return trained(found.train), "" if found.train.mode == "refused" else "yes", served(found.serve)
 
 
 def page() -> str:

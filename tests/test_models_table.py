@@ -61,8 +61,8 @@ def test_a_cell_is_measured(table: ModuleType, tmp_path: Path, name: str) -> Non
     support = capability_of(tiny_config(name))
     if support.train.mode != "refused":
         assert training_error(tiny_model(name), mixed_samples(VOCABULARY)) < TOLERANCE, trained
-        if packed == "yes":
-            _check_packed(name, tmp_path)
+        assert packed == "yes"
+        _check_packed(name, tmp_path)
     if support.serve.mode != "refused":
         model = tiny_model(name)
         targets = sorted(linear_layers(model).adaptable)

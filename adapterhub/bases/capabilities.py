@@ -89,9 +89,16 @@ _ENCODERS = frozenset(
 """Model types whose tokens see those behind them, unless their config says `is_decoder`."""
 
 
-_OTHER_WITH_CACHE = frozenset(
-    {"axk2", "cpmant", "deepseek_v4", "prophetnet", "recurrent_gemma", "reformer", "xlm", "xlnet"}
-)
+_SEES_LATER = "its tokens see those behind them"
+_NOT_CAUSAL = {
+    "cpmant": _SEES_LATER,
+    "reformer": "its attention draws hashes at random",
+    "xlm": _SEES_LATER,
+    "xlnet": _SEES_LATER,
+}
+"""Model types that transformers registers as causal language models and that are none -> the reason."""
+
+_OTHER_WITH_CACHE = frozenset({"axk2", "deepseek_v4", "prophetnet", "recurrent_gemma"})
 """Model types that compute other answers with their own cache than without, or fail to; docs/models.md measures it."""
 
 
@@ -107,6 +114,8 @@ def _not_causal(config: Any) -> str:
     """Return why the base is no causal language model, else nothing."""
     if getattr(config, "is_encoder_decoder", False):
         return f"{config.model_type} is an encoder-decoder, not a causal language model"
+    if reason := _NOT_CAUSAL.get(config.model_type):
+        return f"{config.model_type} is no causal language model: {reason}"
     if config.model_type in _ENCODERS and not getattr(config, "is_decoder", False):
         return f"{config.model_type} is an encoder, whose tokens see those behind them, not a causal language model"
     return ""

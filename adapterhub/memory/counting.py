@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from adapterhub.errors import BaseUnsupported
-from adapterhub.memory.model_shape import CountedWeights, LinearGroup, ModelShape
+from adapterhub.memory.model_shape import CountedWeights, LayerSizes, ModelShape
 
 _CHOSEN = ("num_experts_per_tok", "num_selected_experts", "moe_top_k", "moe_topk", "moe_k", "top_k_experts", "top_k")
 """Names under which configs state the number of experts that compute a token."""
@@ -85,7 +85,7 @@ def shape_of_model(model: Any) -> ModelShape:
         query=(_size(text, "head_dim") or 0) * (_size(text, "num_attention_heads") or 0),
         is_tied=head is not None and head.weight is embedding.weight,
         counted=CountedWeights(
-            linears=tuple(LinearGroup(*key, count) for key, count in sorted(linears.items())),
+            linears=tuple(LayerSizes(*key, count) for key, count in sorted(linears.items())),
             total=sum(parameter.numel() for parameter in model.parameters()),
             experts=sum(parameter.numel() for parameter in fused.values()),
             active=_active(model, chosen),

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class LinearGroup:
+class LayerSizes:
     """Linear layers of one name and shape."""
 
     name: str
@@ -21,7 +21,7 @@ class LinearGroup:
 class CountedWeights:
     """Weights of a model that were counted layer by layer, whatever its architecture."""
 
-    linears: tuple[LinearGroup, ...]
+    linears: tuple[LayerSizes, ...]
     """Linear layers, the output head excepted."""
     total: int
     experts: int = 0
@@ -83,11 +83,11 @@ class ModelShape:
         }
 
     @property
-    def linears(self) -> tuple[LinearGroup, ...]:
+    def linears(self) -> tuple[LayerSizes, ...]:
         """All linear layers but the output head; quantization applies to them."""
         if self.counted is not None:
             return self.counted.linears
-        return tuple(LinearGroup(name, *sizes, self.layers) for name, sizes in self.layer_linears().items())
+        return tuple(LayerSizes(name, *sizes, self.layers) for name, sizes in self.layer_linears().items())
 
     @property
     def linear_weights(self) -> int:
@@ -123,8 +123,8 @@ class ModelShape:
         (arXiv 2402.09353). Raises KeyError for another name.
         """
         outside = (
-            LinearGroup("embed_tokens", self.vocabulary, self.hidden, 1),
-            LinearGroup("lm_head", self.hidden, self.vocabulary, 1),
+            LayerSizes("embed_tokens", self.vocabulary, self.hidden, 1),
+            LayerSizes("lm_head", self.hidden, self.vocabulary, 1),
         )
         adapted = [one for one in (*self.linears, *outside) if one.name in modules] if modules else self.linears
         if unknown := set(modules) - {one.name for one in adapted}:

@@ -15,6 +15,7 @@ from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.bases.capabilities import Support, capability_of
 from adapterhub.bases.checks import check_causal, read_config
 from adapterhub.bases.loading import choose_precision
+from adapterhub.bases.quantization import choose_kind
 from adapterhub.errors import BaseNotFound
 from adapterhub.memory.counting import shape_of_model
 from adapterhub.memory.estimate import Estimate, Item
@@ -230,6 +231,7 @@ def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
     try:
         config = read_config(base.path)
         check_causal(config, base.path)
+        choose_kind(recipe.quantization.kind, config, base.path.name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
