@@ -28,7 +28,7 @@ _MAMBA = "Mamba reads its weight without the adapter"
 
 
 @dataclass(frozen=True)
-class LinearLayers:
+class TargetLayers:
     """Linear layers of a base, without its output head, by dotted name."""
 
     adaptable: dict[str, torch.nn.Module]
@@ -41,7 +41,7 @@ class LinearLayers:
         return [(name, count, reason) for (name, reason), count in counts.items()]
 
 
-def linear_layers(model: Any) -> LinearLayers:
+def linear_layers(model: Any) -> TargetLayers:
     """Find the layers of a model without adapters, with or without weights (device meta)."""
     head, text = model.get_output_embeddings(), _language_model(model)
     left_out: dict[str, str] = {}
@@ -60,7 +60,7 @@ def linear_layers(model: Any) -> LinearLayers:
     for name in _converted(model, adaptable):
         left_out[name] = _CONVERTED
         del adaptable[name]
-    return LinearLayers(adaptable, left_out)
+    return TargetLayers(adaptable, left_out)
 
 
 def choose_targets(model: Any, lora: LoraSection) -> str | list[str]:
@@ -106,7 +106,7 @@ def leaf_name(model: Any, wanted: torch.nn.Module) -> str:
     return next(names).rpartition(".")[2]
 
 
-def _refusal(layers: LinearLayers, unknown: list[str], names: set[str], words: dict[str, set[str]]) -> str:
+def _refusal(layers: TargetLayers, unknown: list[str], names: set[str], words: dict[str, set[str]]) -> str:
     left_out = [f"{name}: {reason}" for name, _, reason in layers.count_left_out()]
     told = f" that an adapter can be on ({'; '.join(left_out)})" if left_out else ""
     return (
