@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from trained_right import TOLERANCE, mixed_samples, training_error
 from training import make_recipe, run, tensors_of
 
 from adapterhub.adapter import StoredBase
-from adapterhub.bases.capabilities import PACKED, capability_of
+from adapterhub.bases.capabilities import capability_of
 from adapterhub.bases.loading import load_base
 from adapterhub.bases.self_check_cache import is_proven
 from adapterhub.errors import IncompatibleBase, UsageError
@@ -91,12 +90,6 @@ def test_what_cannot_be_packed_is_computed_one_sample_a_row(family: str) -> None
 def test_samples_behind_a_soft_prompt_are_computed_as_peft_does(family: str, tmp_path: Path) -> None:
     model = attach(random_model(family), recipe_of(tmp_path, method="prompt")).eval()
     assert training_error(model, mixed_samples(250)) < TOLERANCE
-
-
-@pytest.mark.skipif("ADAPTERHUB_SOAK_S" not in os.environ, reason="make soak")
-@pytest.mark.parametrize("family", sorted(PACKED - {"emu3_text_model", "granitemoehybrid"}))
-def test_every_type_on_the_list_is_computed_as_alone(family: str) -> None:
-    assert training_error(random_model(family), mixed_samples(250)) < TOLERANCE
 
 
 def test_a_hybrid_without_mamba_layers_is_packed() -> None:
