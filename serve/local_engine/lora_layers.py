@@ -23,7 +23,7 @@ from serve.local_engine.cpu.memory import HugePages
 from serve.local_engine.cpu.structs import LANES, AdapterTable, WeightMatrix, Widths
 from serve.local_engine.lora_embedding import LoraEmbedding
 from serve.local_engine.lora_segments import LoraSegment, Segments
-from serve.local_engine.scheduler import Batch
+from serve.local_engine.scheduler import AdapterMix, Batch
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that read the same rows in Llama-like models; with other rows, a group computes again."""
@@ -46,6 +46,7 @@ class LinearGroup:
         self.index = index
         self.layers = layers
         self.widths = [layer.out_features for layer in layers]
+        self.dtype = layer_dtype(layers[0])
         self.matrix = _matrix_of(layers, pages) if kernels is not None else None
         self._matmul = self._choose_matmul(kernels)
         self._kernels = kernels
@@ -100,11 +101,7 @@ class LinearGroup:
         return y.to(given)
 
     def _update(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        if len(x) != self._segments.num_rows:
-            raise AdapterUnsupported(
-                f"a layer of this base sees {len(x)} rows of a batch of {self._segments.num_rows}: adapters on such "
-                "layers are not served."
-            )
+        self._segments.fit(len(x))
         bases = y.clone() if self._whole else y
         if self._kernels is not None and x.shape[-1] % LANES == 0 and x.dtype == y.dtype in _KERNEL_DTYPES:
             self._kernels.low_rank_updates(self._segments.kernel, self.index, x.contiguous(), y, bias=self._bias)
@@ -151,6 +148,17 @@ class LoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute x [..., in] -> [..., out]."""
         return self.group.output(self.place, x)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's own weight, for models that also read it."""
+        layer = self.group.layers[self.place]
+        return layer.weight.to(self.group.dtype) if type(layer) is nn.Linear else layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base's own bias."""
+        return self.group.layers[self.place].bias
 
 
 class AdapterBank:
@@ -201,6 +209,11 @@ class AdapterBank:
         mixes = [(chunk, chunk.sequence.request.adapters) for chunk in batch.chunks]
         self.rows.set([(chunk.num_tokens, mix) for chunk, mix in mixes], self._tables)
         self._head_rows.set([(int(chunk.samples), mix) for chunk, mix in mixes], self._tables)
+
+    def begin_one(self, mix: AdapterMix) -> None:
+        """Set the adapters of the next forward, whose rows are all of one sequence."""
+        self.rows.set_one(mix, self._tables)
+        self._head_rows.set_one(mix, self._tables)
 
     def dtype_of(self, stored: torch.dtype) -> torch.dtype:
         """Return the dtype to store a file's tensor in: on CPU, bf16 unchanged, which halves reads, or fp32."""
