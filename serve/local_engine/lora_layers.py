@@ -31,6 +31,20 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of rows that our kernel updates; torch updates others, in fp32 too."""
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers that take adapters, quantized ones among them, by name.
+
+    A model's own subclass that computes something else (Llama 4's router) is none.
+    """
+    return {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and _only_multiplies(one)}
+
+
+def _only_multiplies(layer: nn.Linear) -> bool:
+    kind = type(layer)
+    is_of_a_model = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
+    return kind.forward is nn.Linear.forward or not is_of_a_model
+
+
 class LinearGroup:
     """Linear layers of the base that share their input, computed together, with the resident adapters beside them."""
 
@@ -179,7 +193,7 @@ class AdapterBank:
         head = model.get_output_embeddings()  # type: ignore[operator]
         self._head = head
         dtype = layer_dtype(head)
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linears = linear_layers(model)
         pages = HugePages()
         for names in _groups(linears, has_kernels=kernels is not None):
             layers = [linears[name] for name in names]

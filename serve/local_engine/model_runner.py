@@ -100,11 +100,11 @@ class ModelRunner:
                 last_rows.append(len(tokens) - 1)
                 sampling.append(chunk.sequence.request.id)
         self.adapters.begin(batch)
-        logits = self._model(
-            input_ids=torch.tensor([tokens], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(last_rows, dtype=torch.long, device=self._device),
-            paged=PagedStep(self._cache, batch, self._kernels),
-        ).logits[0]
+        with PagedStep(self._cache, batch, self._kernels).begun():
+            logits = self._model(
+                input_ids=torch.tensor([tokens], device=self._device),
+                position_ids=torch.tensor([positions], device=self._device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(last_rows, dtype=torch.long, device=self._device),
+            ).logits[0]
         return dict(zip(sampling, rows_of(logits.float()), strict=True))

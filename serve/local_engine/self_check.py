@@ -16,6 +16,7 @@ from torch import nn
 from serve.adapters.weights import LowRank
 from serve.engine import AdapterScale, GenerationRequest
 from serve.local_engine.block_pool import BlockPool, Sequence
+from serve.local_engine.lora_layers import linear_layers
 from serve.local_engine.model_runner import Runner
 from serve.local_engine.scheduler import Batch, ScheduledChunk
 
@@ -145,21 +146,17 @@ def _random_adapter(model: nn.Module) -> dict[str, LowRank]:
     """Return a low-rank update of every linear layer."""
     drawn = torch.Generator().manual_seed(0)
     adapter = {}
-    for name, layer in _linear_layers(model).items():
+    for name, layer in linear_layers(model).items():
         a = torch.randn(_RANK, layer.in_features, generator=drawn) / layer.in_features**0.5
         b = torch.randn(layer.out_features, _RANK, generator=drawn) * _STD
         adapter[name] = LowRank(a.to(layer.weight.device), b.to(layer.weight.device).T, 1.0)
     return adapter
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-
-
 @contextmanager
 def _hooked(model: nn.Module, adapter: dict[str, LowRank]) -> Iterator[None]:
     """Add the adapter to the outputs of the model's own layers."""
-    hooks = [layer.register_forward_hook(_hook(adapter[name])) for name, layer in _linear_layers(model).items()]
+    hooks = [layer.register_forward_hook(_hook(adapter[name])) for name, layer in linear_layers(model).items()]
     try:
         yield
     finally:
