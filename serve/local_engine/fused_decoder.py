@@ -59,6 +59,8 @@ def can_fuse(model: Any, cache: KvCache) -> tuple[bool, str]:
     config = model.config.get_text_config()
     if config.model_type not in _MODEL_TYPES or getattr(config, "hidden_act", None) != "silu":
         return False, f"only {', '.join(_MODEL_TYPES)} with silu are fused, this is {config.model_type}"
+    if not hasattr(model.model, "layers") or not hasattr(model.model, "rotary_emb"):
+        return False, "its language model is a part of another model"
     token = torch.zeros(1, 1, dtype=torch.long)
     states = model.get_input_embeddings()(token)
     if states.dtype != torch.float32 or cache.layers.dtype != torch.float32:

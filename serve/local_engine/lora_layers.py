@@ -27,6 +27,8 @@ from serve.local_engine.scheduler import AdapterMix, Batch
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that read the same rows in Llama-like models; with other rows, a group computes again."""
+_MODELING = ("transformers.models.", "transformers_modules.")
+"""Beginnings of the names of modules that define models; other subclasses of linear layers are quantized ones."""
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of rows that our kernel updates; torch updates others, in fp32 too."""
 
@@ -41,8 +43,16 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 def _only_multiplies(layer: nn.Linear) -> bool:
     kind = type(layer)
-    is_of_a_model = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
-    return kind.forward is nn.Linear.forward or not is_of_a_model
+    if kind.forward is nn.Linear.forward or not kind.__module__.startswith(
+        ("transformers.models.", "transformers_mod")
+    ):
+        return True
+    row = torch.ones(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    with torch.no_grad():
+        found, product = layer(row), nn.functional.linear(row, layer.weight, layer.bias)
+    return (
+        isinstance(found, torch.Tensor) and found.shape == product.shape and torch.allclose(found, product, rtol=1e-2)
+    )
 
 
 class LinearGroup:

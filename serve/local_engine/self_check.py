@@ -72,7 +72,7 @@ def describe_difference(runner: Runner, pool: BlockPool, expected: Expected, dty
         finally:
             runner.adapters.remove(_DIGEST)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}".rstrip(".")
     return ""
 
 
