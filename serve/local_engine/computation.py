@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +13,7 @@ from adapterhub.bases import self_check_cache
 from adapterhub.bases.capabilities import capability_of
 from adapterhub.bases.loading import LoadedBase
 from adapterhub.choice import Choice
-from adapterhub.errors import BaseUnsupported, UsageError
+from adapterhub.errors import AdapterHubError, BaseUnsupported, UsageError
 from adapterhub.units import format_bytes, format_duration
 from serve.config import LocalEngineConfig, SchedulerLimits
 from serve.local_engine.block_pool import BlockPool
@@ -82,7 +84,8 @@ def start_computation(base: LoadedBase, config: LocalEngineConfig) -> Computatio
     started = time.perf_counter()
     expected = None if _is_proven(base, support.mode) else _expected_of(base)
     if is_batched:
-        batched = ModelRunner(base, num_blocks=room.num_blocks, block_size=room.block_size)
+        with _no_traceback(base):
+            batched = ModelRunner(base, num_blocks=room.num_blocks, block_size=room.block_size)
         problem = _problem(base, batched, room, expected)
         if not problem:
             how = Choice("sequences", "batched", _how_proven(expected, started))
@@ -93,7 +96,8 @@ def start_computation(base: LoadedBase, config: LocalEngineConfig) -> Computatio
         adapters, choices = batched.adapters, batched.choices[:1]
     else:
         reason = support.reason
-        adapters, _, choices = adapted(base.model)
+        with _no_traceback(base):
+            adapters, _, choices = adapted(base.model)
     single = SingleRunner(base, adapters)
     problem = _problem(base, single, room, expected)
     if problem:
@@ -153,6 +157,16 @@ def _how_proven(expected: Expected | None, started: float) -> str:
     if expected is None:
         return "compared with the model's own forward pass at an earlier start"
     return f"compared with the model's own forward pass in {format_duration(time.perf_counter() - started)}"
+
+
+@contextmanager
+def _no_traceback(base: LoadedBase) -> Iterator[None]:
+    try:
+        yield
+    except (AdapterHubError, MemoryError):
+        raise
+    except Exception as error:
+        raise _refused(base, f"its layers cannot be replaced ({type(error).__name__}: {error})") from error
 
 
 def _refused(base: LoadedBase, reason: str) -> BaseUnsupported:

@@ -61,7 +61,7 @@ class ModelRunner:
     Adapters that are being loaded, guided decoding's masks and waiting logits are tensors outside it.
     """
 
-    mode: Literal["batched"] = "batched"
+    mode: Literal["batched", "single"] = "batched"
 
     def __init__(self, base: LoadedBase, *, num_blocks: int, block_size: int) -> None:
         """Replace the model's attention, its linear layers, and what else our kernels compute."""

@@ -10,36 +10,33 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from adapterhub.choice import Choice
 
 _RESCALED = ("dynamic", "longrope")
 
 
-def fix_rotary(model: nn.Module, max_model_len: int) -> tuple[Choice, ...]:
+def fix_rotary(model: Any, max_model_len: int) -> tuple[Choice, ...]:
     """Fix the frequencies of the model's rotary embeddings for sequences of `max_model_len` tokens; return the choice.
 
     A module's types are one name, or one for each type of layer (`dynamic_rope_update` of transformers).
     """
-    last = torch.tensor([[max_model_len - 1]])
-    choices: dict[str, Choice] = {}
+    last = torch.tensor([[max_model_len - 1]], device=model.device)
+    found: set[str] = set()
     for module in model.modules():
         types = getattr(module, "rope_type", None)
-        several = types if isinstance(types, dict) else {None: types}
-        for layer_type, rope_type in several.items():
-            if rope_type not in _RESCALED:
-                continue
-            given = {} if layer_type is None else {"layer_type": layer_type}
-            weight = torch.zeros(1, dtype=torch.float32, device=_device(model))
-            module(weight, last.to(weight.device), **given)  # chooses the frequencies, which then stay
-            choices[rope_type] = Choice("rotary embedding", rope_type, f"fixed for sequences of {max_model_len} tokens")
+        for layer_type, rope_type in (types if isinstance(types, dict) else {None: types}).items():
+            if rope_type in _RESCALED:
+                found.add(rope_type)
+                # Chooses the frequencies, which then stay.
+                module(last.float(), last, **({} if layer_type is None else {"layer_type": layer_type}))
         if isinstance(types, dict):
-            module.rope_type = {k: "default" if v in _RESCALED else v for k, v in types.items()}
-        elif types in _RESCALED:
-            module.rope_type = "default"
-    return tuple(choices.values())
+            module.rope_type = {kind: _fixed(rope_type) for kind, rope_type in types.items()}
+        elif types is not None:
+            module.rope_type = _fixed(types)
+    reason = f"fixed for sequences of {max_model_len} tokens, so that no answer depends on the longest of a batch"
+    return tuple(Choice("rotary embedding", rope_type, reason) for rope_type in sorted(found))
 
 
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
+def _fixed(rope_type: str) -> str:
+    return "default" if rope_type in _RESCALED else rope_type

@@ -20,12 +20,12 @@ from serve.local_engine.lora_layers import linear_layers
 from serve.local_engine.model_runner import Runner
 from serve.local_engine.scheduler import Batch, ScheduledChunk
 
-TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.2}
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}
 """Largest accepted mean difference of a row's log-probabilities, by the dtype of the arithmetic."""
 _DIGEST = "sha256:self-check"
 _RANK = 2
-_STD = 0.05
-"""Standard deviation of the random adapter's B: its effect is some hundred times the tolerance in fp32."""
+_STD = 0.2
+"""Standard deviation of the random adapter's B: its effect is larger than the tolerance."""
 _CHUNKS = (((0, 5), (5, 8), (13, 1)), ((0, 4), (4, 1), (5, 1)))
 """Of each prompt, what a step computes, as (first token, tokens): its beginning, its rest, or an answer's token."""
 _NUM_STEPS = len(_CHUNKS[0])

@@ -43,7 +43,7 @@ class CacheSize:
 class SingleRunner:
     """Runs each sequence in a forward pass of its own; its state is a cache of transformers for each."""
 
-    mode: Literal["single"] = "single"
+    mode: Literal["batched", "single"] = "single"
 
     def __init__(self, base: LoadedBase, adapters: AdapterBank) -> None:
         self._model = base.model
@@ -117,20 +117,22 @@ def _first_arguments(model: Any, num_tokens: int) -> dict[str, Any]:
 
 
 def _num_bytes(kept: Any) -> int:
-    """Return the size of all tensors in nested containers and objects of transformers, in bytes."""
-    storages: dict[int, int] = {}
-    left, seen = [kept], set()
+    """Return the size of all tensors in nested containers and objects of transformers, in bytes.
+
+    A view counts as all it is a part of, which it keeps in memory.
+    """
+    size, left, seen = 0, [kept], set()
     while left:
         one = left.pop()
         if id(one) in seen:
             continue
         seen.add(id(one))
         if isinstance(one, torch.Tensor):
-            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+            size += one.untyped_storage().nbytes()
         elif isinstance(one, dict):
             left += one.values()
         elif isinstance(one, list | tuple):
             left += one
         elif type(one).__module__.startswith("transformers"):
             left += vars(one).values()
-    return sum(storages.values())
+    return size
