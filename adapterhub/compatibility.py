@@ -23,6 +23,7 @@ def module_shapes(base: StoredBase) -> Shapes:
     """Return the shape of every linear layer and embedding of the base, from its config alone. Loads torch."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path))
@@ -30,6 +31,8 @@ def module_shapes(base: StoredBase) -> Shapes:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             shapes[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):  # GPT-2's linear layer, stored as [in, out]
+            shapes[name] = (module.weight.shape[0], module.weight.shape[1])
         elif isinstance(module, torch.nn.Embedding):
             shapes[name] = (module.num_embeddings, module.embedding_dim)
     return shapes

@@ -51,6 +51,9 @@ Attention is their only state, and paged attention computes theirs: causal, with
 test compares the answers of each with `generate` and PEFT.
 """
 
+_HYBRIDS = frozenset({"granitemoehybrid"})
+"""Model types of which some bases have layers with other states; those that have none are served as `BATCHED` ones."""
+
 PACKED = frozenset(
     {
         "afmoe", "apertus", "arcee", "aria_text", "beam", "biogpt", "codegen", "cohere", "cohere2", "cohere2_moe",
@@ -112,9 +115,10 @@ def _training(text: Any) -> Support:
 
 
 def _serving(text: Any) -> Support:
-    if text.model_type in BATCHED:
+    states = _states_of(text)
+    if text.model_type in BATCHED or (text.model_type in _HYBRIDS and layer_kinds(text) and not states):
         return Support("batched")
-    if states := _states_of(text):
+    if states:
         return Support("single", f"its {states} layers keep states that cannot be cut into blocks")
     return Support("single", f"{text.model_type} is not known to keep no state but attention's, computed as ours is")
 

@@ -1,7 +1,7 @@
 """Run sequences one at a time by the model's own forward pass and cache, as `generate` of transformers does.
 
 For bases that keep more than attention's keys and values, or whose attention is not ours: their caches cannot be cut
-into blocks, so nothing is shared between sequences, and a prompt is computed in one piece.
+into blocks, so nothing is shared between sequences, and a prompt is computed whole.
 """
 
 from __future__ import annotations

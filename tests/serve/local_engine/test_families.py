@@ -5,15 +5,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 from architectures import tiny_config, tiny_model
+from engine_runs import GREEDY, PROMPTS, ask, greedy, load_tiny, reference_model, run, running, tokens_of, unverified
 from served_right import served_right
+from tiny_models import TINY_VOCABULARY, copy_tokenizer, make_peft_adapter
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.bases.capabilities import BATCHED, capability_of
+from adapterhub.compatibility import check_compatible, module_shapes
 from adapterhub.errors import BaseUnsupported
+from adapterhub.package.layout import read_lora
+from serve.engine import AdapterScale, GenerationRequest
 
 KINDS = {
     "gemma3_text": ("batched", "windows in some layers, norms and an embedding of its own"),
@@ -57,17 +65,47 @@ def test_a_wrong_mode_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert found.difference
 
 
-def _config(model_type: str, **changes: Any) -> Any:
-    config = tiny_config(model_type)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return config
+@pytest.mark.parametrize(("kind", "mode"), [("full_attention", "batched"), ("linear_attention", "single")])
+def test_a_hybrid_without_other_states_is_served_in_a_batch(kind: str, mode: str) -> None:
+    config = tiny_config("granitemoehybrid")
+    config.layer_types = [kind] * config.num_hidden_layers
+    torch.manual_seed(0)
+    found = served_right(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    assert (found.mode, found.difference) == (mode, "")
+
+
+def test_gpt2_in_nf4_answers_as_peft(smollm2: StoredBase, tmp_path: Path) -> None:
+    """Its linear layers are stored the other way round, and only quantized ones are linear layers of torch."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=TINY_VOCABULARY, n_positions=256, n_embd=64, n_layer=2, n_head=4, eos_token_id=2)
+    config.initializer_range = 0.2
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    copy_tokenizer(smollm2.path, tmp_path / "base")
+    stored = StoredBase(tmp_path / "base", BaseRef("tests/tiny-gpt2"))
+    make_peft_adapter(tmp_path / "adapter", stored, rank=4, seed=0)
+    adapter = unverified(tmp_path / "adapter", 0)
+    lora, tensors = read_lora(adapter.path)
+    check_compatible("gpt2", lora, tensors, module_shapes(stored))
+    right = [[greedy(reference_model(stored, used, torch.float32), p) for p in PROMPTS] for used in (None, adapter)]
+
+    async def test() -> None:
+        async with running(load_tiny(stored)) as engine:
+            assert engine.mode == "batched"
+            await engine.load(adapter)
+            mixes = ((), (AdapterScale(adapter.digest),))
+            requests = [
+                GenerationRequest(f"{n} {len(mix)}", prompt, GREEDY, mix)
+                for mix in mixes
+                for n, prompt in enumerate(PROMPTS)
+            ]
+            answers = [tokens_of(answer) for answer in await asyncio.gather(*(ask(engine, one) for one in requests))]
+            assert answers == [*right[0], *right[1]]
+
+    run(test)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "t5", "bart"])
 def test_what_is_no_causal_language_model_is_refused(model_type: str) -> None:
-    from transformers import CONFIG_MAPPING
-
     support = capability_of(CONFIG_MAPPING[model_type]()).serve
     assert support.mode == "refused"
     assert "not a causal language model" in support.reason
