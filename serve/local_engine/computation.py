@@ -172,6 +172,6 @@ def _no_traceback(base: LoadedBase) -> Iterator[None]:
 def _refused(base: LoadedBase, reason: str) -> BaseUnsupported:
     model_type = base.model.config.get_text_config().model_type
     return BaseUnsupported(
-        f"the base {base.ref.id} ({model_type}) is not served: {reason}. Serve another base, or this one with "
-        "--engine vllm."
+        f"the base {base.ref.id} ({model_type}) is not served: {reason}. Serve another base; what is a causal language "
+        "model can be served with --engine vllm."
     )
