@@ -34,13 +34,18 @@ class Room:
 
     @classmethod
     def of(cls, base: LoadedBase, config: LocalEngineConfig, size: CacheSize, *, is_batched: bool) -> Room:
-        """Divide the config's memory among sequences of such a size. Raises UsageError where it holds no token."""
+        """Divide the config's memory among sequences of such a size.
+
+        Unless the config asks for more, sequences stay within the length to which transformers' rotary frequencies are
+        those of every sequence. Raises UsageError where the memory holds no token.
+        """
         limits, memory, block_size = config.limits, config.kv_cache_bytes, config.block_size
         if size.per_sequence:  # at most half of the memory for states, if it holds any token besides
             num_seqs = max(1, min(limits.max_num_seqs, memory // 2 // size.per_sequence))
             limits = replace(limits, max_num_seqs=num_seqs)
             memory -= num_seqs * size.per_sequence
-        length = config.max_model_len or getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+        length = config.max_model_len or capability_of(base.model.config).train.longest or longest
         num_blocks = max(memory, 0) // (max(size.per_token, 1) * block_size)
         if not is_batched:
             limits = replace(limits, cuts_prompts=False)

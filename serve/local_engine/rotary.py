@@ -2,7 +2,8 @@
 
 `longrope` (arXiv 2402.13753) has factors for short and for long texts; `dynamic` (NTK-aware interpolation) grows with
 the text. Computed by the batch, an answer would depend on its neighbors, and cached keys on what ran beside them. So,
-as vLLM does, the frequencies are chosen once, by the longest sequence that the server takes.
+as vLLM does, the frequencies are chosen once, by the longest sequence that the server takes; by default that is the
+length of the original training, within which transformers chooses the same for every sequence.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def fix_rotary(model: Any, max_model_len: int) -> tuple[Choice, ...]:
             module.rope_type = {kind: _fixed(rope_type) for kind, rope_type in types.items()}
         elif types is not None:
             module.rope_type = _fixed(types)
-    reason = f"fixed for sequences of {max_model_len} tokens, so that no answer depends on the longest of a batch"
+    reason = f"fixed for sequences of {max_model_len} tokens, so that no answer depends on its neighbors"
     return tuple(Choice("rotary embedding", rope_type, reason) for rope_type in sorted(found))
 
 

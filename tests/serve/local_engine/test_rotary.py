@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import ask, idle, run, running, tokens_of
+from engine_runs import ask, greedy, idle, run, running, tokens_of
 from served_right import loaded
 
+from adapterhub.errors import RequestTooLong
 from serve.config import LocalEngineConfig
 from serve.engine import GenerationRequest, SamplingParams
 from serve.local_engine.rotary import fix_rotary
@@ -53,6 +54,21 @@ def test_an_answer_beside_a_long_one_is_the_answer_alone(kind: str) -> None:
             later = tokens_of(await ask(engine, _greedy(0, SHORT)))
             assert [tokens_of(both[0]), later] == alone * 2
             await idle(engine)
+
+    run(test)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_without_a_wish_sequences_stay_within_the_original_length(kind: str) -> None:
+    model = _model(kind)
+    right = greedy(model, SHORT)
+
+    async def test() -> None:
+        async with running(loaded(model), LocalEngineConfig(kv_cache_bytes=4 << 20)) as engine:
+            assert engine.max_model_len == ORIGINAL
+            assert tokens_of(await ask(engine, _greedy(0, SHORT))) == right
+            with pytest.raises(RequestTooLong):
+                await ask(engine, _greedy(1, LONG))
 
     run(test)
 
