@@ -41,6 +41,7 @@ KINDS = {
     "bamba": ("single", "Mamba layers"),
     "falcon_mamba": ("single", "no attention at all"),
     "jetmoe": ("single", "experts of attention"),
+    "deepseek_v4": ("single", "linear layers that multiply in groups, which no adapter changes"),
 }
 
 
