@@ -43,9 +43,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 def _only_multiplies(layer: nn.Linear) -> bool:
     kind = type(layer)
-    if kind.forward is nn.Linear.forward or not kind.__module__.startswith(
-        ("transformers.models.", "transformers_mod")
-    ):
+    if kind.forward is nn.Linear.forward or not kind.__module__.startswith(_MODELING):
         return True
     row = torch.ones(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
     with torch.no_grad():
