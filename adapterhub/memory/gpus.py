@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from adapterhub.memory.estimate import PROCESS_CUDA, Estimate
 from adapterhub.memory.training import Sharding
 
-COMMON_GB = (8.0, 16.0, 24.0, 48.0, 80.0, 141.0)
+COMMON_GB = (8, 16, 24, 48, 80, 141)
 """Memory of common GPUs, in GB."""
 MOST = 64
 """Largest number of GPUs that is looked at."""
@@ -33,14 +33,14 @@ class GpuCount:
 
 
 def count_gpus(
-    gigabytes: float, trained_on: Callable[[int, Sharding], Estimate], serving: Estimate, *, is_divisible: bool
+    gigabytes: int, trained_on: Callable[[int, Sharding], Estimate], serving: Estimate, *, is_divisible: bool
 ) -> GpuCount:
     """Return how many GPUs with so many GB (10^9 bytes) it takes.
 
     `trained_on` estimates training on a number of GPUs. A training that is not `is_divisible` takes one or none. A
     server on several GPUs divides all but the CUDA context, as vLLM's tensor parallelism does.
     """
-    room = int(gigabytes * 1e9)
+    room = gigabytes * 10**9
     training = Fit(None)
     for gpus in range(1, (MOST if is_divisible else 1) + 1):
         estimate = trained_on(gpus, "none" if gpus == 1 else "layers")

@@ -80,7 +80,7 @@ def memory(
     ] = 8192,
     device: Annotated[DeviceKind, typer.Option(help="Kind of device that trains and serves.")] = DeviceKind.CUDA,
     gpu_gb: Annotated[
-        list[float] | None,
+        list[int] | None,
         typer.Option(
             min=1, max=10_000, help="Memory of a GPU, in GB: how many of them it takes [default: common sizes]."
         ),
@@ -142,7 +142,7 @@ def memory(
     counts = {gb: count_gpus(gb, trained_on, estimates["serving"], is_divisible=not is_full) for gb in sizes}
     if as_json:
         raw: dict[str, object] = {name: _raw(estimate) for name, estimate in estimates.items()}
-        raw["gpus"] = {f"{gb:g}": asdict(count) for gb, count in counts.items()}
+        raw["gpus"] = {f"{gb}": asdict(count) for gb, count in counts.items()}
         typer.echo(json.dumps(raw | {"notes": found.notes}, indent=1))
         return
     typer.echo(f"{model}: {shape.weights / 1e9:.3f} billion weights, {shape.linear_weights / 1e9:.3f} in linear layers")
@@ -157,7 +157,7 @@ def memory(
     if counts:
         typer.echo("\nGPUs that it takes (several: train --shard; serving with vLLM's --tensor-parallel-size)")
     for gb, count in counts.items():
-        typer.echo(f"  of {gb:g} GB: {_words(count.training)} for training, {_words(count.serving)} for serving")
+        typer.echo(f"  of {gb} GB: {_words(count.training)} for training, {_words(count.serving)} for serving")
 
 
 def _range(estimate: Estimate) -> str:
