@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 
 from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.bases.checks import check_causal, read_config
 from adapterhub.errors import AdapterNoEffect, IncompatibleBase, MissingFile
 from adapterhub.package.layout import read_lora
 from adapterhub.package.lora_config import LoraConfig, LoraTensor
@@ -22,14 +23,19 @@ _NUMBER = re.compile(r"\.(\d+)\.")
 def module_shapes(base: StoredBase) -> Shapes:
     """Return the shape of every linear layer and embedding of the base, from its config alone. Loads torch."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
+    config = read_config(base.path)
+    check_causal(config, base.path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     shapes = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             shapes[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):  # GPT-2's linear layers, whose weight is [in, out]
+            shapes[name] = (module.nx, module.nf)
         elif isinstance(module, torch.nn.Embedding):
             shapes[name] = (module.num_embeddings, module.embedding_dim)
     return shapes
@@ -72,6 +78,11 @@ def check_compatible(name: str, config: LoraConfig, tensors: Iterable[LoraTensor
         raise AdapterNoEffect(
             f"no tensor of adapter {name} belongs to a layer of this base (first: {unexpected[0]}): it was made for "
             "another architecture."
+        )
+    if experts := [module for module in unexpected if ".experts." in module]:
+        raise IncompatibleBase(
+            f"adapter {name} adapts {len(experts)} layers of single experts (first: {experts[0]}): this base keeps the "
+            "weights of all experts in one tensor. Train attention and the other linear layers."
         )
     if unexpected:
         raise IncompatibleBase(

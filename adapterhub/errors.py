@@ -10,6 +10,7 @@
         BundleTooLarge (413)
       Incompatible              sound, but not for this base or this engine         exit 5   422
         IncompatibleBase  AdapterUnsupported  AdapterNoEffect  RankTooLarge  ProbeMismatch
+        BaseUnsupported         a base that is not computed as transformers does
       HubError                  an error of the Hub or of the network               exit 1   502
         HubUnavailable          unreachable or failing; trying later can help       exit 75  502
         NotAuthorized           wrong, missing or too weak a token                  exit 1   401
@@ -122,6 +123,10 @@ class Incompatible(AdapterHubError):
 
 class IncompatibleBase(Incompatible):
     code = "adapter_base_mismatch"
+
+
+class BaseUnsupported(Incompatible):
+    code = "base_unsupported"
 
 
 class AdapterUnsupported(Incompatible):

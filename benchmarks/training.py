@@ -183,7 +183,7 @@ def ours(name: str, batch: int) -> tuple[Step, Any]:
         if name == "ours-padded":
             loss = padded_loss(model, samples_now)
         else:
-            row = packing.pack(samples_now, device=model.device, dtype=model.dtype)
+            row = packing.pack(samples_now, device=model.device)
             loss, computed = row_loss(model, row), row.input_ids.numel()
         (loss / trained).backward()
         torch.nn.utils.clip_grad_norm_(trainable(model), 0.3)

@@ -48,6 +48,8 @@ class SchedulerLimits:
     """Maximum number of prompt tokens in one step, over all sequences; it bounds how long decoding waits."""
     max_wait_steps: int = 16
     """Steps without a computed token after which a group that has requests is starved and is admitted first."""
+    cuts_prompts: bool = True
+    """Whether a prompt may be computed in several steps; a whole one may be longer than `max_prefill_chunk`."""
 
     def __post_init__(self) -> None:
         _check_range("--max-num-seqs", self.max_num_seqs, minimum=1)

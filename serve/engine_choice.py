@@ -88,7 +88,7 @@ async def _start_vllm(config: ServeConfig, base: StoredBase, report: Report) -> 
         found = find_vllm(config.vllm.python or Path(sys.executable))
         processes.append(VllmProcess(found, base, config.base_name, options, folder))
         report(str(_hazard(processes[0])))
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     engine = await VllmEngine.start(
         base, config.base_name, tokenizer, processes=processes, endpoints=config.vllm.endpoints,
         key=os.environ.get(KEY_VARIABLE), folder=folder / "adapters", max_lora_rank=config.engine.max_lora_rank,

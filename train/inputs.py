@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.bases.capabilities import Support, capability_of
+from adapterhub.bases.checks import check_causal, read_config
 from adapterhub.bases.loading import load_tokenizer
 from adapterhub.chat_template import chat_date, reads_clock
 from adapterhub.compatibility import check_adapter
-from adapterhub.errors import BaseNotFound, IncompatibleBase, RecipeError
+from adapterhub.errors import IncompatibleBase, RecipeError, UsageError
 from train.data.chat_template import chat_template_of, template_notes
 from train.data.formats import OnFault
 from train.data.preferences import read_preferences
@@ -34,6 +35,8 @@ class Inputs:
     """Tokenizer of the base, with the chat template of the run."""
     stop: tuple[str, ...]
     """Strings that end an answer under that template."""
+    support: Support
+    """How the base is trained: samples packed into rows, or one a row."""
     date: datetime.date | None = None
     """Date that the template rendered; None: it does not read the clock."""
     template_notes: tuple[str, ...] = ()
@@ -53,6 +56,7 @@ def load_inputs(
 
     Raises BaseNotFound, RecipeError, DatasetError, IncompatibleBase.
     """
+    support = training_support(base)
     if start is not None:
         check_adapter(start, base)
     chat = chat_template_of(recipe, start)
@@ -64,13 +68,33 @@ def load_inputs(
         objective = _objective(recipe, tokenizer, chat.stop)
         notes = template_notes(tokenizer)
     _check_vocabulary(base, objective)
+    _check_lengths(support, objective)
     is_dated = bool(tokenizer.chat_template) and reads_clock(tokenizer.get_chat_template())
     if is_dated and recipe.data.date is None:
         notes.append(
             f"the chat template reads the clock: this run renders {date}, which its record keeps. Set date = {date} in "
             "[data] to repeat the run on another day"
         )
-    return Inputs(objective, tokenizer, chat.stop, date if is_dated else None, tuple(notes))
+    return Inputs(objective, tokenizer, chat.stop, support, date if is_dated else None, tuple(notes))
+
+
+def training_support(base: StoredBase) -> Support:
+    """Return how the base is trained, from its config alone. Raises BaseNotFound, IncompatibleBase."""
+    config = read_config(base.path)
+    check_causal(config, base.path)
+    found = capability_of(config).train
+    if found.mode == "refused":
+        raise IncompatibleBase(f"{base.ref} cannot be trained: {found.reason}. Expected another base.")
+    return found
+
+
+def _check_lengths(support: Support, objective: Objective) -> None:
+    """Check that no sample is longer than the base computes alike in every pass. Raises UsageError."""
+    if support.limit is not None and objective.longest > support.limit:
+        raise UsageError(
+            f"the longest sample has {objective.longest} tokens: beyond {support.limit} the base's rotary positions "
+            f"(dynamic NTK) depend on the samples before. Set max_length = {support.limit} or less in [data]."
+        )
 
 
 def _check_vocabulary(base: StoredBase, objective: Objective) -> None:
@@ -78,12 +102,7 @@ def _check_vocabulary(base: StoredBase, objective: Objective) -> None:
 
     Raises IncompatibleBase.
     """
-    try:
-        size = json.loads((base.path / "config.json").read_bytes()).get("vocab_size")
-    except (OSError, ValueError) as error:
-        raise BaseNotFound(
-            f"cannot read {base.path / 'config.json'} ({error}): expected the config of a model. Fetch the base again."
-        ) from error
+    size = getattr(read_config(base.path).get_text_config(), "vocab_size", None)
     places = range(objective.num_samples)
     highest = max(max(sample.tokens) for place in places for sample in objective.samples_at(place))
     if isinstance(size, int) and highest >= size:

@@ -35,7 +35,9 @@ from train.loop.stopping import stop_requests
 from train.model.fused_lora import fuse_lora
 from train.model.lora import continue_lora, lora_b_parameters, trainable
 from train.model.methods import adapter_disabled, attach, configure_forward, save_trained
+from train.model.self_check import check_rows
 from train.objectives.base import EvalResult, Objective
+from train.objectives.forward import row_support
 from train.objectives.mask_report import mask_report
 from train.objectives.sample_answers import FixedPrompts
 from train.planning.out_of_memory import memory_errors_named
@@ -129,13 +131,15 @@ def _train_in(
     world = current_world()
     arguments = {"device": world.device, "tokenizer": inputs.tokenizer} | recipe.base_arguments()
     loaded = load_base(base, purpose="train", **arguments)
-    _check_window(loaded, objective)
     if start is None:
         model = attach(loaded.model, recipe)
         init_lora(model, recipe.lora, base=base.path, objective=objective)
     else:
         model = configure_forward(continue_lora(loaded.model, start, dropout=recipe.lora.dropout), recipe)
     fuse_lora(model)
+    for line in check_rows(model, recipe, str(loaded.ref.fingerprint), _some_tokens(objective)):
+        progress.say(line)
+    _check_sharding(model, world, objective)
     faster, undecayed = lora_b_parameters(model), undecayed_parameters(model)
     optimizer, chosen = make_optimizer(trainable(model), recipe.train, lora_b_parameters=faster, undecayed=undecayed)
     check_room(run.output, trainable(model), recipe)
@@ -225,6 +229,12 @@ def _open_record(run: RunFolder, start: RunStart) -> None:
             )
 
 
+def _some_tokens(objective: Objective) -> list[int]:
+    """Return tokens of the first samples, for the check of rows."""
+    samples = (sample for place in range(min(4, objective.num_samples)) for sample in objective.samples_at(place))
+    return [token for sample in samples for token in sample.tokens[-16:]]
+
+
 def _check_has_held_out(recipe: Recipe, base_result: EvalResult) -> None:
     if not base_result.tokens and (recipe.train.keep == "best" or recipe.train.patience):
         raise DatasetError(
@@ -232,14 +242,14 @@ def _check_has_held_out(recipe: Recipe, base_result: EvalResult) -> None:
         )
 
 
-def _check_window(loaded: LoadedBase, objective: Objective) -> None:
-    """Check that no sample exceeds the base's sliding window, which a packed row's mask does not apply."""
-    window = getattr(loaded.model.config, "sliding_window", None)
-    longest = objective.longest
-    if window and longest > window:
+def _check_sharding(model: Any, world: World, objective: Objective) -> None:
+    """Check that processes that share a base make equally many forward passes. Raises UsageError."""
+    support = row_support(model)
+    is_split = support.mode != "batched" or (support.longest is not None and objective.longest > support.longest)
+    if world.shards and is_split:
         raise UsageError(
-            f"the longest sample has {longest} tokens: the base attends within a sliding window of {window}. "
-            f"Set max_length = {window} or less in [data]."
+            f"the base is trained one sample a row ({support.reason or 'of those that are long'}): expected packed "
+            "rows, whose number is the same in each process that holds a part of the base. Leave out --shard."
         )
 
 

@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from adapterhub.adapter import BaseRef, StoredBase
+from adapterhub.bases.checks import check_causal, check_files, check_vocabulary, read_config
 from adapterhub.bases.nf4 import quantized_layers
-from adapterhub.bases.quantization import loading_config
+from adapterhub.bases.quantization import (
+    Kind,
+    checkpoint_kind,
+    choose_kind,
+    keep_checkpoint,
+    loading_config,
+    quantization_of,
+)
 from adapterhub.bases.store import stored_base
 from adapterhub.choice import Choice
 from adapterhub.errors import BaseNotFound, UsageError
@@ -19,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 Purpose = Literal["train", "serve"]
-Kind = Literal["nf4", "fp4", "int8", "none"]
 
 # When it is imported, bitsandbytes warns that a kernel could be downloaded; nothing here depends on that one.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -42,7 +49,7 @@ def load_base(
     purpose: Purpose = "serve",
     dtype: str | None = None,
     device: str | None = None,
-    kind: Kind = "nf4",
+    kind: Kind | None = None,
     double_quant: bool = True,
     block_size: int = 64,
     tokenizer: Any = None,
@@ -50,42 +57,52 @@ def load_base(
     """Load a base with its linear layers, but for the output head, in 4 bit (arXiv 2305.14314, section 3).
 
     `base` is a name (fetched unless it is here), a folder or an opened base. `kind` int8 holds the layers in 8 bit
-    (LLM.int8), none as they are. `dtype` (bfloat16, float16, float32) and `device` (cpu, cuda, cuda:1, ...) are chosen
-    when not given. `tokenizer` is the base's, where it has been read already: that takes as long as loading a small
-    model.
-    Raises UsageError for a device that is not there and for unknown options, BaseNotFound for a folder that
-    transformers cannot read.
+    (LLM.int8), none as they are; by default it is nf4, or what the checkpoint has. The layers of a quantized checkpoint
+    stay as they are, and `quantization` of the result says how that is. `dtype` (bfloat16, float16, float32) and
+    `device` (cpu, cuda, cuda:1, ...) are chosen when not given. `tokenizer` is the base's, where it has been read
+    already: that takes as long as loading a small model.
+    Raises UsageError for a device that is not there, for unknown options and for another kind than a quantized
+    checkpoint has; BaseNotFound for a folder that transformers cannot read; BaseUnsupported for another model than a
+    causal language model of transformers. All of this is checked before a weight is read.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    for name, value, allowed in (("purpose", purpose, get_args(Purpose)), ("kind", kind, get_args(Kind))):
+    for name, value, allowed in (("purpose", purpose, get_args(Purpose)), ("kind", kind, (*get_args(Kind), None))):
         if value not in allowed:
-            raise UsageError(f"invalid {name} {value!r}: expected {', '.join(allowed)}. Choose one of them.")
+            names = ", ".join(filter(None, allowed))
+            raise UsageError(f"invalid {name} {value!r}: expected {names}. Choose one of them.")
     stored = stored_base(base)
     disable_progress_bar()
     where, precision = choose_precision(dtype, device)
     compute = getattr(torch, precision.value)
-    quantization = Quantization(
-        kind=kind,
-        double_quant=double_quant,
-        block_size=block_size,
-        compute_dtype=precision.value,  # type: ignore[arg-type]
-    )
+    config = read_config(stored.path)
+    check_causal(config, stored.path)
+    kind = choose_kind(kind, config, stored.path.name)
+    check_files(stored.path)
+    wanted = None
+    if checkpoint_kind(config, stored.path.name) is None:
+        wanted = loading_config(Quantization(kind=kind, double_quant=double_quant, block_size=block_size), compute)
+    else:
+        keep_checkpoint(config, compute)
     try:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(stored.path, trust_remote_code=False)
+        check_vocabulary(config, tokenizer, stored.path)
         model = AutoModelForCausalLM.from_pretrained(
             stored.path,
+            config=config,
             dtype=compute,
-            quantization_config=loading_config(quantization, compute),
+            quantization_config=wanted,
             device_map={"": where.value},
+            trust_remote_code=False,
         )
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(stored.path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseNotFound(f"{stored.path} cannot be loaded as a base model: {error}") from error
     model.requires_grad_(False)
     model.eval()
     kernel = _choose_kernel(model, purpose, compute)
+    quantization = quantization_of(model, precision.value)
     return LoadedBase(model, tokenizer, stored.ref, quantization, (where, precision, *kernel))
 
 
@@ -94,7 +111,7 @@ def load_tokenizer(base: StoredBase) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(base.path)
+        return AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BaseNotFound(
             f"cannot load the tokenizer of {base.path} ({error}): expected a Hugging Face tokenizer. Fetch the base "

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 from adapterhub.adapter import BaseName
 from adapterhub.memory.model_shape import ModelShape
 
@@ -21,11 +26,34 @@ MODEL_SHAPES = {
 }
 """Layers, hidden, intermediate, key_value and vocabulary of each model, from its config.json."""
 
+_T5 = {"model_type": "t5", "d_model": 1024, "d_kv": 128, "num_layers": 24, "vocab_size": 32_128}
+KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "t5-3b": {**_T5, "num_heads": 32, "d_ff": 16_384},
+        "t5-11b": {**_T5, "num_heads": 128, "d_ff": 65_536},
+        "mixtral-8x7b": {"model_type": "mixtral"},  # transformers' own default
+    }
+)
+"""What the config.json of a well-known model of another shape says, where it differs from transformers' default."""
+
+_NO_PART_OF_A_SHAPE = frozenset({"meta", "hf", "instruct", "chat", "base", "it", "preview", "bnb", "4bit", "8bit"})
+"""Words of a model's name that do not tell its sizes: `-instruct` models have those of the model they come from."""
+
+
+def known_name(text: str) -> str | None:
+    """Return the well-known model that people mean: `llama 2 70b`, `meta-llama/Llama-2-70b-hf`; None for another."""
+    words = re.split(r"[-_ ]+", text.strip().rpartition("/")[2].lower())
+    kept = "-".join(word for word in words if word not in _NO_PART_OF_A_SHAPE and not re.fullmatch(r"v\d[\d.]*", word))
+    kept = re.sub(r"^llama-?3\.1", "llama-3", kept)
+    kept = re.sub(r"^llama-?2-(7b|13b)$", r"llama-\1", kept)
+    return next((name for name in (*MODEL_SHAPES, *KNOWN_CONFIGS) if _letters(name) == _letters(kept)), None)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name)
+
 
 def shape_of(base: BaseName) -> ModelShape | None:
-    """Return the shape of a base that is known by its name, else None.
-
-    `-instruct` and `-chat` models have the shape of the model they are tuned from.
-    """
-    name = str(base.name).lower()
-    return MODEL_SHAPES.get(name) or MODEL_SHAPES.get(name.removesuffix("-instruct").removesuffix("-chat"))
+    """Return the shape of a base of LLaMA's architecture that is known by its name, else None. Loads no torch."""
+    name = known_name(str(base.name))
+    return None if name is None else MODEL_SHAPES.get(name)

@@ -8,8 +8,33 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class LayerSizes:
+    """Linear layers of one name and shape."""
+
+    name: str
+    inputs: int
+    outputs: int
+    count: int
+
+
+@dataclass(frozen=True)
+class CountedWeights:
+    """Weights of a model that were counted layer by layer, whatever its architecture."""
+
+    linears: tuple[LayerSizes, ...]
+    """Linear layers, the output head excepted."""
+    total: int
+    experts: int = 0
+    """Weights of experts that share one tensor, which bitsandbytes leaves as they are."""
+    active: int | None = None
+    """Weights that one token is computed with; None: not known."""
+    cached: int = 0
+    """Numbers that the KV cache of all layers has for one token."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder-only model, as its config.json states them."""
+    """Sizes of a model. Without `counted` they are those of LLaMA's architecture (arXiv 2302.13971)."""
 
     layers: int
     hidden: int
@@ -21,6 +46,7 @@ class ModelShape:
     """Width of the queries of all heads together; 0: the hidden size."""
     is_tied: bool = False
     """Whether one matrix is both embedding and output head."""
+    counted: CountedWeights | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -57,9 +83,26 @@ class ModelShape:
         }
 
     @property
+    def linears(self) -> tuple[LayerSizes, ...]:
+        """All linear layers but the output head; quantization applies to them."""
+        if self.counted is not None:
+            return self.counted.linears
+        return tuple(LayerSizes(name, *sizes, self.layers) for name, sizes in self.layer_linears().items())
+
+    @property
     def linear_weights(self) -> int:
         """Weights of all layers' linear modules, which quantization applies to."""
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.layer_linears().values())
+        return sum(one.inputs * one.outputs * one.count for one in self.linears)
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of experts that stay in 16 bit on a 4-bit base."""
+        return self.counted.experts if self.counted else 0
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers that the KV cache has for one token."""
+        return self.counted.cached if self.counted else 2 * self.layers * self.key_value
 
     @property
     def embedding_weights(self) -> int:
@@ -69,6 +112,8 @@ class ModelShape:
     @property
     def weights(self) -> int:
         """Weights of the whole model."""
+        if self.counted is not None:
+            return self.counted.total
         return self.linear_weights + self.embedding_weights + self.hidden * (2 * self.layers + 1)
 
     def lora_weights(self, rank: int, modules: Sequence[str] = (), *, is_dora: bool = False) -> int:
@@ -77,11 +122,11 @@ class ModelShape:
         `embed_tokens` and `lm_head` name embedding and head. DoRA adds a magnitude for each output
         (arXiv 2402.09353). Raises KeyError for another name.
         """
-        linears = self.layer_linears()
-        outside = {"embed_tokens": (self.vocabulary, self.hidden), "lm_head": (self.hidden, self.vocabulary)}
-        found = 0
-        for name in modules or linears:
-            inputs, outputs = outside[name] if name in outside else linears[name]
-            weights = rank * (inputs + outputs) + (outputs if is_dora else 0)
-            found += weights * (1 if name in outside else self.layers)
-        return found
+        outside = (
+            LayerSizes("embed_tokens", self.vocabulary, self.hidden, 1),
+            LayerSizes("lm_head", self.hidden, self.vocabulary, 1),
+        )
+        adapted = [one for one in (*self.linears, *outside) if one.name in modules] if modules else self.linears
+        if unknown := set(modules) - {one.name for one in adapted}:
+            raise KeyError(min(unknown))
+        return sum(one.count * (rank * (one.inputs + one.outputs) + (one.outputs if is_dora else 0)) for one in adapted)

@@ -35,7 +35,7 @@ def estimate_serving(shape: ModelShape, load: ServingLoad) -> Estimate:
         device=(
             *base,
             Item(f"{load.adapters} adapters", load.adapters * number_bytes * adapter_weights),
-            Item("KV cache", 2 * number_bytes * shape.layers * shape.key_value * load.kv_tokens),
+            Item("KV cache", number_bytes * shape.cached_numbers * load.kv_tokens),
             Item("logits", 6 * load.requests * shape.vocabulary),
             *process_items(load.device),
         ),
@@ -50,8 +50,10 @@ def _base(shape: ModelShape, *, is_quantized: bool) -> list[Item]:
     """Return the base's items; weights that are bf16 values stay in bf16 on a CPU too."""
     if not is_quantized:
         return [Item("base, bf16", 2 * shape.weights)]
+    experts = [Item("experts, 16-bit", 2 * shape.expert_weights)] if shape.expert_weights else []
     return [
         Item("base, 4-bit codes", shape.linear_weights // 2),
         Item("quantization constants", constant_bytes(shape.linear_weights)),
-        Item("embedding, head and norms", 2 * (shape.weights - shape.linear_weights)),
+        *experts,
+        Item("embedding, head and norms", 2 * (shape.weights - shape.linear_weights - shape.expert_weights)),
     ]

@@ -57,6 +57,8 @@ class WeightCounts:
     other: int
     """Frozen weights outside the linear modules: embedding, head, norms."""
     trainable: int
+    experts: int = 0
+    """Frozen weights of experts in one tensor, which no quantization applies to; not among `other`."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,9 @@ def _counts(shape: ModelShape, load: TrainingLoad) -> WeightCounts:
         return WeightCounts(linear=0, other=0, trainable=shape.weights)
     return WeightCounts(
         linear=shape.linear_weights,
-        other=shape.weights - shape.linear_weights,
+        other=shape.weights - shape.linear_weights - shape.expert_weights,
         trainable=shape.lora_weights(load.rank, load.modules),
+        experts=shape.expert_weights,
     )
 
 
@@ -189,6 +192,7 @@ def _base(counts: WeightCounts, load: TrainingLoad) -> list[Item]:
     items = [
         Item(f"base, {kind or _WORDS[load.dtype_bytes]}", _weight_bytes(counts.linear, load)),
         Item("quantization constants", _constants(counts.linear, load)),
+        Item(f"experts, {_WORDS[load.dtype_bytes]}", load.dtype_bytes * counts.experts),
         Item("embedding, head and norms", load.dtype_bytes * counts.other),
     ]
     return [item for item in items if item.size_bytes]
@@ -268,7 +272,7 @@ def _layer_gradient_bytes(shape: ModelShape, dtype: int) -> int:
 
 def _dequantized(shape: ModelShape, load: TrainingLoad) -> int:
     """Return the bytes of the largest linear weight in the compute dtype, as its product needs it."""
-    widest = max(inputs * outputs for inputs, outputs in shape.layer_linears().values())
+    widest = max(one.inputs * one.outputs for one in shape.linears)
     return 0 if load.quantization == "none" else load.dtype_bytes * widest
 
 

@@ -49,7 +49,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
 
     def refuse(why: str) -> InvalidTensors:
-        return InvalidTensors(f"{path.name} is damaged: {why}. Fetch or save the adapter again ({path}).")
+        return InvalidTensors(f"{path.name} is damaged: {why}. Fetch or save it again ({path}).")
 
     file_size = path.stat().st_size
     with path.open("rb") as file:

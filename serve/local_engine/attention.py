@@ -1,18 +1,21 @@
 """Paged attention: keys and values in fixed blocks, prefill chunks and decode rows in one call.
 
-Registered with transformers under ATTENTION_NAME, so that any model with standard attention uses it; the step's
-layout travels through the model's forward as the keyword `paged`.
+Registered with transformers under ATTENTION_NAME, so that any model with standard attention uses it. The step's
+layout is a context variable: not every model hands keywords down to its attention.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from serve.local_engine.cpu import memory as host_memory
@@ -34,8 +37,12 @@ class KvShape:
 
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype) -> KvShape:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(config.num_hidden_layers, config.num_key_value_heads, head_dim, dtype)
+        heads = config.num_attention_heads
+        if getattr(config, "kv_lora_rank", None):  # latent attention: computed with keys and values of every head
+            head_dim = max(config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
+            return cls(config.num_hidden_layers, heads, head_dim, dtype)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim, dtype)
 
     @property
     def bytes_per_token(self) -> int:
@@ -150,6 +157,18 @@ class PagedStep:
             self._masks[window] = torch.where(visible, 0.0, -math.inf)[:, None, :]
         return self._masks[window]
 
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Make it the step of attention, in this thread."""
+        token = CURRENT_STEP.set(self)
+        try:
+            yield
+        finally:
+            CURRENT_STEP.reset(token)
+
+
+CURRENT_STEP: ContextVar[PagedStep] = ContextVar("step")
+
 
 def paged_attention(
     module: Any,
@@ -158,19 +177,30 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    paged: PagedStep,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention for transformers: q [1, heads, N, d], k and v [1, kv_heads, N, d] -> [1, N, heads, d]."""
+    """Compute attention for transformers: q and k [1, heads, N, d], v [1, kv_heads, N, dv] -> [1, N, heads, dv].
+
+    `s_aux` are attention sinks [heads]: the scores of a key that every row sees and whose value is zero.
+    """
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if value.shape[-1] < query.shape[-1]:
+        padded = pad(value, (0, query.shape[-1] - value.shape[-1]))
+        found, _nothing = paged_attention(
+            module, query, key, padded, attention_mask, scaling=scale,
+            sliding_window=sliding_window, softcap=softcap, s_aux=s_aux,
+        )  # fmt: skip
+        return found[..., : value.shape[-1]], None
+    paged = CURRENT_STEP.get()
     keys, values = paged.cache.layers[module.layer_idx]
     keys.index_copy_(1, paged.slots, key[0].to(keys.dtype))
     values.index_copy_(1, paged.slots, value[0].to(values.dtype))
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     heads = query[0]
-    if paged.kernels is not None:
+    if paged.kernels is not None and s_aux is None:
         found = paged.kernels.attention(
             heads.float(), keys, values, paged.tiles, scale=scale, window=sliding_window or 0, softcap=softcap or 0.0,
         )  # fmt: skip
@@ -180,9 +210,10 @@ def paged_attention(
         past = (keys.index_select(1, prefill.slots), values.index_select(1, prefill.slots))
         mask = prefill.mask(sliding_window)
         mine = heads[:, prefill.rows].to(keys.dtype)
-        out[prefill.rows] = _prefill(mine, *past, mask, scale, softcap).transpose(0, 1).to(out.dtype)
+        out[prefill.rows] = _prefill(mine, *past, mask, scale, softcap, s_aux).transpose(0, 1).to(out.dtype)
     if len(paged.decode_rows):
-        out[paged.decode_rows] = _decode(heads, keys, values, paged, scale, sliding_window, softcap).to(out.dtype)
+        found = _decode(heads, keys, values, paged, scale, sliding_window, softcap, s_aux)
+        out[paged.decode_rows] = found.to(out.dtype)
     return out[None], None
 
 
@@ -197,9 +228,10 @@ def _prefill(
     mask: torch.Tensor | None,
     scale: float,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attend with q [heads, n, d] over k, v [kv_heads, end, d] -> [heads, n, d]."""
-    if softcap is None:
+    if softcap is None and sinks is None:
         out = scaled_dot_product_attention(
             query[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
@@ -210,7 +242,8 @@ def _prefill(
         mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
     scores = query.reshape(keys.shape[0], group * n, -1) @ keys.transpose(1, 2) * scale
     scores = _capped(scores, softcap).view(heads, n, -1).masked_fill(~mask, -math.inf)
-    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype).view(keys.shape[0], group * n, -1)
+    weights = _softmax(scores, None if sinks is None else sinks.view(heads, 1, 1))
+    weights = weights.to(values.dtype).view(keys.shape[0], group * n, -1)
     return (weights @ values).view(heads, n, -1)
 
 
@@ -222,6 +255,7 @@ def _decode(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attend with one query row per sequence; heads that share a KV head are the rows of one small matmul.
 
@@ -235,9 +269,18 @@ def _decode(
     past_keys = keys.index_select(1, slots).view(kv_heads, rows, -1, dim)
     past_values = values.index_select(1, slots).view(kv_heads, rows, -1, dim)
     scores = _capped(query @ past_keys.transpose(2, 3) * scale, softcap)
-    weights = (scores + paged.decode_mask(window)).softmax(-1, dtype=torch.float32)
+    weights = _softmax(scores + paged.decode_mask(window), None if sinks is None else sinks.view(kv_heads, 1, -1, 1))
     out = weights.to(values.dtype) @ past_values  # [kv_heads, rows, group, d]
     return out.permute(1, 0, 2, 3).reshape(rows, -1, dim)
+
+
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Return weights fp32 [..., keys]; a sink, shaped as one column of `scores`, takes its part and is left out."""
+    scores = scores.float()
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.float().expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
 
 
 def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:

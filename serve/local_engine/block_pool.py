@@ -72,7 +72,9 @@ class Sequence:
 class BlockPool:
     """Numbered blocks of `block_size` tokens. A free block keeps its cached content until it is needed."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, caches_prefixes: bool = True) -> None:
+        """Make empty blocks; without `caches_prefixes`, they only count the memory of sequences."""
+        self._caches_prefixes = caches_prefixes
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._ref_counts = [0] * num_blocks
@@ -123,6 +125,8 @@ class BlockPool:
 
     def cache_full_blocks(self, sequence: Sequence) -> None:
         """Publish full blocks to the prefix cache."""
+        if not self._caches_prefixes:
+            return
         while sequence.num_published < sequence.num_computed // self.block_size:
             block, key = sequence.blocks[sequence.num_published], sequence.key(sequence.num_published, self.block_size)
             if key not in self._block_of:

@@ -27,17 +27,15 @@ from adapterhub.errors import (
     UsageError,
 )
 from adapterhub.package.layout import read_lora
-from adapterhub.units import format_bytes
 from serve.adapters.weights import Weights, kept_bytes, read_weights
 from serve.config import LocalEngineConfig
 from serve.engine import Delta, EngineStatus, GenerationRequest, GuidedDecoding, Precision
-from serve.local_engine.attention import KvShape
+from serve.local_engine.computation import start_computation
 from serve.local_engine.cpu.kernels import MAX_RANK
 from serve.local_engine.guided_decoding import Matcher
-from serve.local_engine.model_runner import ModelRunner, kv_dtype
 from serve.local_engine.running_answer import RunningAnswer
 from serve.local_engine.sampling import Sampled, SamplingRow
-from serve.local_engine.scheduler import Batch, BlockPool, ScheduledChunk, Scheduler, Sequence
+from serve.local_engine.scheduler import Batch, ScheduledChunk, Scheduler, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +54,14 @@ class LocalEngine:
         self._base = base
         self.dtype = str(base.quantization.compute_dtype)
         self.precision = Precision(base.quantization.weights, self.dtype)
-        model_config = base.model.config.get_text_config()
-        shape = KvShape.of(model_config, kv_dtype(base))
-        num_blocks = self.config.kv_cache_bytes // (shape.bytes_per_token * self.config.block_size)
-        capacity = num_blocks * self.config.block_size
         check_max_rank(self.config)
-        self.max_model_len = min(self.config.max_model_len or model_config.max_position_embeddings, capacity - 1)
-        if self.max_model_len < 1:
-            raise UsageError(
-                f"a KV cache of {format_bytes(self.config.kv_cache_bytes)} holds no token of this model "
-                f"({format_bytes(shape.bytes_per_token)} each): give it more memory."
-            )
-        self._pool = BlockPool(num_blocks, self.config.block_size)
-        self._scheduler = Scheduler(self.config.limits, self._pool)
-        self._runner = ModelRunner(base, num_blocks=num_blocks, block_size=self.config.block_size)
-        self.choices = self._runner.choices
+        computation = start_computation(base, self.config)
+        self._runner = computation.runner
+        self.mode = self._runner.mode
+        self.max_model_len = computation.room.max_model_len
+        self._pool = computation.room.pool()
+        self._scheduler = Scheduler(computation.room.limits, self._pool)
+        self.choices = computation.choices
         self._answers: dict[str, RunningAnswer] = {}
         self._eos = _eos_tokens(base)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()

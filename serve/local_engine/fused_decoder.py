@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adapterhub.choice import Choice
-from serve.local_engine.attention import KvCache, PagedStep
+from serve.local_engine.attention import CURRENT_STEP, KvCache
 from serve.local_engine.cpu.kernels import CpuKernels
 from serve.local_engine.cpu.structs import LANES, MAX_HEAD_DIM, DecoderLayer, DecoderLayers, Heads, WeightMatrix
 from serve.local_engine.lora_layers import AdapterBank, LoraLinear
@@ -41,13 +41,13 @@ class FusedDecoder(nn.Module):
         hidden_states: torch.Tensor,
         *,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        paged: PagedStep,
         **_: Any,
     ) -> torch.Tensor:
         """Run all layers on hidden_states [1, N, hidden]; return the same shape."""
         hidden = hidden_states[0].clone(memory_format=torch.contiguous_format)
         cosine, sine = (part[0].contiguous() for part in position_embeddings)
-        self._kernels.run_layers(self._layers, hidden, (cosine, sine), paged.tiles, self._bank.rows.kernel)
+        tiles = CURRENT_STEP.get().tiles
+        self._kernels.run_layers(self._layers, hidden, (cosine, sine), tiles, self._bank.rows.kernel)
         return hidden[None]
 
 
@@ -59,6 +59,8 @@ def can_fuse(model: Any, cache: KvCache) -> tuple[bool, str]:
     config = model.config.get_text_config()
     if config.model_type not in _MODEL_TYPES or getattr(config, "hidden_act", None) != "silu":
         return False, f"only {', '.join(_MODEL_TYPES)} with silu are fused, this is {config.model_type}"
+    if not hasattr(model.model, "layers") or not hasattr(model.model, "rotary_emb"):
+        return False, "its language model is a part of another model"
     token = torch.zeros(1, 1, dtype=torch.long)
     states = model.get_input_embeddings()(token)
     if states.dtype != torch.float32 or cache.layers.dtype != torch.float32:

@@ -34,16 +34,18 @@ class LoraEmbedding(nn.Module):
         self._resident.pop(digest, None)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Embed tokens [1, N] -> [1, N, width], in the model's dtype; the weight may be stored in a smaller one."""
+        """Embed tokens [..., N] -> [..., N, width], in the model's dtype; the weight may be stored in a smaller one."""
+        shape, tokens = tokens.shape, tokens.flatten()
         found: torch.Tensor = self._embedding(tokens).to(self._dtype)
-        if self._resident:
+        if any(a.digest in self._resident for segment in self._segments.python for a in segment.mix):
+            self._segments.fit(len(tokens))
             for segment in self._segments.python:
                 rows = slice(segment.start, segment.end)
                 mine = [(self._resident[a.digest], a.scale) for a in segment.mix if a.digest in self._resident]
-                before = found[0, rows].clone()
+                before = found[rows].clone()
                 for change, scale in mine:
-                    found[0, rows] += scale * _delta(change, tokens[0, rows], before)
-        return found
+                    found[rows] += scale * _delta(change, tokens[rows], before)
+        return found.view(*shape, -1)
 
 
 def _delta(change: EmbeddingUpdate | FullWeight, tokens: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

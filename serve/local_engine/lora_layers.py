@@ -23,12 +23,38 @@ from serve.local_engine.cpu.memory import HugePages
 from serve.local_engine.cpu.structs import LANES, AdapterTable, WeightMatrix, Widths
 from serve.local_engine.lora_embedding import LoraEmbedding
 from serve.local_engine.lora_segments import LoraSegment, Segments
-from serve.local_engine.scheduler import Batch
+from serve.local_engine.scheduler import AdapterMix, Batch
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that read the same rows in Llama-like models; with other rows, a group computes again."""
+_MODELING = ("transformers.models.", "transformers_modules.")
+"""Beginnings of the names of modules that define models; other subclasses of linear layers are quantized ones."""
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of rows that our kernel updates; torch updates others, in fp32 too."""
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers that take adapters, quantized ones among them, by name.
+
+    A model's own subclass that computes something else (Llama 4's router) is none.
+    """
+    return {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and _only_multiplies(one)}
+
+
+def _only_multiplies(layer: nn.Linear) -> bool:
+    kind = type(layer)
+    if kind.forward is nn.Linear.forward or not kind.__module__.startswith(_MODELING):
+        return True
+    row = torch.ones(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    with torch.no_grad():
+        product = nn.functional.linear(row, layer.weight, layer.bias)
+        try:
+            found = layer(row)
+        except Exception:  # it takes other rows, as DeepSeek V4's grouped layers do
+            return False
+    return (
+        isinstance(found, torch.Tensor) and found.shape == product.shape and torch.allclose(found, product, rtol=1e-2)
+    )
 
 
 class LinearGroup:
@@ -46,6 +72,7 @@ class LinearGroup:
         self.index = index
         self.layers = layers
         self.widths = [layer.out_features for layer in layers]
+        self.dtype = layer_dtype(layers[0])
         self.matrix = _matrix_of(layers, pages) if kernels is not None else None
         self._matmul = self._choose_matmul(kernels)
         self._kernels = kernels
@@ -100,11 +127,7 @@ class LinearGroup:
         return y.to(given)
 
     def _update(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        if len(x) != self._segments.num_rows:
-            raise AdapterUnsupported(
-                f"a layer of this base sees {len(x)} rows of a batch of {self._segments.num_rows}: adapters on such "
-                "layers are not served."
-            )
+        self._segments.fit(len(x))
         bases = y.clone() if self._whole else y
         if self._kernels is not None and x.shape[-1] % LANES == 0 and x.dtype == y.dtype in _KERNEL_DTYPES:
             self._kernels.low_rank_updates(self._segments.kernel, self.index, x.contiguous(), y, bias=self._bias)
@@ -152,6 +175,17 @@ class LoraLinear(nn.Module):
         """Compute x [..., in] -> [..., out]."""
         return self.group.output(self.place, x)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's own weight, for models that also read it."""
+        layer = self.group.layers[self.place]
+        return layer.weight.to(self.group.dtype) if type(layer) is nn.Linear else layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base's own bias."""
+        return self.group.layers[self.place].bias
+
 
 class AdapterBank:
     """All linear layers of a model, wrapped, and the resident adapters. Owned by the worker thread."""
@@ -171,7 +205,7 @@ class AdapterBank:
         head = model.get_output_embeddings()  # type: ignore[operator]
         self._head = head
         dtype = layer_dtype(head)
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linears = linear_layers(model)
         pages = HugePages()
         for names in _groups(linears, has_kernels=kernels is not None):
             layers = [linears[name] for name in names]
@@ -201,6 +235,11 @@ class AdapterBank:
         mixes = [(chunk, chunk.sequence.request.adapters) for chunk in batch.chunks]
         self.rows.set([(chunk.num_tokens, mix) for chunk, mix in mixes], self._tables)
         self._head_rows.set([(int(chunk.samples), mix) for chunk, mix in mixes], self._tables)
+
+    def begin_one(self, mix: AdapterMix) -> None:
+        """Set the adapters of the next forward, whose rows are all of one sequence."""
+        self.rows.set_one(mix, self._tables)
+        self._head_rows.set_one(mix, self._tables)
 
     def dtype_of(self, stored: torch.dtype) -> torch.dtype:
         """Return the dtype to store a file's tensor in: on CPU, bf16 unchanged, which halves reads, or fp32."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adapterhub.errors import AdapterUnsupported
 from serve.local_engine.cpu.structs import AdapterTable, SegmentTable
 from serve.local_engine.scheduler import AdapterMix
 
@@ -38,9 +39,35 @@ class Segments:
         self.python: list[LoraSegment] = []
         self.kernel = SegmentTable()
         self.num_rows = 0
+        self._of_one: tuple[AdapterMix, dict[str, AdapterTable]] | None = None
+        """Mix and tables of the only sequence, whose layers may be called on any number of rows."""
 
     def set(self, rows: Sequence[tuple[int, AdapterMix]], tables: dict[str, AdapterTable]) -> None:
         """Set the rows of the next forward; `tables` are the resident adapters', empty without kernels."""
+        self._of_one = None
+        self._set(rows, tables)
+
+    def set_one(self, mix: AdapterMix, tables: dict[str, AdapterTable]) -> None:
+        """Set one mix for all rows of the next forward, however many a layer is called on."""
+        self._of_one = (mix, tables)
+        self._set([(1, mix)], tables)
+
+    def fit(self, num_rows: int) -> None:
+        """Adjust to the rows that a layer is called on.
+
+        Raises AdapterUnsupported where they are other rows than the batch's, as in an expert that gets some of them.
+        """
+        if num_rows == self.num_rows:
+            return
+        if self._of_one is None:
+            raise AdapterUnsupported(
+                f"a layer of this base is called on {num_rows} rows of a batch of {self.num_rows}: expected all of "
+                "them. Such a base is served one sequence at a time."
+            )
+        mix, tables = self._of_one
+        self._set([(num_rows, mix)], tables)
+
+    def _set(self, rows: Sequence[tuple[int, AdapterMix]], tables: dict[str, AdapterTable]) -> None:
         self.python = segments_of(rows)
         self.num_rows = sum(count for count, _ in rows)
         known = self.python if tables else []

@@ -243,7 +243,7 @@ class Scheduler:
         return chunks
 
     def _chunk(self, sequence: Sequence, budget: int) -> ScheduledChunk:
-        num_tokens = min(sequence.num_pending, budget)
+        num_tokens = min(sequence.num_pending, budget) if self.limits.cuts_prompts else sequence.num_pending
         end = sequence.num_computed + num_tokens
         samples = end == len(sequence.tokens)
         new = max(0, end - sequence.num_charged)

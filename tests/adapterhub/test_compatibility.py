@@ -261,3 +261,16 @@ def test_a_magnitude_has_one_number_for_each_output(shape: tuple[int, ...], matc
     else:
         with pytest.raises(InvalidTensors, match=r"lora_magnitude_vector .* does not match the 32 outputs of lora_B"):
             lora_tensors(header, config)
+
+
+def test_an_adapter_of_single_experts_is_refused_as_such() -> None:
+    config = LoraConfig(4, 8, False, False, ("q_proj", "up_proj"), {}, {})
+    q_proj, expert = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.3.up_proj"
+    parts = {"lora_A": (4, 64), "lora_B": (64, 4)}
+    tensors = [
+        LoraTensor(f"{module}.{part}", module, part, TensorInfo("F32", shape, 0, 0))  # type: ignore[arg-type]
+        for module in (q_proj, expert)
+        for part, shape in parts.items()
+    ]
+    with pytest.raises(IncompatibleBase, match=r"adapts 1 layers of single experts .first: .*experts\.3\.up_proj"):
+        check_compatible("a", config, tensors, {q_proj: (64, 64)})

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from architectures import WINDOW
 from preference_rows import preference_recipe
+from tiny_models import make_base_of
 from training import WEIGHTS, Interrupt, failing_loss, make_recipe, run, tensors_of
+from transformers import AutoModelForCausalLM
 
 from adapterhub.adapter import BaseRef, StoredBase
-from adapterhub.errors import DatasetError, OutputNotFresh, RecipeError, TrainingFailed, UsageError
+from adapterhub.errors import DatasetError, OutputNotFresh, RecipeError, TrainingFailed
 from adapterhub.files import sha256_of
 from adapterhub.package.lora_config import lora_tensors, read_lora_config
 from adapterhub.package.run_record import RunStep, read_run_record
 from adapterhub.package.safetensors_header import read_header
+from adapterhub.packer import pack
 from train import trainer
+from train.data.tokenization import Sample
+from train.inputs import load_inputs
 from train.loop.progress import Silent
+from train.planning.plan import make_plan
 from train.recipe import read_recipe
 
 # peft asks transformers by a property's old name.
@@ -225,19 +231,35 @@ def test_an_unknown_failure_is_not_renamed(
         run(make_recipe(tmp_path), tiny_base, tmp_path / "out")
 
 
-def test_samples_longer_than_a_sliding_window(
-    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load(*args: Any, **options: Any) -> Any:
-        loaded = load_base(*args, **options)
-        loaded.model.config.sliding_window = 16
-        return loaded
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss", "lfm2"])
+def test_held_out_loss_is_that_of_each_sample_alone(family: str, tmp_path: Path, smollm2: StoredBase) -> None:
+    """Samples longer than the window, and those of a base that packs none."""
+    base = make_base_of(tmp_path / "base", family, smollm2)
+    recipe = make_recipe(tmp_path, quantization={"kind": "none", "compute_dtype": "float32"})
+    data = load_inputs(recipe, base, start=None).objective._data
+    held_out = [sample for sample in data.held_out if isinstance(sample, Sample)]
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).eval()
+    losses = []
+    for sample in held_out:
+        ids, trained = torch.tensor(sample.tokens), torch.tensor(sample.trained[1:])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits[trained], ids[1:][trained], reduction="none"))
+    assert max(len(sample.tokens) for sample in held_out) > WINDOW
+    found = run(recipe, base, tmp_path / "out").evaluations[0].base_loss
+    assert found == pytest.approx(torch.cat(losses).mean().item(), abs=2e-4)
 
-    load_base = trainer.load_base
-    monkeypatch.setattr(trainer, "load_base", load)
-    with pytest.raises(UsageError) as caught:
-        run(make_recipe(tmp_path), tiny_base, tmp_path / "out")
-    assert "Set max_length = 16" in str(caught.value)
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_what_is_trained_on_a_base_with_experts_is_packed(family: str, tmp_path: Path, smollm2: StoredBase) -> None:
+    base = make_base_of(tmp_path / "base", family, smollm2)
+    recipe = make_recipe(tmp_path)
+    plan = make_plan(recipe, base, tmp_path / "out")
+    assert "experts" in {layers.name for layers in plan.left_out}
+    run(recipe, base, tmp_path / "out")
+    adapter = pack(tmp_path / "out", base=base)
+    named = sum(f".{layers.name}.lora_A" in name for name in tensors_of(adapter.path) for layers in plan.adapted)
+    assert named == sum(layers.count for layers in plan.adapted)
 
 
 def test_a_run_prints_its_choices_before_the_first_step(

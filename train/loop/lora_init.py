@@ -17,9 +17,10 @@ from safetensors import safe_open
 
 from adapterhub.bases.nf4 import dense_weight
 from adapterhub.errors import RecipeError
-from train.data.packing import pack
 from train.data.tokenization import Sample
 from train.objectives.base import Objective
+from train.objectives.evaluation import packed_rows
+from train.objectives.forward import forward_inputs
 from train.recipe import LoraSection
 
 _ADAPTER = "default"
@@ -94,16 +95,13 @@ def _init_loftq(model: Any, rank: int, base: Path) -> None:
 def _init_eva(model: Any, rank: int, samples: Sequence[Sample]) -> None:
     """Start A at the directions in which a layer's inputs vary most, and B at 0 (EVA, arXiv 2410.07170, section 3)."""
     cuts = range(0, len(samples), _ROW_SAMPLES)
-    rows = [pack(samples[cut : cut + _ROW_SAMPLES], device=model.device, dtype=model.dtype) for cut in cuts]
-    rows = [row for row in rows if row.input_ids.shape[1] >= rank]
-    if not rows:
+    rows = [row for cut in cuts for row in packed_rows(model, samples[cut : cut + _ROW_SAMPLES])]
+    batches = [forward_inputs(model, row) for row in rows if row.input_ids.shape[1] >= rank]
+    if not batches:
         raise RecipeError(
             f"the data is too short for init = eva with rank {rank}: expected rows of at least {rank} tokens. Lower "
             "rank in [lora]."
         )
-    batches = [
-        {"input_ids": row.input_ids, "position_ids": row.position_ids, "attention_mask": row.mask} for row in rows
-    ]
     initialize_lora_eva_weights(
         model,
         batches,

@@ -29,11 +29,12 @@ class _LoraProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         seen = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
         low = seen @ a.to(x.dtype).T
-        out = torch.nn.functional.linear(rows, frozen_weight(layer), layer.bias)
-        out.addmm_(low, b.to(x.dtype).T, alpha=scaling)
+        # Not a view: some models multiply the output in place.
+        out = torch.nn.functional.linear(x, frozen_weight(layer), layer.bias)
+        out.view(-1, out.shape[-1]).addmm_(low, b.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(seen, low, a, b)
         ctx.layer, ctx.scaling, ctx.is_dropped = layer, scaling, dropped is not None
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

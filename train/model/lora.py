@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from adapterhub.adapter import Adapter, BaseRef
 from adapterhub.errors import RecipeError
 from adapterhub.files import write_atomic
 from adapterhub.package.lora_config import CONFIG_NAME, WEIGHTS_NAME
+from train.model.lora_targets import choose_targets
 from train.recipe import LoraSection, adapter_size
 
-_ATTENTION = re.compile(r"attn|attention")
-"""Part of the name of the module that an attention layer belongs to."""
 _LORA_B = re.compile(r"\.lora_(embedding_)?B\.")
 
 
@@ -38,7 +36,7 @@ def add_lora(model: Any, lora: LoraSection) -> Any:
         # PEFT declares an integer, and some servers insist on one.
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,
         lora_dropout=lora.dropout,
-        target_modules=_targets(model, lora),
+        target_modules=choose_targets(model, lora),
         use_rslora=lora.method == "rslora",
         use_dora=lora.method == "dora",
         init_lora_weights="eva" if lora.init == "eva" else True,
@@ -48,6 +46,7 @@ def add_lora(model: Any, lora: LoraSection) -> Any:
     with warnings.catch_warnings():
         # PEFT warns about merging tied embeddings, which never happens here. The A matrices of EVA are small.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage=False")
         return use_fp32_master_weights(get_peft_model(model, config))
 
@@ -137,41 +136,10 @@ def save_lora(model: Any, folder: Path, *, base: BaseRef) -> None:
     raw |= {"base_model_name_or_path": base.id, "revision": base.hub_revision}
     if isinstance(raw.get("target_modules"), list):
         raw["target_modules"].sort()
+    if "fan_in_fan_out" in raw:
+        # PEFT sets it for GPT-2's layers, when it loads the adapter too. A and B are the same either way.
+        raw["fan_in_fan_out"] = False
     if "init_lora_weights" in raw:
         # How A and B were initialized does not matter to whoever loads them.
         raw |= {"init_lora_weights": True, "eva_config": None}
     write_atomic(folder / CONFIG_NAME, json.dumps(raw, indent=2, sort_keys=True) + "\n")
-
-
-def leaf_name(model: Any, wanted: torch.nn.Module) -> str:
-    """Return the last part of a module's dotted name."""
-    names: Iterator[str] = (name for name, module in model.named_modules() if module is wanted)
-    return next(names).rpartition(".")[2]
-
-
-def _targets(model: Any, lora: LoraSection) -> str | list[str]:
-    """Return PEFT's `target_modules`. PEFT ignores a name that matches nothing if another matches; raise instead."""
-    if lora.targets == "all-linear":
-        return "all-linear"
-    head = model.get_output_embeddings()
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    layers = {name.rpartition(".")[2] for name in linear}
-    attention = {name.rpartition(".")[2] for name in linear if _ATTENTION.search(name.rpartition(".")[0])}
-    words = {
-        "all-linear": layers,
-        "attention": attention,
-        "mlp": layers - attention,
-        "embeddings": {leaf_name(model, model.get_input_embeddings())},
-        "head": {leaf_name(model, head)},
-    }
-    wanted = [lora.targets] if isinstance(lora.targets, str) else lora.targets
-    found = set().union(*(words.get(word, {word}) for word in wanted))
-    # A start adapter may name each of its layers by its whole dotted name.
-    known = layers | set(linear) | words["embeddings"] | words["head"]
-    unknown = sorted(name for name in wanted if name not in words and name not in known)
-    if unknown or not found:
-        raise RecipeError(
-            f"the base has no linear layer {', '.join(unknown or wanted)}: expected {', '.join(sorted(layers))}, or a "
-            f"group ({', '.join(words)}). Correct targets in [lora]."
-        )
-    return sorted(found)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from adapterhub.adapter import BaseRef
 from adapterhub.package.lora_config import NO_LAYERS
-from train.model.lora import add_lora, leaf_name, load_lora, save_lora, use_fp32_master_weights
+from train.model.lora import add_lora, load_lora, save_lora, use_fp32_master_weights
+from train.model.lora_targets import leaf_name
 from train.objectives.forward import bare_model
 from train.recipe import Recipe
 

@@ -10,7 +10,7 @@ import torch
 
 from train.data.packing import PackedRow, pack
 from train.data.tokenization import Sample
-from train.objectives.forward import token_losses
+from train.objectives.forward import row_support, rows_of, token_losses
 
 _ROW_SAMPLES, _ROW_TOKENS, _ROW_TRAINED = 8, 2048, 512
 """Limits of a row in evaluation: samples, tokens, and tokens with logits, by far the largest tensors (2,048 rows of
@@ -22,11 +22,20 @@ def row_loss(model: Any, row: PackedRow) -> torch.Tensor:
     return token_losses(model, row).sum()
 
 
+def packed_rows(model: Any, samples: Sequence[Sample]) -> Iterator[PackedRow]:
+    """Yield the samples packed into one row, or into as many as the model needs to compute each as alone."""
+    for places in rows_of(row_support(model), samples):
+        yield pack([samples[place] for place in places], device=model.device)
+
+
 def log_likelihoods(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
-    """Return [S], the log-likelihood (nats, fp32) of each sample's trained tokens; all samples are one row."""
-    row = pack(samples, device=model.device, dtype=model.dtype)
-    per_token = -token_losses(model, row)
-    return per_token.new_zeros(len(samples)).index_add(0, row.owners, per_token)
+    """Return [S], the log-likelihood (nats, fp32) of each sample's trained tokens, computed in one row if possible."""
+    found = torch.zeros(len(samples), device=model.device)
+    for places in rows_of(row_support(model), samples):
+        row = pack([samples[place] for place in places], device=model.device)
+        owners = torch.tensor(places, device=model.device)[row.owners]
+        found = found.index_add(0, owners, -token_losses(model, row))
+    return found
 
 
 def eval_rows(samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
@@ -51,9 +60,9 @@ def held_out_loss(model: Any, samples: Sequence[Sample]) -> tuple[float, int]:
     total, tokens = 0.0, 0
     with eval_mode(model):
         for together in eval_rows(samples):
-            row = pack(together, device=model.device, dtype=model.dtype)
-            total += row_loss(model, row).item()
-            tokens += len(row.targets)
+            for row in packed_rows(model, together):
+                total += row_loss(model, row).item()
+                tokens += len(row.targets)
     return total / max(1, tokens), tokens
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from inspect import signature
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from adapterhub.bases.capabilities import Support, capability_of
 from adapterhub.memory.training import places_at_once
-from train.data.packing import PackedRow
+from train.data.packing import PackedRow, row_masks
+from train.data.tokenization import Sample
 
 _ends_with_head: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """Models whose forward pass was asked already -> `ends_with_head`."""
+
+_one_a_row: WeakSet[Any] = WeakSet()
+"""Models that compute packed samples otherwise than alone, as the check of a run found (model/self_check.py)."""
 
 
 def token_losses(model: Any, row: PackedRow) -> torch.Tensor:
@@ -25,10 +32,13 @@ def token_losses(model: Any, row: PackedRow) -> torch.Tensor:
     after the head (soft caps, scales) computes them itself, in one chunk.
     """
     inner = bare_model(model)
-    inputs = _inputs(model, inner, row)
-    keep = row.keep + (inputs["position_ids"].shape[1] - row.position_ids.shape[1])
+    inputs = forward_inputs(model, row) | {"use_cache": False}
+    given = inputs.get("inputs_embeds", row.input_ids)
+    keep = row.keep + (given.shape[1] - row.input_ids.shape[1])
     if not _known_to_end_with_head(inner):
-        return _losses(inner(**inputs, logits_to_keep=keep).logits[0], row.targets)
+        if "logits_to_keep" in signature(inner.forward).parameters:
+            return _losses(inner(**inputs, logits_to_keep=keep).logits[0], row.targets)
+        return _losses(inner(**inputs).logits[0, keep], row.targets)
     hidden: torch.Tensor = inner.get_decoder()(**inputs).last_hidden_state[0, keep]
     head = inner.get_output_embeddings()
     size = places_at_once(inner.config.get_text_config().vocab_size)
@@ -40,6 +50,29 @@ def token_losses(model: Any, row: PackedRow) -> torch.Tensor:
     if len(chunks) > 1 and torch.is_grad_enabled():
         return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])
     return torch.cat([losses(*chunk) for chunk in chunks])
+
+
+def rows_of(support: Support, samples: Sequence[Sample]) -> list[list[int]]:
+    """Return the indices of the samples of each row, so that a base with this support computes each as alone."""
+    if support.mode != "batched":
+        return [[place] for place in range(len(samples))]
+    lengths = [len(sample.tokens) for sample in samples]
+    longest = support.longest or max(lengths, default=0)
+    together = [place for place, length in enumerate(lengths) if length <= longest]
+    return [*([together] if together else []), *([place] for place, length in enumerate(lengths) if length > longest)]
+
+
+def row_support(model: Any) -> Support:
+    """Return whether the model trains on packed rows."""
+    inner = bare_model(model)
+    if inner in _one_a_row:
+        return Support("single", "the check of this run found that packed samples see each other")
+    return capability_of(inner.config).train
+
+
+def use_single_rows(model: Any) -> None:
+    """Train this model on one sample a row from now on."""
+    _one_a_row.add(bare_model(model))
 
 
 def bare_model(model: Any) -> Any:
@@ -109,19 +142,49 @@ def _known_to_end_with_head(inner: Any) -> bool:
     return _ends_with_head[inner]
 
 
-def _inputs(model: Any, inner: Any, row: PackedRow) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"position_ids": row.position_ids, "attention_mask": row.mask, "use_cache": False}
+def forward_inputs(model: Any, row: PackedRow) -> dict[str, Any]:
+    """Return the arguments of the model's forward pass for the row, with its masks, noise and soft prompt."""
+    inner = bare_model(model)
     embedding = inner.get_input_embeddings()
     noise = getattr(embedding, "neftune_noise_alpha", 0.0) if model.training else 0.0
     # PEFT disables a soft prompt by replacing its own forward by the base's.
     has_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    if not noise and not (has_prompt and model.forward.__self__ is model):
-        return inputs | {"input_ids": row.input_ids}
-    embedded = embedding(row.input_ids)
+    prompt = model.active_peft_config if has_prompt and model.forward.__self__ is model else None
+    inputs: dict[str, Any] = {}
+    if noise or (prompt and prompt.peft_type != "PREFIX_TUNING"):
+        inputs["inputs_embeds"] = embedding(row.input_ids)
+    else:
+        inputs["input_ids"] = row.input_ids
     if noise:
-        embedded = embedded + _noise(embedded, row.position_ids[0], noise)
-    inputs["inputs_embeds"] = embedded
-    return _behind_prompt(model, inputs) if has_prompt and model.forward.__self__ is model else inputs
+        inputs["inputs_embeds"] = inputs["inputs_embeds"] + _noise(inputs["inputs_embeds"], row.position_ids[0], noise)
+    if prompt and prompt.peft_type == "PREFIX_TUNING":
+        inputs["past_key_values"] = model.get_prompt(batch_size=1)
+    elif prompt:
+        before = model.get_prompt(batch_size=1).to(inputs["inputs_embeds"].dtype)
+        inputs["inputs_embeds"] = torch.cat([before, inputs["inputs_embeds"]], dim=1)
+    return inputs | _places(model, inner, row, prompt)
+
+
+def _places(model: Any, inner: Any, row: PackedRow, prompt: Any) -> dict[str, Any]:
+    """Return positions and masks of a packed row. A model that takes one sample a row makes both itself.
+
+    Every sample attends to a soft prompt, which stands before the row as embedded tokens, or as keys and values of a
+    cache.
+    """
+    if row_support(model).mode != "batched":
+        if int(row.segments.max()) > 0:
+            raise ValueError("several samples in one row of a model that computes one a row: expected rows_of")
+        return {}
+    count = prompt.num_virtual_tokens if prompt else 0
+    segments = torch.cat([row.segments.new_full((count,), -1), row.segments])
+    positions = torch.cat([torch.arange(count, device=segments.device), row.position_ids[0] + count])
+    masks = row_masks(inner.config.get_text_config(), segments, positions, dtype=inner.dtype)
+    skip = count if prompt and prompt.peft_type == "PREFIX_TUNING" else 0
+    if isinstance(masks, dict):
+        mask: Any = {kind: one[:, :, skip:] for kind, one in masks.items()}
+    else:
+        mask = masks[:, :, skip:]
+    return {"position_ids": positions[None, skip:], "attention_mask": mask}
 
 
 def _noise(embedded: torch.Tensor, positions: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -134,25 +197,3 @@ def _noise(embedded: torch.Tensor, positions: torch.Tensor, alpha: float) -> tor
     lengths = (positions[is_end] + 1)[is_start.cumsum(0)]
     scale = alpha / (lengths * embedded.shape[-1]).float().sqrt()
     return (torch.empty_like(embedded).uniform_(-1, 1) * scale[None, :, None]).to(embedded.dtype)
-
-
-def _behind_prompt(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Prepend the soft prompt, which every sample attends to, as embedded tokens or as keys and values."""
-    config, mask = model.active_peft_config, inputs["attention_mask"]
-    count = config.num_virtual_tokens
-    prompt = model.get_prompt(batch_size=1)
-    inputs["position_ids"] = inputs["position_ids"] + count
-    width = mask.shape[-1]
-    if config.peft_type == "PREFIX_TUNING":
-        inputs["past_key_values"] = prompt
-        inputs["attention_mask"] = torch.cat([mask.new_zeros(1, 1, width, count), mask], dim=-1)
-        return inputs
-    inputs["inputs_embeds"] = torch.cat([prompt.to(inputs["inputs_embeds"].dtype), inputs["inputs_embeds"]], dim=1)
-    own = torch.arange(count, device=mask.device)[None]
-    inputs["position_ids"] = torch.cat([own, inputs["position_ids"]], dim=1)
-    grown = mask.new_zeros(1, 1, count + width, count + width)
-    grown[..., count:, count:] = mask
-    lowest = torch.finfo(mask.dtype).min
-    grown[..., :count, :] = torch.full_like(grown[..., :count, :], lowest).triu(1)
-    inputs["attention_mask"] = grown
-    return inputs

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from adapterhub.package.manifest import Evaluation
-from train.data.packing import pack
 from train.data.tokenization import Sample, TokenData
 from train.objectives.base import EvalResult, Objective
-from train.objectives.evaluation import held_out_loss, row_loss
+from train.objectives.evaluation import held_out_loss, packed_rows, row_loss
 
 
 class SftObjective(Objective):
@@ -45,8 +44,8 @@ class SftObjective(Objective):
         rows = [[self._data.train[place] for place in places] for places in batches]
         num_trained = sum(sample.num_trained for row in rows for sample in row)
         total = 0.0
-        for row in rows:
-            loss = row_loss(model, pack(row, device=model.device, dtype=model.dtype)) / num_trained
+        for row in (packed for samples in rows for packed in packed_rows(model, samples)):
+            loss = row_loss(model, row) / num_trained
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from adapterhub.errors import BaseNotFound, RecipeError
+from adapterhub.errors import RecipeError
 from adapterhub.memory.estimate import Device, Estimate
 from adapterhub.memory.known_shapes import shape_of
 from adapterhub.memory.model_shape import ModelShape
@@ -95,16 +95,6 @@ def choose_dtype(wanted: str | None, device: Device) -> str:
     return choose_precision(None, "cpu")[1].value
 
 
-def shape_of_recipe(recipe: Recipe) -> ModelShape:
-    """Return the shape of the recipe's base, by its name. Raises BaseNotFound for a base that is not well known."""
-    if (shape := shape_of(recipe.base_name)) is None:
-        raise BaseNotFound(
-            f"the sizes of {recipe.base} are not known by its name: expected a config.json. Give it as MODEL, or run "
-            "`adapterhub train RECIPE --plan`."
-        )
-    return shape
-
-
 def _layer_inputs(recipe: Recipe) -> LayerInputs:
     if recipe.lora.method == "dora":
         return "copied"
@@ -116,8 +106,9 @@ def _counts(recipe: Recipe, shape: ModelShape) -> WeightCounts:
     is_full = recipe.method == "full"
     return WeightCounts(
         linear=0 if is_full else shape.linear_weights,
-        other=0 if is_full else shape.weights - shape.linear_weights,
+        other=0 if is_full else shape.weights - shape.linear_weights - shape.expert_weights,
         trainable=_trainable(recipe, shape),
+        experts=0 if is_full else shape.expert_weights,
     )
 
 
@@ -135,8 +126,9 @@ def _trainable(recipe: Recipe, shape: ModelShape) -> int:
         return shape.lora_weights(rank, modules_of(recipe.lora.targets), is_dora=recipe.lora.method == "dora")
     except KeyError as error:
         raise RecipeError(
-            f"targets names {error.args[0]}, which a base of LLaMA's shape does not have: expected "
-            f"{', '.join(shape.layer_linears())}. Run `adapterhub train RECIPE --plan`, which reads the base's layers."
+            f"targets names {error.args[0]}, which this base does not have: expected "
+            f"{', '.join(sorted({one.name for one in shape.linears}))}. Run `adapterhub train RECIPE --plan`, which "
+            "reads the base's layers."
         ) from error
 
 

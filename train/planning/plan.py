@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from adapterhub.adapter import Adapter, StoredBase
+from adapterhub.bases.capabilities import Support, capability_of
+from adapterhub.bases.checks import check_causal, read_config
 from adapterhub.bases.loading import choose_precision
+from adapterhub.bases.quantization import choose_kind
 from adapterhub.end_of_turn import other_ends
-from adapterhub.errors import BaseNotFound, IncompatibleBase
+from adapterhub.errors import BaseNotFound
+from adapterhub.memory.counting import shape_of_model
 from adapterhub.memory.estimate import Estimate, Item
 from adapterhub.memory.model_shape import ModelShape
 from adapterhub.memory.training import LogitsMode, WeightCounts, estimate_training
@@ -22,12 +26,13 @@ from adapterhub.strict import Strict
 from train.data.packing import common_prefix
 from train.data.tokenization import Sample
 from train.distributed.world import current_world
-from train.inputs import load_inputs, with_lora_of
+from train.inputs import load_inputs, training_support, with_lora_of
 from train.loop.schedule import step_batches
 from train.model.lora import trainable
+from train.model.lora_targets import linear_layers
 from train.model.methods import attach
 from train.objectives.base import Objective
-from train.objectives.forward import ends_with_head
+from train.objectives.forward import ends_with_head, rows_of
 from train.objectives.mask_report import MaskReport, mask_report
 from train.planning.load import training_load
 from train.planning.preflight import HubAccess, disk_needed, disk_problems, free_bytes, hub_access, memory_problems
@@ -37,6 +42,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM 0.32 accepts for --max-lora-rank."""
 _DEFAULT_MAX_RANK = 64
 """Default of `adapterhub serve --max-lora-rank`."""
+_SERVED = Support("batched")
 _SHARE_OF_MATMUL_RATE = (0.25, 0.7)
 """Share of the machine's matmul rate that a step reaches: 0.54 measured on SmolLM2-135M, rows of 512 tokens."""
 
@@ -48,6 +54,14 @@ class Layers(Strict):
     count: int
     inputs: int
     outputs: int
+
+
+class LeftOut(Strict):
+    """Layers of one name that no adapter is on."""
+
+    name: str
+    count: int
+    reason: str
 
 
 class Range(Strict):
@@ -84,6 +98,9 @@ class Plan(Strict):
     parameters: int
     trainable_parameters: int
     adapted: list[Layers]
+    left_out: list[LeftOut]
+    rows: str
+    """Why each sample is a row of its own; empty: samples are packed."""
     memory: list[Item]
     memory_bytes: Range
     seconds: Range
@@ -102,7 +119,7 @@ class Plan(Strict):
 def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter | None = None) -> Plan:
     """Return what `train` would do with the same arguments.
 
-    Raises RecipeError, DatasetError, BaseNotFound, UsageError, IncompatibleBase.
+    Raises RecipeError, DatasetError, BaseNotFound, UsageError, IncompatibleBase, BaseUnsupported.
     """
     recipe = with_lora_of(recipe, start)
     inputs = load_inputs(recipe, base, start=start)
@@ -111,7 +128,7 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
     masks.check()
     device, dtype = choose_precision(recipe.base_arguments()["dtype"], None)
     model = _on_meta(recipe, base, dtype.value)
-    rows = list(_rows(recipe, objective))
+    rows = list(_rows(recipe, objective, inputs.support))
     memory = _memory(recipe, model, rows, device=device.value, dtype=dtype.value)
     tokens = sum(map(_row_tokens, rows))
     adapter_bytes = 4 * model.trainable
@@ -132,6 +149,8 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
         parameters=model.parameters,
         trainable_parameters=model.trainable,
         adapted=_layers(model.adapted),
+        left_out=model.left_out if recipe.method == "lora" else [],
+        rows=inputs.support.reason,
         memory=list(memory.device),
         memory_bytes=Range(low=memory.low, high=memory.high),
         seconds=_seconds(_flops(rows, model.linear, model.trainable, model.head), dtype.value, device.value),
@@ -140,7 +159,7 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
         disk_free_bytes=free_bytes(output),
         hub=hub,
         stop=list(inputs.stop),
-        servable=servable(recipe.lora, method=recipe.method),
+        servable=servable(recipe.lora, method=recipe.method, serve=model.serve),
         problems=[
             *disk_problems(output, disk_bytes, base, model.parameters),
             *memory_problems(memory.low, device.value),
@@ -152,19 +171,19 @@ def make_plan(recipe: Recipe, base: StoredBase, output: Path, *, start: Adapter 
 def planned_memory(recipe: Recipe, base: StoredBase, objective: Objective) -> Estimate:
     """Return the plan's memory alone, for a run whose data is read already, in each of the processes that train.
 
-    Raises BaseNotFound, IncompatibleBase.
+    Raises BaseNotFound, BaseUnsupported.
     """
     device, dtype = choose_precision(recipe.base_arguments()["dtype"], current_world().device)
-    rows = list(_rows(recipe, objective))
+    rows = list(_rows(recipe, objective, training_support(base)))
     return _memory(recipe, _on_meta(recipe, base, dtype.value), rows, device=device.value, dtype=dtype.value)
 
 
-def servable(lora: LoraSection, *, method: Method = "lora") -> list[Servable]:
-    """Return which engines serve the adapter that a recipe makes, and with which option."""
+def servable(lora: LoraSection, *, method: Method = "lora", serve: Support = _SERVED) -> list[Servable]:
+    """Return which engines serve the adapter that a recipe makes, and with which option; `serve` is the base's."""
 
     def answer(ours: str, vllm: str, *, can_ours: bool = True, can_vllm: bool = False) -> list[Servable]:
         return [
-            Servable(engine="adapterhub", can_serve=can_ours, how=ours),
+            Servable(engine="adapterhub", can_serve=can_ours and serve.mode != "refused", how=_how(ours, serve)),
             Servable(engine="vllm", can_serve=can_vllm, how=vllm),
         ]
 
@@ -186,6 +205,12 @@ def servable(lora: LoraSection, *, method: Method = "lora") -> list[Servable]:
     return answer(ours, f"with --max-lora-rank {fitting[0]}", can_vllm=True)
 
 
+def _how(option: str, serve: Support) -> str:
+    if serve.mode == "refused":
+        return serve.reason
+    return f"{option}, one sequence at a time ({serve.reason})" if serve.mode == "single" else option
+
+
 @dataclass(frozen=True)
 class _MetaModel:
     """The base and its adapter, without weights."""
@@ -199,39 +224,37 @@ class _MetaModel:
     head: int
     trainable: int
     logits: LogitsMode
+    left_out: list[LeftOut]
+    serve: Support
 
 
 def _on_meta(recipe: Recipe, base: StoredBase, dtype: str) -> _MetaModel:
     try:
-        config = AutoConfig.from_pretrained(base.path)
+        config = read_config(base.path)
+        check_causal(config, base.path)
+        choose_kind(recipe.quantization.kind, config, base.path.name)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BaseNotFound(f"{base.path} cannot be read as a base model: {error}") from error
-    try:
-        # A model of text and pictures keeps the sizes of its decoder one level down.
-        shape = ModelShape.from_config(config.get_text_config().to_dict())
-    except KeyError as error:
-        raise IncompatibleBase(
-            f"{error.args[0]} in the config of {base.ref} is not a number, which the memory plan needs: use a base "
-            "of LLaMA's shape, such as `adapterhub base list` names."
-        ) from error
+    shape = shape_of_model(model)
     model.requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
     is_capped = bool(getattr(config.get_text_config(), "final_logit_softcapping", None))
     logits: LogitsMode = "chunks" if ends_with_head(model) else "capped" if is_capped else "whole"
-    layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
-    linear = sum(layer.weight.numel() for layer in layers)
+    left_out = [LeftOut(name=n, count=count, reason=why) for n, count, why in linear_layers(model).count_left_out()]
     adapted = attach(model, recipe)
     return _MetaModel(
         adapted=adapted,
         shape=shape,
         parameters=parameters,
-        linear=linear,
+        linear=shape.linear_weights,
         head=head.weight.numel(),
         trainable=sum(parameter.numel() for parameter in trainable(adapted)),
         logits=logits,
+        left_out=left_out,
+        serve=capability_of(config).serve,
     )
 
 
@@ -241,12 +264,12 @@ def _memory(
     world = current_world()
     # Trained whole, the base's weights are the trained ones.
     frozen = 0 if recipe.method == "full" else model.parameters
-    linear = min(model.linear, frozen)
+    linear, experts = min(model.linear, frozen), min(model.shape.expert_weights, frozen)
     load = training_load(
         recipe,
         device=device,
         dtype=dtype,
-        counts=WeightCounts(linear=linear, other=frozen - linear, trainable=model.trainable),
+        counts=WeightCounts(linear=linear, other=frozen - linear - experts, trainable=model.trainable, experts=experts),
         tokens=max(map(_row_tokens, rows)),
         trained_tokens=max(sum(sample.num_trained for sample in row) for row in rows),
         logits=model.logits,
@@ -266,11 +289,14 @@ def _layers(model: Any) -> list[Layers]:
     return [Layers(name=n, count=count, inputs=i, outputs=o) for (n, i, o), count in found.items()]
 
 
-def _rows(recipe: Recipe, objective: Objective) -> Iterator[list[Sample]]:
+def _rows(recipe: Recipe, objective: Objective, support: Support) -> Iterator[list[Sample]]:
     """Yield the samples of each forward pass with gradients."""
     for places in step_batches(objective.lengths(), train=recipe.train, seed=recipe.seed):
         for row in current_world().share(places):
-            yield [sample for place in row for sample in objective.samples_at(place)]
+            samples = [sample for place in row for sample in objective.samples_at(place)]
+            # The loss of a preference needs all samples of a row before the backward pass: they are in memory together.
+            parts = [range(len(samples))] if recipe.preference else rows_of(support, samples)
+            yield from ([samples[place] for place in part] for part in parts)
 
 
 def _row_tokens(row: Sequence[Sample]) -> int:

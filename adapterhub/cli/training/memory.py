@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +14,7 @@ from serve.config import DeviceKind
 
 if TYPE_CHECKING:
     from adapterhub.memory.estimate import Estimate, Item
-    from adapterhub.memory.model_shape import ModelShape
+    from adapterhub.memory.gpus import Fit
     from adapterhub.memory.training import Sharding
 
 _TITLES = {
@@ -46,7 +45,8 @@ def memory(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Well-known name (llama-7b), base on this machine, or config.json [default: the recipe's base]."
+            help="Well-known name (llama2-70b), base on this machine, Hub id, or config.json "
+            "[default: the recipe's base]."
         ),
     ] = None,
     recipe: Annotated[
@@ -78,53 +78,75 @@ def memory(
         int, typer.Option(min=0, max=1_000_000_000_000, help="Tokens in the KV cache while serving, of all requests.")
     ] = 8192,
     device: Annotated[DeviceKind, typer.Option(help="Kind of device that trains and serves.")] = DeviceKind.CUDA,
+    gpu_gb: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, max=10_000, help="Memory of a GPU, in GB: how many of them it takes [default: common sizes]."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate the memory that training and serving a model need.
 
-    Lists item by item what the model's config.json implies; loads no weights.
+    Lists item by item what the model's config.json implies, and how many GPUs it takes; loads no weights.
     """
     from adapterhub.errors import UsageError
+    from adapterhub.memory.gpus import COMMON_GB, count_gpus
+    from adapterhub.memory.lookup import find_model
     from adapterhub.memory.serving import ServingLoad, estimate_serving
     from adapterhub.memory.training import TrainingLoad, estimate_training
-    from train.planning.load import DTYPE_BYTES, choose_dtype, estimate_recipe, shape_of_recipe
+    from train.planning.load import DTYPE_BYTES, choose_dtype, estimate_recipe
     from train.recipe import adapter_size, find_recipe, read_recipe
 
     if offload and not sharded:
         raise UsageError("--offload keeps shards in host RAM: it needs --sharded. Add --sharded, or leave it out.")
     if sharded and gpus == 1:
         raise UsageError("--sharded divides the base among devices: expected --gpus 2 or more.")
-    sharding: Sharding = "layers" if sharded else "none"
-    if recipe is None:
-        if model is None:
-            raise UsageError("nothing to estimate: expected a model or --recipe. Run `adapterhub memory llama-7b`.")
-        _check_sharded(sharded, is_full=method is _Method.full)
-        shape, is_quantized = _shape(model), method is _Method.qlora
-        load = TrainingLoad(
-            tokens=tokens, rank=rank, method="full" if method is _Method.full else "lora",
-            quantization="nf4" if is_quantized else "none", is_paged=paged, is_checkpointed=checkpointing,
-            dtype_bytes=DTYPE_BYTES[choose_dtype("float32" if method is _Method.full else None, device.value)],
-            device=device.value, gpus=gpus, sharding=sharding, is_offloaded=offload,
-        )  # fmt: skip
-        training = estimate_training(shape, load)
-    else:
+    if recipe is None and model is None:
+        raise UsageError("nothing to estimate: expected a model or --recipe. Run `adapterhub memory llama-7b`.")
+    wanted = None
+    if recipe is not None:
         _refuse_what_recipe_sets(context)
         wanted = read_recipe(find_recipe(recipe))
-        _check_sharded(sharded, is_full=wanted.method == "full")
-        model, shape = model or wanted.base, shape_of_recipe(wanted) if model is None else _shape(model)
         rank, _ = adapter_size(wanted.lora)
-        is_quantized = wanted.quantization.kind != "none"
-        training = estimate_recipe(
-            wanted, shape, device=device.value, gpus=gpus, sharding=sharding, is_offloaded=offload
-        )
+    is_full = method is _Method.full if wanted is None else wanted.method == "full"
+    is_quantized = method is _Method.qlora if wanted is None else wanted.quantization.kind != "none"
+    _check_sharded(sharded, is_full=is_full)
+    model = model or (wanted.base if wanted else "")
+    found = find_model(model, report=_say)
+    shape = found.shape
+
+    def trained_on(gpus: int, sharding: Sharding) -> Estimate:
+        is_offloaded = offload and sharding == "layers"
+        if wanted is not None:
+            return estimate_recipe(
+                wanted, shape, device=device.value, gpus=gpus, sharding=sharding, is_offloaded=is_offloaded
+            )
+        load = TrainingLoad(
+            tokens=tokens, rank=rank, method="full" if is_full else "lora",
+            quantization="nf4" if is_quantized else "none", is_paged=paged, is_checkpointed=checkpointing,
+            dtype_bytes=DTYPE_BYTES[choose_dtype("float32" if is_full else None, device.value)],
+            device=device.value, gpus=gpus, sharding=sharding, is_offloaded=is_offloaded,
+        )  # fmt: skip
+        return estimate_training(shape, load)
+
     serving = ServingLoad(
         adapters=adapters, rank=rank, kv_tokens=kv_tokens, is_quantized=is_quantized, device=device.value
     )
-    estimates = {"training": training, "serving": estimate_serving(shape, serving)}
+    estimates = {
+        "training": trained_on(gpus, "layers" if sharded else "none"),
+        "serving": estimate_serving(shape, serving),
+    }
+    sizes = (gpu_gb or COMMON_GB) if device is DeviceKind.CUDA else ()
+    counts = {gb: count_gpus(gb, trained_on, estimates["serving"], is_divisible=not is_full) for gb in sizes}
     if as_json:
-        show_json({name: _raw(estimate) for name, estimate in estimates.items()})
+        raw: dict[str, object] = {name: _raw(estimate) for name, estimate in estimates.items()}
+        raw["gpus"] = {f"{gb}": asdict(count) for gb, count in counts.items()}
+        show_json(raw | {"notes": found.notes})
         return
     show(f"{model}: {shape.weights / 1e9:.3f} billion weights, {shape.linear_weights / 1e9:.3f} in linear layers")
+    for note in found.notes:
+        show(f"  {note}")
     for name, estimate in estimates.items():
         show()
         show(f"{name}: {_range(estimate)} on each device")
@@ -132,6 +154,11 @@ def memory(
             show(f"  {title}")
             for item in _items(estimate, key):
                 show(f"    {format_bytes(item.size_bytes):>11}  {item.name}")
+    if counts:
+        show()
+        show("GPUs that it takes (several: train --shard; serving with vLLM's --tensor-parallel-size)")
+    for gb, count in counts.items():
+        show(f"  of {gb} GB: {_words(count.training)} for training, {_words(count.serving)} for serving")
 
 
 def _range(estimate: Estimate) -> str:
@@ -155,38 +182,6 @@ def _refuse_what_recipe_sets(context: typer.Context) -> None:
         raise UsageError(f"--recipe sets {', '.join(given)}: expected one or the other. Leave {given[0]} out.")
 
 
-def _shape(model: str) -> ModelShape:
-    """Return the shape of a model. Raises BaseNotFound for an unknown name, UsageError for another kind of config."""
-    from adapterhub.adapter import BaseName
-    from adapterhub.bases.store import find_base
-    from adapterhub.errors import BaseNotFound, InvalidRef, UsageError
-    from adapterhub.memory.known_shapes import MODEL_SHAPES, shape_of
-    from adapterhub.memory.model_shape import ModelShape
-
-    path = Path(model)
-    if path.is_dir():
-        path = path / "config.json"
-    elif not path.is_file():
-        try:
-            named = BaseName.parse(model)
-            if (known := shape_of(named)) is not None:
-                return known
-            path = find_base(named).path / "config.json"
-        except (BaseNotFound, InvalidRef) as error:
-            names = ", ".join(MODEL_SHAPES)
-            raise BaseNotFound(
-                f"{model} is not a base on this machine: expected a config.json, its folder, or one of {names}."
-            ) from error
-    try:
-        return ModelShape.from_config(json.loads(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as a config.json: {error}.") from error
-    except (KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path} is not a decoder's config.json ({error} is missing or not a number): expected a text model."
-        ) from error
-
-
 def _raw(estimate: Estimate) -> dict[str, object]:
     parts = {key: {item.name: item.size_bytes for item in _items(estimate, key)} for key in _TITLES}
     return {"low_bytes": estimate.low, "high_bytes": estimate.high, **parts}
@@ -195,3 +190,13 @@ def _raw(estimate: Estimate) -> dict[str, object]:
 def _items(estimate: Estimate, key: str) -> tuple[Item, ...]:
     found: tuple[Item, ...] = getattr(estimate, key)
     return found
+
+
+def _words(fit: Fit) -> str:
+    if fit.gpus is None:
+        return "too small"
+    return f"{fit.gpus}{' (tight)' if fit.is_tight else ''}"
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)

@@ -28,6 +28,8 @@ def print_plan(plan: Plan) -> None:
     line("data", plan.data)
     for note in plan.notes:
         line("", f"note: {note}")
+    if plan.rows:
+        line("rows", f"one sample each ({plan.rows})")
     line("steps", f"{plan.steps} ({plan.tokens:,} tokens in all forward passes)")
     line(
         "time",
@@ -37,6 +39,8 @@ def print_plan(plan: Plan) -> None:
     line("adapter", f"{plan.trainable_parameters:,} trainable parameters ({share:.2%} of {plan.parameters:,})")
     for layer in plan.adapted:
         line("", f"{layer.count} x {layer.name} [{layer.inputs} -> {layer.outputs}]")
+    for layers in plan.left_out:
+        line("", f"left out: {layers.count} x {layers.name} ({layers.reason})")
     low, high = format_bytes(plan.memory_bytes.low), format_bytes(plan.memory_bytes.high)
     line("memory", f"{format_bytes(total(plan.memory))} ({low} to {high})")
     for item in plan.memory:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -20,10 +22,10 @@ class FastRmsNorm(nn.Module):
         self._original = original
         self._kernels = kernels
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize the last dimension of x, of any shape."""
-        if x.dtype != self.weight.dtype:
-            found: torch.Tensor = self._original(x)
+    def forward(self, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        """Normalize the last dimension of x, of any shape; with further arguments, such as a gate, as the original."""
+        if x.dtype != self.weight.dtype or others or named:
+            found: torch.Tensor = self._original(x, *others, **named)
             return found
         return self._kernels.rms_norm(x.contiguous(), self.weight, self.variance_epsilon)
 
@@ -38,8 +40,14 @@ def use_fast_norms(model: nn.Module, kernels: CpuKernels) -> None:
             continue
         fast = FastRmsNorm(module, kernels)
         trial = torch.linspace(-2, 3, 2 * weight.numel(), dtype=weight.dtype).view(2, -1)
-        with torch.no_grad():
-            is_same = torch.allclose(module(trial), fast(trial), rtol=1e-5, atol=1e-6)
-        if is_same:
+        if _is_same(module, fast, trial):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, fast)
+
+
+def _is_same(module: nn.Module, fast: FastRmsNorm, trial: torch.Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            return torch.allclose(module(trial), fast(trial), rtol=1e-5, atol=1e-6)
+    except (TypeError, AttributeError):  # it takes more than its rows: a gate
+        return False

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from bitsandbytes import functional
 from safetensors.torch import load_file, save_file
+from tiny_models import copy_tokenizer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from adapterhub.adapter import StoredBase
+from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.bases.loading import LoadedBase, load_base
 from adapterhub.bases.nf4 import quantized_layers
+from adapterhub.bases.quantization import Kind
+from adapterhub.errors import UsageError
 from adapterhub.memory.estimate import constant_bytes
 from adapterhub.package.manifest import Quantization
 
@@ -189,3 +193,58 @@ def test_int8_answers_and_learns_on_this_machine(tiny_base: StoredBase) -> None:
 )
 def test_weights_are_named_by_what_they_are(held: Quantization, words: str) -> None:
     assert held.weights == words
+
+
+CHECKPOINTS: dict[str, tuple[dict[str, Any], Quantization]] = {
+    "fp4, one quantization": (
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "bfloat16"},
+        Quantization(kind="fp4", double_quant=False, compute_dtype="float32"),
+    ),
+    "nf4, one quantization": (
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        Quantization(kind="nf4", double_quant=False, compute_dtype="float32"),
+    ),
+    "nf4, double": (
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        Quantization(kind="nf4", compute_dtype="float32"),
+    ),
+    "int8": ({"load_in_8bit": True}, Quantization(kind="int8", compute_dtype="float32")),
+}  # fmt: skip
+"""What bitsandbytes checkpoints are saved with -> what is recorded of them."""
+
+
+@pytest.fixture(params=CHECKPOINTS, scope="module")
+def checkpoint(
+    request: pytest.FixtureRequest, tiny_base: StoredBase, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[StoredBase, Quantization]:
+    options, recorded = CHECKPOINTS[request.param]
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_base.path, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**options)
+    )
+    model.save_pretrained(folder)
+    copy_tokenizer(tiny_base.path, folder)
+    return StoredBase(folder, BaseRef("tests/checkpoint", None, None)), recorded
+
+
+def test_a_quantized_checkpoint_is_recorded_as_it_is(checkpoint: tuple[StoredBase, Quantization]) -> None:
+    stored, recorded = checkpoint
+    base = load(stored)
+    assert base.quantization == recorded
+    assert base.quantization == load(stored, kind=recorded.kind, double_quant=True, block_size=128).quantization
+    assert {layer.compute_dtype for layer in quantized_layers(base.model).values()} <= {torch.float32}
+    reference = AutoModelForCausalLM.from_pretrained(stored.path, dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        difference = base.model(ids).logits.float() - reference(ids).logits.float()
+    assert difference.abs().max() < 0.05 * reference(ids).logits.abs().max()
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_another_kind_than_the_checkpoint_has_is_refused(
+    checkpoint: tuple[StoredBase, Quantization], kind: Kind
+) -> None:
+    stored, recorded = checkpoint
+    if kind != recorded.kind:
+        with pytest.raises(UsageError, match=f"quantized as {recorded.kind} and {kind} was asked for"):
+            load(stored, kind=kind)

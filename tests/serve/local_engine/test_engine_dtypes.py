@@ -24,7 +24,6 @@ from adapterhub.choice import Choice
 from adapterhub.package.lora_config import WEIGHTS_NAME
 from serve.config import LocalEngineConfig, SchedulerLimits
 from serve.engine import AdapterScale, GenerationRequest
-from serve.local_engine import engine as local_engine
 from serve.local_engine import model_runner
 
 TOLERANCES = {"bfloat16": 0.3, "float16": 0.1, "float32": 1e-3}
@@ -171,8 +170,7 @@ def test_keys_and_values_kept_as_on_a_gpu_answer_as_in_peft(
 ) -> None:
     """In the model's own dtype, without our kernels: beginnings and rests of prompts, and rows of answers."""
     _use_cpu("not packed", "torch", monkeypatch)
-    for module in (model_runner, local_engine):
-        monkeypatch.setattr(module, "kv_dtype", lambda base: base.model.dtype)
+    monkeypatch.setattr(model_runner, "kv_dtype", lambda base: base.model.dtype)
     adapter = adapters["llama", "lora"]
     sampling = replace(GREEDY, max_tokens=4, top_logprobs=5)
 

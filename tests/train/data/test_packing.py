@@ -47,7 +47,7 @@ def alone(model: Any, item: Sample) -> torch.Tensor:
 
 
 def packed(model: Any, items: list[Sample]) -> torch.Tensor:
-    return row_loss(model, pack(items, device=CPU, dtype=torch.float32))
+    return row_loss(model, pack(items, device=CPU))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -73,7 +73,7 @@ def test_samples_that_share_nothing(model: Any) -> None:
 
 def test_a_target_right_after_the_shared_tokens_counts_once_per_sample(model: Any) -> None:
     items = [sample(1, 2, 3, 7, 8, trained=2), sample(1, 2, 3, 9, trained=1), sample(1, 2, 3, 7, trained=1)]
-    row = pack(items, device=CPU, dtype=torch.float32)
+    row = pack(items, device=CPU)
     assert row.targets.tolist() == [7, 8, 9, 7]
     assert row.keep.tolist() == [2, 3, 2, 2]
     expected = torch.stack([alone(model, item) for item in items]).sum()
@@ -81,7 +81,7 @@ def test_a_target_right_after_the_shared_tokens_counts_once_per_sample(model: An
 
 
 def test_shared_tokens_are_held_once(samples: list[Sample]) -> None:
-    row = pack(samples, device=CPU, dtype=torch.float32)
+    row = pack(samples, device=CPU)
     assert row.input_ids.shape[1] == sum(len(item.tokens) for item in samples) - 5 * (len(samples) - 1)
     assert row.position_ids[0, :8].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 

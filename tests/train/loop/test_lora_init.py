@@ -107,7 +107,7 @@ def test_eva_begins_along_the_inputs_main_directions(tiny_base: StoredBase) -> N
         layer.register_forward_hook(lambda m, x, y, name=name: inputs.__setitem__(name, x[0][0]))
     samples = [sample for place in range(objective.num_samples) for sample in objective.samples_at(place)]
     with torch.no_grad():
-        token_losses(model, pack(samples, device=CPU, dtype=torch.float32))
+        token_losses(model, pack(samples, device=CPU))
     for name, layer in layers.items():
         a, b = halves(layer)
         assert a.shape[0] == 4

@@ -18,6 +18,7 @@ from train.loop.progress import Silent
 from train.model.fused_lora import fuse_lora
 from train.model.lora import add_lora, trainable
 from train.objectives.evaluation import row_loss
+from train.objectives.forward import forward_inputs
 from train.recipe import LoraSection
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -38,7 +39,7 @@ def adapted(base: StoredBase, dtype: str, kind: Any = "nf4", **lora: Any) -> Any
 
 
 def loss_and_gradients(model: Any) -> tuple[float, list[torch.Tensor]]:
-    loss = row_loss(model, pack(SAMPLES, device=model.device, dtype=model.dtype))
+    loss = row_loss(model, pack(SAMPLES, device=model.device))
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item(), [parameter.grad for parameter in trainable(model) if parameter.grad is not None]
 
@@ -106,11 +107,11 @@ def test_an_input_is_kept_once_for_the_layers_that_share_it(tiny_base: StoredBas
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        row = pack(SAMPLES, device=model.device, dtype=model.dtype)
+        row = pack(SAMPLES, device=model.device)
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             layers = model.get_base_model().model  # without the head, whose logits outweigh two layers
-            hidden = layers(input_ids=row.input_ids, position_ids=row.position_ids, attention_mask=row.mask)
+            hidden = layers(**forward_inputs(model, row))
         del hidden
         return sum(size for place, size in sizes.items() if place not in weights)
 

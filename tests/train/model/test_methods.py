@@ -162,7 +162,7 @@ def test_rows_behind_a_soft_prompt_have_the_losses_peft_computes(
     model = attach(load_fp32(tiny_base).model, recipe_of(tmp_path, method=method))
     texts = [(1, 2, 3, *prompt) for prompt in PROMPTS[:3]]
     samples = [Sample(text, (False,) * 4 + (True,) * (len(text) - 4)) for text in texts]
-    ours = token_losses(model, pack(samples, device=CPU, dtype=torch.float32))
+    ours = token_losses(model, pack(samples, device=CPU))
 
     def alone(text: tuple[int, ...], marks: tuple[bool, ...]) -> torch.Tensor:
         labels = [token if mark else -100 for token, mark in zip(text, marks, strict=True)]
@@ -176,7 +176,7 @@ def test_rows_behind_a_soft_prompt_have_the_losses_peft_computes(
     found, wanted = (torch.autograd.grad(loss, own)[0] for loss in (ours.sum(), theirs))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
     with adapter_disabled(model):
-        bare = token_losses(model, pack(samples, device=CPU, dtype=torch.float32))
+        bare = token_losses(model, pack(samples, device=CPU))
     assert not torch.allclose(bare, ours)
 
 
@@ -309,7 +309,7 @@ def test_neftune_noise_depends_on_each_samples_length(tmp_path: Path, tiny_base:
     seen: list[torch.Tensor] = []
     model.get_decoder().layers[0].register_forward_pre_hook(lambda m, x: seen.append(x[0][0]))
     short, long = (Sample(tuple(range(1, size + 1)), (False,) * (size - 1) + (True,)) for size in (8, 50))
-    row = pack([Sample((9, *short.tokens[1:]), short.trained), long], device=CPU, dtype=torch.float32)
+    row = pack([Sample((9, *short.tokens[1:]), short.trained), long], device=CPU)
     torch.manual_seed(0)
     for is_training in (False, True):
         model.train(is_training)
@@ -341,6 +341,6 @@ def test_a_bf16_base_stays_bf16_and_what_is_trained_is_fp32(tmp_path: Path, tiny
     inputs: set[torch.dtype] = set()
     for layer in layers_of(model).values():
         layer.lora_A["default"].register_forward_hook(lambda m, x, y: inputs.update({x[0].dtype, y.dtype}))
-    token_losses(model, pack([sample], device=CPU, dtype=torch.bfloat16)).sum().backward()
+    token_losses(model, pack([sample], device=CPU)).sum().backward()
     assert inputs == {torch.bfloat16}
     assert {(p.dtype, p.grad.dtype) for p in trainable(model) if p.grad is not None} == {(torch.float32,) * 2}

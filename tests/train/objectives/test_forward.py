@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapterhub.memory import training as memory
 from train.data.packing import PackedRow, pack
 from train.data.tokenization import Sample
-from train.objectives.forward import ends_with_head, token_losses
+from train.objectives.forward import ends_with_head, forward_inputs, token_losses
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -29,7 +29,7 @@ def row() -> PackedRow:
     draw = random.Random(0)
     texts = [tuple(draw.randrange(1, 128) for _ in range(size)) for size in (30, 21, 40)]
     samples = [Sample(text, (False, *(True for _ in text[1:]))) for text in texts]
-    return pack(samples, device=torch.device("cpu"), dtype=torch.float32)
+    return pack(samples, device=torch.device("cpu"))
 
 
 def heads_rows(model: Any) -> list[int]:
@@ -79,7 +79,7 @@ def test_a_base_that_works_on_its_logits_afterwards_keeps_doing_so(
     family: str, options: dict[str, Any], in_chunks: bool, row: PackedRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(family, **options).eval()
-    logits = model(input_ids=row.input_ids, position_ids=row.position_ids, attention_mask=row.mask).logits[0, row.keep]
+    logits = model(**forward_inputs(model, row)).logits[0, row.keep]
     wanted = torch.nn.functional.cross_entropy(logits, row.targets, reduction="none")
     monkeypatch.setattr(memory, "LOGITS_AT_ONCE", 20 * 128)
     token_losses(model, row)

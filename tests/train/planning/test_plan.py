@@ -11,14 +11,23 @@ from typing import Any
 
 import pytest
 from preference_rows import preference_recipe
-from tiny_models import TINY_VOCABULARY
+from tiny_models import TINY_VOCABULARY, make_base_of
 from training import WEIGHTS, make_recipe, run
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3Config, OPTConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+)
 from typer.testing import CliRunner
 
 from adapterhub.adapter import StoredBase
+from adapterhub.bases.capabilities import capability_of
 from adapterhub.cli.main import app
-from adapterhub.errors import DatasetError, IncompatibleBase, RecipeError
+from adapterhub.errors import DatasetError, RecipeError, UsageError
 from adapterhub.memory import training as memory
 from adapterhub.memory.model_shape import ModelShape
 from adapterhub.memory.training import TrainingLoad, WeightCounts, estimate_training
@@ -26,7 +35,6 @@ from adapterhub.package.lora_config import lora_tensors, read_lora_config
 from adapterhub.package.run_record import read_run_record
 from adapterhub.package.safetensors_header import read_header
 from adapterhub.packer import pack
-from train import trainer
 from train.objectives.mask_report import MaskReport
 from train.planning.plan import Plan, make_plan, servable
 from train.recipe import LoraSection, read_recipe
@@ -160,11 +168,21 @@ def test_a_base_whose_config_has_other_words_for_its_sizes(tmp_path: Path, tiny_
         word_embed_proj_dim=32,
     )
     base = base_of(tmp_path / "base", config, tiny_base)
-    recipe = make_recipe(tmp_path)
-    for begin in (make_plan, trainer.train):
-        with pytest.raises(IncompatibleBase, match="intermediate_size .* tests/tiny-llama .* is not a number"):
-            begin(recipe, base, tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
+    plan = make_plan(make_recipe(tmp_path), base, tmp_path / "out")
+    items = {item.name: item.size_bytes for item in plan.memory}
+    assert items["base, 4-bit codes"] == (4 * 32 * 32 + 2 * 32 * 64) // 2
+    assert {layers.name for layers in plan.adapted} == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+
+
+def test_another_quantization_than_the_checkpoint_has_is_found_before_the_run(
+    tmp_path: Path, tiny_base: StoredBase
+) -> None:
+    config = LlamaConfig(vocab_size=TINY_VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    base = base_of(tmp_path / "base", config, tiny_base)
+    with pytest.raises(UsageError, match="quantized as int8 and nf4 was asked for"):
+        make_plan(make_recipe(tmp_path), base, tmp_path / "out")
+    assert make_plan(make_recipe(tmp_path, quantization={"kind": "int8"}), base, tmp_path / "out").parameters > 0
 
 
 def test_a_base_of_text_and_pictures_is_planned_by_its_text(tmp_path: Path, tiny_base: StoredBase) -> None:
@@ -308,3 +326,27 @@ def test_trained_text_is_green_on_a_terminal(
     shown = capsys.readouterr().out
     assert "\x1b[32m⟦It is" in shown
     assert "\x1b[2m" in shown
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("lfm2", ["one sample each (its conv layers would let one sample of a row see another)"]),
+        ("qwen3_moe", ["left out: 2 x experts (the weights of all experts are one tensor", "left out: 2 x gate"]),
+    ],
+)
+def test_a_plan_says_what_the_base_does_not_allow(
+    family: str, told: list[str], tmp_path: Path, smollm2: StoredBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from adapterhub.cli.training.train_plan_view import print_plan
+
+    base = make_base_of(tmp_path / "base", family, smollm2)
+    plan = make_plan(make_recipe(tmp_path), base, tmp_path / "out")
+    print_plan(plan)
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in told)
+    config = AutoModelForCausalLM.from_pretrained(base.path).config
+    served = capability_of(config).serve
+    (ours,) = [engine for engine in plan.servable if engine.engine == "adapterhub"]
+    assert ours.can_serve == (served.mode != "refused")
+    assert ("one sequence at a time" in ours.how) == (served.mode == "single")

@@ -239,7 +239,7 @@ def test_layers_are_called_with_rows_of_any_shape_but_not_with_some_of_them() ->
     found = group.output(0, x)
     assert torch.equal(group.output(0, x[0]), found[0])
     assert torch.equal(group.output(0, x[:, :, None]), found[:, :, None])
-    with pytest.raises(AdapterUnsupported, match="sees 2 rows of a batch of 3"):
+    with pytest.raises(AdapterUnsupported, match="called on 2 rows of a batch of 3"):
         group.output(0, x[0, :2])
     group.remove("a")
     assert group.output(0, x[0, :2]).shape == (2, 48)  # of no matter to the base
