@@ -98,8 +98,8 @@ _NOT_CAUSAL = {
 }
 """Model types that transformers registers as causal language models and that are none -> the reason."""
 
-_OTHER_WITH_CACHE = frozenset({"axk2", "deepseek_v4", "prophetnet", "recurrent_gemma"})
-"""Model types that compute other answers with their own cache than without, or fail to; docs/models.md measures it."""
+_OTHER_WITH_CACHE = frozenset({"axk2", "recurrent_gemma"})
+"""Model types that compute other answers with their own cache than without; docs/models.md measures it."""
 
 
 def capability_of(config: Any) -> Capability:
