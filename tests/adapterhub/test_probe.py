@@ -97,8 +97,8 @@ def test_a_package_of_a_base_with_a_penalty_passes_its_probe(repeating: _Repeati
     stored = StoredBase(base, BaseRef("tests/penalty", None, fingerprint(base)), "apache-2.0")
     adapter = pack(shutil.copytree(repeating.folder, tmp_path / "adapter"), base=stored)
     replay(load_base(stored, dtype="float32"), adapter)
-    assert adapter.manifest.probe is not None
-    assert adapter.manifest.probe.answers[0].tokens == repeating.tokens()
+    assert adapter.probe is not None
+    assert adapter.probe.answers[0].tokens == repeating.tokens()
 
 
 @pytest.mark.parametrize("own", [None, "", " \n"], ids=["no file", "an empty file", "white space"])
@@ -123,7 +123,7 @@ def test_an_adapter_may_bring_the_template_that_its_base_lacks(
     folder = shutil.copytree(peft_folder, tmp_path / "adapter")
     shutil.copy(tiny_base.path / TEMPLATE_NAME, folder)
     adapter = pack(folder, base=_without_template(tiny_base, tmp_path))
-    assert adapter.manifest.probe is not None
+    assert adapter.probe is not None
 
 
 def test_of_several_templates_of_a_base_the_default_one_is_packed(
