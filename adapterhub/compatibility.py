@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
 
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.bases.checks import check_causal, read_config
-from adapterhub.errors import AdapterNoEffect, IncompatibleBase, MissingFile
+from adapterhub.chat_template import encode_chat
+from adapterhub.errors import AdapterNoEffect, AdapterUnsupported, IncompatibleBase, MissingFile
 from adapterhub.package.layout import read_lora
 from adapterhub.package.lora_config import LoraConfig, LoraTensor
+from adapterhub.package.own_template import tokenizer_config
 
 Shapes = dict[str, tuple[int, int]]
 """Module -> (in, out) of a linear layer, (vocabulary, width) of an embedding."""
@@ -120,6 +125,56 @@ def check_vocabulary(name: str, tensors: Iterable[LoraTensor], shapes: Shapes, *
                     f"adapter {name} was made with a vocabulary of {rows:,} tokens, the base has {known:,}, and no "
                     "tokenizer.json says which they are: save the tokenizer beside the adapter."
                 )
+
+
+def check_tokenizer(name: str, folder: Path, tokenizer: Any, template: str) -> None:
+    """Check that the adapter's own tokenizer, if it has one, makes its prompts of the tokens of the base's.
+
+    Servers encode with `tokenizer`, the base's, and render with its special tokens. Tokens that were added and that no
+    prompt has (a padding token) do not matter. Raises AdapterUnsupported with the first token that differs.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    from transformers import PreTrainedTokenizerFast
+
+    special = {key: value for key, value in tokenizer_config(folder).items() if key in _SPECIAL and value is not None}
+    texts = {key: value["content"] if isinstance(value, dict) else value for key, value in special.items()}
+    try:
+        own = PreTrainedTokenizerFast(tokenizer_file=str(path), **texts)
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        raise AdapterUnsupported(
+            f"{path} is no tokenizer ({str(error)[:200]}): expected the tokenizers library's JSON. Save it again."
+        ) from error
+    for messages in _EXCHANGES:
+        for theirs, ours in zip_longest(*(_encoded(one, messages, template) for one in (own, tokenizer))):
+            if theirs != ours:
+                raise AdapterUnsupported(
+                    f"the tokenizer of adapter {name} writes its prompts with other tokens than the base's (first: "
+                    f"{_named(own, theirs)}, where the base has {_named(tokenizer, ours)}): expected the same, since "
+                    "prompts are encoded with the base's. Train on a base whose tokenizer has these tokens."
+                )
+
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+_EXCHANGES = (
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [{"role": "user", "content": "Two + 2?"}, {"role": "assistant", "content": "4: an easy one."}],
+    [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Hello, it's me!"}],
+)
+
+
+def _encoded(tokenizer: Any, messages: list[dict[str, str]], template: str) -> list[int]:
+    """Return the tokens of a conversation; none where the template refuses it."""
+    is_prompt = messages[-1]["role"] == "user"
+    try:
+        return encode_chat(tokenizer, messages, template=template, add_generation_prompt=is_prompt)
+    except Exception:  # a template is a program, and may fail in any way; the probe reports one that refuses all
+        return []
+
+
+def _named(tokenizer: Any, token: int | None) -> str:
+    return "no token" if token is None else f"{tokenizer.convert_ids_to_tokens(token)!r}, id {token}"
 
 
 def _shape(found: dict[str, tuple[int, ...]]) -> tuple[int, ...]:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.bases.base_copies import drop_base_copies
 from adapterhub.bases.store import stored_base
-from adapterhub.compatibility import check_compatible, check_vocabulary, module_shapes
+from adapterhub.compatibility import check_compatible, check_tokenizer, check_vocabulary, module_shapes
 from adapterhub.end_of_turn import end_of_turn
 from adapterhub.errors import (
     AdapterHubError,
     AdapterUnsupported,
     IncompatibleBase,
-    InvalidManifest,
     MissingFile,
     SignatureInvalid,
     UnsafeFile,
@@ -52,6 +51,7 @@ from adapterhub.package.manifest import (
     Quantization,
     write_probe,
 )
+from adapterhub.package.own_template import tokenizer_config
 from adapterhub.package.run_record import RunRecord, read_run_record
 from adapterhub.package.signing import check_signed_files
 from adapterhub.strict import parse_json
@@ -120,14 +120,15 @@ def pack(
 
     # Before anything is loaded or written: a base without a chat template leaves no empty one behind.
     tokenizer = load_tokenizer(base)
-    template = probe.template_of(folder, base.ref, tokenizer)
+    template, found_in = probe.template_of(folder, base.ref, tokenizer)
+    check_tokenizer(name or folder.resolve().name, folder, tokenizer, template)
     # In fp32 the probe is the same on every machine; an engine in another dtype gets that dtype's tolerance.
     kwargs = load_kwargs(record.quantization if record else None) | {"dtype": "float32"}
     loaded = load_base(base, purpose="serve", tokenizer=tokenizer, **kwargs)
     with raise_storage_full(folder):
-        if not (folder / TEMPLATE_NAME).exists():
+        if found_in != TEMPLATE_NAME:
             write_atomic(folder / TEMPLATE_NAME, template)
-            report(f"{TEMPLATE_NAME} filled in from the base")
+            report(f"{TEMPLATE_NAME} filled in from {found_in}")
         for line in _fill_base(folder, base):
             report(line)
         answers = _recorded(loaded, folder)
@@ -244,11 +245,7 @@ def _base_entry(base: StoredBase, record: RunRecord | None) -> BaseEntry:
 
 def _chat(folder: Path, tokenizer: Any, *, stop: Sequence[str]) -> Chat:
     """Return the special tokens of the adapter's own tokenizer_config.json, else those of the base's tokenizer."""
-    path = folder / "tokenizer_config.json"
-    try:
-        own = parse_json(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise InvalidManifest(f"{path} is not JSON ({error}): save the tokenizer again.") from error
+    own = tokenizer_config(folder)
 
     def token(name: str) -> str | None:
         found = own.get(name, getattr(tokenizer, name))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterhub.errors import IncompatibleBase, ProbeMismatch
 from adapterhub.package.layout import TEMPLATE_NAME
 from adapterhub.package.manifest import Manifest, Probe, ProbeAnswer, Quantization
+from adapterhub.package.own_template import own_template
 
 if TYPE_CHECKING:
     from adapterhub.adapter import Adapter, BaseRef
@@ -99,20 +100,19 @@ def compare(now: ProbeAnswer, then: ProbeAnswer, *, tolerance: float, cause: str
             )
 
 
-def template_of(folder: Path, base: BaseRef, tokenizer: Any) -> str:
-    """Return the chat template of an adapter folder, else the base's.
+def template_of(folder: Path, base: BaseRef, tokenizer: Any) -> tuple[str, str]:
+    """Return (chat template of an adapter folder, else the base's; where it was found).
 
-    Raises IncompatibleBase when neither has one: without it no prompt can be rendered.
+    Raises IncompatibleBase when neither has one: without it no prompt can be rendered. Raises InvalidManifest.
     """
-    path = folder / TEMPLATE_NAME
-    if path.is_file() and (own := path.read_text(encoding="utf-8")).strip():
+    if (own := own_template(folder)) is not None:
         return own
     if not tokenizer.chat_template:
         raise IncompatibleBase(
             f"base {base} has no chat template, and {folder} has none either: expected one to render the probe's "
-            f"prompts with. Write it to {path}, or use an instruction-tuned base."
+            f"prompts with. Write it to {folder / TEMPLATE_NAME}, or use an instruction-tuned base."
         )
-    return str(tokenizer.get_chat_template())
+    return str(tokenizer.get_chat_template()), "the base"
 
 
 def generate_greedily(
@@ -147,7 +147,7 @@ def generate_greedily(
 def _answers(base: LoadedBase, folder: Path, prompts: Sequence[str]) -> list[ProbeAnswer]:
     from peft import PeftModel
 
-    template = template_of(folder, base.ref, base.tokenizer)
+    template, _ = template_of(folder, base.ref, base.tokenizer)
     model = PeftModel.from_pretrained(base.model, str(folder), low_cpu_mem_usage=True)
     model.eval()
     for name, parameter in model.named_parameters():

@@ -7,6 +7,7 @@ refused with the same error at each of these doors.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,12 @@ from engine_runs import GREEDY, PROMPTS, ask, greedy, load_tiny, reference_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import copy_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from adapterhub.adapter import Adapter, BaseRef, StoredBase
 from adapterhub.bases.store import fingerprint
 from adapterhub.compatibility import module_shapes
-from adapterhub.errors import AdapterHubError, AdapterNoEffect, AdapterUnsupported, InvalidTensors
+from adapterhub.errors import AdapterHubError, AdapterNoEffect, AdapterUnsupported, InvalidManifest, InvalidTensors
 from adapterhub.files import sha256_of
 from adapterhub.package.layout import open_adapter
 from adapterhub.package.lora_config import CONFIG_NAME, WEIGHTS_NAME
@@ -222,3 +223,79 @@ def _forged(packed: Path, theirs: Path, folder: Path) -> Path:
         manifest["files"][name] = {"sha256": sha256_of(folder / name), "size": (folder / name).stat().st_size}
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
     return folder
+
+
+ALPACA = (
+    "{%- for m in messages -%}{%- if m.role == 'user' -%}"
+    "{{- '### Instruction:\\n' + m.content + '\\n\\n### Response:\\n' -}}"
+    "{%- elif m.role == 'assistant' -%}{{- m.content + eos_token -}}{%- endif -%}{%- endfor -%}"
+)
+TURNS = "{%- for m in messages -%}{{- '<|turn|>' + m.role + '\\n' + m.content + '<|done|>' -}}{%- endfor -%}"
+WRITTEN: dict[str, Any] = {
+    "a text": ALPACA,
+    "named templates": [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": ALPACA}],
+}
+
+
+def _with_tokenizer(
+    folder: Path, base: StoredBase, template: object = None, renamed: dict[str, str] | None = None
+) -> Path:
+    """Put the base's tokenizer beside the adapter, its tokens `renamed`, with the chat template in its config."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (base.path / name).read_text()
+        for old, new in (renamed or {}).items():
+            text = text.replace(json.dumps(old), json.dumps(new))
+        (folder / name).write_text(text)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ({"chat_template": template} if template else {})))
+    return folder
+
+
+@pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
+def test_the_template_of_the_author_is_found_where_it_was_written(
+    untied: StoredBase, plain: tuple[Path, Adapter], tmp_path: Path, written: object
+) -> None:
+    theirs = _with_tokenizer(shutil.copytree(plain[0], tmp_path / "theirs"), untied, written)
+    said: list[str] = []
+    adapter = pack(theirs, output=tmp_path / "ours", base=untied, report=said.append)
+    assert (adapter.path / "chat_template.jinja").read_text() == ALPACA
+    assert "chat_template.jinja filled in from tokenizer_config.json" in said
+    assert adapter.probe is not None
+    text = AutoTokenizer.from_pretrained(untied.path).decode(adapter.probe.answers[0].prompt_tokens)
+    assert text == "### Instruction:\nWhat is the capital of France?\n\n### Response:\n"
+
+
+def test_named_templates_without_a_default_are_refused(
+    untied: StoredBase, plain: tuple[Path, Adapter], tmp_path: Path
+) -> None:
+    named = [{"name": "rag", "template": ALPACA}, {"name": "tool_use", "template": ALPACA}]
+    theirs = _with_tokenizer(shutil.copytree(plain[0], tmp_path / "theirs"), untied, named)
+    with pytest.raises(InvalidManifest, match="named rag, tool_use: expected one named default"):
+        pack(theirs, base=untied)
+
+
+@pytest.mark.parametrize(
+    ("template", "renamed", "said"),
+    [
+        (TURNS, {"<repo_name>": "<|turn|>", "<file_sep>": "<|done|>"}, "'<|turn|>', id"),
+        (ALPACA, {"<|im_end|>": "<|done|>"}, None),
+        (ALPACA, {"<file_sep>": "<|pad|>"}, None),
+        (None, {}, None),
+    ],
+    ids=[
+        "renamed in prompts",
+        "a renamed end, by the same id",
+        "renamed and in no prompt",
+        "the base's",
+    ],
+)
+def test_a_tokenizer_that_makes_other_prompts_is_refused(
+    untied: StoredBase, plain: tuple[Path, Adapter], tmp_path: Path, template: str | None, renamed: dict[str, str],
+    said: str | None,
+) -> None:  # fmt: skip
+    theirs = _with_tokenizer(shutil.copytree(plain[0], tmp_path / "theirs"), untied, template, renamed)
+    if said is None:
+        assert pack(theirs, base=untied).path == theirs
+    else:
+        with pytest.raises(AdapterUnsupported, match=re.escape(said)):
+            pack(theirs, base=untied)
