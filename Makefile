@@ -36,7 +36,7 @@ test-vllm: setup  ## run the tests with a real vLLM server on the CPU, in its ow
 	@scripts/vllm.sh $(VENV)-vllm
 	@ADAPTERHUB_VLLM_PYTHON=$(VENV)-vllm/bin/python $(VENV)/bin/pytest -m vllm -n 2 --dist loadfile -p no:randomly tests/serve/vllm_engine/test_real*.py
 
-SOAKED := tests/hubserver/test_faults.py tests/hubserver/test_durability.py tests/adapterhub/test_kills.py tests/train/loop/test_resume.py tests/train/distributed/test_world.py tests/serve/local_engine/test_random_parameters.py tests/test_models_table.py
+SOAKED := tests/hubserver/test_faults.py tests/hubserver/test_durability.py tests/adapterhub/test_kills.py tests/train/loop/test_resume.py tests/train/loop/test_stopping.py tests/train/planning/test_unsupported.py tests/serve/training/test_runs.py tests/train/distributed/test_world.py tests/serve/local_engine/test_random_parameters.py tests/test_models_table.py
 soak: setup  ## kill the Hub and the registry at random moments, five minutes each (SOAK_S=seconds); send 10,000 random requests; draw new examples for the property tests
 	@ADAPTERHUB_SOAK_S=$(or $(SOAK_S),300) $(VENV)/bin/pytest --timeout 0 $(SOAKED)
 	@$(VENV)/bin/pytest --timeout 0 --hypothesis-profile=default $$(grep -rl hypothesis tests --include='test_*.py')
