@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from collections.abc import Sequence
@@ -131,7 +132,7 @@ def pack(
             report(f"{TEMPLATE_NAME} filled in from {found_in}")
         for line in _fill_base(folder, base):
             report(line)
-        answers = _recorded(loaded, folder)
+        answers = _recorded(loaded, folder, date=record.date if record else None)
         report(f"probe: {len(answers.answers)} prompts answered and recorded ({answers.dtype})")
         manifest = Manifest(
             name=name or folder.resolve().name,
@@ -191,12 +192,15 @@ def _copy_package_files(folder: Path, target: Path, *, report: Report) -> None:
         report(f"left out: {', '.join(left[:8])}{f' and {len(left) - 8} more' if len(left) > 8 else ''}")
 
 
-def _recorded(loaded: LoadedBase, folder: Path) -> Probe:
-    """Record the probe. Raises AdapterUnsupported with the words of PEFT where it cannot load the adapter."""
+def _recorded(loaded: LoadedBase, folder: Path, *, date: str | None) -> Probe:
+    """Record the probe, on the date that training rendered.
+
+    Raises AdapterUnsupported with the words of PEFT where it cannot load the adapter.
+    """
     from adapterhub import probe
 
     try:
-        return probe.record(loaded, folder)
+        return probe.record(loaded, folder, date=datetime.date.fromisoformat(date) if date else None)
     except (AdapterHubError, MemoryError):
         raise
     except Exception as error:  # PEFT raises what its many methods raise

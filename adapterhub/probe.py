@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterhub.chat_template import chat_date, encode_chat, reads_clock
 from adapterhub.errors import IncompatibleBase, ProbeMismatch
 from adapterhub.package.layout import TEMPLATE_NAME
 from adapterhub.package.manifest import Manifest, Probe, ProbeAnswer, Quantization
@@ -22,9 +24,16 @@ TOLERANCE = {"float32": 1e-2, "bfloat16": 0.75, "float16": 0.25}
 """Largest accepted difference of a top logit. Measured between kernels of one dtype: 0.3 in bf16 on a 135M model."""
 
 
-def record(base: LoadedBase, folder: Path) -> Probe:
-    """Answer each prompt greedily with PEFT's own model, which is the reference for every engine."""
-    return Probe(dtype=base.quantization.compute_dtype, answers=_answers(base, folder, PROMPTS))
+def record(base: LoadedBase, folder: Path, *, date: datetime.date | None = None) -> Probe:
+    """Answer each prompt greedily with PEFT's own model, which is the reference for every engine.
+
+    A chat template that reads the clock renders `date`, by default today, and the probe records it.
+    """
+    template, _ = template_of(folder, base.ref, base.tokenizer)
+    day = (date or datetime.date.today()) if reads_clock(template) else None
+    with chat_date(day):
+        answers = _answers(base, folder, PROMPTS)
+    return Probe(dtype=base.quantization.compute_dtype, date=day.isoformat() if day else None, answers=answers)
 
 
 def replay(base: LoadedBase, adapter: Adapter) -> None:
@@ -36,7 +45,8 @@ def replay(base: LoadedBase, adapter: Adapter) -> None:
     assert recorded is not None
     tolerance = max(TOLERANCE[recorded.dtype], TOLERANCE[base.quantization.compute_dtype])
     quantization = base.quantization
-    answers = _answers(base, adapter.path, [then.prompt for then in recorded.answers])
+    with chat_date(datetime.date.fromisoformat(recorded.date) if recorded.date else None):
+        answers = _answers(base, adapter.path, [then.prompt for then in recorded.answers])
     for now, then in zip(answers, recorded.answers, strict=True):
         cause = likely_cause(
             adapter,
@@ -163,12 +173,12 @@ def _answer(model: Any, tokenizer: Any, template: str, prompt: str) -> ProbeAnsw
     import torch
 
     messages = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(
-        messages, chat_template=template, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(model.device)
+    prompt_tokens = torch.tensor(
+        encode_chat(tokenizer, messages, template=template, add_generation_prompt=True), device=model.device
+    )
+    inputs = {"input_ids": prompt_tokens[None], "attention_mask": torch.ones_like(prompt_tokens)[None]}
     with torch.inference_mode():
         out = generate_greedily(model, inputs, num_tokens=NUM_TOKENS, wants_logits=True)
-    prompt_tokens = inputs["input_ids"][0]
     best_two = [step[0].float().topk(2).values for step in out.logits]
     top = out.logits[0][0].float().topk(NUM_TOP)
     return ProbeAnswer(

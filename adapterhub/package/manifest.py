@@ -154,6 +154,8 @@ class Probe(Strict):
     """Recorded prompts and answers. A replay must give the same answers within the tolerance of the dtype."""
 
     dtype: Literal["float32", "bfloat16", "float16"]
+    date: str | None = Field(None, pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")
+    """Date that the chat template rendered; None: it does not read the clock."""
     answers: list[ProbeAnswer] = Field(min_length=1)
 
 

@@ -115,6 +115,8 @@ class RunRecord:
     steps: tuple[RunStep, ...]
     peak_memory_bytes: int
     stop: tuple[str, ...] = ()
+    date: str | None = None
+    """Date (YYYY-MM-DD) that the chat template rendered; None: it does not read the clock."""
 
 
 def read_run_events(path: Path, *, is_whole: bool = True) -> list[RunEvent]:
@@ -174,4 +176,5 @@ def read_run_record(folder: Path) -> RunRecord | None:
         steps=tuple(event for event in events if isinstance(event, RunStep)),
         peak_memory_bytes=end.peak_memory_bytes,
         stop=tuple(start.stop),
+        date=start.date,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.bases.loading import LoadedBase, load_base
 from adapterhub.bases.store import fingerprint
 from adapterhub.errors import IncompatibleBase
-from adapterhub.package.layout import TEMPLATE_NAME
+from adapterhub.package.layout import TEMPLATE_NAME, open_adapter
+from adapterhub.package.manifest import write_probe
 from adapterhub.packer import pack
 from adapterhub.probe import NUM_TOKENS, record, replay
 
@@ -143,3 +145,22 @@ def _without_template(base: StoredBase, place: Path) -> StoredBase:
     bare = shutil.copytree(base.path, place / "bare")
     (bare / TEMPLATE_NAME).unlink()
     return StoredBase(bare, BaseRef("tests/bare", None, fingerprint(bare)), "apache-2.0")
+
+
+DATED = "{{ '<|im_start|>system\\nToday is ' + strftime_now('%d %b %Y') + '<|im_end|>' }}{{ messages[0].content }}"
+
+
+def test_a_template_that_reads_the_clock_renders_the_recorded_date(
+    tiny_base: StoredBase, peft_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(peft_folder, tmp_path / "adapter")
+    (folder / TEMPLATE_NAME).write_text(DATED)
+    adapter = pack(folder, base=tiny_base)
+    assert adapter.probe is not None
+    assert adapter.probe.date == datetime.date.today().isoformat()
+    base = load_base(tiny_base, dtype="float32")
+    of_that_day = record(base, folder, date=datetime.date(2020, 2, 29))
+    assert of_that_day.date == "2020-02-29"
+    assert "Today is 29 Feb 2020" in base.tokenizer.decode(of_that_day.answers[0].prompt_tokens)
+    write_probe(folder, of_that_day)
+    replay(base, open_adapter(folder))  # as on any later day
