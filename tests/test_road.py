@@ -245,18 +245,20 @@ class _Turn(BaseModel):
 
 
 class _Preference(BaseModel):
-    """TRL's conversational preference format with an explicit prompt."""
+    """TRL's conversational preference format with an explicit prompt, and the row that it was."""
 
     model_config = ConfigDict(extra="forbid")
+    id: str
     prompt: list[_Turn]
     chosen: list[_Turn]
     rejected: list[_Turn]
 
 
 class _Unpaired(BaseModel):
-    """TRL's conversational unpaired preference format."""
+    """TRL's conversational unpaired preference format, and the row that it was."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    id: str
     prompt: list[_Turn]
     completion: list[_Turn]
     label: bool

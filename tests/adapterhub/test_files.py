@@ -175,7 +175,7 @@ from adapterhub.errors import StorageFull
 from adapterhub.files import new_folder
 from adapterhub.package.bundle import write_bundle
 from adapterhub.package.layout import open_adapter
-from adapterhub.packer import adopt
+from adapterhub.packer import pack
 from adapterhub.registry.registry import Registry
 from train.loop.run_folder import RunFolder, State
 
@@ -194,7 +194,7 @@ def save_checkpoint():
 
 writers = {
     "checkpoint": save_checkpoint,
-    "pack --output": lambda: adopt(package, disk / "packed"),
+    "pack --output": lambda: pack(package, output=disk / "packed", base=package),
     "add": lambda: Registry(disk / "add").add(adapter),
     "import": lambda: Registry(disk / "import").import_bundle(bundle),
     "export": lambda: write_bundle(adapter, disk / "x.zip"),

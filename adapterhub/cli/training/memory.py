@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub.cli.options import AsJson, show, show_json
+from adapterhub.cli.options import AsJson, say, show, show_json
 from adapterhub.units import format_bytes
 from serve.config import DeviceKind
 
@@ -113,7 +113,7 @@ def memory(
     is_quantized = method is _Method.qlora if wanted is None else wanted.quantization.kind != "none"
     _check_sharded(sharded, is_full=is_full)
     model = model or (wanted.base if wanted else "")
-    found = find_model(model, report=_say)
+    found = find_model(model, report=say)
     shape = found.shape
 
     def trained_on(gpus: int, sharding: Sharding) -> Estimate:
@@ -196,7 +196,3 @@ def _words(fit: Fit) -> str:
     if fit.gpus is None:
         return "too small"
     return f"{fit.gpus}{' (tight)' if fit.is_tight else ''}"
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)

@@ -103,7 +103,11 @@ def test_malformed_data_is_named_by_file_and_line(
 ) -> None:
     recipe = _recipe(tmp_path, tiny_base, lines=[LINE, "{", LINE, '{"messages": 1}'])
     done = run_here("train", str(recipe), "--output", str(tmp_path / "out"))
-    _refused(done, 2, "data.jsonl:2", "data.jsonl:4")
+    *faults, advice = done.stderr.strip().splitlines()[-4:]
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert faults[0].startswith("adapterhub: ")
+    assert ["data.jsonl:2" in faults[1], "data.jsonl:4" in faults[2]] == [True, True]
+    assert advice.startswith("Correct these rows")
     assert not (tmp_path / "out").exists()
 
 

@@ -290,11 +290,12 @@ def test_a_base_that_cannot_compute_one_kind_of_rows_ends_the_engine(
         raise RuntimeError("expected scalar type Float but found BFloat16")
 
     owner, name = KINDS_OF_ROWS[kind]
-    monkeypatch.setattr(owner, name, property(broken) if name == "prefills" else broken)
 
     async def test() -> None:
         config = LocalEngineConfig(limits=SchedulerLimits(max_prefill_chunk=5))
         async with running(load_tiny(tiny_base), config) as engine:
+            # Not before: the check at the start would find it.
+            monkeypatch.setattr(owner, name, property(broken) if name == "prefills" else broken)
             with pytest.raises(EngineStopped, match="found BFloat16"):
                 await ask(engine, GenerationRequest("a", PROMPTS[2], GREEDY))
             assert engine.status().has_ended
