@@ -223,7 +223,7 @@ def _table(delimiters: str) -> Callable[[str], _Lines]:
                 else:
                     yield line, dict(zip(header, cells, strict=True))
         except csv.Error as error:
-            yield before + 1, f"not a table ({error})"
+            yield before + 1, f"not a table ({error}; nothing after it is read)"
 
     return read
 
@@ -234,18 +234,31 @@ _CHATML_TURN = re.compile(r"<\|im_start\|>.*?<\|im_end\|>", re.DOTALL)
 def _text(text: str) -> _Lines:
     """Split into paragraphs; split a ChatML file into conversations, at blank lines between turns."""
     text = text.replace("\r\n", "\n")
+    line_at = _line_counter(text)
     if not _CHATML_TURN.search(text):
         for found in re.finditer(r"\S(?:.|\n(?!\s*\n))*", text):
-            yield 1 + text.count("\n", 0, found.start()), {"text": found.group().rstrip()}
+            yield line_at(found.start()), {"text": found.group().rstrip()}
         return
     begin = end = 0
     for turn in _CHATML_TURN.finditer(text):
         between = text[end : turn.start()]
         if end and between.strip() == "" and between.count("\n") > 1:
-            yield 1 + text.count("\n", 0, begin), {"text": text[begin:end]}
+            yield line_at(begin), {"text": text[begin:end]}
             begin = turn.start()
         end = turn.end()
-    yield 1 + text.count("\n", 0, _skip(text, begin)), {"text": text[begin:].strip()}
+    yield line_at(_skip(text, begin)), {"text": text[begin:].strip()}
+
+
+def _line_counter(text: str) -> Callable[[int], int]:
+    """Return a function from places, none before the last one, to line numbers: each line is counted once."""
+    line, counted = 1, 0
+
+    def line_at(place: int) -> int:
+        nonlocal line, counted
+        line, counted = line + text.count("\n", counted, place), place
+        return line
+
+    return line_at
 
 
 _READERS: dict[str, Callable[[str], _Lines]] = {

@@ -53,6 +53,15 @@ def test_a_chatml_file_is_one_conversation_up_to_a_blank_line_between_turns(tmp_
     assert [row.where for row in found.rows] == ["a.txt:1", "a.txt:8"]
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("paragraph", ["Some words.", "<|im_start|>user\nHi?<|im_end|>"], ids=["text", "chatml"])
+def test_a_long_text_file_is_read_in_one_pass(tmp_path: Path, paragraph: str) -> None:
+    count = 100_000  # counting lines from the start for each would take many minutes
+    found = rows(tmp_path, "a.txt", f"{paragraph}\n\n" * count)
+    height = paragraph.count("\n") + 2
+    assert [row.where for row in found.rows] == [f"a.txt:{1 + height * number}" for number in range(count)]
+
+
 def test_a_gzipped_file_reads_like_the_file(tmp_path: Path) -> None:
     found = rows(tmp_path, "a.jsonl.gz", gzip.compress(b'{"a": 1}\n'))
     assert [(row.where, row.value) for row in found.rows] == [("a.jsonl.gz:1", {"a": 1})]
@@ -77,7 +86,8 @@ def test_line_separators_within_a_json_text_end_no_line(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1}]\n\n[{"a": 2}]', "a.json:3: not JSON (unexpected text after the end)"),
         ("a.json", '{"a": 1}\n]', "a.json:2: not JSON (unexpected text after the end)"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv:3: 3 columns, expected 2 as in the first line"),
-        ("a.csv", 'a,b\n1,"2\n', "a.csv:2: not a table"),
+        ("a.csv", 'a,b\n1,"2\n', "a.csv:2: not a table (unexpected end of data; nothing after it is read)"),
+        ("a.csv", 'a,b\n"1"2,3\n4,5\n', "a.csv:2: not a table (',' expected after '\"'; nothing after it is read)"),
         ("a.csv", "a,b,a\n1,2,3\n", "a.csv:1: the column 'a' twice"),
         ("a.jsonl", '{"a": 1, "b": 2, "a": 3}', "a.jsonl:1: not JSON (the key 'a' twice)"),
         ("a.json", '[{"a": {"b": 1, "b": 2}}]', "a.json:1: not JSON (the key 'b' twice"),
