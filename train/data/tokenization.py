@@ -218,9 +218,12 @@ def split(examples: Sequence[Example], *, held_out: float, seed: int) -> tuple[l
 
 
 def tokenize(
-    conversation: Conversation, tokenizer: ChatTokenizer, *, loss_on: LossOn, stop: Sequence[str] = ()
-) -> Sample:
+    conversation: Conversation, tokenizer: ChatTokenizer, *, loss_on: LossOn, stop: Sequence[str] = (),
+    length: int | None = None,
+) -> Sample:  # fmt: skip
     """Render with the chat template and mark the trained tokens.
+
+    Answers that begin after the first `length` tokens may stay unmarked: the caller cuts them off.
 
     The prompt of an answer (all before it, and the generation prompt) must be a prefix of the whole, token for token.
     What follows it, up to and including the end of the answer, is trained. So no knowledge of the template is needed.
@@ -249,6 +252,8 @@ def tokenize(
             continue
         prompt_text = chat.render(place, is_prompt=True)
         prompt = chat.encode(prompt_text)
+        if length is not None and len(prompt) >= length and prompt[:length] == tokens[:length]:
+            break  # each answer costs two passes over all text before it, hours in long conversations
         try:
             so_far = tokens if is_last else chat.encode(chat.render(place + 1))
             advice = _ANOTHER if is_last else _ONE_ANSWER
@@ -399,7 +404,7 @@ def _tokenize_all(
             if isinstance(example, Text):
                 samples += tokenize_text(example, tokenizer, length=max_length)
                 continue
-            sample = tokenize(example, tokenizer, loss_on=loss_on, stop=stop)
+            sample = tokenize(example, tokenizer, loss_on=loss_on, stop=stop, length=max_length)
         except ValueError as error:
             faults.append(f"{example.where}: {error}")
             continue

@@ -53,6 +53,25 @@ def trained_text(sample: Sample, tokenizer: Any) -> str:
     return str(tokenizer.decode([token for token, mark in zip(sample.tokens, sample.trained, strict=True) if mark]))
 
 
+@pytest.mark.parametrize("length", [16, 40, 64, 100, 300])
+def test_of_a_long_conversation_only_what_is_kept_is_tokenized_answer_by_answer(tokenizer: Any, length: int) -> None:
+    long = talk(*(text for place in range(20) for text in (f"Question {place}?", f"Answer {place}.")))
+    encoded: list[int] = []
+
+    class Counted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            found = tokenizer(text, **options)
+            encoded.append(len(found["input_ids"]))
+            return found
+
+    sample = tokenize(long, Counted(), loss_on="assistant", length=length)
+    assert sample.cut(length) == tokenize(long, tokenizer, loss_on="assistant").cut(length)
+    assert len([size for size in encoded if size > length]) <= 3  # the whole, and the answer where the cut is
+
+
 def test_only_the_last_answer_is_trained(tokenizer: Any) -> None:
     sample = tokenize(talk("Hi?", "Ho.", "And?", "Hum."), tokenizer, loss_on="last")
     assert trained_text(sample, tokenizer) == "Hum.<|im_end|>"
