@@ -19,6 +19,7 @@ from train.data.formats import OnFault
 from train.data.preferences import read_preferences
 from train.data.sources import read_source, rows_of
 from train.data.tokenization import prepare
+from train.distributed.world import current_world
 from train.model.lora import lora_of
 from train.objectives.base import Objective
 from train.objectives.preference import preference_objective
@@ -52,7 +53,8 @@ def load_inputs(
 ) -> Inputs:
     """Load tokenizer and data, without weights, within seconds.
 
-    `date` is that of a stopped run; by default the recipe's, or today. Chat templates that read the clock render it.
+    `date` is that of a stopped run; by default the recipe's, or today, as the first of several processes has it. Chat
+    templates that read the clock render it.
 
     Raises BaseNotFound, RecipeError, DatasetError, IncompatibleBase.
     """
@@ -64,6 +66,7 @@ def load_inputs(
     if chat.text is not None:
         tokenizer.chat_template = chat.text
     date = date or recipe.data.date or datetime.date.today()
+    date = datetime.date.fromordinal(int(current_world().from_first([date.toordinal()])[0]))
     with chat_date(date):
         objective = _objective(recipe, tokenizer, chat.stop)
         notes = template_notes(tokenizer)

@@ -111,7 +111,13 @@ def _load(
     recipe: Recipe, base: StoredBase, start: Adapter | None, progress: Progress, *, date: date | None = None
 ) -> Inputs:
     inputs = load_inputs(recipe, base, start=start, date=date)
-    objective = inputs.objective
+    objective, world = inputs.objective, current_world()
+    for what, digest in (
+        ("the recipe", recipe.to_toml()),
+        ("the data", objective.digest),
+        ("the start adapter", start.digest if start else None),
+    ):
+        world.check_alike(what, digest)
     progress.say(f"{objective.describe()}; {recipe.train.num_steps(objective.num_samples)} steps")
     report = mask_report(objective, inputs.tokenizer)
     progress.say(f"masks: {report.summary}")
@@ -131,6 +137,7 @@ def _train_in(
     world = current_world()
     arguments = {"device": world.device, "tokenizer": inputs.tokenizer} | recipe.base_arguments()
     loaded = load_base(base, purpose="train", **arguments)
+    world.check_alike("the base", str(loaded.ref.fingerprint))
     if start is None:
         model = attach(loaded.model, recipe)
         init_lora(model, recipe.lora, base=base.path, objective=objective)

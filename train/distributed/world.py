@@ -6,6 +6,7 @@ and output are those of a single process.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from adapterhub.errors import UsageError
 from train.objectives.forward import bare_model
 
 _TIMEOUT = timedelta(minutes=30)
@@ -102,6 +104,15 @@ class World:
         dist.broadcast(shared, src=0)
         found: list[float] = shared.tolist()
         return found
+
+    def check_alike(self, what: str, digest: str | None) -> None:
+        """Check that every process has this digest of `what`. Raises UsageError in all of them."""
+        own = list(hashlib.sha256(str(digest).encode()).digest())
+        if self.any(self.from_first(own) != own):
+            raise UsageError(
+                f"{what} of this run is not the same in all {self.size} processes: expected the first one's. Copy "
+                "recipe, data, base and start adapter to every machine, or put them on storage that all see."
+            )
 
     def barrier(self) -> None:
         """Wait until every process has come here."""

@@ -209,10 +209,17 @@ def test_a_killed_worker_is_started_again_and_resumes_from_the_checkpoint(place:
 
 
 ROUNDS_DIFFERENTLY = """
-import os
+import datetime, os
+from types import SimpleNamespace
 from transformers.generation.stopping_criteria import EosTokenCriteria
 from adapterhub.cli.main import main
+from train import inputs
 from train.objectives import sft
+class Day(datetime.date):
+    @classmethod
+    def today(cls):
+        return cls(2027, 3, 1 + int(os.environ["RANK"]))
+inputs.datetime = SimpleNamespace(date=Day)
 if os.environ["RANK"] == "1":
     own_loss, calls = sft.held_out_loss, []
     def worse_each_time(model, samples):
@@ -226,12 +233,18 @@ main()
 """
 
 
-def test_the_first_process_decides_early_stopping_the_best_weights_and_the_length_of_answers(
+def test_the_first_process_decides_early_stopping_the_best_weights_the_length_of_answers_and_the_day(
     tmp_path: Path, base: StoredBase
 ) -> None:
-    """On other hardware a near-tie falls otherwise: here the second process alone sees a loss that only grows."""
+    """On other hardware a near-tie falls otherwise: here the second process alone sees a loss that only grows.
+
+    It also starts after midnight.
+    """
     choices = {"evaluate_every": 1, "patience": 1, "keep": "best", "sample_every": 2, "steps": 6, "batch_size": 4}
     recipe_on(tmp_path, base, **choices, prompts=["Hi?"], schedule="constant", learning_rate=1e-4)
+    shutil.copy(Path(__file__).parents[2] / "fixtures/chat_templates/dated.jinja", tmp_path)
+    file = tmp_path / "mine.toml"
+    file.write_text(file.read_text().replace("[data]", '[data]\ntemplate = "dated.jinja"'))
     (tmp_path / "script.py").write_text(ROUNDS_DIFFERENTLY)
     arguments = command(Launch(2), ["train", "mine.toml", "--output", "out", "--shard"])
     program = arguments.index("--no-python") + 1
@@ -242,6 +255,30 @@ def test_the_first_process_decides_early_stopping_the_best_weights_and_the_lengt
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "out")) == 6
+    assert '"date":"2027-03-01"' in (tmp_path / "out" / "train_log.jsonl").read_text()
+
+
+def test_a_machine_with_other_data_is_refused_in_every_process(tmp_path: Path, base: StoredBase) -> None:
+    port, processes = str(free_port()), []
+    for rank in range(2):
+        recipe_on(tmp_path / str(rank), base)
+        data = tmp_path / str(rank) / "lines.jsonl"
+        lines = data.read_text().splitlines(keepends=True)
+        data.write_text("".join(lines[rank:]))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-P", "-c", MAIN, "train", "mine.toml", "--output", str(tmp_path / "out")],
+                cwd=tmp_path / str(rank),
+                env=os.environ
+                | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                | {"OMP_NUM_THREADS": "1"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert all("the data of this run is not the same in all 2 processes" in one for one in said), said
+    assert not (tmp_path / "out").exists()
 
 
 SLOW = """
