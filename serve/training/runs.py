@@ -162,8 +162,9 @@ class TrainingRuns:
             until = time.monotonic() + _KILL_TIMEOUT_S
             while self._is_alive(record) and time.monotonic() < until:
                 await asyncio.sleep(0.01)
-            with (self.folder / f"{name}.log").open("a", encoding="utf-8") as log:
-                log.write(f"killed: {self._kept(name)}. Resume the run, or start another one.\n")
+            if not (self.folder / name / LOG_NAME).is_file():  # else it ended meanwhile
+                with (self.folder / f"{name}.log").open("a", encoding="utf-8") as log:
+                    log.write(f"killed: {self._kept(name)}. Resume the run, or start another one.\n")
         return await asyncio.to_thread(self.get, name)
 
     def _signal(self, record: _RunRecord, number: signal.Signals) -> None:

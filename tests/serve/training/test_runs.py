@@ -193,6 +193,24 @@ def test_a_run_is_killed_and_its_checkpoint_stays(folder: Path) -> None:
     run(folder, test)
 
 
+def test_a_run_that_is_complete_when_it_is_killed_is_not_offered_to_be_resumed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives = iter([True])
+    monkeypatch.setattr(os, "killpg", lambda pid, number: None)
+    monkeypatch.setattr(TrainingRuns, "_is_alive", lambda self, record: next(lives, False))
+
+    async def test(client: httpx.AsyncClient) -> None:
+        name = recorded(folder, 1)
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "train_log.jsonl").touch()
+        found = (await client.post(f"/runs/{name}/kill")).json()
+        assert found["status"] == "done"
+        assert "killed" not in found["message"]
+
+    run(folder, test)
+
+
 @pytest.mark.skipif("ADAPTERHUB_SOAK_S" not in os.environ, reason="minutes: run make soak")
 def test_stopped_at_random_moments_over_http_no_step_is_lost(folder: Path) -> None:
     """Each run is stopped and resumed four times, by one to three requests, and ends in the same bytes."""
