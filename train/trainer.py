@@ -91,6 +91,7 @@ def resume(
             if (end := run.finished()) is not None:
                 run.remove()
                 return end
+            check_fresh(output)
             start = open_adapter(run.start) if run.start else None
             inputs = _load(run.recipe, base, start, progress, date=_begun_on(run))
             run.listen = listen
@@ -102,9 +103,12 @@ def resume(
 
 
 def _begun_on(run: RunFolder) -> date | None:
-    """Return the date that the chat template of a stopped run rendered."""
+    """Return the date that the chat template of a stopped run rendered, None for a run without a checkpoint."""
     began = next(iter(run.events()), None)
-    return date.fromisoformat(began.date) if isinstance(began, RunStart) and began.date else None
+    if not isinstance(began, RunStart):
+        return None
+    # Version 0.1.0 recorded no date: a template that reads the clock rendered that of the moment.
+    return date.fromisoformat(began.date) if began.date else run.created_on
 
 
 def _load(
@@ -231,9 +235,15 @@ def _open_record(run: RunFolder, start: RunStart) -> None:
     ):
         if then != now:
             raise RunNotResumable(
-                f"{what} of {run.output} changed since the run began: expected {then}, found {now}. Restore it, or "
-                "train again into a new folder."
+                f"{what} of {run.output} changed since the run began: expected {then}, found {now}. Restore it"
+                f"{_other_versions(began, start)}, or train again into a new folder."
             )
+
+
+def _other_versions(began: RunStart, now: RunStart) -> str:
+    """Return the versions that a run began with, where they are others now and may read the same files otherwise."""
+    others = [f"{name} {then}" for name, then in began.versions.items() if now.versions.get(name) != then]
+    return f" (the run began with {', '.join(others)})" if others else ""
 
 
 def _some_tokens(objective: Objective) -> list[int]:

@@ -120,9 +120,9 @@ def environment(launch: Launch, given: Mapping[str, str]) -> dict[str, str]:
 def run(launch: Launch, arguments: Sequence[str], *, kept: Callable[[], str]) -> None:
     """Start the processes and wait for them. SIGINT, SIGTERM and SIGHUP ask them once to stop, with a checkpoint.
 
-    `kept` returns what is on disk after they have ended, for the error. Raises TrainingStopped when they were asked to
-    stop, TrainingFailed when they fail after the last restart, and KeyboardInterrupt, after killing them, at a second
-    Ctrl-C at the terminal.
+    `kept` returns what is on disk after they have ended and what to do, for the error. Raises TrainingStopped when they
+    were asked to stop, TrainingFailed when they fail after the last restart, and KeyboardInterrupt, after killing them,
+    at a second Ctrl-C at the terminal.
     """
     with stop_requests() as stop:
         # A session of its own: Ctrl-C reaches only this process, which asks the workers once, however often it comes.
@@ -135,11 +135,11 @@ def run(launch: Launch, arguments: Sequence[str], *, kept: Callable[[], str]) ->
             _kill_tree(process)
             raise
     if code and stop.is_set:
-        raise TrainingStopped(f"stopped by a signal: {kept()}. Run the same command again to resume.")
+        raise TrainingStopped(f"stopped by a signal: {kept()}")
     if code:
         raise TrainingFailed(
-            f"the training processes ended with status {code}, after at most {_RESTARTS} restarts: expected status 0; "
-            f"{kept()}. See the reason above; run the same command again to resume."
+            f"the training processes ended with status {code}, after at most {_RESTARTS} restarts: expected status 0. "
+            f"See the reason above; {kept()}"
         )
 
 
@@ -156,9 +156,11 @@ def _wait(process: subprocess.Popen[bytes], stop: StopRequest) -> int:
 
 def _kill_tree(process: subprocess.Popen[bytes]) -> None:
     """Kill torchrun and its workers, which have sessions of their own."""
+    children: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
-    process.kill()
+        children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # first, since it would start new workers for those that die
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
     process.wait()

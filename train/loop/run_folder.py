@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -132,6 +133,11 @@ class RunFolder:
                 yield run
 
     @property
+    def created_on(self) -> date:
+        """Date on which the run began, in local time."""
+        return date.fromtimestamp((self.path / _RUN_NAME).stat().st_mtime)
+
+    @property
     def newest(self) -> Checkpoint | None:
         return _newest(self.path)
 
@@ -182,6 +188,7 @@ class RunFolder:
         return written[-1] if own == written and isinstance(written[-1], RunEnd) else None
 
     def remove(self) -> None:
+        (self.path / _RUN_NAME).unlink(missing_ok=True)  # half a folder is no run to resume
         shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
@@ -239,12 +246,14 @@ def _remove_unstarted(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def kept_on_disk(output: Path) -> str:
-    """Return what a run of `output` that has ended left there, as a clause of a message."""
+def kept_on_disk(output: Path, *, resume: str) -> str:
+    """Return what a run of `output` that has ended left there, and what to do: `resume` where it can be resumed."""
     if (output / LOG_NAME).is_file():
-        return f"the adapter is complete in {output}"
+        return f"the adapter is complete in {output}. It needs no other run."
     newest = _newest(run_path(output))
-    return "no checkpoint was written" if newest is None else f"a checkpoint of step {newest.state.step} is kept"
+    if newest is None:
+        return "no checkpoint was written. Start the run again."
+    return f"a checkpoint of step {newest.state.step} is kept. {resume}"
 
 
 def check_fresh(output: Path) -> None:
@@ -302,9 +311,10 @@ def _step_of(event: RunEvent) -> int:
 
 def _remove_leftovers(output: Path) -> None:
     """Remove what a killed process left half-written. Needs the lock."""
-    for place in (output.parent.glob(f".{output.name}.*.tmp"), run_path(output).glob(".*.tmp")):
-        for leftover in place:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    own = re.compile(re.escape(f".{output.name}.") + r"[0-9a-f]{8}\.tmp")  # and not those of OUTPUT.v2
+    beside = [path for path in output.parent.iterdir() if own.fullmatch(path.name)]
+    for leftover in (*beside, *run_path(output).glob(".*.tmp")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 @contextmanager

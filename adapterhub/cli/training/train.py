@@ -178,14 +178,13 @@ def train(
 def interrupt_explained(output: Path) -> Iterator[None]:
     """Convert KeyboardInterrupt into TrainingStopped, which reads from the disk what the run into `output` has left."""
     from adapterhub.errors import TrainingStopped
-    from train.loop.run_folder import kept_on_disk, run_path
+    from train.loop.run_folder import kept_on_disk
 
     try:
         yield
     except KeyboardInterrupt as error:
-        can_resume = any(run_path(output).glob("step-*"))
-        advice = f"Resume with `adapterhub train --resume {output}`." if can_resume else "Start the run again."
-        raise TrainingStopped(f"interrupted: {kept_on_disk(output)}. {advice}") from error
+        resume = f"Resume with `adapterhub train --resume {output}`."
+        raise TrainingStopped(f"interrupted: {kept_on_disk(output, resume=resume)}") from error
 
 
 def _next(folder: Path) -> str:

@@ -34,4 +34,5 @@ def launch_training(
     check_distributed(recipe, shards=shards)
     check_fresh(output)
     check_same_run(recipe, output, start)
-    run(launch, arguments, kept=lambda: kept_on_disk(output))
+    again = "Run the same command again to resume."
+    run(launch, arguments, kept=lambda: kept_on_disk(output, resume=again))

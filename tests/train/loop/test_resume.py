@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -130,8 +131,26 @@ def test_a_run_of_another_process_is_not_resumed(tmp_path: Path, tiny_base: Stor
 def test_data_that_changed_meanwhile(tmp_path: Path, tiny_base: StoredBase) -> None:
     train_and_stop(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
     (tmp_path / "lines.jsonl").write_text((tmp_path / "lines.jsonl").read_text().replace("It is", "That is"))
-    with pytest.raises(RunNotResumable, match="the data of .* changed since the run began"):
+    with pytest.raises(RunNotResumable, match=r"the data of .* changed since the run began: .* Restore it, or train"):
         resume_run(tmp_path / "out", tiny_base)
+    log = run_path(tmp_path / "out") / "train_log.jsonl"
+    log.write_text(re.sub('"transformers":"[^"]*"', '"transformers":"4.0.0"', log.read_text()))
+    with pytest.raises(RunNotResumable, match=r"Restore it \(the run began with transformers 4.0.0\), or train again"):
+        resume_run(tmp_path / "out", tiny_base)
+
+
+@pytest.mark.parametrize("place", ["out/x", "out.run/x"])
+def test_a_file_of_a_person_is_seen_before_the_steps_are_taken(
+    tmp_path: Path, tiny_base: StoredBase, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    train_and_stop(recipe_of(tmp_path), tiny_base, tmp_path / "out", after=2)
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).touch()
+    monkeypatch.setattr(trainer, "load_base", None)
+    with pytest.raises(OutputNotFresh):
+        resume_run(tmp_path / "out", tiny_base)
+    (tmp_path / place).unlink()
+    assert any(run_path(tmp_path / "out").glob("step-*"))
 
 
 def test_another_base_than_the_run_began_on(tmp_path: Path, tiny_base: StoredBase) -> None:
@@ -348,9 +367,11 @@ def test_a_run_that_is_resumed_on_another_day_renders_the_day_it_began(
     today_is(1)
     run(recipe, tiny_base, tmp_path / "whole")
     train_and_stop(recipe, tiny_base, tmp_path / "parts", after=4)
+    _record_no_date(run_path(tmp_path / "parts"), run_path(tmp_path / "undated"))
     today_is(2)
-    resume_run(tmp_path / "parts", tiny_base)
-    assert sha256_of(tmp_path / "whole" / WEIGHTS) == sha256_of(tmp_path / "parts" / WEIGHTS)
+    for name in ("parts", "undated"):
+        resume_run(tmp_path / name, tiny_base)
+        assert sha256_of(tmp_path / "whole" / WEIGHTS) == sha256_of(tmp_path / name / WEIGHTS)
     run(recipe, tiny_base, tmp_path / "later")
     named = make_recipe(tmp_path, data={"template": "dated.jinja", "date": "2027-03-01"})
     run(named, tiny_base, tmp_path / "named")
@@ -358,6 +379,16 @@ def test_a_run_that_is_resumed_on_another_day_renders_the_day_it_began(
     assert [start.date for start in starts if isinstance(start, RunStart)] == [
         "2027-03-01", "2027-03-01", "2027-03-02", "2027-03-01",
     ]  # fmt: skip
-    assert ["Today is 01 Mar 2027." in prompt for prompt in asked] == [True, True, True, False]
+    assert ["Today is 01 Mar 2027." in prompt for prompt in asked] == [True, True, True, True, False]
     data = [start.data_sha256 for start in starts if isinstance(start, RunStart)]
     assert data[0] == data[1] == data[3] != data[2]
+
+
+def _record_no_date(run: Path, into: Path) -> None:
+    """Copy a stopped run as version 0.1.0 would have recorded it on the first of March."""
+    shutil.copytree(run, into)
+    log = into / "train_log.jsonl"
+    assert '"date":"2027-03-01",' in log.read_text()
+    log.write_text(log.read_text().replace('"date":"2027-03-01",', ""))
+    began = datetime.datetime(2027, 3, 1, 12).timestamp()
+    os.utime(into / "run.json", (began, began))
