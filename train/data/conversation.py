@@ -226,6 +226,7 @@ def _content(raw: Any, name: str) -> str:
             kind = part.get("type") if isinstance(part, dict) else part
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(f"{name} has a part of type {kind!r}: only text is trained")
+            check_keys(part, ("type", "text"), what=f"a part of {name} has the")
         raw = "".join(part["text"] for part in raw)
     if is_empty(raw):
         return ""
@@ -281,8 +282,10 @@ def _tool_call(raw: Any, name: str) -> dict[str, Any]:
     function = raw.get("function", {key: raw[key] for key in ("name", "arguments") if key in raw})
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"a tool call of {name} names no function")
-    check_keys(raw, ("type", "function", "id", *(() if "function" in raw else function)), what=f"a call of {name} has")
-    check_keys(function, ("name", "arguments"), what=f"a call of {name} has")
+    check_keys(
+        raw, ("type", "function", "id", *(() if "function" in raw else function)), what=f"a call of {name} has the"
+    )
+    check_keys(function, ("name", "arguments"), what=f"a call of {name} has the")
     arguments = _json_value(function.get("arguments"), f"the arguments of {function['name']}")
     if not is_empty(arguments) and not isinstance(arguments, dict):
         raise ValueError(f"the arguments of {function['name']} in {name} are not an object")

@@ -37,6 +37,10 @@ FormatName = Literal[
 ]  # fmt: skip
 OnFault = Literal["stop", "skip"]
 
+_NUM_COLUMNS_SHOWN = 10
+_USED_INSIDE = frozenset({"type", "text", "function", "name", "arguments"})
+"""Keys of a message's parts and calls that `ignore` leaves in: there, they say what a message's keys do not."""
+
 _Parsed = tuple[Message, ...] | str
 """One conversation, or a text."""
 
@@ -101,14 +105,19 @@ def examples_of(data: Rows, *, name: str, format: FormatName | None, on_fault: O
 def arranged(data: Rows, *, columns: Mapping[str, str], ignore: Collection[str]) -> Rows:
     """Return rows without the keys in `ignore`, of rows and of messages, and with columns under their formats' keys.
 
-    `columns` maps a format's key to the column that holds it. A row with both is a fault.
+    `columns` maps a format's key to the column that holds it. A row with both is a fault. Raises DatasetError for a
+    column that no row has.
     """
     if not columns and not ignore:
         return data
     names = {column: key for key, column in columns.items()}
     rows, faults = [], list(data.faults)
     for row in data.rows:
-        kept = {key: _without(value, ignore) for key, value in row.value.items() if key not in ignore}
+        kept = {
+            key: value if names.get(key, key) == "tools" else _without(value, ignore)
+            for key, value in row.value.items()
+            if key not in ignore
+        }
         if clash := [key for key, column in columns.items() if column in kept and key in kept and key not in names]:
             faults.append(
                 f"{row.where}: columns gives {columns[clash[0]]!r} as {clash[0]!r}, which the row has too "
@@ -116,17 +125,29 @@ def arranged(data: Rows, *, columns: Mapping[str, str], ignore: Collection[str])
             )
         else:
             rows.append(Row(row.where, {names.get(key, key): value for key, value in kept.items()}))
+    if rows and (absent := [name for name in names if not any(name in row.value for row in data.rows)]):
+        raise DatasetError(
+            f"columns names {', '.join(map(repr, absent))}, which no row has: expected columns of the data, such as "
+            f"{', '.join(map(repr, list(data.rows[0].value)[:_NUM_COLUMNS_SHOWN]))}. Correct columns in [data]."
+        )
     return Rows(tuple(rows), tuple(faults))
 
 
 def _without(value: Any, ignore: Collection[str]) -> Any:
-    """Return a row's value; of a list of messages, leave out ignored keys."""
+    """Return a row's value; of a list of messages, leave out ignored keys, also those of their parts and calls."""
     if not isinstance(value, list):
         return value
-    return [
-        {key: part for key, part in item.items() if key not in ignore} if isinstance(item, dict) else item
-        for item in value
-    ]
+    return [_message_without(item, ignore) if isinstance(item, dict) else item for item in value]
+
+
+def _message_without(message: dict[str, Any], ignore: Collection[str]) -> dict[str, Any]:
+    kept = {key: part for key, part in message.items() if key not in ignore}
+    inner = set(ignore) - _USED_INSIDE
+    for key in {"content", "tool_calls"} & kept.keys():
+        kept[key] = _without(kept[key], inner)
+    if isinstance(kept.get("function"), dict):
+        kept["function"] = _message_without(kept["function"], inner)
+    return kept
 
 
 def unused_keys(value: dict[str, Any], used: Collection[str]) -> Iterator[str]:

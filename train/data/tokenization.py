@@ -239,10 +239,13 @@ def tokenize(
     if tokens[:2] == [tokenizer.bos_token_id] * 2:
         raise _fault("the chat template renders BOS twice", _ANOTHER)
     if loss_on == "all":
-        if not all(message.is_trained for message in conversation.messages):
-            raise _fault(
-                'an answer with weight 0 cannot be left out of loss_on = "all"', 'Set loss_on = "assistant" in [train].'
-            )
+        for place, message in enumerate(conversation.messages, start=1):
+            if not message.is_trained:
+                raise _fault(
+                    f"message {place} ({message.role}), with weight 0 or of a prompt before its completion, cannot be "
+                    'left out of loss_on = "all"',
+                    'Set loss_on = "assistant" in [train].',
+                )
         _end_of_turn(tokens, 1, tokenizer)
         return Sample(tuple(tokens), (False, *[True] * (len(tokens) - 1)))
     trained = [False] * len(tokens)

@@ -292,6 +292,32 @@ def test_ignored_keys_of_messages_are_left_out() -> None:
     assert said(examples_of(arranged(rows, columns={}, ignore=["mood"]), name="x", format=None)) == ROWS["chat"][1]
 
 
+def test_keys_of_parts_and_calls_are_left_out_as_their_refusal_says() -> None:
+    call = {"type": "function", "mood": 1, "function": {"name": "add", "arguments": {"mood": 2}, "mood": 3}}
+    messages = [
+        {"role": "user", "name": "Ada", "content": [{"type": "text", "text": "Hi?", "mood": 4}]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "Ho."},
+    ]
+    row = {"messages": messages, "tools": [{"name": "add", "mood": 5}]}
+    assert "a part of message 1 (user) has the unknown key 'mood' (ignore = [\"mood\"] in [data]" in refusal(row)
+    found = arranged(Rows((Row("x:1", row),), ()), columns={}, ignore=["mood", "name"])
+    (example,) = examples_of(found, name="x", format=None).examples
+    assert isinstance(example, Conversation)
+    assert (example.messages[0].content, example.messages[0].name) == ("Hi?", "")
+    assert json.loads(example.messages[1].tool_calls) == [
+        {"type": "function", "function": {"name": "add", "arguments": {"mood": 2}}}
+    ]
+    assert json.loads(example.tools) == [{"type": "function", "function": {"name": "add", "mood": 5}}]
+
+
+def test_a_column_that_no_row_has() -> None:
+    rows = Rows((Row("x:1", {"prompt": "Hi?", "response": "Ho."}),), ())
+    with pytest.raises(DatasetError, match="columns names 'sytem', which no row has: .* such as 'prompt', 'response'"):
+        arranged(rows, columns={"system": "sytem"}, ignore=[])
+
+
 HI = {"content": "Hi?"}
 CALL = {"type": "function", "id": "a1", "function": {"name": "add", "arguments": '{"a": 1}'}}
 
