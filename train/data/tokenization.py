@@ -271,7 +271,7 @@ def tokenize(
             if is_last or not stop or tokens[: len(prompt)] != prompt:
                 raise
             end = _end_at_stop(chat, place, tokens, len(prompt), stop)
-        if message.thoughts not in whole[len(prompt_text) :]:
+        if message.thoughts not in whole[len(prompt_text) :] or chat.ignores_reasoning(place):
             raise _fault(
                 f"the chat template leaves the thoughts of message {place + 1} out",
                 "Use a template that renders thoughts ([data] template), or leave them out of the rows.",
@@ -309,6 +309,15 @@ class _Chat:
             return self._render(changed, self._tools if tools else None) == self.render(len(self._messages))
         except Exception:  # a template that fails without a key uses it
             return False
+
+    def ignores_reasoning(self, place: int) -> bool:
+        """Return whether the template leaves out an answer's `reasoning_content`, whose text the answer may repeat."""
+        has_own = self.text == self.render(len(self._messages))  # and not thoughts that were put back
+        return (
+            bool(self.conversation.messages[place].reasoning)
+            and has_own
+            and self.renders_alike(self.changed(place, reasoning_content=None))
+        )
 
     def changed(self, place: int, **keys: Any) -> list[dict[str, Any]]:
         """Return the messages with other values in one of them; None removes a key."""

@@ -72,6 +72,12 @@ def test_of_a_long_conversation_only_what_is_kept_is_tokenized_answer_by_answer(
     assert len([size for size in encoded if size > length]) <= 3  # the whole, and the answer where the cut is
 
 
+def test_thoughts_that_the_answer_repeats_are_missed_too(tokenizer: Any) -> None:
+    answer = Message("assistant", "It is four.", reasoning="four")
+    with pytest.raises(ValueError, match="leaves the thoughts of message 2 out"):
+        tokenize(replace(talk("2 + 2?"), messages=(Message("user", "2 + 2?"), answer)), tokenizer, loss_on="last")
+
+
 def test_only_the_last_answer_is_trained(tokenizer: Any) -> None:
     sample = tokenize(talk("Hi?", "Ho.", "And?", "Hum."), tokenizer, loss_on="last")
     assert trained_text(sample, tokenizer) == "Hum.<|im_end|>"
