@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -63,7 +64,7 @@ def load_base(
     already: that takes as long as loading a small model.
     Raises UsageError for a device that is not there, for unknown options and for another kind than a quantized
     checkpoint has; BaseNotFound for a folder that transformers cannot read; BaseUnsupported for another model than a
-    causal language model of transformers. All of this is checked before a weight is read.
+    causal language model of transformers. All of this is checked before a weight is read, but for missing weights.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,21 +90,46 @@ def load_base(
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(stored.path, trust_remote_code=False)
         check_vocabulary(config, tokenizer, stored.path)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             stored.path,
             config=config,
             dtype=compute,
             quantization_config=wanted,
             device_map={"": where.value},
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseNotFound(f"{stored.path} cannot be loaded as a base model: {error}") from error
+    _check_weights(model, found, stored.path)
     model.requires_grad_(False)
     model.eval()
     kernel = _choose_kernel(model, purpose, compute)
     quantization = quantization_of(model, precision.value)
     return LoadedBase(model, tokenizer, stored.ref, quantization, (where, precision, *kernel))
+
+
+def _check_weights(model: Any, found: Mapping[str, Any], folder: Path) -> None:
+    """Check that the files have every weight of the model: transformers draws the others at random.
+
+    `found` is transformers' loading info. Raises BaseNotFound.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    missing = sorted(found["missing_keys"])
+    other = {name: f"{tuple(here)} instead of {tuple(wanted)}" for name, here, wanted in found["mismatched_keys"]}
+    for name, layer in model.named_modules():  # transformers does not compare those that are quantized
+        if isinstance(layer, Linear4bit | Linear8bitLt) and f"{name}.weight" not in missing:
+            here = tuple(getattr(layer.weight, "quant_state", layer.weight).shape)
+            if here != (layer.out_features, layer.in_features):
+                other[f"{name}.weight"] = f"{here} instead of {(layer.out_features, layer.in_features)}"
+    if faults := [*(f"{name} is missing" for name in missing), *(f"{name} is {size}" for name, size in other.items())]:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise BaseNotFound(
+            f"{folder} has other weights than its config.json says: {faults[0]}{more}. Fetch or save the base again, "
+            "from one model."
+        )
 
 
 def load_tokenizer(base: StoredBase) -> Any:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from architectures import tiny_config
+from safetensors.torch import load_file, save_file
 
 from adapterhub.adapter import BaseRef, StoredBase
 from adapterhub.bases import loading
 from adapterhub.bases.checks import read_config
 from adapterhub.compatibility import module_shapes
-from adapterhub.errors import AdapterHubError
+from adapterhub.errors import AdapterHubError, BaseNotFound
 
 Change = Callable[[Path], None]
 
@@ -57,6 +59,18 @@ def missing_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def weight(name: str, shape: tuple[int, ...] | None) -> Change:
+    """Remove a weight, or give it another shape."""
+
+    def change(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        del tensors[name]
+        save_file(tensors | ({} if shape is None else {name: torch.ones(shape)}), path, {"format": "pt"})
+
+    return change
+
+
 OWN_CODE = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
 FAULTS: dict[str, tuple[Change, str]] = {
     "no JSON": (text("config.json", "{"), "cannot be read"),
@@ -81,6 +95,17 @@ FAULTS: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
+WEIGHTS: dict[str, tuple[Change, str]] = {
+    "no norm": (weight("model.layers.0.input_layernorm.weight", None), "layers.0.input_layernorm.weight is missing"),
+    "no layer": (weight("model.layers.0.mlp.up_proj.weight", None), "layers.0.mlp.up_proj.weight is missing"),
+    "another size": (weight("model.layers.0.mlp.up_proj.weight", (64, 64)), r"up_proj.weight is \(64, 64\) instead of"),
+    "another norm": (weight("model.norm.weight", (32,)), r"norm.weight is \(32,\) instead of \(64,\)"),
+    "more layers": (config(num_hidden_layers=9), "is missing, and"),
+    "a head of its own": (config(tie_word_embeddings=False), "lm_head.weight is missing"),
+}  # fmt: skip
+"""Files that have other weights than the config says; transformers draws what is missing at random."""
+
+
 @pytest.fixture
 def base(tiny_base: StoredBase, tmp_path: Path) -> StoredBase:
     folder = tmp_path / "base"
@@ -102,6 +127,16 @@ def test_a_bad_base_is_refused_in_one_line_before_weights_are_read(
     change(base.path)
     with pytest.raises(AdapterHubError, match=said) as error:
         loading.load_base(base, dtype="float32")
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_no_weight_is_drawn_at_random(base: StoredBase, name: str, kind: Any) -> None:
+    change, said = WEIGHTS[name]
+    change(base.path)
+    with pytest.raises(BaseNotFound, match=said) as error:
+        loading.load_base(base, dtype="float32", kind=kind)
     assert len(str(error.value)) < 600
 
 
