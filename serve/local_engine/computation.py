@@ -22,6 +22,9 @@ from serve.local_engine.rotary import fix_rotary
 from serve.local_engine.self_check import Expected, describe_difference, expected_of
 from serve.local_engine.single_runner import CacheSize, SingleRunner, measure_cache
 
+_TOKEN_BYTES = 64
+"""Bytes that a token takes outside of a model's cache: its number, and its share of a block in Python's lists."""
+
 
 @dataclass(frozen=True)
 class Room:
@@ -46,7 +49,7 @@ class Room:
             memory -= num_seqs * size.per_sequence
         longest = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
         length = config.max_model_len or capability_of(base.model.config).train.longest or longest
-        num_blocks = max(memory, 0) // (max(size.per_token, 1) * block_size)
+        num_blocks = max(memory, 0) // (max(size.per_token, _TOKEN_BYTES) * block_size)
         if not is_batched:
             limits = replace(limits, cuts_prompts=False)
             if length is not None:  # nothing is kept beyond what runs

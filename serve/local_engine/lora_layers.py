@@ -122,7 +122,10 @@ class LinearGroup:
         if self.matrix is not None:
             x = x.float()
         y = self._matmul(x)
-        if any(a.digest in self._resident or a.digest in self._whole for s in self._segments.python for a in s.mix):
+        # Fitted to no rows, as of an expert that gets none, the segments would lose their adapters.
+        if len(x) and any(
+            a.digest in self._resident or a.digest in self._whole for s in self._segments.python for a in s.mix
+        ):
             self._update(x, y)
         return y.to(given)
 

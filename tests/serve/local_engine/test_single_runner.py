@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from engine_runs import ask, idle, run, running, tokens_of, unverified
 from served_right import _generate, _peft_model, loaded
 
 from adapterhub.errors import RequestFailed, RequestTooLong, UsageError
+from serve.adapters.weights import LowRank
 from serve.config import LocalEngineConfig, SchedulerLimits
 from serve.engine import AdapterScale, GenerationRequest, SamplingParams
 from serve.local_engine import single_runner
+from serve.local_engine.computation import Room
+from serve.local_engine.cpu.kernels import load_kernels
+from serve.local_engine.lora_layers import AdapterBank
 from serve.local_engine.single_runner import SingleRunner, measure_cache
 
 PROMPTS = tuple(tuple(range(3 + n, 10 + 7 * n)) for n in range(4))
@@ -164,6 +169,30 @@ def test_memory_and_length_are_bounded() -> None:
             assert [len(tokens_of(answer)) for answer in answers] == [3] * 4
 
     run(test)
+
+
+def test_counting_the_tokens_of_states_takes_no_more_memory_than_the_cache() -> None:
+    """A state has one size for any number of tokens, and nothing else bounds the length of these models."""
+    base, config = loaded(tiny_model("falcon_mamba")), LocalEngineConfig(kv_cache_bytes=8 << 20)
+    room = Room.of(base, config, measure_cache(base.model), is_batched=False)
+    tracemalloc.start()
+    pool = room.pool()
+    assert tracemalloc.get_traced_memory()[0] < config.kv_cache_bytes
+    tracemalloc.stop()
+    assert pool.num_blocks > 0
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_an_expert_that_gets_no_row_takes_the_adapter_from_no_other_layer(has_kernels: bool) -> None:
+    bank = AdapterBank(tiny_model("bloom"), load_kernels()[0] if has_kernels else None)
+    name, (group, place) = next(iter(bank.places.items()))
+    rows = torch.randn(3, group.layers[place].in_features)
+    before = group.output(place, rows)
+    update = LowRank(torch.randn(2, rows.shape[1]), torch.randn(group.widths[place], 2).T, 1.0)
+    bank.install("sha256:it", bank.prepare("it", {name: update}))
+    bank.begin_one((AdapterScale("sha256:it"),))
+    assert group.output(place, rows[:0]).shape == (0, group.widths[place])
+    torch.testing.assert_close(group.output(place, rows.clone()), before + rows @ update.a.T @ update.bt)
 
 
 async def _started(model_type: str, **changes: Any) -> None:
