@@ -148,7 +148,7 @@ def _train_in(
     else:
         model = configure_forward(continue_lora(loaded.model, start, dropout=recipe.lora.dropout), recipe)
     fuse_lora(model)
-    for line in check_rows(model, recipe, str(loaded.ref.fingerprint), _some_tokens(objective)):
+    for line in check_rows(model, recipe, loaded.ref.fingerprint, _some_tokens(objective)):
         progress.say(line)
     _check_sharding(model, world, objective)
     faster, undecayed = lora_b_parameters(model), undecayed_parameters(model)

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
-
 from adapterhub.bases import self_check_cache
 from adapterhub.bases.capabilities import capability_of
 from adapterhub.bases.loading import LoadedBase
@@ -19,7 +17,7 @@ from serve.config import LocalEngineConfig, SchedulerLimits
 from serve.local_engine.block_pool import BlockPool
 from serve.local_engine.model_runner import ModelRunner, Runner, adapted, kernels_for, paged_shape
 from serve.local_engine.rotary import fix_rotary
-from serve.local_engine.self_check import Expected, describe_difference, expected_of
+from serve.local_engine.self_check import Expected, describe_difference, expected_of, holds_all
 from serve.local_engine.single_runner import CacheSize, SingleRunner, measure_cache
 
 _TOKEN_BYTES = 64
@@ -139,14 +137,13 @@ def _problem(base: LoadedBase, runner: Runner, room: Room, expected: Expected | 
     if expected is None:
         return ""
     problem = describe_difference(runner, room.pool(), expected, base.quantization.compute_dtype)
-    if not problem and base.ref.fingerprint is not None:
+    if not problem and holds_all(room.pool(), expected):  # otherwise they were not computed beside each other
         self_check_cache.remember("serve", base.ref.fingerprint, **_facts(base, runner.mode))
     return problem
 
 
 def _is_proven(base: LoadedBase, mode: str) -> bool:
-    fingerprint = base.ref.fingerprint
-    return fingerprint is not None and self_check_cache.is_proven("serve", fingerprint, **_facts(base, mode))
+    return self_check_cache.is_proven("serve", base.ref.fingerprint, **_facts(base, mode))
 
 
 def _facts(base: LoadedBase, mode: str) -> dict[str, str]:
@@ -156,8 +153,9 @@ def _facts(base: LoadedBase, mode: str) -> dict[str, str]:
         "mode": mode,
         "weights": base.quantization.weights,
         "dtype": base.quantization.compute_dtype,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": self_check_cache.machine_of(device),
         "kernels": ", ".join(map(str, kernels_for(device)[1])),
+        "loaded": ", ".join(map(str, base.choices)),
     }
 
 

@@ -76,6 +76,11 @@ def describe_difference(runner: Runner, pool: BlockPool, expected: Expected, dty
     return ""
 
 
+def holds_all(pool: BlockPool, expected: Expected) -> bool:
+    """Return whether the blocks hold all prompts of the check, with and without its adapter, at the same time."""
+    return 2 * sum(pool.blocks_for(len(prompt)) for prompt in expected.prompts) <= pool.num_blocks
+
+
 @dataclass(frozen=True)
 class _Trial:
     prompt: int
@@ -100,7 +105,7 @@ def _batches(pool: BlockPool, expected: Expected) -> list[list[_Trial]]:
         for has_adapter in (True, False)  # the order of a batch: the bare base last
         for number, prompt in enumerate(expected.prompts)
     ]
-    if sum(pool.blocks_for(len(trial.sequence.tokens)) for trial in trials) <= pool.num_blocks:
+    if holds_all(pool, expected):
         return [trials, trials[-1:]]
     return [[trial] for trial in trials]
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from adapterhub.bases.capabilities import Support
-from adapterhub.bases.self_check_cache import is_proven, remember
+from adapterhub.bases.self_check_cache import is_proven, machine_of, remember
 from adapterhub.errors import IncompatibleBase
 from train.data.packing import pack
 from train.data.tokenization import Sample
@@ -28,7 +28,7 @@ differ by 0.03 and more in their losses and by 0.04 to 1 in their gradients.
 """
 
 
-def check_rows(model: Any, recipe: Recipe, fingerprint: str, tokens: Sequence[int]) -> tuple[str, ...]:
+def check_rows(model: Any, recipe: Recipe, fingerprint: str | None, tokens: Sequence[int]) -> tuple[str, ...]:
     """Check packed rows against the model's own forward pass on each sample, losses and gradients; return what to say.
 
     `tokens` are some of the run's own. A model that computes packed samples otherwise is trained on one sample a row
@@ -39,8 +39,15 @@ def check_rows(model: Any, recipe: Recipe, fingerprint: str, tokens: Sequence[in
     one forward pass to the next, or cannot be differentiated.
     """
     support = row_support(model)
-    facts = {"rows": support.mode, "dtype": str(model.dtype), "device": model.device.type, "method": recipe.method}
-    facts |= {"lora": recipe.lora.method, "targets": str(recipe.lora.targets), "quantization": recipe.quantization.kind}
+    facts = {
+        "rows": support.mode,
+        "dtype": str(model.dtype),
+        "device": machine_of(model.device),
+        "method": recipe.method,
+        "lora": recipe.lora.method,
+        "targets": str(recipe.lora.targets),
+        "quantization": str(recipe.quantization),
+    }
     limits = _LIMITS[_precision(model, recipe)]
     if not is_proven("train", fingerprint, **facts):
         samples = _samples(tokens)

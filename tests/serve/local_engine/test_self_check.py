@@ -15,6 +15,7 @@ from torch import nn
 from adapterhub.adapter import BaseRef
 from adapterhub.bases.capabilities import Capability, Support
 from adapterhub.bases.loading import LoadedBase
+from adapterhub.choice import Choice
 from adapterhub.errors import BaseUnsupported
 from serve.config import LocalEngineConfig
 from serve.local_engine import computation, lora_layers
@@ -137,8 +138,9 @@ def _fails(*_: Any) -> None:
 def test_a_base_that_passed_is_not_checked_again_until_something_changes(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(fingerprint: str | None) -> Computation:
-        base = replace(loaded(tiny_model(model_type)), ref=BaseRef("tests/tiny", None, fingerprint))
+    def start(fingerprint: str | None, choices: tuple[Choice, ...] = ()) -> Computation:
+        ref = BaseRef("tests/tiny", None, fingerprint)
+        base = replace(loaded(tiny_model(model_type)), ref=ref, choices=choices)
         return start_computation(base, CONFIG)
 
     assert "forward pass in" in _printed(start("a" * 64))
@@ -147,9 +149,31 @@ def test_a_base_that_passed_is_not_checked_again_until_something_changes(
     for changed in ("b" * 64, None):
         with pytest.raises(BaseUnsupported, match="checked again"):
             start(changed)
-    monkeypatch.setattr(computation, "kernels_for", lambda _: (None, ()))
+    packed = (Choice("nf4 kernel", "packed AVX512-BF16", "bf16 inference on this CPU"),)
     with pytest.raises(BaseUnsupported, match="checked again"):
-        start("a" * 64)
+        start("a" * 64, packed)
+    for owner, name, other in (
+        (torch.backends.cpu, "get_cpu_capability", lambda: "another"),
+        (computation, "kernels_for", lambda _: (None, ())),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(BaseUnsupported, match="checked again"):
+            patch.setattr(owner, name, other)
+            start("a" * 64)
+
+
+@pytest.mark.usefixtures("home")
+def test_what_passed_in_a_cache_for_one_sequence_is_not_proven_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(config: LocalEngineConfig) -> Computation:
+        return start_computation(
+            replace(loaded(tiny_model("llama")), ref=BaseRef("tests/tiny", None, "a" * 64)), config
+        )
+
+    config = replace(CONFIG, block_size=4)
+    num_blocks = start_computation(loaded(tiny_model("llama")), config).room.num_blocks
+    start(replace(config, kv_cache_bytes=config.kv_cache_bytes // num_blocks * 3))
+    monkeypatch.setattr(computation, "expected_of", _fails)
+    with pytest.raises(BaseUnsupported, match="checked again"):
+        start(config)
 
 
 @pytest.mark.usefixtures("home")

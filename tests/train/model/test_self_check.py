@@ -15,9 +15,8 @@ from training import make_recipe, run, tensors_of
 from adapterhub.adapter import StoredBase
 from adapterhub.bases.capabilities import capability_of
 from adapterhub.bases.loading import load_base
-from adapterhub.bases.self_check_cache import is_proven
 from adapterhub.errors import IncompatibleBase, UsageError
-from adapterhub.paths import HOME_VARIABLE
+from adapterhub.paths import HOME_VARIABLE, home
 from train import trainer
 from train.data.packing import pack
 from train.loop.progress import Silent
@@ -182,8 +181,16 @@ def test_a_model_that_computes_rows_right_is_asked_once(
 ) -> None:
     model = adapted(tiny_base, recipe)
     assert check_rows(model, recipe, "fp1:1", TOKENS) == ()
-    monkeypatch.setattr(self_check, "_fault", lambda *arguments: pytest.fail("asked again"))
+    monkeypatch.setattr(self_check, "_fault", lambda *arguments: "asked again")
     assert check_rows(model, recipe, "fp1:1", TOKENS) == ()
+    with pytest.raises(IncompatibleBase, match="asked again"):
+        check_rows(model, recipe, None, TOKENS)
+    other = recipe.model_copy(update={"quantization": recipe.quantization.model_copy(update={"double_quant": False})})
+    with pytest.raises(IncompatibleBase, match="asked again"):
+        check_rows(model, other, "fp1:1", TOKENS)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    with pytest.raises(IncompatibleBase, match="asked again"):
+        check_rows(model, recipe, "fp1:1", TOKENS)
 
 
 def test_a_leaking_layer_is_trained_one_sample_a_row(tiny_base: StoredBase, recipe: Recipe) -> None:
@@ -191,9 +198,7 @@ def test_a_leaking_layer_is_trained_one_sample_a_row(tiny_base: StoredBase, reci
     (told,) = check_rows(model, recipe, "fp1:1", TOKENS)
     assert told.startswith("rows: one sample each (the check of this run found")
     assert training_error(model.eval(), mixed_samples(250)) < TOLERANCE
-    facts = {"rows": "batched", "dtype": "torch.float32", "device": "cpu", "method": "lora"}
-    facts |= {"lora": "lora", "targets": "all-linear", "quantization": "nf4"}
-    assert not is_proven("train", "fp1:1", **facts)
+    assert not (home() / "self-checks").exists()
 
 
 @pytest.mark.parametrize(
