@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from adapterhub.bases import self_check_cache
 from adapterhub.bases.capabilities import capability_of
 from adapterhub.bases.loading import LoadedBase
+from adapterhub.bases.positions import why_too_long
 from adapterhub.choice import Choice
 from adapterhub.errors import AdapterHubError, BaseUnsupported, UsageError
 from adapterhub.units import format_bytes, format_duration
@@ -79,13 +80,15 @@ def start_computation(base: LoadedBase, config: LocalEngineConfig) -> Computatio
 
     A base that is wrong in a batch is computed one sequence at a time, if that is right. What passed is remembered by
     the base's fingerprint. Raises BaseUnsupported for a base that is wrong either way, and UsageError for a cache that
-    holds no token.
+    holds no token and for a length that the base has no positions for.
     """
     support = capability_of(base.model.config).serve
     if support.mode == "refused":
         raise _refused(base, support.reason)
     is_batched = support.mode == "batched"
     room = _paged_room(base, config) if is_batched else _single_room(base, config)
+    if reason := why_too_long(base.model, room.max_model_len):  # on a GPU, a request beyond would end the process
+        raise UsageError(f"invalid --max-model-len {room.max_model_len}: {reason}. Ask for no more than that.")
     rotary = fix_rotary(base.model, room.max_model_len)
     started = time.perf_counter()
     expected = None if _is_proven(base, support.mode) else _expected_of(base)

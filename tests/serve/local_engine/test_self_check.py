@@ -16,7 +16,7 @@ from adapterhub.adapter import BaseRef
 from adapterhub.bases.capabilities import Capability, Support
 from adapterhub.bases.loading import LoadedBase
 from adapterhub.choice import Choice
-from adapterhub.errors import BaseUnsupported
+from adapterhub.errors import BaseUnsupported, UsageError
 from serve.config import LocalEngineConfig
 from serve.local_engine import computation, lora_layers
 from serve.local_engine.computation import Computation, start_computation
@@ -127,6 +127,21 @@ def test_a_cache_that_holds_few_tokens_is_checked_as_well(model_type: str, num_b
     small = replace(config, kv_cache_bytes=config.kv_cache_bytes // room.num_blocks * num_blocks)
     started = start_computation(loaded(tiny_model(model_type)), small)
     assert "compared with the model's own forward pass in" in _printed(started)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "ctrl", "gptj", "gpt_bigcode"])
+def test_a_length_beyond_a_table_of_positions_is_refused_at_the_start(model_type: str) -> None:
+    longest = tiny_model(model_type).config.max_position_embeddings
+    with pytest.raises(UsageError, match=f"--max-model-len {longest + 1}: the base has {longest} positions"):
+        start_computation(loaded(tiny_model(model_type)), replace(CONFIG, max_model_len=longest + 1))
+    assert start_computation(loaded(tiny_model(model_type)), replace(CONFIG, max_model_len=longest))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "lfm2"])
+def test_rotary_positions_have_no_last_one(model_type: str) -> None:
+    longest = tiny_model(model_type).config.max_position_embeddings
+    started = start_computation(loaded(tiny_model(model_type)), replace(CONFIG, max_model_len=2 * longest))
+    assert started.room.max_model_len == 2 * longest
 
 
 def _fails(*_: Any) -> None:
