@@ -16,6 +16,7 @@ import torch
 
 from adapterhub.adapter import Adapter, StoredBase
 from adapterhub.bases.loading import LoadedBase, load_base
+from adapterhub.bases.positions import why_too_long
 from adapterhub.chat_template import chat_date
 from adapterhub.choice import Choice
 from adapterhub.errors import DatasetError, OutputNotFresh, RunNotResumable, UsageError
@@ -142,6 +143,7 @@ def _train_in(
     arguments = {"device": world.device, "tokenizer": inputs.tokenizer} | recipe.base_arguments()
     loaded = load_base(base, purpose="train", **arguments)
     world.check_alike("the base", str(loaded.ref.fingerprint))
+    _check_positions(loaded.model, recipe, objective)
     if start is None:
         model = attach(loaded.model, recipe)
         init_lora(model, recipe.lora, base=base.path, objective=objective)
@@ -256,6 +258,16 @@ def _check_has_held_out(recipe: Recipe, base_result: EvalResult) -> None:
     if not base_result.tokens and (recipe.train.keep == "best" or recipe.train.patience):
         raise DatasetError(
             'the split left no held-out samples: keep = "best" and patience need some. Raise held_out in [data].'
+        )
+
+
+def _check_positions(model: Any, recipe: Recipe, objective: Objective) -> None:
+    """Check that the base has a position for every token of the longest sample. Raises UsageError."""
+    before = recipe.virtual_tokens if recipe.method in ("prompt", "prefix") else 0
+    if reason := why_too_long(model, before + objective.longest):
+        virtual = f" and {before} virtual ones before them" if before else ""
+        raise UsageError(
+            f"the longest sample has {objective.longest} tokens{virtual}: {reason}. Set max_length in [data] to fewer."
         )
 
 

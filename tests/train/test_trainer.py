@@ -15,7 +15,7 @@ from training import WEIGHTS, Interrupt, failing_loss, make_recipe, run, tensors
 from transformers import AutoModelForCausalLM
 
 from adapterhub.adapter import BaseRef, StoredBase
-from adapterhub.errors import DatasetError, OutputNotFresh, RecipeError, TrainingFailed
+from adapterhub.errors import DatasetError, OutputNotFresh, RecipeError, TrainingFailed, UsageError
 from adapterhub.files import sha256_of
 from adapterhub.package.lora_config import lora_tensors, read_lora_config
 from adapterhub.package.run_record import RunStep, read_run_record
@@ -248,6 +248,20 @@ def test_held_out_loss_is_that_of_each_sample_alone(family: str, tmp_path: Path,
     assert max(len(sample.tokens) for sample in held_out) > WINDOW
     found = run(recipe, base, tmp_path / "out").evaluations[0].base_loss
     assert found == pytest.approx(torch.cat(losses).mean().item(), abs=2e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_a_sample_beyond_a_table_of_positions_is_refused_before_a_step(
+    method: str, tmp_path: Path, smollm2: StoredBase
+) -> None:
+    kind = {"kind": "none", "compute_dtype": "float32"}
+    recipe = make_recipe(tmp_path, quantization=kind).model_copy(update={"method": method, "virtual_tokens": 8})
+    longest = load_inputs(recipe, make_base_of(tmp_path / "long", "gpt2", smollm2), start=None).objective.longest
+    needed = longest + (8 if method == "prompt" else 0)
+    base = make_base_of(tmp_path / "short", "gpt2", smollm2, n_positions=needed - 1)
+    with pytest.raises(UsageError, match=f"the longest sample has {longest} tokens.*: the base has {needed - 1} pos"):
+        run(recipe, base, tmp_path / "out")
+    run(recipe, make_base_of(tmp_path / "enough", "gpt2", smollm2, n_positions=needed), tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
