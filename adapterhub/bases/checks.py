@@ -66,7 +66,10 @@ def check_files(folder: Path) -> None:
     """Check that every weight file is there and whole, by the index and the headers. Raises BaseNotFound."""
     index = folder / _INDEX
     if index.is_file():
-        shards = set(map(str, _read_object(index).get("weight_map", {}).values()))
+        places = _read_object(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise BaseNotFound(f"{index} has no weight_map: expected names of weights and files. Fetch the base again.")
+        shards = set(map(str, places.values()))
         missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:
             raise BaseNotFound(

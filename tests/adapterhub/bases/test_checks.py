@@ -89,6 +89,8 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "a size that is text": (config(hidden_size="64"), "config.json"),
     "vocabulary": (config(vocab_size=1000), "its tokenizer has 4096 tokens, its model 1000"),
     "a missing shard": (missing_shard, "half a download: 1 of 2 files are missing"),
+    "an index of names": (text("model.safetensors.index.json", '{"weight_map": ["a"]}'), "has no weight_map"),
+    "an index without a map": (text("model.safetensors.index.json", "{}"), "has no weight_map"),
     "a truncated file": (truncated, "half a download"),
     "a header alone": (only_a_header, "half a download"),
     "quantized by another library": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "by gptq"),
