@@ -294,7 +294,7 @@ def test_a_base_that_cannot_compute_one_kind_of_rows_ends_the_engine(
     async def test() -> None:
         config = LocalEngineConfig(limits=SchedulerLimits(max_prefill_chunk=5))
         async with running(load_tiny(tiny_base), config) as engine:
-            # Not before: the check at the start would find it.
+            # Now: what is broken at the start is found by the check of the base.
             monkeypatch.setattr(owner, name, property(broken) if name == "prefills" else broken)
             with pytest.raises(EngineStopped, match="found BFloat16"):
                 await ask(engine, GenerationRequest("a", PROMPTS[2], GREEDY))
