@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from adapterhub.errors import AdapterUnsupported, InvalidTensors, MissingFile
 from adapterhub.package.manifest import Lora
-from adapterhub.package.module_patterns import check_pattern, ends_with, matches
+from adapterhub.package.module_patterns import check_ending, check_pattern, ends_with, matches
 from adapterhub.package.safetensors_header import TensorInfo
 from adapterhub.strict import parse_json
 
@@ -32,6 +32,7 @@ TensorKind = Literal["lora_A", "lora_B", "lora_magnitude_vector", "lora_embeddin
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?"
 )
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _WHOLE_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<kind>weight)")
 
 # Fields that change what the adapter computes. Anything but these values is not plain LoRA; a field we have
@@ -113,6 +114,8 @@ class LoraConfig:
         """Apply PEFT's rule: a list has ends of module names, a string is a regular expression for the whole name."""
         if self.excluded and _is_named(module, self.excluded, is_pattern=self.is_excluded_by_pattern):
             return False
+        if any(f".{name}." in f".{module}." for name in self.saved_modules):
+            return False
         if not self.is_all_linear and not _is_named(module, self.targets, is_pattern=self.is_pattern):
             return False
         return not self.layers or _layer_number(module, self.layer_lists) in self.layers
@@ -161,12 +164,15 @@ def _is_named(module: str, names: tuple[str, ...], *, is_pattern: bool) -> bool:
 
 
 def _layer_number(module: str, lists: tuple[str, ...]) -> int | None:
-    """Return the last number in the module's name that follows a name of `lists`, or any name: PEFT's rule."""
+    """Return the first number in the module's name that follows the first of `lists` there is, or any name.
+
+    PEFT's rule: in `layers.1.experts.0.up_proj` it is 1.
+    """
     parts = module.split(".")
-    for place in range(len(parts) - 2, 1, -1):
-        if parts[place].isdecimal() and (not lists or parts[place - 1] in lists):
-            return int(parts[place])
-    return None
+    places = [place for place in range(1, len(parts) - 1) if parts[place].isdecimal()]
+    if not lists:
+        return next((int(parts[place]) for place in places if place > 1), None)
+    return next((int(parts[place]) for name in lists for place in places if parts[place - 1] == name), None)
 
 
 def read_lora_config(folder: Path) -> LoraConfig:
@@ -194,14 +200,14 @@ def read_lora_config(folder: Path) -> LoraConfig:
             use_rslora=bool(raw.get("use_rslora")),
             use_dora=bool(raw.get("use_dora")),
             targets=_names(targets),
-            rank_pattern={check_pattern(key): _positive(r) for key, r in (raw.get("rank_pattern") or {}).items()},
-            alpha_pattern={check_pattern(key): _number(a) for key, a in (raw.get("alpha_pattern") or {}).items()},
-            saved_modules=_names(list(raw.get("modules_to_save") or ())),
+            rank_pattern={check_ending(key): _positive(r) for key, r in (raw.get("rank_pattern") or {}).items()},
+            alpha_pattern={check_ending(key): _number(a) for key, a in (raw.get("alpha_pattern") or {}).items()},
+            saved_modules=_literal(_names(list(raw.get("modules_to_save") or ()))),
             is_pattern=is_pattern,
             excluded=_names(excluded),
             is_excluded_by_pattern=isinstance(excluded, str),
             layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
-            layer_lists=(lists,) if isinstance(lists, str) else tuple(lists),
+            layer_lists=_literal((lists,) if isinstance(lists, str) else tuple(lists)),
         )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise AdapterUnsupported(
@@ -223,6 +229,14 @@ def _names(given: Any) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in given):
         raise ValueError(f"the modules {list(given)!r} are not names")
     return tuple(sorted(given))
+
+
+def _literal(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names that PEFT takes for regular expressions, and that match themselves."""
+    for name in names:
+        if _PLAIN_NAME.fullmatch(name) is None:
+            raise ValueError(f"{name[:60]!r} is a pattern: expected the name of a module")
+    return names
 
 
 def _number(value: Any) -> float:

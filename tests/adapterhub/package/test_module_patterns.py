@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterhub.package.module_patterns import ends_with, matches
+from adapterhub.package.module_patterns import check_ending, check_pattern, ends_with, matches
 
 UNSLOTH = (
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:k_proj|v_proj|q_proj|o_proj"
@@ -51,3 +52,23 @@ def test_unsloths_pattern_matches_what_python_matches(module: str) -> None:
 def test_a_pattern_that_stops_pythons_engine_ends(pattern: str) -> None:
     assert not matches(pattern, "a" * 190 + "c")
     assert not ends_with(pattern, "a" * 190 + "c")
+
+
+@pytest.mark.parametrize("pattern", ["[[:alpha:]_]+", "q{,2}_proj", "q(?i)_proj", "q_pr\u00f6j", r"\pL+", r"\Qq\E"])
+def test_a_pattern_that_python_reads_otherwise_is_refused(pattern: str) -> None:
+    for check in (check_pattern, check_ending):
+        with pytest.raises(ValueError, match=r"^the pattern .* (another meaning|not a regular expression of Python)"):
+            check(pattern)
+
+
+def test_a_pattern_is_checked_where_peft_puts_it() -> None:
+    assert check_pattern("(?i)Q_proj") == "(?i)Q_proj"
+    with pytest.raises(ValueError, match="not a regular expression of Python"):
+        check_ending("(?i)Q_proj")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", ["(" * 4000 + "a" + ")" * 4000, "(?:a?){999}" * 900, "(?i)" + "[\x00-\x7f]" * 2000])
+def test_checking_a_pattern_ends(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        check_pattern(text)
