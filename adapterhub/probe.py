@@ -157,8 +157,11 @@ def generate_greedily(
 def _answers(base: LoadedBase, folder: Path, prompts: Sequence[str]) -> list[ProbeAnswer]:
     from peft import PeftModel
 
+    from adapterhub.bases.peft_config import peft_config
+
     template, _ = template_of(folder, base.ref, base.tokenizer)
-    model = PeftModel.from_pretrained(base.model, str(folder), low_cpu_mem_usage=True)
+    config = peft_config(folder, base.model)
+    model = PeftModel.from_pretrained(base.model, str(folder), config=config, low_cpu_mem_usage=True)
     model.eval()
     for name, parameter in model.named_parameters():
         if ".modules_to_save." in name:  # kept as saved, while all around them computes in the base's dtype

@@ -60,7 +60,13 @@ FLOORS = {
     ),
 }
 LIBRARIES = {
-    "peft": {"adapterhub/probe.py", "train/model", "train/objectives/forward.py", "train/loop/lora_init.py"},
+    "peft": {
+        "adapterhub/bases/peft_config.py",
+        "adapterhub/probe.py",
+        "train/model",
+        "train/objectives/forward.py",
+        "train/loop/lora_init.py",
+    },
     "bitsandbytes": {"adapterhub/bases"},
     "huggingface_hub": {"adapterhub/hub/client.py"},
     "gradio": {"serve/ui"},

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from adapterhub.errors import AdapterUnsupported, InvalidTensors, MissingFile
 from adapterhub.package.manifest import Lora
-from adapterhub.package.module_patterns import check_ending, check_pattern, ends_with, matches
+from adapterhub.package.module_patterns import MAX_PATTERNS, check_ending, check_pattern, ends_with, matches
 from adapterhub.package.safetensors_header import TensorInfo
 from adapterhub.strict import parse_json
 
@@ -21,6 +22,8 @@ NO_LAYERS = "dummy-target-modules"
 
 _MAX_CONFIG_BYTES = 10_000_000
 _MAX_RANK = 1 << 31
+_MAX_MATCHES = 8_000_000
+"""Maximum number of pairs of a pattern and a module: half a minute."""
 _MAX_MODULE = 200
 """Maximum length of a module's dotted name, in characters."""
 _ALL_LINEAR = "all-linear"
@@ -123,10 +126,13 @@ class LoraConfig:
     def rank_of(self, module: str) -> int:
         return _matched(self.rank_pattern, module, self.rank)
 
+    def alpha_of(self, module: str) -> float:
+        return _matched(self.alpha_pattern, module, self.alpha)
+
     def scaling_of(self, module: str) -> float:
         """Return alpha / r (arXiv 2106.09685, 4.1), or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
         rank = self.rank_of(module)
-        alpha = _matched(self.alpha_pattern, module, self.alpha)
+        alpha = self.alpha_of(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def described(self) -> Lora:
@@ -200,8 +206,8 @@ def read_lora_config(folder: Path) -> LoraConfig:
             use_rslora=bool(raw.get("use_rslora")),
             use_dora=bool(raw.get("use_dora")),
             targets=_names(targets),
-            rank_pattern={check_ending(key): _positive(r) for key, r in (raw.get("rank_pattern") or {}).items()},
-            alpha_pattern={check_ending(key): _number(a) for key, a in (raw.get("alpha_pattern") or {}).items()},
+            rank_pattern=_by_ending(raw.get("rank_pattern"), _positive),
+            alpha_pattern=_by_ending(raw.get("alpha_pattern"), _number),
             saved_modules=_literal(_names(list(raw.get("modules_to_save") or ()))),
             is_pattern=is_pattern,
             excluded=_names(excluded),
@@ -239,6 +245,12 @@ def _literal(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _by_ending(patterns: Any, value_of: Callable[[Any], _T]) -> dict[str, _T]:
+    if len(patterns or {}) > MAX_PATTERNS:
+        raise ValueError(f"{len(patterns):,} patterns of ranks or alphas: expected at most {MAX_PATTERNS:,}")
+    return {check_ending(key): value_of(value) for key, value in (patterns or {}).items()}
+
+
 def _number(value: Any) -> float:
     if type(value) not in (int, float):
         raise ValueError(f"alpha {value!r} is not a number")
@@ -272,6 +284,12 @@ def lora_tensors(header: dict[str, TensorInfo], config: LoraConfig) -> list[Lora
         parts.setdefault(match["module"], {})[kind] = info
     if not tensors:
         raise InvalidTensors("the adapter file contains no tensors. Train or save the adapter again.")
+    num_patterns = len(config.rank_pattern) + len(config.alpha_pattern)
+    if num_patterns * len(parts) > _MAX_MATCHES:
+        raise AdapterUnsupported(
+            f"{num_patterns:,} patterns of ranks and alphas for {len(parts):,} modules: expected at most "
+            f"{_MAX_MATCHES:,} pairs. Give several modules one pattern."
+        )
     for module, found in parts.items():
         _check_module(module, found, config)
     return tensors

@@ -12,6 +12,8 @@ from typing import Any
 
 MAX_PATTERN = 10_000
 """Maximum length of a pattern, in characters."""
+MAX_PATTERNS = 4096
+"""Maximum number of patterns of ranks, and of alphas. EVA writes one for each module."""
 _READ_OTHERWISE = re.compile(r"\[:|\{,")
 """`[[:alpha:]]` and `{,2}`: to one engine a class and a repetition, to the other these characters."""
 
@@ -41,7 +43,7 @@ def _checked(text: str, pattern_of_peft: str) -> str:
     return text
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4 * MAX_PATTERNS)  # each by itself, and as an ending
 def compiled(text: str) -> Any:
     """Return the compiled pattern. Raises ValueError."""
     import re2  # lists of adapters need no pattern

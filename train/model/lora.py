@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from adapterhub.adapter import Adapter, BaseRef
+from adapterhub.bases.peft_config import PATTERN_FIELDS, peft_config
 from adapterhub.errors import RecipeError
 from adapterhub.files import write_atomic
 from adapterhub.package.lora_config import CONFIG_NAME, WEIGHTS_NAME
@@ -78,9 +79,13 @@ class _MasterLinear(torch.nn.Linear):
 
 def continue_lora(model: Any, start: Adapter, *, dropout: float) -> Any:
     """Attach the A and B of a packed adapter, trainable (fp32); return the model."""
-    config = LoraConfig.from_pretrained(str(start.path))
+    config = peft_config(start.path, model)
     config.inference_mode, config.lora_dropout = False, dropout
-    return use_fp32_master_weights(PeftModel.from_pretrained(model, str(start.path), config=config, is_trainable=True))
+    found = PeftModel.from_pretrained(model, str(start.path), config=config, is_trainable=True)
+    as_written = LoraConfig.from_pretrained(str(start.path))
+    for field in PATTERN_FIELDS:  # for the adapter that is saved, which has no others than its start
+        setattr(config, field, getattr(as_written, field))
+    return use_fp32_master_weights(found)
 
 
 def lora_of(start: Adapter, *, dropout: float) -> LoraSection:

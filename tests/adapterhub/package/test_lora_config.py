@@ -12,7 +12,9 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from adapterhub.errors import AdapterUnsupported
-from adapterhub.package.lora_config import read_lora_config
+from adapterhub.package.lora_config import LoraConfig as Config
+from adapterhub.package.lora_config import lora_tensors, read_lora_config
+from adapterhub.package.safetensors_header import TensorInfo
 
 MODULES = [
     "lm_head",
@@ -51,3 +53,23 @@ def test_a_pattern_where_names_belong_is_refused(tmp_path: Path, field: str) -> 
     with pytest.raises(AdapterUnsupported, match="is a pattern"):
         read_lora_config(write_peft_folder(tmp_path, **{field: ["(a+)+"]}))
     assert json.loads((tmp_path / "adapter_config.json").read_text())[field]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_more_patterns_than_a_model_has_modules_are_refused(tmp_path: Path, field: str) -> None:
+    with pytest.raises(AdapterUnsupported, match=r"5,000 patterns of ranks or alphas: expected at most 4,096"):
+        read_lora_config(write_peft_folder(tmp_path, **{field: {f"a{number}": 2 for number in range(5000)}}))
+
+
+@pytest.mark.timeout(20)
+def test_more_matches_than_end_in_time_are_refused() -> None:
+    patterns = {f"a{number}": 2 for number in range(4000)}
+    config = Config(4, 8.0, False, False, ("q",), patterns, dict(patterns))
+    header = {
+        f"base_model.model.{number}.q.lora_{half}.weight": TensorInfo("F32", (4, 4), 0, 64)
+        for number in range(1001)
+        for half in "AB"
+    }
+    with pytest.raises(AdapterUnsupported, match=r"8,000 patterns of ranks and alphas for 1,001 modules"):
+        lora_tensors(header, config)
