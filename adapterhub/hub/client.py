@@ -171,25 +171,25 @@ class Hub:
         commit, _ = self._commit(files_of(adapter.path), repo, message or _title(adapter), create_pr=True)
         return str(commit.pr_url)
 
-    def replace(self, adapter: Adapter, repo: str, *, message: str) -> str | None:
-        """Make main of an existing repository hold exactly a package, under `message`; its first line is the title.
+    def replace(self, adapter: Adapter, repo: str, *, message: str, parent: str) -> str | None:
+        """Make main, now at `parent`, hold exactly a package, under `message`, whose first line is the title.
 
-        Returns the commit, or None if main holds the package already. Raises as `push`.
+        Returns the commit, or None if main holds the package already. Raises as `push`; Conflict if main has moved.
         """
         _check_publishable(adapter)
-        commit, parent = self._commit(files_of(adapter.path), repo, message)
+        commit, _ = self._commit(files_of(adapter.path), repo, message, parent=parent)
         return str(commit.oid) if commit.oid != parent else None
 
     def _commit(
-        self, files: Sequence[Path], repo: str, message: str, *, create_pr: bool = False
+        self, files: Sequence[Path], repo: str, message: str, *, create_pr: bool = False, parent: str | None = None
     ) -> tuple[CommitInfo, str]:
-        """Commit a tree that has these files and no others. Return the commit, and the one that main was at."""
+        """Commit a tree that has these files and no others. Return the commit, and its parent (default: main's now)."""
         from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
         names = {path.name for path in files}
         title, _, rest = message.partition("\n")
         with self._mapped(f"push to {repo}", repo), ExitStack() as opened:
-            info = _retried(lambda: self._api.model_info(repo))
+            info = _retried(lambda: self._api.model_info(repo, revision=parent))
             there = [one.rfilename for one in info.siblings or ()]
             # Sorted so that the manifest is added with the rest: a commit is atomic, readers see all or nothing.
             # Given as open files: with paths the client insists on Xet, which not every Hub speaks.
@@ -270,12 +270,12 @@ class Hub:
         with self._mapped(f"list the tags of {repo}", repo):
             return {tag.name: tag.target_commit for tag in _retried(lambda: self._api.list_repo_refs(repo)).tags}
 
-    def tag(self, repo: str, name: str, *, moves: bool) -> None:
-        """Tag what main holds now; `moves`: the tag exists and is moved."""
+    def tag(self, repo: str, name: str, commit: str, *, moves: bool) -> None:
+        """Tag a commit; `moves`: the tag exists and is moved."""
         with self._mapped(f"tag {repo}", repo):
             if moves:
                 self._api.delete_tag(repo, tag=name)
-            self._api.create_tag(repo, tag=name)
+            self._api.create_tag(repo, tag=name, revision=commit)
 
     def search(self, *, text: str = "", base: str | None = None, limit: int | None = None) -> list[Listed]:
         """Return the adapters on this Hub, newest first; the Hub does the search.

@@ -30,12 +30,12 @@ def mirror(
     Each commit is verified as a package. One that is not a package (an empty first commit, a partial upload) is left
     out and reported. The last line of a message, or a tag, names the source commit, so that a later mirror replays
     what follows the newest of them. A new copy is private and gated as the source is; an existing one is made so, and
-    is never opened. Raises Conflict when the target has commits of its own, HubError kinds.
+    is never opened. Raises Conflict when the target has commits of its own, or gets one meanwhile, HubError kinds.
     """
     called = name or repo
     place = f"{source.endpoint}/{repo}"
     commits, access = source.commits(repo), source.access(repo)
-    marks = _marks(target, called, place)
+    marks, head = _marks(target, called, place)
     if marks is not None and target.restrict(called, access):
         report(f"{called} at {target.endpoint} was more open than {place}: it is private or gated as that is now")
     made = []
@@ -48,16 +48,15 @@ def mirror(
                 continue
             if marks is None:
                 target.create(called, access)
-                marks = []
-            new = target.replace(
-                adapter, called, message=f"{commit.title}\n\n{commit.message}\n\nmirrored from {place}@{commit.id}"
-            )
+                marks, head = [], target.commit_of(called)
+            message = f"{commit.title}\n\n{commit.message}\n\nmirrored from {place}@{commit.id}"
+            new = target.replace(adapter, called, message=message, parent=head)
         if new is None:
             tag = f"mirrored-{commit.id}"
-            target.tag(called, tag, moves=tag in target.tags(called))
+            target.tag(called, tag, head, moves=tag in target.tags(called))
             report(f"{commit.id[:12]} {commit.title}: changes nothing there, marked with a tag")
         else:
-            made.append(new)
+            made.append(head := new)
             report(f"{commit.id[:12]} -> {new[:12]} {adapter.digest[:19]} {commit.title}")
     return made
 
@@ -88,15 +87,15 @@ def _start(commits: list[Commit], marks: list[set[str]]) -> int:
     return 0
 
 
-def _marks(target: Hub, repo: str, place: str) -> list[set[str]] | None:
-    """Return the source commits that each marked commit of the target stands for, newest first; None: no target.
+def _marks(target: Hub, repo: str, place: str) -> tuple[list[set[str]] | None, str]:
+    """Return the source commits that each marked commit of the target stands for, newest first (None: no target).
 
-    Raises Conflict for a history that is not a mirror's.
+    The second value is the commit that the target's main is at. Raises Conflict for a history that is not a mirror's.
     """
     try:
         there = target.commits(repo)
     except AdapterNotFound:
-        return None
+        return None, ""
     tagged: dict[str, set[str]] = {}
     for name, commit_id in target.tags(repo).items():
         if (tag := _TAG.fullmatch(name)) is not None:
@@ -112,4 +111,4 @@ def _marks(target: Hub, repo: str, place: str) -> list[set[str]] | None:
         mark = tagged.get(commit.id, set()) | ({match["commit"]} if match is not None else set())
         if mark:
             marks.append(mark)
-    return marks[::-1]
+    return marks[::-1], there[-1].id

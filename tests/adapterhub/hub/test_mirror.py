@@ -157,6 +157,28 @@ def test_a_copy_that_was_closed_there_stays_closed(
     assert target.access(repo).private
 
 
+@pytest.mark.parametrize("at", [1, 2], ids=["before the first commit", "after it"])
+def test_a_push_to_the_copy_meanwhile_is_not_overwritten(
+    source: Hub, target: Hub, repo: str, versions: list[Adapter], tmp_path: Path, at: int
+) -> None:
+    for adapter in (versions[0], versions[1], versions[0]):
+        source.push(adapter, repo)
+    assert len(mirror(repo, source, target)) == 3
+    api(source).create_commit(repo, [CommitOperationAdd("notes.txt", b"x")], commit_message="notes")
+    api(source).create_commit(repo, [CommitOperationDelete("notes.txt")], commit_message="no notes")
+    source.push(versions[1], repo)
+    lines: list[str] = []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        if len(lines) == at:
+            target.push(versions[2], repo)
+
+    with pytest.raises(Conflict, match="changed meanwhile"):
+        mirror(repo, source, target, report=report)
+    assert digest_at(target, repo, tmp_path / "there") == versions[2].digest
+
+
 def test_a_copy_with_commits_of_its_own_is_refused(
     source: Hub, target: Hub, repo: str, versions: list[Adapter]
 ) -> None:
