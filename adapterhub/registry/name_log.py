@@ -168,7 +168,6 @@ class NameLog:
         path = self._path(name)
         lines = "".join(move.model_dump_json(by_alias=True) + "\n" for move in moves).encode()
         # Unbuffered: a buffer would write the rest of a line when the file is closed, after it was truncated.
-        is_new = not path.exists()
         with raise_storage_full(path), path.open("ab", buffering=0) as file:
             whole = len(_whole_lines(path))
             file.truncate(whole)
@@ -176,7 +175,7 @@ class NameLog:
                 while lines:
                     lines = lines[file.write(lines) :]
                 os.fsync(file.fileno())
-                if is_new:
+                if not whole:  # also of one that a killed process made and did not flush
                     sync(self.folder)
             except OSError:
                 file.truncate(whole)

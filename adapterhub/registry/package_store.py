@@ -311,3 +311,4 @@ def _link(stored: Path, target: Path) -> None:
         raise
     except OSError:
         shutil.copyfile(stored, target)
+        sync(target)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +53,29 @@ def test_add_and_promote(adapters: list[Adapter], tmp_path: Path) -> None:
             recording.acknowledge(f"captain@main {registry.add(adapter).digest}")
             recording.acknowledge(f"captain@production {registry.promote('captain', 'production').after}")
         recording.acknowledge(f"captain@production {registry.rollback('captain', 'production').after}")
+    _check(recording, tmp_path / "after")
+
+
+def test_a_log_that_a_killed_process_made(adapters: list[Adapter], tmp_path: Path) -> None:
+    """It may have died between the file and the flush of its folder."""
+    registry = Registry(tmp_path / "disk" / "home")
+    registry.add(adapters[0], name="other")
+    with recorded(tmp_path / "disk") as recording:
+        (tmp_path / "disk" / "home" / "names" / "captain.jsonl").touch()
+        recording.acknowledge(f"captain@main {registry.add(adapters[0]).digest}")
+    _check(recording, tmp_path / "after")
+
+
+def test_a_file_system_without_hard_links(
+    adapters: list[Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_link(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    registry = Registry(tmp_path / "disk" / "home")
+    with recorded(tmp_path / "disk") as recording, monkeypatch.context() as patched:
+        patched.setattr(os, "link", no_link)
+        recording.acknowledge(f"captain@main {registry.add(adapters[0]).digest}")
     _check(recording, tmp_path / "after")
 
 
