@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapterhub.errors import AdapterHubError
+from adapterhub.files import make_folder
 from adapterhub.hubserver.auth.audit import AuditLog, AuditMiddleware
 from adapterhub.hubserver.auth.tickets import Signer
 from adapterhub.hubserver.auth.tokens import Tokens, load_or_create_secret
@@ -35,7 +36,7 @@ def create_hub_app(
     `public_url`: the server's address as clients see it, if a proxy stands in front.
     Every request that can change something is recorded in `root/audit.jsonl`.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     store = HubStore(root)
     app = FastAPI(
         title="adapterhub hub",

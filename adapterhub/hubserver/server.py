@@ -10,7 +10,7 @@ from pathlib import Path
 import uvicorn
 
 from adapterhub.errors import UsageError
-from adapterhub.files import write_atomic
+from adapterhub.files import make_folder, write_atomic
 from adapterhub.hubserver.app import create_hub_app
 from adapterhub.hubserver.auth.tickets import UPLOAD_LIFETIME_S
 from adapterhub.hubserver.auth.tokens import ANY_NAMESPACE, Account, Tokens, load_or_create_secret
@@ -43,7 +43,7 @@ def serve_hub(
             "Give a tokens file, or listen on 127.0.0.1."
         )
     root = root.resolve()
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     tokens = _local_tokens(root / "token") if tokens_file is None else Tokens.load(tokens_file)
     with listen(host, port) as listener:
         app = create_hub_app(root, tokens, limits=limits)

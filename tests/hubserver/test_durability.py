@@ -148,8 +148,8 @@ def check_confirmed(root: Path, store: HubStore, told: list[str]) -> None:
 
 
 def test_a_power_cut_loses_nothing_that_was_confirmed(tmp_path: Path) -> None:
-    root = tmp_path / "hub"
-    with recorded(root) as recording:
+    root = tmp_path / "disk" / "hub"
+    with recorded(tmp_path / "disk") as recording:
         app = create_hub_app(root, PEOPLE, limits=Limits(free_bytes=0, part_bytes=10))
         client = TestClient(app, headers={"Authorization": f"Bearer {ALICE}"})
         for name, act in ACTS:
@@ -159,6 +159,6 @@ def test_a_power_cut_loses_nothing_that_was_confirmed(tmp_path: Path) -> None:
     recording.check_order()
     draws = 20 if "ADAPTERHUB_SOAK_S" in os.environ else 0
     for told, found in recording.crashes(tmp_path / "after", draws=draws):
-        store = HubStore(found)
-        check_confirmed(found, store, told)
+        store = HubStore(found / "hub")
+        check_confirmed(found / "hub", store, told)
         check_whole(store, deleted=sha_of(PARTS) if len(told) >= len(ACTS) - 1 else None)
