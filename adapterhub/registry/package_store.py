@@ -81,6 +81,25 @@ class PackageStore:
             )
         return adapter
 
+    def check(self, digest: str) -> None:
+        """Open a stored package, and check that its signature, if it has one, is of its files. Raises as `open`.
+
+        Raises SignatureInvalid.
+        """
+        adapter = self.open(digest)
+        if (adapter.path / SIGNATURE_NAME).is_file():
+            from adapterhub.package.signing import check_signed_files  # of few packages
+
+            check_signed_files(adapter)
+
+    def is_sound(self, digest: str) -> bool:
+        """Return whether the package is stored and `check` finds no fault in it."""
+        try:
+            self.check(digest)
+        except (AdapterNotFound, PackageError):
+            return False
+        return True
+
     def damaged_objects(self) -> list[Path]:
         """Return the files that no package links to and whose bytes are not those that their name states."""
         damaged = []
@@ -109,7 +128,7 @@ class PackageStore:
                 if not self._lease(folder, leased):
                     self._make(adapter, folder, is_scratch=is_scratch)
                     is_ours = True
-                elif is_ours or self._is_sound(adapter.digest):
+                elif is_ours or self.is_sound(adapter.digest):
                     break
                 else:
                     with suppress(FileNotFoundError):  # another process did
@@ -218,13 +237,6 @@ class PackageStore:
                 temporary.replace(stored)
         finally:
             temporary.unlink(missing_ok=True)
-
-    def _is_sound(self, digest: str) -> bool:
-        try:
-            self.open(digest)
-        except PackageError:
-            return False
-        return True
 
     def _may_go(self, folder: Path, grace_s: float) -> bool:
         try:

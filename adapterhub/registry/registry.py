@@ -204,15 +204,17 @@ class Registry:
         return Lock(adapters=locked)
 
     def obtain(self, locked: Locked, hub: Hub | None, *, report: Report = lambda line: None) -> AdapterRef:
-        """Pull a locked adapter's commit unless it is stored. Return the reference to exactly that adapter.
+        """Pull a locked adapter's commit unless it is stored and sound. Return the reference to exactly that adapter.
 
         Raises DigestMismatch when the Hub has another adapter at that commit, AdapterNotFound, HubError kinds.
         """
         exact = AdapterRef(name=locked.name, revision=locked.digest)
         known = self.log.read(locked.name)
-        if not (self.store.has(locked.digest) and known and _lookup(known, locked.digest)):
-            if hub is None or locked.commit is None:
+        is_here = self.store.has(locked.digest) and known and _lookup(known, locked.digest)
+        if hub is None or locked.commit is None:
+            if not is_here:
                 raise AdapterNotFound(f"{locked.name} {locked.digest} is not in {self.root}. Add or import it first.")
+        elif not is_here or not self.store.is_sound(locked.digest):
             found = self.pull(AdapterRef(name=locked.name, revision=locked.commit), hub, report=report)
             if found.digest != locked.digest:
                 raise DigestMismatch(
@@ -278,7 +280,7 @@ class Registry:
                     names.setdefault(earlier, []).append(f"{called}@{revision} (rollback)")
         for digest in sorted({*self.store.digests(), *names}):
             try:
-                self.store.open(digest)
+                self.store.check(digest)
             except (AdapterHubError, OSError) as error:
                 if digest in names or self.store.has(digest):  # else another process collected it meanwhile
                     yield Damage(digest, str(error), tuple(names.get(digest, ())))

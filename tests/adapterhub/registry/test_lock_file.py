@@ -24,6 +24,7 @@ from adapterhub.errors import (
     DigestMismatch,
     HubUnavailable,
     InvalidManifest,
+    PackageError,
     SignatureInvalid,
     UsageError,
 )
@@ -145,6 +146,19 @@ def test_the_verbs(home: Path, tmp_path: Path) -> None:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     with start_hub(tmp_path_factory.mktemp("hub"), PEOPLE) as url:
         yield Hub(url, ALICE)
+
+
+def test_a_locked_adapter_that_is_damaged_here_is_pulled_again(hub: Hub, registry: Registry, tmp_path: Path) -> None:
+    hub.push(open_adapter(write_package(tmp_path / "p")), "alice/damaged")
+    stored = registry.pull("alice/damaged", hub).path / "chat_template.jinja"
+    locked = registry.lock({"one": _ref("alice/damaged")}).adapters["one"]
+    stored.chmod(0o644)
+    stored.write_text("damaged")
+    assert registry.resolve(registry.obtain(locked, hub)).digest == locked.digest
+    stored.chmod(0o644)
+    stored.write_text("damaged")
+    with pytest.raises(PackageError):  # without a Hub, the damage is named where it is used
+        registry.resolve(registry.obtain(locked, None))
 
 
 @LFS_UPLOADS_WARN

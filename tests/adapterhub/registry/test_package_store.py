@@ -18,6 +18,7 @@ from adapterhub.errors import AdapterHubError, Conflict, DigestMismatch, Invalid
 from adapterhub.files import is_held
 from adapterhub.package.bundle import write_bundle
 from adapterhub.package.layout import open_adapter
+from adapterhub.package.signing import make_key, sign
 from adapterhub.registry import package_store
 from adapterhub.registry.registry import Registry
 
@@ -97,6 +98,23 @@ def test_verify_all_names_what_is_damaged_and_lost(registry: Registry, adapters:
     assert "sha256" in found[adapters[0].digest].why
     assert found[adapters[1].digest].names == ("name1@main",)
     assert registry.resolve("sound").digest == sound.digest
+
+
+@pytest.mark.parametrize("damaged", ["adapter.sig", "adapterhub.json"])
+def test_what_only_a_signature_covers_is_verified_and_replaced(
+    registry: Registry, tmp_path: Path, damaged: str
+) -> None:
+    folder = write_package(tmp_path / "signed", name="signed", seed=9)
+    sign(open_adapter(folder), make_key(tmp_path / "key")[0])
+    path = registry.add(open_adapter(folder)).path / damaged
+    sound = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(sound.replace(b"apache-2.0", b"apache-2.1") if damaged == "adapterhub.json" else sound[:-90])
+    (finding,) = registry.verify_all()
+    assert finding.names == ("signed@main",)
+    registry.add(open_adapter(folder))
+    assert path.read_bytes() == sound
+    assert list(registry.verify_all()) == []
 
 
 def test_verify_all_on_the_command_line(tmp_path: Path) -> None:
