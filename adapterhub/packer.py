@@ -145,11 +145,12 @@ def pack(
             probe=answers if record else None,
             files=_file_entries(folder),
         )
-        (folder / PROBE_NAME).unlink(missing_ok=True)
         if record is None:  # adopted: whoever adopts it, wherever, gets the same digest
             write_probe(folder, answers)
         write_atomic(folder / CARD_NAME, card.render(manifest))
         write_atomic(folder / MANIFEST_NAME, manifest.to_json())
+        if record is not None:
+            (folder / PROBE_NAME).unlink(missing_ok=True)
     adapter = open_adapter(folder)
     try:
         check_signed_files(adapter)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import copy_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from adapterhub import packer
 from adapterhub.adapter import Adapter, BaseRef, StoredBase
 from adapterhub.bases.store import fingerprint
 from adapterhub.compatibility import module_shapes
@@ -212,6 +213,20 @@ def test_an_adapter_is_refused_alike_at_every_door(
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
     with pytest.raises(error):
         open_adapter(_forged(plain[1].path, theirs, tmp_path / "forged"))
+
+
+def test_packing_again_that_is_stopped_loses_no_probe(
+    untied: StoredBase, plain: tuple[Path, Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(plain[1].path, tmp_path / "packed")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packer, "write_probe", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, base=untied)
+    assert open_adapter(folder).probe == plain[1].probe is not None
 
 
 def _forged(packed: Path, theirs: Path, folder: Path) -> Path:
