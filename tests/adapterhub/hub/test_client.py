@@ -147,7 +147,9 @@ def test_a_push_that_was_overtaken_is_a_conflict(
     old = client.model_info(repo)
     client.create_commit(repo, [CommitOperationAdd("README.md", b"# changed")], commit_message="other")
     newer = open_adapter(write_package(package.parent / "newer", seed=3))
-    monkeypatch.setattr(type(hub._api), "model_info", lambda self, repo: old)  # what we saw before the other's push
+    monkeypatch.setattr(
+        type(hub._api), "model_info", lambda self, repo, revision: old
+    )  # what we saw before the other's push
     with pytest.raises(Conflict, match="changed meanwhile"):
         hub.push(newer, repo)
 
