@@ -133,7 +133,8 @@ def _label_rows(feedback: Vote | Thumb | Correction) -> Iterator[dict[str, Any]]
     if isinstance(feedback, Thumb):
         labelled = [(feedback.answer.text, feedback.thumb == "up")]
     elif isinstance(feedback, Vote) and _is_both_bad(feedback):
-        labelled = [(text, False) for text in dict.fromkeys((feedback.a.text, feedback.b.text))]
+        texts = [feedback.a.text] if has_equal_answers(feedback) else [feedback.a.text, feedback.b.text]
+        labelled = [(text, False) for text in texts]
     elif pair := _chosen_and_rejected(feedback):
         labelled = [(pair[0], True), (pair[1], False)]
     for text, label in labelled:

@@ -82,9 +82,10 @@ def test_only_the_judged_answer_is_the_completion(tmp_path: Path) -> None:
         (vote(1, answer("Same."), answer(" Same.\n", "x"), "a"), []),
         (vote(1, answer("Same."), answer("Same.", "x"), "tie"), []),
         (vote(1, answer("Same."), answer("Same.", "x"), "both_bad"), [("Same.", False)]),
+        (vote(1, answer("Same."), answer("Same. ", "x"), "both_bad"), [("Same.", False)]),
         (correction(asked("Hi?"), answer("Same."), "Same. "), []),
     ],
-    ids=["won", "tie", "both bad", "correction"],
+    ids=["won", "tie", "both bad", "both bad, but for white space", "correction"],
 )
 def test_equal_answers_are_no_pair(tmp_path: Path, body: dict[str, Any], labels: list[tuple[str, bool]]) -> None:
     store = store_all(tmp_path / "f.sqlite", [body])
