@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adapterhub.package.lora_config import read_lora_config
+from adapterhub.package.lora_config import NO_LAYERS, read_lora_config
 from adapterhub.package.module_patterns import matches
 
 _Value = TypeVar("_Value")
@@ -27,7 +27,7 @@ def peft_config(folder: Path, model: Any) -> Any:
     ours, config = read_lora_config(folder), LoraConfig.from_pretrained(str(folder))
     modules = [name for name, _ in model.named_modules() if name]
 
-    if ours.is_pattern:
+    if ours.is_pattern and ours.targets != (NO_LAYERS,):
         config.target_modules = exactly(name for name in modules if matches(ours.targets[0], name))
     if ours.is_excluded_by_pattern:
         config.exclude_modules = exactly(name for name in modules if matches(ours.excluded[0], name))

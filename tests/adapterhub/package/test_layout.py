@@ -250,8 +250,8 @@ def test_two_that_adopt_one_adapter_get_one_digest(
     first = pack(shutil.copytree(peft_folder, tmp_path / "1"), base=tiny_base, name="ada")
     recorded_answers = probe.record
 
-    def rounded(loaded: Any, folder: Path) -> Probe:
-        found = recorded_answers(loaded, folder)
+    def rounded(loaded: Any, folder: Path, **options: Any) -> Probe:
+        found = recorded_answers(loaded, folder, **options)
         answers = [one.model_copy(update={"gaps": [gap + 1e-4 for gap in one.gaps]}) for one in found.answers]
         return found.model_copy(update={"answers": answers})
 
