@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import button, needs_browser, note, picker, turn_to
+from browser import button, correct_and_clear, needs_browser, note, picker, turn_to
 from playwright.sync_api import Locator, Page, expect
 from road import answers, background, run
 from tiny_models import free_port
@@ -112,14 +112,7 @@ def _ask(page: Page, question: str) -> Locator:
 
 def _correct(page: Page, question: str) -> None:
     _ask(page, question)
-    button(page, "Say what it should have said").click()
-    wording = page.get_by_role("textbox", name="What it should have said").locator("visible=true")
-    expect(wording).not_to_have_value("")
-    wording.fill(f"Aye, mate! {wording.input_value()}")
-    page.locator("#correcting").get_by_role("button", name="Save correction").click()
-    expect(note(page, "captain · corrected by you")).to_be_visible()
-    button(page, "Clear").click()
-    expect(note(page, "captain · ")).to_have_count(0)
+    correct_and_clear(page)
 
 
 def _vote(page: Page, question: str) -> None:

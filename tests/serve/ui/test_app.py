@@ -14,6 +14,7 @@ from browser import (
     ask_and_wait,
     box,
     button,
+    correct_and_clear,
     needs_browser,
     note,
     pick,
@@ -291,14 +292,7 @@ def test_correction_is_sent_and_the_conversation_continues_from_it(page: Page, a
 def test_text_typed_as_soon_as_the_box_opens_stays(page: Page, api: FakeApi) -> None:
     for number in range(8):
         ask_and_wait(page, f"q{number}")
-        button(page, "Say what it should have said").click()
-        wording = page.get_by_role("textbox", name="What it should have said").locator("visible=true")
-        expect(wording).not_to_have_value("")
-        wording.fill(f"Aye, mate! {wording.input_value()}")
-        page.locator("#correcting").get_by_role("button", name="Save correction").click()
-        expect(note(page, "captain · corrected by you")).to_be_visible()
-        button(page, "Clear").click()
-        expect(note(page, "captain · ")).to_have_count(0)
+        correct_and_clear(page)
     assert [posted["text"] for posted in api.posted()] == [f"Aye, mate! captain says: q{n}" for n in range(8)]
 
 
